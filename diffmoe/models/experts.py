@@ -1,0 +1,67 @@
+"""The experts of one rank: stacked weights and one batched MLP."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Experts(nn.Module):
+    """e MLPs with their weights stacked, so that all of them run in one batched product per layer.
+
+    GELU (tanh form, with biases) as in DiT, or SwiGLU (three matrices, no biases).
+    """
+
+    def __init__(self, experts: int, width: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        if activation == "swiglu":
+            self.w_gate = nn.Parameter(torch.empty(experts, width, hidden))
+            self.w_up = nn.Parameter(torch.empty(experts, width, hidden))
+        else:
+            self.w_in = nn.Parameter(torch.empty(experts, width, hidden))
+            self.b_in = nn.Parameter(torch.empty(experts, hidden))
+            self.b_out = nn.Parameter(torch.empty(experts, width))
+        self.w_out = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, rows: Tensor, counts_e: Tensor | None) -> Tensor:
+        """rows (e, N, D) when every expert has N rows (counts_e is None), else (N, D) by expert."""
+        multiply = _batched_linear if counts_e is None else _GroupedLinear(rows, counts_e)
+        if self.activation == "swiglu":
+            hidden = F.silu(multiply(rows, self.w_gate)) * multiply(rows, self.w_up)
+            return multiply(hidden, self.w_out)
+        hidden = F.gelu(multiply(rows, self.w_in, self.b_in), approximate="tanh")
+        return multiply(hidden, self.w_out, self.b_out)
+
+
+def _batched_linear(rows_eND: Tensor, w_eDH: Tensor, b_eH: Tensor | None = None) -> Tensor:
+    if b_eH is None:
+        return torch.bmm(rows_eND, w_eDH)
+    return torch.baddbmm(b_eH[:, None], rows_eND, w_eDH)
+
+
+class _GroupedLinear:
+    """Rows times their expert's matrix, for groups of unequal length."""
+
+    def __init__(self, rows_ND: Tensor, counts_e: Tensor) -> None:
+        self.counts_e = counts_e
+        # torch's grouped product takes these types only; elsewhere one product per expert.
+        self.has_kernel = rows_ND.dtype == torch.bfloat16 or (
+            rows_ND.dtype == torch.float32 and rows_ND.device.type == "cpu"
+        )
+        # The kernel wants at least one row, and rows whose length in bytes divides by 16.
+        self.has_kernel &= rows_ND.numel() > 0 and rows_ND.shape[1] % 8 == 0
+
+    def __call__(self, rows_ND: Tensor, w_eDH: Tensor, b_eH: Tensor | None = None) -> Tensor:
+        if self.has_kernel and w_eDH.shape[2] % 8 == 0:
+            ends_e = self.counts_e.cumsum(0).to(torch.int32)
+            product_NH = F.grouped_mm(rows_ND, w_eDH, offs=ends_e)
+            if b_eH is not None:
+                product_NH = product_NH + b_eH.repeat_interleave(
+                    self.counts_e, dim=0, output_size=len(rows_ND)
+                )
+            return product_NH
+        groups = rows_ND.split(self.counts_e.tolist())
+        products = [group @ w for group, w in zip(groups, w_eDH, strict=True)]
+        if b_eH is not None:
+            products = [product + b for product, b in zip(products, b_eH, strict=True)]
+        return torch.cat(products)

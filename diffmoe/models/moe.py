@@ -1,0 +1,136 @@
+"""The MoE feed-forward: route, dispatch, experts, combine, shared expert."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.models import routing
+from diffmoe.models.blocks import MLP, maybe_checkpoint
+from diffmoe.models.capacity import CapacityPredictor, capacity_loss
+from diffmoe.models.experts import Experts
+from diffmoe.models.routing import Assignment
+from diffmoe.parallel.topology import Topology
+
+
+class LayerRouting(NamedTuple):
+    """What one MoE layer decided in one forward, for losses, thresholds and reports."""
+
+    taken_ES: Tensor
+    capacity_logits_SE: Tensor | None = None
+    capacity_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+
+
+class MoEFeedForward(nn.Module):
+    """Experts that choose their tokens (arXiv 2503.14487, section 3), or a baseline's routing.
+
+    In training the experts take the best tokens of the pool; in evaluation `inference` decides:
+    per_token (Eq. 14; an image does not depend on its batch mates), pooled (Alg. 4) or static.
+    """
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
+        super().__init__()
+        self.moe = moe
+        self.inference = moe.inference
+        self.checkpointing = False
+        self.pool = topology.token_pool(moe.token_pool)
+        self.dispatch = topology.dispatch()
+        self.router = nn.Parameter(torch.empty(moe.experts, model.width))
+        self.experts = Experts(
+            moe.experts // topology.expert_parallel,
+            model.width,
+            int(model.width * moe.expert_ratio),
+            moe.activation,
+        )
+        self.capacity_predictor = (
+            CapacityPredictor(model.width, moe.experts) if moe.type == "diffmoe" else None
+        )
+        self.shared_expert = (
+            MLP(model.width, int(model.width * moe.shared_expert_ratio))
+            if moe.shared_expert_ratio
+            else None
+        )
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, LayerRouting]:
+        tokens_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        assignment, decided = self._route(tokens_SD, x_BTD.shape[1])
+        # Routing stays outside of what is computed again: it happens once, whatever is checkpointed.
+        mixed_SD = maybe_checkpoint(self.checkpointing, self._mix, tokens_SD, *assignment)
+        return mixed_SD.view_as(x_BTD), decided
+
+    def _route(self, tokens_SD: Tensor, tokens_per_sample: int) -> tuple[Assignment, LayerRouting]:
+        scores_SE = routing.router_scores(tokens_SD, self.router)
+        if self.moe.type == "token_choice":
+            taken_ES = routing.token_choice_mask(scores_SE.detach(), self.moe.top_k)
+            balance = routing.load_balancing_loss(scores_SE, taken_ES) if self.training else None
+            decided = LayerRouting(taken_ES, balance_loss=balance)
+            return routing.ragged_assignment(taken_ES, scores_SE), decided
+        if self.moe.type == "expert_choice":
+            taken_ES = routing.expert_choice_mask(
+                scores_SE.detach(), tokens_per_sample, self.moe.capacity
+            )
+            samples = len(tokens_SD) // tokens_per_sample
+            k = samples * self._capacity(tokens_per_sample)
+            return self._assign(taken_ES, scores_SE, k), LayerRouting(taken_ES)
+        logits_SE = self.capacity_predictor(tokens_SD)
+        if self.training:
+            k = self._capacity(len(tokens_SD) * self.pool.ranks)
+            taken_ES = self._take_from_pool(scores_SE.detach(), k)
+            decided = LayerRouting(taken_ES, logits_SE, capacity_loss(logits_SE, taken_ES))
+            return self._assign(taken_ES, scores_SE, k), decided
+        if self.inference == "static":
+            k = self._capacity(len(tokens_SD))
+            taken_ES = routing.top_k_mask(scores_SE.t(), k)
+            return self._assign(taken_ES, scores_SE, k), LayerRouting(taken_ES, logits_SE)
+        wanted_SE = self.capacity_predictor.wanted(logits_SE)
+        if self.inference == "pooled":
+            taken_ES = routing.counted_mask(scores_SE, wanted_SE.sum(dim=0))
+        else:
+            taken_ES = wanted_SE.t()
+        return routing.ragged_assignment(taken_ES, scores_SE), LayerRouting(taken_ES, logits_SE)
+
+    def _capacity(self, tokens: int) -> int:
+        return routing.expert_capacity(tokens, self.moe.experts, self.moe.capacity)
+
+    def _take_from_pool(self, scores_SE: Tensor, k: int) -> Tensor:
+        scores_ES = scores_SE.t().contiguous()
+        kth_E = self.pool.kth_largest(scores_ES, k)
+        return routing.take_largest(scores_ES, kth_E, self.pool.ties(scores_ES, kth_E, k))
+
+    def _assign(self, taken_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
+        """Static where this rank's experts surely take k tokens each, on every rank of the group."""
+        equal_on_all_ranks = self.training or self.dispatch.size == 1
+        if self.pool.ranks == 1 and equal_on_all_ranks:
+            return routing.static_assignment(taken_ES, scores_SE, k)
+        return routing.ragged_assignment(taken_ES, scores_SE)
+
+    def _mix(
+        self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None
+    ) -> Tensor:
+        """Gather each expert's tokens, run the experts, add the gated results up. -> (S, D)."""
+        rows = tokens_SD[token_index]
+        if counts_E is None:
+            rows = self.dispatch.static(rows, self.experts)
+        else:
+            rows = self.dispatch.ragged(rows, counts_E, self.experts)
+        gated = rows * gates.unsqueeze(-1).to(rows.dtype)
+        base_SD = (
+            torch.zeros_like(tokens_SD)
+            if self.shared_expert is None
+            else self.shared_expert(tokens_SD)
+        )
+        return base_SD.index_add(0, token_index.flatten(), gated.reshape(-1, gated.shape[-1]))
+
+
+def routing_loss(routings: list[LayerRouting], moe: MoEConfig) -> Tensor | float:
+    """What the MoE layers add to the loss: capacity prediction (Eq. 13) or load balance."""
+    if moe.type == "diffmoe":
+        total = torch.stack([layer.capacity_loss for layer in routings]).sum()
+        if moe.capacity_loss_reduction == "mean":
+            total = total / len(routings)
+        return moe.capacity_loss_weight * total
+    if moe.type == "token_choice":
+        return moe.aux_loss_weight * torch.stack([layer.balance_loss for layer in routings]).sum()
+    return 0.0

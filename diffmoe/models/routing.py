@@ -1,0 +1,94 @@
+"""Which expert takes which token. Pure functions of scores: no collectives, no state.
+
+Shape letters, here and in all of models/: B samples, T tokens per sample, S tokens in this rank's
+pool, D width, E experts, e experts on this rank, K tokens per expert, H expert hidden width, N rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Assignment(NamedTuple):
+    """Token-expert pairs grouped by expert; inside a group tokens stand in token order.
+
+    Static (training, counts_E is None): token_index and gates are (E, K).
+    Ragged (inference, wide pools): both are (N,), the E groups have lengths counts_E.
+    """
+
+    token_index: Tensor
+    gates: Tensor
+    counts_E: Tensor | None = None
+
+
+def expert_capacity(tokens: int, experts: int, capacity: float) -> int:
+    """K of Eq. 6: how many of `tokens` every expert takes, at least one if there are any."""
+    return min(tokens, max(1, int(tokens / experts * capacity)))
+
+
+def router_scores(tokens_SD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Softmax over experts (Eq. 4), in fp32 at least, whatever the type of the tokens. -> (S, E)."""
+    dtype = torch.promote_types(tokens_SD.dtype, torch.float32)
+    return F.linear(tokens_SD.to(dtype), weight_ED.to(dtype)).softmax(dim=-1)
+
+
+def take_largest(values_XS: Tensor, kth_X: Tensor, ties_X: Tensor) -> Tensor:
+    """Mask (X, S) of all values above the K-th largest, and of the first `ties_X` that equal it."""
+    equal_XS = values_XS == kth_X[:, None]
+    return (values_XS > kth_X[:, None]) | (equal_XS & (equal_XS.cumsum(dim=1) <= ties_X[:, None]))
+
+
+def top_k_mask(values_XS: Tensor, k: int) -> Tensor:
+    """Mask (X, S) of the k largest values of each row; equal values fall to the lower index."""
+    if k == 0:  # a rank without tokens
+        return torch.zeros_like(values_XS, dtype=torch.bool)
+    kth_X = values_XS.topk(k, dim=1).values[:, -1]
+    return take_largest(values_XS, kth_X, k - (values_XS > kth_X[:, None]).sum(dim=1))
+
+
+def static_assignment(taken_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
+    """The pairs of a mask in which every expert took exactly k tokens; never waits for the device."""
+    slot_ES = torch.where(taken_ES, taken_ES.cumsum(dim=1) - 1, k)
+    token_ES = torch.arange(taken_ES.shape[1], device=taken_ES.device).expand_as(taken_ES)
+    # Tokens not taken are all written into a last column, which is cut off.
+    index_EK = token_ES.new_zeros(taken_ES.shape[0], k + 1).scatter(1, slot_ES, token_ES)[:, :k]
+    return Assignment(index_EK, scores_SE.t().gather(1, index_EK))
+
+
+def ragged_assignment(taken_ES: Tensor, scores_SE: Tensor) -> Assignment:
+    """The pairs of any mask. Waits for the device: their number decides shapes."""
+    expert_N, token_N = taken_ES.nonzero(as_tuple=True)
+    return Assignment(token_N, scores_SE[token_N, expert_N], taken_ES.sum(dim=1))
+
+
+def expert_choice_mask(scores_SE: Tensor, tokens_per_sample: int, capacity: float) -> Tensor:
+    """Every expert takes its best K = int(T / E * C) tokens of each sample (EC-DiT). -> (E, S)."""
+    experts = scores_SE.shape[1]
+    k = expert_capacity(tokens_per_sample, experts, capacity)
+    scores_XT = scores_SE.t().reshape(-1, tokens_per_sample)
+    return top_k_mask(scores_XT, k).view(experts, -1)
+
+
+def token_choice_mask(scores_SE: Tensor, k: int) -> Tensor:
+    """Every token takes its k best experts; equal scores fall to the lower expert. -> (E, S)."""
+    # A stable sort, since topk leaves the order of equal scores open.
+    best_Sk = scores_SE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(scores_SE, dtype=torch.bool).scatter(1, best_Sk, True).t()
+
+
+def counted_mask(scores_SE: Tensor, counts_E: Tensor) -> Tensor:
+    """Expert i takes its counts_E[i] best tokens of the whole batch (Alg. 4). -> (E, S)."""
+    order_ES = scores_SE.t().sort(dim=1, descending=True, stable=True).indices
+    within_ES = torch.arange(order_ES.shape[1], device=order_ES.device) < counts_E[:, None]
+    return torch.zeros_like(within_ES).scatter(1, order_ES, within_ES)
+
+
+def load_balancing_loss(scores_SE: Tensor, taken_ES: Tensor) -> Tensor:
+    """E times the sum over experts of (share of choices) x (mean score); 1 when balanced.
+
+    The auxiliary loss of Switch Transformers (arXiv 2101.03961, Eq. 4), for token choice only.
+    """
+    share_E = taken_ES.sum(dim=1) / taken_ES.sum()
+    return scores_SE.shape[1] * (share_E * scores_SE.mean(dim=0)).sum()

@@ -1,0 +1,227 @@
+"""The DeepSpeed engine: its configuration and checks, parameter groups, and the ranges that ZeRO owns."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups, logger
+from torch import Tensor, nn
+
+from diffmoe.config import Config
+from diffmoe.errors import UserError
+from diffmoe.parallel.topology import Topology
+
+# Only DeepSpeed's inference uses this extension; building it needs a compiler and over a minute.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logger.setLevel(logging.WARNING)
+# DeepSpeed calls a collective by its old name at every step.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+# Values that both files can hold: (path in the DeepSpeed JSON, key of ours).
+_OVERLAPS = [
+    (("train_batch_size",), "training.batch_size"),
+    (("gradient_accumulation_steps",), "training.accumulation"),
+    (("gradient_clipping",), "optimizer.gradient_clipping"),
+    (("zero_optimization", "stage"), "parallel.zero_stage"),
+    (("bf16", "enabled"), "training.precision"),
+]
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON. Raises UserError naming the file and what is wrong with it."""
+    try:
+        settings = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read --ds_config {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--ds_config {path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--ds_config {path} must hold an object, it holds {settings!r}")
+    for section in ("optimizer", "scheduler"):
+        if section in settings:
+            raise UserError(
+                f"{path}: '{section}' belongs to the run's configuration; remove it here and set "
+                "optimizer.* there"
+            )
+    if settings.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16.enabled=true is not supported; use bf16")
+    return settings
+
+
+def reconcile(config: Config, settings: dict[str, Any], path: str = "ds_config") -> Config:
+    """Hold the DeepSpeed JSON against the configuration.
+
+    A value that only one of them sets holds for both. Raises UserError with every pair that differs.
+    """
+    changes, conflicts = {}, []
+    for ds_key, key in _OVERLAPS:
+        value: Any = settings
+        for part in ds_key:
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None:
+            continue
+        if key == "training.precision":
+            value = "bf16" if value else "fp32"
+        section, field = key.split(".")
+        ours = getattr(config, section)
+        if getattr(ours, field) == value:
+            continue
+        if field in ours.model_fields_set:
+            shown = {"bf16": "true", "fp32": "false"}.get(value, value)
+            conflicts.append(
+                f"  {'.'.join(ds_key)}={shown} in {path}, but {key}={getattr(ours, field)}"
+            )
+        changes[key] = value
+    if conflicts:
+        raise UserError(
+            "the DeepSpeed JSON and the configuration differ; make them agree, or leave the value "
+            "out of the JSON:\n" + "\n".join(conflicts)
+        )
+    return config.replace(changes) if changes else config
+
+
+def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dict[str, Any]:
+    """The complete dictionary for deepspeed.initialize: the JSON plus what the configuration says."""
+    training = config.training
+    micro_batch = training.batch_size // (world * training.accumulation)
+    given = settings.get("train_micro_batch_size_per_gpu", micro_batch)
+    if given != micro_batch:
+        raise UserError(
+            f"train_micro_batch_size_per_gpu={given} in the DeepSpeed JSON, but "
+            f"training.batch_size={training.batch_size} over {world} ranks times "
+            f"training.accumulation={training.accumulation} is {micro_batch}"
+        )
+    zero = {"reduce_bucket_size": 25_000_000, "allgather_bucket_size": 25_000_000}
+    zero |= settings.get("zero_optimization", {}) | {"stage": config.parallel.zero_stage}
+    overlapping = {
+        "train_batch_size": training.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": training.accumulation,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "bf16": settings.get("bf16", {}) | {"enabled": training.precision == "bf16"},
+        "zero_optimization": zero,
+        # torch's own AdamW, on flat partitions.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return {"steps_per_print": 1 << 62} | settings | overlapping
+
+
+class ExpertParallelRoot(MoE):
+    """The root module by which DeepSpeed recognises a mixture of experts.
+
+    It only delegates to the network: DeepSpeed treats an engine as MoE if some module is an
+    instance of its own MoE layer, whose constructor would build layers that we do not want.
+    """
+
+    def __init__(self, network: nn.Module, experts: int, topology: Topology) -> None:
+        nn.Module.__init__(self)
+        self.network = network
+        self.topology = topology
+        self.num_experts = experts
+        self.ep_size = topology.expert_parallel
+        self.num_local_experts = experts // topology.expert_parallel
+        self.expert_group_name = expert_group_name(topology)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Hand Megatron's groups to DeepSpeed instead of letting it build its own."""
+        for registry, group in (
+            ("_EXPERT_PARALLEL_GROUP", self.topology.expert_group),
+            ("_EXPERT_DATA_PARALLEL_GROUP", self.topology.expert_data_group),
+        ):
+            getattr(groups, registry)[self.expert_group_name] = group
+            ranks = torch.distributed.get_process_group_ranks(group)
+            getattr(groups, registry + "_RANKS")[self.expert_group_name] = ranks
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.network(*inputs)
+
+
+def expert_group_name(topology: Topology) -> str:
+    return f"ep_size_{topology.expert_parallel}"
+
+
+def create_engine(
+    network: nn.Module,
+    experts: dict[str, nn.Parameter],
+    num_experts: int,
+    optimizer: type[torch.optim.Optimizer],
+    optimizer_options: dict[str, Any],
+    settings: dict[str, Any],
+    topology: Topology,
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap the network in a ZeRO engine.
+
+    experts: by name, the parameters of which every expert-parallel rank holds its own.
+    """
+    expert_ids = {id(parameter) for parameter in experts.values()}
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    dense = [parameter for parameter in parameters if id(parameter) not in expert_ids]
+    parameter_groups: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
+    root: nn.Module = network
+    if experts:
+        name = expert_group_name(topology)
+        for parameter in experts.values():
+            parameter.allreduce = False
+            parameter.group_name = name
+        parameter_groups.append({"params": list(experts.values()), "moe": True, "name": name})
+        root = ExpertParallelRoot(network, num_experts, topology)
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    engine, *_ = deepspeed.initialize(
+        model=root,
+        optimizer=optimizer(parameter_groups, **optimizer_options),
+        config=settings,
+        dist_init_required=False,
+    )
+    # The engine turns everything to bf16; thresholds and positions stay in fp32.
+    for name, buffer in network.named_buffers():
+        buffer.data = buffers[name].to(buffer.device)
+    return engine
+
+
+class OwnedRange(NamedTuple):
+    """A piece of a parameter whose fp32 master and optimizer state this rank holds.
+
+    The piece is [start, start + length) of the flattened global tensor, experts under their global
+    numbers; `master` is a view of it. `state(key)` is the optimizer's, of the same range.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    master: Tensor
+    partition: nn.Parameter
+    offset: int
+
+    def state(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        return optimizer.state[self.partition][key].narrow(0, self.offset, len(self.master))
+
+
+def owned_ranges(
+    engine: deepspeed.DeepSpeedEngine, network: nn.Module, experts: dict[str, nn.Parameter]
+) -> Iterator[OwnedRange]:
+    """What this rank owns of each named parameter; over all ranks every element once."""
+    topology: Topology = network.topology
+    for name, parameter in network.named_parameters():
+        piece = parameter._hp_mapping
+        if piece is None:
+            continue
+        shape, first = tuple(parameter.shape), 0
+        if name in experts:
+            shape = (shape[0] * topology.expert_parallel, *shape[1:])
+            first = topology.expert_rank * parameter.numel()
+        yield OwnedRange(
+            name=name,
+            shape=shape,
+            start=first + piece.lp_fragment_address.start,
+            master=piece.hp_fragment,
+            partition=engine.optimizer.single_partition_of_fp32_groups[piece.param_group_index],
+            offset=piece.hp_fragment_address.start,
+        )

@@ -1,0 +1,204 @@
+"""The training loop, top to bottom. One clock, in samples, drives all that repeats."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe.config import Config, OptimizerConfig
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.shards import LatentStream
+from diffmoe.diffusion import create_objective
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.models.moe import routing_loss
+from diffmoe.parallel.topology import Topology
+from diffmoe.parallel.zero import create_engine, engine_settings
+from diffmoe.training import checkpoint
+from diffmoe.training.batch import micro_batches
+from diffmoe.training.checkpoint import Checkpoints
+from diffmoe.training.ema import EMA
+from diffmoe.training.report import RoutingReport
+from diffmoe.training.signals import StopRequest
+from diffmoe.training.telemetry import Telemetry
+from diffmoe.training.thresholds import ThresholdTracker
+
+# Steps in a row without a finite loss and gradient norm before the run gives up.
+PATIENCE = 10
+
+
+def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) -> float:
+    """The rate at a clock: linear warm-up, then constant or a half cosine down to zero."""
+    rate = optimizer.learning_rate
+    if samples < optimizer.warmup_samples:
+        return rate * samples / optimizer.warmup_samples
+    if optimizer.schedule == "cosine":
+        span = max(1, total_samples - optimizer.warmup_samples)
+        rate *= 0.5 * (1 + math.cos(math.pi * (samples - optimizer.warmup_samples) / span))
+    return rate
+
+
+def crossed(period: int, before: int, after: int) -> bool:
+    """Whether a multiple of `period` lies in (before, after]."""
+    return after // period > before // period
+
+
+def train(
+    config: Config,
+    topology: Topology,
+    device: torch.device,
+    ds_settings: dict[str, Any],
+    resume_from: Path | None,
+    stop: StopRequest,
+) -> bool:
+    """Train until the clock reaches training.total_samples. Returns False if asked to stop before.
+
+    resume_from: a complete checkpoint. A stop finishes the step, saves, and returns.
+    """
+    training = config.training
+    first_rank = topology.rank == 0
+    folder = Path(config.output)
+    checkpoints = Checkpoints(folder)
+
+    manifest = Manifest.load(config.data.path)
+    manifest.check(config.data.path, lanes=config.data.lanes)
+    manifest.check_model(
+        config.model.in_channels, config.model.input_size, config.model.num_classes
+    )
+    lanes_per_rank = config.data.lanes // topology.world
+    my_lanes = range(topology.rank * lanes_per_rank, (topology.rank + 1) * lanes_per_rank)
+
+    objective = create_objective(config.diffusion)
+    network = DiT(config.model, config.moe, topology).initialize(config.seed).to(device)
+    network.checkpoint_activations(training.activation_checkpointing)
+    network.train()
+    engine = create_engine(
+        network,
+        experts=network.expert_parameters(),
+        num_experts=config.moe.experts,
+        optimizer=torch.optim.AdamW,
+        optimizer_options={
+            "lr": config.optimizer.learning_rate,
+            "betas": config.optimizer.betas,
+            "eps": config.optimizer.eps,
+            "weight_decay": config.optimizer.weight_decay,
+            "fused": True,
+        },
+        settings=engine_settings(config, ds_settings, topology.world),
+        topology=topology,
+    )
+    ema = EMA(engine, training.ema_decay)
+    thresholds = ThresholdTracker(network)
+
+    samples, step, skipped, skipped_in_a_row = 0, 0, 0, 0
+    if resume_from is not None:
+        clock = checkpoint.load(resume_from, engine, network, ema)
+        samples, step, skipped = clock["samples"], clock["step"], clock["skipped"]
+
+    telemetry = Telemetry(config, folder, samples, active=first_rank)
+    if resume_from is not None:
+        telemetry.say(f"resumed {resume_from} at {samples} samples (step {step})")
+    stream = iter(
+        LatentStream(
+            config.data.path,
+            manifest,
+            lanes=config.data.lanes,
+            my_lanes=my_lanes,
+            samples_per_lane=config.samples_per_lane,
+            seed=config.seed,
+            workers=config.data.workers,
+            clock=samples,
+        )
+    )
+
+    while samples < training.total_samples:
+        before, samples = samples, samples + training.batch_size
+        logging_now = crossed(config.logging.log_samples, before, samples)
+        report = RoutingReport(network) if logging_now else None
+
+        waited = time.monotonic()
+        batch = next(stream)
+        waited = time.monotonic() - waited
+
+        rate = learning_rate(config.optimizer, samples, training.total_samples)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+
+        losses: dict[str, Tensor] = {}
+        for examples in micro_batches(batch, config, my_lanes, before, objective):
+            examples = type(examples)(*(tensor.to(device) for tensor in examples))
+            output = engine(examples.x_t, examples.t, examples.labels)
+            parts = objective.loss(
+                output.prediction, examples.x_t, examples.data, examples.noise, examples.t
+            )
+            parts = {name: part.mean() for name, part in parts.items()}
+            auxiliary = routing_loss(output.routing, config.moe)
+            engine.backward(parts["loss"] + auxiliary)
+            engine.step()  # acts at the last micro-batch only
+
+            thresholds.observe(output.routing)
+            if report is not None:
+                report.observe(output.routing)
+            parts["routing_loss"] = torch.as_tensor(auxiliary, device=device)
+            for name, part in parts.items():
+                part = part.detach().double() / training.accumulation
+                losses[name] = losses[name] + part if name in losses else part
+
+        # One collective tells every rank the mean losses, and whether any rank was asked to stop.
+        told = torch.stack([*losses.values(), torch.tensor(float(stop.asked), device=device)])
+        dist.all_reduce(told)
+        *means, asked = told.tolist()
+        means = {
+            name: mean / topology.world for name, mean in zip(losses, means, strict=True)
+        }
+        gradient_norm = float(engine.get_global_grad_norm())
+
+        if engine.optimizer.overflow or not math.isfinite(means["loss"]):
+            thresholds.forget()
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            telemetry.say(
+                f"step {step + 1}: loss {means['loss']}, gradient norm {gradient_norm}: not finite; "
+                f"the step is skipped ({skipped} so far)"
+            )
+            if skipped_in_a_row == PATIENCE:
+                raise UserError(
+                    f"{PATIENCE} steps in a row had no finite loss and gradient norm, the last at "
+                    f"{samples} samples with optimizer.learning_rate={rate:g}. Look at "
+                    f"{folder / 'metrics.jsonl'} for when they grew; lower the learning rate, set "
+                    "optimizer.gradient_clipping, or resume an older checkpoint"
+                )
+        else:
+            skipped_in_a_row = 0
+            thresholds.step()
+            ema.update()
+        step += 1
+
+        telemetry.step(samples, means["loss"], gradient_norm)
+        if report is not None:
+            telemetry.metrics(
+                samples,
+                {
+                    "step": step,
+                    **means,
+                    "gradient_norm": gradient_norm,
+                    "learning_rate": rate,
+                    "skipped_steps": skipped,
+                    "data_wait_seconds": waited,
+                    **report.summary(),
+                },
+            )
+        done = samples >= training.total_samples
+        if asked or done or crossed(training.checkpoint_samples, before, samples):
+            clock = {"samples": samples, "step": step, "skipped": skipped}
+            path = checkpoints.save(engine, network, ema, config, clock)
+            telemetry.say(f"saved {path}")
+        if asked and not done:
+            break
+
+    telemetry.close()
+    engine.destroy()
+    return samples >= training.total_samples

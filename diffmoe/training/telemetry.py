@@ -1,0 +1,138 @@
+"""What a run tells: the progress bar, metrics.jsonl, wandb."""
+
+import contextlib
+import json
+import os
+import resource
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffmoe.config import Config
+
+
+class Telemetry:
+    """Speaks on rank 0 only; every method does nothing elsewhere."""
+
+    def __init__(self, config: Config, folder: Path, samples: int, active: bool) -> None:
+        """samples: the clock at the start; lines of metrics.jsonl beyond it are dropped."""
+        self.active = active
+        if not active:
+            return
+        self.path = folder / "metrics.jsonl"
+        self._forget_after(samples)
+        self.wandb = _start_wandb(config, folder) if config.logging.wandb else None
+        self.bar = tqdm(
+            total=config.training.total_samples,
+            initial=samples,
+            unit="samples",
+            unit_scale=True,
+            dynamic_ncols=True,
+            # A log file gets a line now and then, a terminal a moving bar.
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        self._since, self._samples = time.monotonic(), samples
+
+    def say(self, message: str) -> None:
+        if self.active:
+            with contextlib.suppress(AttributeError):
+                self.bar.clear()
+            print(message, file=sys.stderr, flush=True)
+
+    def step(self, samples: int, loss: float, gradient_norm: float) -> None:
+        if self.active:
+            self.bar.set_postfix(loss=f"{loss:.4f}", grad=f"{gradient_norm:.3f}", refresh=False)
+            self.bar.update(samples - self.bar.n)
+
+    def metrics(self, samples: int, values: dict[str, Any]) -> None:
+        """Write one line; speed is counted since the last one."""
+        if not self.active:
+            return
+        now = time.monotonic()
+        values = {
+            "samples": samples,
+            **values,
+            "samples_per_second": (samples - self._samples) / (now - self._since),
+            "memory_gib": _peak_memory_gib(),
+        }
+        self._since, self._samples = now, samples
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.wandb is not None:
+            try:
+                self.wandb.log(_flattened(values), step=samples)
+            except Exception as error:  # a failing wandb never stops a run
+                self.say(f"wandb failed and is off from here on: {error}")
+                self.wandb = None
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        self.bar.close()
+        if self.wandb is not None:
+            with contextlib.suppress(Exception):
+                self.wandb.finish()
+
+    def _forget_after(self, samples: int) -> None:
+        """After a resume the steps past the checkpoint are done again, so drop their lines."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a line torn by a kill
+                if json.loads(line)["samples"] <= samples:
+                    kept.append(line + "\n")
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)
+
+
+def _start_wandb(config: Config, folder: Path) -> Any:
+    """A wandb run that goes on after a resume; offline without a key; None if it fails."""
+    try:
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            wandb.login(prompt=False)
+        except wandb.errors.UsageError:  # no key
+            os.environ.setdefault("WANDB_MODE", "offline")
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        return wandb.init(
+            project=config.logging.project,
+            name=folder.name,
+            id=identity.read_text().strip(),
+            resume="allow",
+            dir=folder,
+            config=config.model_dump(mode="json"),
+        )
+    except Exception as error:  # a failing wandb never stops a run
+        print(f"wandb is off: {error}", file=sys.stderr)
+        return None
+
+
+def _flattened(values: dict[str, Any]) -> dict[str, float]:
+    """Lists become keys with a number: thresholds/0/3 is layer 0, expert 3."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            flat |= {
+                f"{key}/{inner}": number
+                for inner, number in _flattened({str(i): v for i, v in enumerate(value)}).items()
+            }
+        else:
+            flat[key] = value
+    return flat
+
+
+def _peak_memory_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

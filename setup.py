@@ -1,0 +1,43 @@
+"""Metadata and dependencies. The bounds are the versions that were tried."""
+
+from setuptools import find_packages, setup
+
+DEMO = ["mlxtend>=0.23,<0.26", "scikit-learn>=1.5,<2", "pillow>=10,<14"]
+
+setup(
+    name="diffmoe",
+    version="0.1.0",
+    description="Mixture-of-Experts diffusion transformers with dynamic token selection",
+    long_description=open("README.md").read(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["diffmoe", "diffmoe.*"]),
+    package_data={"diffmoe": ["recipes/*.yaml"]},
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "torch>=2.13,<2.15",
+        # Its ZeRO internals hold the fp32 masters that checkpoints and the EMA read.
+        "deepspeed==0.19.8",
+        "megatron-core==0.16.1",
+        "webdataset>=1.0.2,<1.1",
+        "pyyaml>=6,<7",
+        "wandb>=0.22,<0.32",
+        "pydantic>=2.7,<3",
+        "safetensors>=0.5,<0.9",
+        "numpy>=1.26,<3",
+        "tqdm>=4.66,<5",
+        "pillow>=10,<14",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "eval": ["scipy>=1.13,<2"],
+        "vae": ["diffusers>=0.30,<1"],
+        "ode": ["torchdiffeq>=0.2.4,<0.3"],
+        "dev": [
+            *DEMO,
+            "torchdiffeq>=0.2.4,<0.3",
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
+            "ruff>=0.9,<0.18",
+        ],
+    },
+)

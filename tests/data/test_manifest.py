@@ -1,0 +1,133 @@
+import json
+import re
+
+import pytest
+
+from diffmoe.data.manifest import Manifest
+from diffmoe.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path, pack):
+    pack(tmp_path / "data", [5, 4, 3])
+    return tmp_path / "data"
+
+
+def mend(folder, **changes):
+    """Rewrite manifest.json; None removes the field."""
+    fields = json.loads((folder / "manifest.json").read_text()) | changes
+    fields = {name: value for name, value in fields.items() if value is not None}
+    (folder / "manifest.json").write_text(json.dumps(fields))
+
+
+def test_a_saved_manifest_loads_equal_and_passes_its_checks(folder):
+    manifest = Manifest.load(folder)
+    assert [shard.samples for shard in manifest.shards] == [5, 4, 3]
+    assert manifest.samples == 12
+    manifest.save(folder)
+    assert Manifest.load(folder) == manifest
+    manifest.check(folder, lanes=3)
+    manifest.check_checksums(folder)
+    manifest.check_model(channels=2, size=4, classes=7)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_missing_folder_names_the_setting(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist; set data\.path"):
+        Manifest.load(tmp_path / "nowhere")
+
+
+def test_folder_without_manifest_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"manifest\.json is missing.*pack the data again"):
+        Manifest.load(tmp_path)
+
+
+def test_manifest_that_is_not_json_is_named(folder):
+    (folder / "manifest.json").write_text('{"version": 1,')
+    with pytest.raises(UserError, match=r"manifest\.json is not JSON"):
+        Manifest.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": "red"}, r"manifest\.json: colour is unknown"),
+        ({"classes": None}, r"manifest\.json: classes is missing"),
+        ({"version": 2}, r"version=2"),
+        ({"content": "moments"}, r"content='moments'"),
+        ({"shape": [4, 0, 4]}, r"shape=\[4, 0, 4\].*at least 1"),
+        ({"scale": [1.0, 2.0, 3.0]}, r"scale has 3 numbers for 2 channels"),
+        ({"scale": 0.0}, r"scale holds a zero"),
+        ({"class_names": ["a"]}, r"class_names has 1 names, classes is 7"),
+        ({"shards": [{"name": "a.tar"}]}, r"shards\.0\.samples is missing"),
+    ],
+)
+def test_wrong_fields_are_named(folder, changes, message):
+    mend(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        Manifest.load(folder)
+
+
+def test_missing_shard_is_named(folder):
+    (folder / "000001.tar").unlink()
+    with pytest.raises(UserError, match=r"000001\.tar is missing"):
+        Manifest.load(folder).check(folder)
+
+
+def test_empty_shard_is_named(folder):
+    (folder / "000001.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"000001\.tar is empty"):
+        Manifest.load(folder).check(folder)
+
+
+def test_truncated_shard_is_named_with_both_sizes(folder):
+    shard = folder / "000002.tar"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:-512])
+    message = rf"000002\.tar is truncated: {size - 512} bytes on disk, {size} in manifest\.json"
+    with pytest.raises(UserError, match=message + r".*pack the data again"):
+        Manifest.load(folder).check(folder)
+
+
+@pytest.mark.parametrize("lanes", [0, 4])
+def test_fewer_shards_than_lanes_names_both_and_the_way_out(folder, lanes):
+    message = rf"data\.lanes={lanes} does not fit the 3 shards.*set data\.lanes to 1\.\.3, or pack"
+    with pytest.raises(UserError, match=message):
+        Manifest.load(folder).check(folder, lanes=lanes)
+
+
+def test_counts_must_be_positive(folder):
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    mend(folder, shards=[shards[0] | {"samples": 0}])
+    with pytest.raises(UserError, match=r"000000\.tar has samples=0"):
+        Manifest.load(folder).check(folder)
+    mend(folder, shards=[])
+    with pytest.raises(UserError, match="shards is empty"):
+        Manifest.load(folder).check(folder)
+    mend(folder, shards=shards, classes=0)
+    with pytest.raises(UserError, match="classes=0"):
+        Manifest.load(folder).check(folder)
+
+
+def test_checksum_finds_one_flipped_bit(folder):
+    shard = folder / "000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    manifest = Manifest.load(folder)
+    manifest.check(folder)  # the size is right
+    with pytest.raises(UserError, match=r"000000\.tar is corrupt"):
+        manifest.check_checksums(folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ((4, 4, 7), "shape=2x4x4 has 2 channels, but model.in_channels=4; set model.in_channels=2"),
+        ((2, 8, 7), "model.input_size=8; set model.input_size=4"),
+        ((2, 4, 1000), "classes=7, but model.num_classes=1000; set model.num_classes=7"),
+    ],
+)
+def test_a_model_of_another_shape_is_refused_with_both_values(folder, model, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Manifest.load(folder).check_model(*model)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from diffmoe.diffusion.flow import FlowMatching
+from diffmoe.errors import UserError
+
+
+def batch(n: int = 5) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, n, 4, 3, 3, generator=generator)
+    return data, noise, torch.linspace(0, 1, n)
+
+
+def test_paths_run_straight_from_noise_to_data():
+    data, noise, t = batch()
+    x_t = FlowMatching().corrupt(data, noise, t)
+    assert torch.equal(x_t[0], noise[0])
+    assert torch.equal(x_t[-1], data[-1])
+    assert_close(x_t[1], 0.25 * data[1] + 0.75 * noise[1])
+
+
+def test_velocity_towards_a_point_mass_has_no_loss():
+    _, noise, _ = batch()
+    point = torch.full_like(noise, 0.3)
+    t = torch.tensor([0.0, 0.2, 0.5, 0.8, 0.9])
+    flow = FlowMatching()
+    x_t = flow.corrupt(point, noise, t)
+    velocity = (point - x_t) / (1 - t.view(-1, 1, 1, 1))
+    loss = flow.loss(velocity, x_t, point, noise, t)["loss"]
+    # Rounding of x_t divided by 1 - t = 0.1, squared.
+    assert_close(loss, torch.zeros(5), rtol=0, atol=1e-11)
+    assert (flow.loss(-velocity, x_t, point, noise, t)["loss"] > 1).all()
+
+
+def test_loss_is_each_samples_mean_squared_error():
+    data, noise, t = batch()
+    offset = torch.arange(5.0).view(5, 1, 1, 1)
+    terms = FlowMatching().loss(data - noise + offset, data, data, noise, t)
+    assert_close(terms["loss"], torch.tensor([0.0, 1.0, 4.0, 9.0, 16.0]))
+    assert torch.equal(terms["loss"], terms["mse"])
+
+
+def test_sigma_channels_do_not_enter_the_loss():
+    data, noise, t = batch()
+    prediction = torch.randn(5, 8, 3, 3).requires_grad_()
+    both = FlowMatching().loss(prediction, data, data, noise, t)["loss"]
+    alone = FlowMatching().loss(prediction[:, :4], data, data, noise, t)["loss"]
+    assert torch.equal(both, alone)
+    both.sum().backward()
+    assert torch.count_nonzero(prediction.grad[:, 4:]) == 0
+    with pytest.raises(ValueError, match="5 predicted channels for data of 4"):
+        FlowMatching().loss(prediction[:, :5], data, data, noise, t)
+
+
+def test_bf16_inputs_are_computed_in_fp32():
+    data, noise, t = batch()
+    data, noise = data.bfloat16(), noise.bfloat16()
+    flow = FlowMatching()
+    assert torch.equal(flow.corrupt(data, noise, t), flow.corrupt(data.float(), noise.float(), t))
+    loss = flow.loss(noise, data, data, noise, t)["loss"]
+    assert loss.dtype == torch.float32
+    assert_close(loss, (2 * noise.float() - data.float()).square().mean((1, 2, 3)))
+
+
+def test_uniform_timesteps_are_uniform():
+    t = FlowMatching().sample_timesteps(20_000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.float32
+    assert t.min() >= 0
+    assert t.max() < 1
+    # The empirical distribution function strays by less than 1.63 / sqrt(n) at 99%.
+    rank = (torch.arange(20_000) + 0.5) / 20_000
+    assert (t.sort().values - rank).abs().max() < 1.63 / 20_000**0.5
+
+
+def test_logit_normal_timesteps_follow_their_distribution():
+    flow = FlowMatching("logit_normal", logit_mean=-0.5, logit_std=0.8)
+    t = flow.sample_timesteps(20_000, torch.Generator().manual_seed(0))
+    uniform = torch.special.ndtr((torch.logit(t) + 0.5) / 0.8).sort().values
+    rank = (torch.arange(20_000) + 0.5) / 20_000
+    assert (uniform - rank).abs().max() < 1.63 / 20_000**0.5
+
+
+def test_unknown_timestep_density_is_refused():
+    with pytest.raises(UserError, match="'uniform' or 'logit_normal'"):
+        FlowMatching("cosine")

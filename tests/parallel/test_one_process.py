@@ -1,0 +1,163 @@
+"""Oracle 2: training on ranks equals one plain process, without DeepSpeed, to rounding."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe.config import Config
+from diffmoe.diffusion import create_objective
+from diffmoe.models.dit import DiT
+from diffmoe.models.moe import routing_loss
+from diffmoe.parallel.topology import create_topology
+from diffmoe.parallel.zero import create_engine, engine_settings
+from diffmoe.training.batch import micro_batches
+from diffmoe.training.thresholds import ThresholdTracker
+from tests.ranks import run_ranks
+from tests.tiny import random_batch, randomize, tiny_config
+
+STEPS, LR, CLIP = 3, 0.5, 0.3
+LAYOUTS = [
+    (world, ranks, stage)
+    for world, ranks in [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+    for stage in (1, 2)
+]
+
+
+def loss_of(output: Any, examples: Any, config: Config, objective: Any) -> Tensor:
+    loss = objective.loss(
+        output.prediction, examples.x_t, examples.data, examples.noise, examples.t
+    )["loss"].mean()
+    return loss + routing_loss(output.routing, config.moe)
+
+
+def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
+    """Plain torch: whole batch (in `pools` parts, one after the other), SGD, torch's clipping."""
+    objective = create_objective(config.diffusion)
+    network = randomize(DiT(config.model, config.moe))
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    trackers = [ThresholdTracker(network) for _ in range(pools)]
+    lanes = config.data.lanes // pools
+    told: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        losses = []
+        for part, tracker in enumerate(trackers):
+            mine = range(part * lanes, (part + 1) * lanes)
+            batch = random_batch(config, step, mine)
+            for examples in micro_batches(batch, config, mine, step, objective):
+                output = network(examples.x_t, examples.t, examples.labels)
+                loss = loss_of(output, examples, config, objective)
+                loss = loss / pools / config.training.accumulation
+                loss.backward()
+                losses.append(loss.detach())
+                tracker.observe(output.routing)
+        told["losses"].append(sum(losses).item())
+        told["norms"].append(torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP).item())
+        optimizer.step()
+        if config.moe.type == "diffmoe":
+            network.move_thresholds(torch.stack([t.seen() for t in trackers]).mean(dim=0))
+        for tracker in trackers:
+            tracker.forget()
+    told["weights"] = {name: p.detach() for name, p in network.named_parameters()}
+    told["thresholds"] = network.thresholds_LE if config.moe.type == "diffmoe" else None
+    return told
+
+
+def on_rank(config: Config) -> dict[str, Any]:
+    """The same through topology, engine and ZeRO; weights are this rank's."""
+    objective = create_objective(config.diffusion)
+    topology = create_topology(config.parallel.expert_parallel)
+    network = randomize(DiT(config.model, config.moe, topology)).train()
+    engine = create_engine(
+        network,
+        experts=network.expert_parameters(),
+        num_experts=config.moe.experts,
+        optimizer=torch.optim.SGD,
+        optimizer_options={"lr": LR},
+        settings=engine_settings(config, {}, topology.world),
+        topology=topology,
+    )
+    tracker = ThresholdTracker(network)
+    lanes = config.data.lanes // topology.world
+    mine = range(topology.rank * lanes, (topology.rank + 1) * lanes)
+    told: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        total = torch.zeros(())
+        for examples in micro_batches(
+            random_batch(config, step, mine), config, mine, step, objective
+        ):
+            output = engine(examples.x_t, examples.t, examples.labels)
+            loss = loss_of(output, examples, config, objective)
+            engine.backward(loss)
+            engine.step()
+            tracker.observe(output.routing)
+            total += loss.detach() / config.training.accumulation
+        tracker.step()
+        dist.all_reduce(total)
+        told["losses"].append(total.item() / topology.world)
+        told["norms"].append(float(engine.get_global_grad_norm()))
+    experts = network.expert_parameters()
+    told["weights"] = {
+        name: (p.detach().clone(), topology.expert_rank * len(p) if name in experts else None)
+        for name, p in network.named_parameters()
+    }
+    told["thresholds"] = network.thresholds_LE if config.moe.type == "diffmoe" else None
+    return told
+
+
+def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float = 1e-6):
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+        if expected["thresholds"] is not None:
+            torch.testing.assert_close(
+                rank["thresholds"], expected["thresholds"], atol=tolerance, rtol=0
+            )
+        for name, (weight, first) in rank["weights"].items():
+            whole = expected["weights"][name]
+            part = whole if first is None else whole[first : first + len(weight)]
+            torch.testing.assert_close(
+                weight, part, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize(("world", "ranks", "stage"), LAYOUTS)
+@pytest.mark.parametrize("kind", ["gelu_flow", "swiglu_ddpm"])
+def test_global_pool_equals_one_process_on_any_layout(
+    kind: str, world: int, ranks: int, stage: int
+):
+    config = tiny_config(
+        moe__token_pool="global",
+        moe__activation=kind.split("_")[0],
+        diffusion__objective=kind.split("_")[1],
+        model__learn_sigma=kind.endswith("ddpm"),
+        optimizer__gradient_clipping=CLIP,
+        parallel__expert_parallel=ranks,
+        parallel__zero_stage=stage,
+    )
+    expected = one_process(config)
+    assert min(expected["norms"]) > CLIP  # clipping acts
+    compare(run_ranks(world, on_rank, config), expected)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_micro_batch_pool_equals_one_process_with_as_many_pools(ranks: int):
+    config = tiny_config(
+        optimizer__gradient_clipping=CLIP, parallel__expert_parallel=ranks, moe__capacity=2.0
+    )
+    compare(run_ranks(4, on_rank, config), one_process(config, pools=4))
+
+
+@pytest.mark.parametrize("family", ["expert_choice", "token_choice"])
+def test_baselines_equal_one_process(family: str):
+    # Token choice is ragged between ranks; its balancing loss is a rank's own, so it is off here.
+    config = tiny_config(
+        moe__type=family,
+        moe__aux_loss_weight=0.0,
+        optimizer__gradient_clipping=CLIP,
+        parallel__expert_parallel=2,
+    )
+    compare(run_ranks(2, on_rank, config), one_process(config))

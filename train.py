@@ -1,0 +1,86 @@
+"""Train a DiffMoE.
+
+  python train.py --config mnist                                   one process
+  torchrun --nproc_per_node 2 train.py --config mnist parallel.expert_parallel=2
+  deepspeed train.py --config diffmoe_l_e16_flow --ds_config deepspeed_configs/zero1_bf16.json \\
+      data.path=/data/imagenet256
+
+Settings are written section.key=value after the options; --print-config shows all of them. A run
+lives in its `output` folder (runs/RECIPE): checkpoints, metrics.jsonl, config.yaml. Starting the
+same command again goes on where it stopped. Ctrl-C or SIGTERM finishes the step, saves and exits
+with code 85.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import traceback
+
+EXIT_USER_ERROR, EXIT_STOPPED = 2, 85
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a recipe's name or a YAML file")
+    parser.add_argument("--ds_config", help="DeepSpeed JSON, e.g. deepspeed_configs/zero1.json")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): go on from the output's newest checkpoint, if there is one; never: "
+        "only start in an empty output; PATH: a checkpoint or a run's folder, which must be there",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
+    # Launchers hand it over; the environment's LOCAL_RANK is what counts.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args()
+
+
+def main() -> int:
+    from diffmoe.errors import UserError
+
+    arguments = parse()
+    try:
+        return run(arguments)
+    except UserError as error:
+        return fail(f"error: {error}", EXIT_USER_ERROR)
+    except Exception:
+        return fail(f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", 1)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from diffmoe.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.device:
+        os.environ["DS_ACCELERATOR"] = arguments.device  # read while DeepSpeed is imported
+    from diffmoe.training.start import start
+
+    finished = start(
+        config, arguments.ds_config, arguments.resume, arguments.device, arguments.print_config
+    )
+    return 0 if finished else EXIT_STOPPED
+
+
+def fail(message: str, code: int) -> int:
+    """Print a failure once, however many ranks share it, and leave without waiting for the others."""
+    import torch.distributed as dist
+
+    first = os.environ.get("RANK", "0") == "0"
+    if dist.is_available() and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        last_line = message.strip().rsplit("\n", 1)[-1]
+        first = store.add("failure/" + hashlib.sha256(last_line.encode()).hexdigest(), 1) == 1
+    if first:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
