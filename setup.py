@@ -1,5 +1,7 @@
 """Metadata and dependencies. The bounds are the versions that were tried."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 DEMO = ["mlxtend>=0.23,<0.26", "scikit-learn>=1.5,<2", "pillow>=10,<14"]
@@ -8,13 +10,13 @@ setup(
     name="diffmoe",
     version="0.1.0",
     description="Mixture-of-Experts diffusion transformers with dynamic token selection",
-    long_description=open("README.md").read(),
+    long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["diffmoe", "diffmoe.*"]),
     package_data={"diffmoe": ["recipes/*.yaml"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
-        "torch>=2.13,<2.15",
+        "torch>=2.6,<2.15",
         # Its ZeRO internals hold the fp32 masters that checkpoints and the EMA read.
         "deepspeed==0.19.8",
         "megatron-core==0.16.1",

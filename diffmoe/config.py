@@ -178,7 +178,7 @@ class Config(_Section):
         experts, ranks = self.moe.experts, self.parallel.expert_parallel
         if ranks > 1 and self.moe.type == "dense":
             raise ValueError(
-                f"parallel.expert_parallel={ranks} needs experts, and moe.type is dense; set it to 1"
+                f"parallel.expert_parallel={ranks} needs experts, but moe.type is dense; set it 1"
             )
         if experts % ranks:
             raise ValueError(
@@ -202,8 +202,8 @@ class Config(_Section):
         if batch % pieces:
             raise ValueError(
                 f"training.batch_size={batch} is not divisible by data.lanes={lanes} times "
-                f"training.accumulation={self.training.accumulation}; choose a batch that is a "
-                f"multiple of {pieces}, or lanes among {_divisors(batch // self.training.accumulation)}"
+                f"training.accumulation={self.training.accumulation}; choose a multiple of {pieces},"
+                f" or lanes among {_divisors(batch // self.training.accumulation)}"
             )
         return self
 

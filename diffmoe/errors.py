@@ -1,8 +1,21 @@
-"""The one exception for input that a user can mend."""
+"""The one exception for input that a user can mend, and how commands tell it."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
-    """A wrong setting, file or folder: the message names it, its value and the way out.
+    """A wrong setting, file or folder: the message names it, its value and the way out."""
 
-    Commands print the message alone, without a traceback, and exit with code 2.
-    """
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a tool. A UserError is printed alone, without a traceback, and exits with code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    sys.exit(0)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -13,18 +14,33 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ranks_preload"])
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list:
+def run_ranks(
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120,
+    connect: bool = True,
+) -> list:
     """Call function(*args) on `world` ranks; their results in rank order.
 
     function must be importable (a module's own, not a closure). A rank that raises, dies or hangs
     past `timeout` seconds fails the test with its traceback.
+    connect: join the ranks by gloo first; else they find a launcher's environment variables.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
+        free.close()
         receivers, processes = [], []
         for rank in range(world):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_rank_main, args=(rank, world, folder, sender, function, args), daemon=True
+                target=_rank_main,
+                args=(rank, environment, folder if connect else None, sender, function, args),
             )
             process.start()
             sender.close()
@@ -34,7 +50,9 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         try:
             for rank, receiver in enumerate(receivers):
                 if not receiver.poll(timeout):
-                    raise TimeoutError(f"rank {rank} of {world} gave nothing in {timeout} s: a hang?")
+                    raise TimeoutError(
+                        f"rank {rank} of {world} gave nothing in {timeout} s: a hang?"
+                    )
                 try:
                     ok, value = pickle.loads(receiver.recv_bytes())
                 except EOFError:
@@ -50,21 +68,29 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def _rank_main(
-    rank: int, world: int, folder: str, sender: Any, function: Callable[..., Any], args: tuple
+    rank: int,
+    environment: dict[str, str],
+    folder: str | None,
+    sender: Any,
+    function: Callable[..., Any],
+    args: tuple,
 ) -> None:
     import deepspeed
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     try:
-        store = dist.FileStore(os.path.join(folder, "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        if folder is not None:
+            world = int(environment["WORLD_SIZE"])
+            store = dist.FileStore(os.path.join(folder, "store"), world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         # Plain bytes: torch's own way of sending tensors needs the sender to stay alive.
         sender.send_bytes(pickle.dumps((True, function(*args))))
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:

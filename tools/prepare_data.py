@@ -1,10 +1,9 @@
 """Make a data folder: shards {000000..}.tar and their manifest.json."""
 
 import argparse
-import sys
 
 from diffmoe.data.mnist import pack_mnist
-from diffmoe.errors import UserError
+from diffmoe.errors import run_command
 
 EXAMPLE = """example:
   python tools/prepare_data.py mnist --out data/mnist
@@ -14,7 +13,7 @@ A run reads its data in lanes, each from shards of its own, so --shards must be 
 data.lanes."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,20 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     mnist.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     mnist.add_argument("--shards", type=int, default=16, metavar="N", help="tar files (default 16)")
     mnist.add_argument("--overwrite", action="store_true", help="replace the data that DIR holds")
-    options = parser.parse_args(arguments)
-    try:
-        manifest = pack_mnist(options.out, options.shards, options.overwrite)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = parser.parse_args()
+    manifest = pack_mnist(options.out, options.shards, options.overwrite)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(
         f"{options.out}: {manifest.samples} samples of {manifest.classes} classes in "
         f"{len(manifest.shards)} shards, {size:.1f} MB\n"
         f"next: python train.py --config {options.kind} data.path={options.out}"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

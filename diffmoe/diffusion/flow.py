@@ -12,27 +12,19 @@ class FlowMatching:
     """The paper's flow objective in its release's orientation: v = data - noise, t = 1 is data.
 
     timesteps: density of t in training, "uniform" on [0, 1) or "logit_normal", the sigmoid of a
-    normal variable with `logit_mean` and `logit_std`.
+    standard normal variable (arXiv 2403.03206, section 3.1).
     """
 
-    def __init__(
-        self,
-        timesteps: Literal["uniform", "logit_normal"] = "uniform",
-        logit_mean: float = 0.0,
-        logit_std: float = 1.0,
-    ) -> None:
+    def __init__(self, timesteps: Literal["uniform", "logit_normal"] = "uniform") -> None:
         if timesteps not in ("uniform", "logit_normal"):
             raise UserError(f"flow timesteps={timesteps!r}: choose 'uniform' or 'logit_normal'")
         self.timesteps = timesteps
-        self.logit_mean = logit_mean
-        self.logit_std = logit_std
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
         """t (n,), fp32 on the CPU, fed to the network unscaled."""
         if self.timesteps == "uniform":
             return torch.rand(n, generator=generator)
-        normal = torch.randn(n, generator=generator)
-        return torch.sigmoid(self.logit_mean + self.logit_std * normal)
+        return torch.randn(n, generator=generator).sigmoid()
 
     def corrupt(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = t * data + (1 - t) * noise, fp32 (n, C, H, W); t (n,)."""

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def maybe_checkpoint(active: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function`; if active, keep only its inputs and compute it again in the backward pass."""
+    """Call `function`; if active, keep its inputs alone and compute it again in the backward."""
     if not active:
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; optionally with normalised queries and keys and rotary positions."""
+    """Multi-head self-attention, optionally with normalised queries and keys, rotary positions."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
 
 def rotary_angles(grid: int, head_width: int) -> Tensor:
-    """cos and sin of 2-D rotary positions: half of the pairs turn with y, half with x. -> (2, T, h/2)."""
+    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs turn with y, half with x."""
     frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4)
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)

@@ -44,17 +44,25 @@ class _GroupedLinear:
 
     def __init__(self, rows_ND: Tensor, counts_e: Tensor) -> None:
         self.counts_e = counts_e
-        # torch's grouped product takes these types only; elsewhere one product per expert.
-        self.has_kernel = rows_ND.dtype == torch.bfloat16 or (
-            rows_ND.dtype == torch.float32 and rows_ND.device.type == "cpu"
+        # torch's grouped product (2.10 on) takes these types only, and at least one row; elsewhere
+        # one product per expert.
+        self.has_kernel = (
+            hasattr(F, "grouped_mm")
+            and rows_ND.numel() > 0
+            and (
+                rows_ND.dtype == torch.bfloat16
+                or (rows_ND.dtype == torch.float32 and rows_ND.device.type == "cpu")
+            )
         )
-        # The kernel wants at least one row, and rows whose length in bytes divides by 16.
-        self.has_kernel &= rows_ND.numel() > 0 and rows_ND.shape[1] % 8 == 0
 
     def __call__(self, rows_ND: Tensor, w_eDH: Tensor, b_eH: Tensor | None = None) -> Tensor:
-        if self.has_kernel and w_eDH.shape[2] % 8 == 0:
+        # The kernel wants rows, in and out, whose length in bytes divides by 16.
+        if self.has_kernel and w_eDH.shape[1] % 8 == 0 and w_eDH.shape[2] % 8 == 0:
             ends_e = self.counts_e.cumsum(0).to(torch.int32)
             product_NH = F.grouped_mm(rows_ND, w_eDH, offs=ends_e)
+            if product_NH.requires_grad:
+                # Its backward refuses a broadcast gradient, such as that of a plain sum.
+                product_NH.register_hook(torch.Tensor.contiguous)
             if b_eH is not None:
                 product_NH = product_NH + b_eH.repeat_interleave(
                     self.counts_e, dim=0, output_size=len(rows_ND)

@@ -56,7 +56,7 @@ class MoEFeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, LayerRouting]:
         tokens_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
         assignment, decided = self._route(tokens_SD, x_BTD.shape[1])
-        # Routing stays outside of what is computed again: it happens once, whatever is checkpointed.
+        # Routing stays outside of what is computed again: it happens once, checkpointed or not.
         mixed_SD = maybe_checkpoint(self.checkpointing, self._mix, tokens_SD, *assignment)
         return mixed_SD.view_as(x_BTD), decided
 
@@ -100,7 +100,7 @@ class MoEFeedForward(nn.Module):
         return routing.take_largest(scores_ES, kth_E, self.pool.ties(scores_ES, kth_E, k))
 
     def _assign(self, taken_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
-        """Static where this rank's experts surely take k tokens each, on every rank of the group."""
+        """Static where every expert surely takes k tokens of every rank of the group."""
         equal_on_all_ranks = self.training or self.dispatch.size == 1
         if self.pool.ranks == 1 and equal_on_all_ranks:
             return routing.static_assignment(taken_ES, scores_SE, k)

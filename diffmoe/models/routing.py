@@ -1,7 +1,7 @@
 """Which expert takes which token. Pure functions of scores: no collectives, no state.
 
-Shape letters, here and in all of models/: B samples, T tokens per sample, S tokens in this rank's
-pool, D width, E experts, e experts on this rank, K tokens per expert, H expert hidden width, N rows.
+Shape letters, in all of models/: B samples, T tokens per sample, S tokens in this rank's pool,
+D width, E experts, e experts on this rank, K tokens per expert, H expert hidden width, N rows.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ def expert_capacity(tokens: int, experts: int, capacity: float) -> int:
 
 
 def router_scores(tokens_SD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Softmax over experts (Eq. 4), in fp32 at least, whatever the type of the tokens. -> (S, E)."""
+    """Softmax over experts (Eq. 4), (S, E), in fp32 at least, whatever the tokens' type."""
     dtype = torch.promote_types(tokens_SD.dtype, torch.float32)
     return F.linear(tokens_SD.to(dtype), weight_ED.to(dtype)).softmax(dim=-1)
 
@@ -49,7 +49,7 @@ def top_k_mask(values_XS: Tensor, k: int) -> Tensor:
 
 
 def static_assignment(taken_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
-    """The pairs of a mask in which every expert took exactly k tokens; never waits for the device."""
+    """The pairs of a mask in which every expert took exactly k tokens; no wait for the device."""
     slot_ES = torch.where(taken_ES, taken_ES.cumsum(dim=1) - 1, k)
     token_ES = torch.arange(taken_ES.shape[1], device=taken_ES.device).expand_as(taken_ES)
     # Tokens not taken are all written into a last column, which is cut off.

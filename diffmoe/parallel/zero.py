@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its configuration and checks, parameter groups, and the ranges that ZeRO owns."""
+"""The DeepSpeed engine: its settings and checks, parameter groups, and the ranges ZeRO owns."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
 def reconcile(config: Config, settings: dict[str, Any], path: str = "ds_config") -> Config:
     """Hold the DeepSpeed JSON against the configuration.
 
-    A value that only one of them sets holds for both. Raises UserError with every pair that differs.
+    A value that only one of them sets holds for both. Raises UserError with all that differ.
     """
     changes, conflicts = {}, []
     for ds_key, key in _OVERLAPS:
@@ -88,7 +88,7 @@ def reconcile(config: Config, settings: dict[str, Any], path: str = "ds_config")
 
 
 def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dict[str, Any]:
-    """The complete dictionary for deepspeed.initialize: the JSON plus what the configuration says."""
+    """All that deepspeed.initialize needs: the JSON plus what the configuration says."""
     training = config.training
     micro_batch = training.batch_size // (world * training.accumulation)
     given = settings.get("train_micro_batch_size_per_gpu", micro_batch)

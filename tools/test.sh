@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them all; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/install.sh dev
+OMP_NUM_THREADS=1 python -m pytest "$@"
