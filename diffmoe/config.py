@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -110,11 +110,14 @@ class DataConfig(_Section):
     workers: int = Field(1, ge=0, description="reader processes per rank")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(_Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clipping: float = Field(0.0, ge=0, description="largest gradient norm; 0: off")
@@ -133,15 +136,6 @@ class TrainingConfig(_Section):
     label_dropout: float = Field(0.1, ge=0, le=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _batch(self) -> "TrainingConfig":
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"training.batch_size={self.batch_size} is not divisible by "
-                f"training.accumulation={self.accumulation}"
-            )
-        return self
 
 
 class ParallelConfig(_Section):
@@ -175,6 +169,15 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "Config":
+        for key, ratio in (
+            ("model.mlp_ratio", self.model.mlp_ratio),
+            ("moe.expert_ratio", self.moe.expert_ratio),
+        ):
+            if int(self.model.width * ratio) < 1:
+                raise ValueError(
+                    f"{key}={ratio} times model.width={self.model.width} leaves no hidden unit; "
+                    f"choose at least {1 / self.model.width}"
+                )
         experts, ranks = self.moe.experts, self.parallel.expert_parallel
         if ranks > 1 and self.moe.type == "dense":
             raise ValueError(
@@ -202,8 +205,8 @@ class Config(_Section):
         if batch % pieces:
             raise ValueError(
                 f"training.batch_size={batch} is not divisible by data.lanes={lanes} times "
-                f"training.accumulation={self.training.accumulation}; choose a multiple of {pieces},"
-                f" or lanes among {_divisors(batch // self.training.accumulation)}"
+                f"training.accumulation={self.training.accumulation}; choose a batch that is a "
+                f"multiple of {pieces}, or other lanes or accumulation"
             )
         return self
 
@@ -220,11 +223,7 @@ class Config(_Section):
                 f"{world} ranks are not divisible by parallel.expert_parallel={ranks}; "
                 f"choose {_divisors(world)}, or start a multiple of {ranks} ranks"
             )
-        if self.training.batch_size % (world * self.training.accumulation):
-            raise UserError(
-                f"training.batch_size={self.training.batch_size} is not divisible by {world} ranks "
-                f"times training.accumulation={self.training.accumulation}"
-            )
+        # The batch divides by the lanes, so what the lanes allow the batch allows too.
         if lanes % world:
             raise UserError(
                 f"data.lanes={lanes} is not divisible by {world} ranks; start "
@@ -313,7 +312,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(), Loader=_NumbersLoader)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as 'model:', it holds {values!r}")

@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
 
 def rotary_angles(grid: int, head_width: int) -> Tensor:
-    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs turn with y, half with x."""
+    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs turn with y."""
     frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4)
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)

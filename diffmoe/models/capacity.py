@@ -21,8 +21,9 @@ class CapacityPredictor(nn.Module):
 
     def forward(self, tokens_SD: Tensor) -> Tensor:
         """Logits (S, E), in fp32 at least. No gradient reaches the tokens."""
-        logits_SE = self.out(F.silu(self.hidden(tokens_SD.detach())))
-        return logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32))
+        hidden_SD = F.silu(self.hidden(tokens_SD.detach()))
+        dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
+        return F.linear(hidden_SD.to(dtype), self.out.weight.to(dtype), self.out.bias.to(dtype))
 
     def wanted(self, logits_SE: Tensor) -> Tensor:
         """Mask (S, E) of the per-token test of Eq. 14: probability above the threshold."""

@@ -64,7 +64,7 @@ class DiT(nn.Module):
         return MLP(self.config.width, int(self.config.width * self.config.mlp_ratio))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> DiTOutput:
-        """x (B, C, H, W) noisy latents, t (B,), labels (B,), where num_classes is the null label."""
+        """x (B, C, H, W) noisy latents, t (B,), labels (B,); num_classes is the null label."""
         x_BTD = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         x_BTD = x_BTD + self.positions.to(x_BTD.dtype)
         condition = self.timestep_embed(t) + self.label_embed(labels)

@@ -40,7 +40,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
         settings = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"cannot read --ds_config {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise UserError(f"--ds_config {path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"--ds_config {path} must hold an object, it holds {settings!r}")
@@ -50,6 +50,15 @@ def read_ds_config(path: str) -> dict[str, Any]:
                 f"{path}: '{section}' belongs to the run's configuration; remove it here and set "
                 "optimizer.* there"
             )
+    for section in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(settings.get(section, {}), dict):
+            raise UserError(
+                f"{path}: '{section}' must be an object such as "
+                f'{{"{"stage" if section == "zero_optimization" else "enabled"}": ...}}, '
+                f"it is {settings[section]!r}"
+            )
+    if "bfloat16" in settings:
+        raise UserError(f"{path}: write 'bf16' instead of 'bfloat16'")
     if settings.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16.enabled=true is not supported; use bf16")
     return settings
@@ -67,6 +76,12 @@ def reconcile(config: Config, settings: dict[str, Any], path: str = "ds_config")
             value = value.get(part) if isinstance(value, dict) else None
         if value is None:
             continue
+        wanted = bool if key == "training.precision" else int | float
+        if not isinstance(value, wanted):
+            raise UserError(
+                f"{path}: {'.'.join(ds_key)}={value!r} must be a plain value; leave it out "
+                f"and {key} holds"
+            )
         if key == "training.precision":
             value = "bf16" if value else "fp32"
         section, field = key.split(".")
@@ -96,7 +111,7 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
         raise UserError(
             f"train_micro_batch_size_per_gpu={given} in the DeepSpeed JSON, but "
             f"training.batch_size={training.batch_size} over {world} ranks times "
-            f"training.accumulation={training.accumulation} is {micro_batch}"
+            f"training.accumulation={training.accumulation} is {micro_batch}; leave it out"
         )
     zero = {"reduce_bucket_size": 25_000_000, "allgather_bucket_size": 25_000_000}
     zero |= settings.get("zero_optimization", {}) | {"stage": config.parallel.zero_stage}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from diffmoe.diffusion.flow import FlowMatching
 from diffmoe.export import config_from_release, from_release
+from diffmoe.models.blocks import grid_positions
 from diffmoe.models.dit import DiT, DiTOutput
 from diffmoe.models.moe import routing_loss
-from diffmoe.models.blocks import grid_positions
 from diffmoe.training.thresholds import ThresholdTracker
 
 REFERENCE = Path(__file__).parents[1] / "reference"

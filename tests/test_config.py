@@ -1,0 +1,348 @@
+"""The configuration: recipes, overrides, and what a wrong value is told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe.config import Config, load_config, recipe_names
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+
+# Counts of the paper's release, with MoE in every second block.
+PARAMETERS = {
+    ("diffmoe_s_e16_flow", "model.input_size=16"): 140_191_616,  # also in a public training log
+    ("diffmoe_s_e16_flow", "moe.experts=2"): 40_949_036,
+    ("diffmoe_s_e16_flow", "moe.experts=4"): 55_137_080,
+    ("diffmoe_s_e16_flow", "moe.experts=8"): 83_513_168,
+    ("diffmoe_s_e16_flow",): 140_265_344,
+    ("diffmoe_s_e16_ddpm",): 140_265_344,
+    ("diffmoe_b_e16_flow",): 559_222_400,
+    ("diffmoe_l_e8_flow",): 1_175_967_872,
+    ("diffmoe_l_e16_flow",): 1_981_962_464,
+    ("diffmoe_xl_e8_flow",): 1_734_997_392,
+    ("diffmoe_xl_e16_flow",): 2_924_985_856,
+    ("dense_s_flow",): 32_963_360,
+    ("dense_b_flow",): 130_512_416,
+    ("dense_l_flow",): 458_102_816,
+    ("dense_xl_ddpm",): 675_129_632,
+}
+
+
+def refusal(*overrides: str, name: str = "mnist") -> str:
+    """What the user reads when these overrides are refused."""
+    with pytest.raises(UserError) as caught:
+        load_config(name, overrides)
+    return str(caught.value)
+
+
+# Recipes -------------------------------------------------------------------------------------
+
+
+def test_there_are_recipes_for_every_family_size_and_objective():
+    names = recipe_names()
+    assert len(names) == len(set(names)) == 1 + 2 * (4 + 3 * 6)
+    assert {"mnist", "dense_xl_flow", "tc_b_e16_ddpm", "ec_l_e8_flow"} <= set(names)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_what_its_name_says(name: str):
+    config = load_config(name)
+    assert config.output == f"runs/{name}"
+    if name == "mnist":
+        assert (config.moe.type, config.moe.experts, config.model.in_channels) == ("diffmoe", 4, 1)
+        return
+    family, size, *experts, objective = name.split("_")
+    types = {"diffmoe": "diffmoe", "ec": "expert_choice", "tc": "token_choice", "dense": "dense"}
+    assert config.moe.type == types[family]
+    assert config.diffusion.objective == objective
+    shapes = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+    assert (config.model.depth, config.model.width, config.model.heads) == shapes[size]
+    if family != "dense":
+        assert experts == [f"e{config.moe.experts}"]
+    # The paper's training, and the latents of ImageNet 256.
+    assert (config.model.input_size, config.model.in_channels, config.model.patch_size) == (
+        32,
+        4,
+        2,
+    )
+    assert config.model.learn_sigma
+    assert config.training.batch_size == 256
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.optimizer.weight_decay == 0
+    assert config.training.ema_decay == 0.9999
+    assert config.training.label_dropout == 0.1
+    for world in (1, 2, 4, 8, 16, 32):
+        config.check_world(world)
+
+
+@pytest.mark.parametrize("arguments", PARAMETERS, ids="-".join)
+def test_parameter_counts_equal_the_release(arguments: tuple[str, ...]):
+    name, *overrides = arguments
+    config = load_config(name, overrides)
+    with torch.device("meta"):
+        network = DiT(config.model, config.moe)
+    # The release counts its fixed positions too; ours are a buffer.
+    count = network.parameter_count() + network.positions.numel()
+    assert count == PARAMETERS[arguments]
+
+
+def test_experts_of_an_e16_recipe_are_16_in_the_network():
+    config = load_config("diffmoe_s_e16_flow")
+    with torch.device("meta"):
+        layers = DiT(config.model, config.moe).moe_layers
+    assert [layer.experts.w_in.shape[0] for layer in layers] == [16] * 6
+
+
+@pytest.mark.parametrize(
+    "name", ["nonsense", "diffmoe_s_flow", "dense_s_e16_flow", "diffmoe_m_e16_flow", "dit_s_flow"]
+)
+def test_an_unknown_recipe_is_told_the_known_ones(name: str):
+    message = refusal(name=name)
+    assert f"no recipe {name!r}" in message
+    assert "give a YAML file's path (ending in .yaml) or one of:" in message
+    assert all(known in message for known in recipe_names())
+
+
+# Overrides and files -------------------------------------------------------------------------
+
+
+def test_overrides_reach_nested_keys_and_numbers_are_numbers():
+    config = load_config(
+        "mnist",
+        [
+            "model.depth=8",
+            "optimizer.learning_rate=3e-5",
+            "optimizer.eps=1E-10",
+            "optimizer.betas=[0.8, 0.95]",
+            "training.precision=bf16",
+            "logging.wandb=false",
+            "data.path=null",
+            "seed=7",
+            "output=runs/a=b",
+        ],
+    )
+    assert config.model.depth == 8
+    assert config.optimizer.learning_rate == 3e-5
+    assert config.optimizer.eps == 1e-10
+    assert config.optimizer.betas == (0.8, 0.95)
+    assert config.training.precision == "bf16"
+    assert config.logging.wandb is False
+    assert config.data.path is None
+    assert config.seed == 7
+    assert config.output == "runs/a=b"
+    assert config.model.width == 128  # the rest of the section is the recipe's
+
+
+def test_a_later_override_wins():
+    assert load_config("mnist", ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.depth", "override 'model.depth' has no '='; write it as section.key=value"),
+        ("model.depth=[1", "override 'model.depth=[1' is not valid YAML"),
+        ("model.depth=deep", "model.depth='deep': Input should be a valid integer"),
+        ("model.depth=0", "model.depth=0: Input should be greater than or equal to 1"),
+        ("model.depth.more=3", "model.depth.more: depth is a value, not a section"),
+        ("moe.type=soft", "Input should be 'diffmoe', 'expert_choice', 'token_choice' or 'dense'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas.1=[0.9]: Field required"),
+        ("training.ema_decay=1", "training.ema_decay=1: Input should be less than 1"),
+        ("model=3", "model=3: Input should be a valid dictionary"),
+    ],
+)
+def test_a_bad_override_is_told_its_key_and_value(override: str, told: str):
+    assert told in refusal(override)
+
+
+def test_an_unknown_key_is_told_the_known_ones_of_its_section():
+    message = refusal("model.deph=6")
+    assert "recipe mnist: unknown key model.deph=6; known: input_size, in_channels" in message
+    assert "depth" in message.split("known:")[1]
+
+
+def test_an_unknown_section_is_told_the_known_sections():
+    message = refusal("modle.depth=6")
+    assert "unknown key modle={'depth': 6}; known: output, seed, model, moe, diffusion" in message
+
+
+def test_all_bad_keys_are_told_at_once():
+    message = refusal("model.depth=0", "moe.topk=2", "seed=x")
+    assert [key in message for key in ("model.depth=0", "moe.topk=2", "seed='x'")] == [True] * 3
+    assert len(message.splitlines()) == 3
+
+
+def test_a_yaml_file_is_a_configuration_and_its_stem_names_the_run(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {depth: 2}\noptimizer: {learning_rate: 1e-5}\n")
+    config = load_config(str(file), ["moe.experts=2"])
+    assert (config.model.depth, config.moe.experts) == (2, 2)
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.output == "runs/mine"
+
+
+def test_a_missing_file_is_told_its_path(tmp_path: Path):
+    message = refusal(name=str(tmp_path / "none.yaml"))
+    assert f"cannot read the configuration {tmp_path / 'none.yaml'}: No such file" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: {depth: 2", "is not valid YAML"),
+        ("- model", "must hold sections such as 'model:', it holds ['model']"),
+        ("", "must hold sections such as 'model:', it holds None"),
+        ("model: {deph: 2}", "unknown key model.deph=2; known: input_size"),
+        ("model: 2", "model=2: Input should be a valid dictionary"),
+    ],
+)
+def test_a_broken_file_is_told_what_is_wrong_with_it(tmp_path: Path, text: str, told: str):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    message = refusal(name=str(file))
+    assert told in message
+    assert str(file) in message
+
+
+@pytest.mark.parametrize("name", ["mnist", "tc_l_e8_ddpm", "dense_s_flow"])
+def test_a_printed_configuration_reads_back_as_itself(name: str, tmp_path: Path):
+    config = load_config(name, ["optimizer.learning_rate=1e-5", "optimizer.eps=1e-12"])
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(str(file)) == config
+
+
+def test_replace_changes_validates_and_keeps_the_rest():
+    config = load_config("mnist")
+    changed = config.replace({"training.precision": "bf16", "seed": 5})
+    assert (changed.training.precision, changed.seed) == ("bf16", 5)
+    assert changed.training.batch_size == config.training.batch_size == 64
+    assert config.training.precision == "fp32"
+    with pytest.raises(UserError, match=r"the configuration: unknown key training\.speed=1"):
+        config.replace({"training.speed": 1})
+
+
+# Values that do not go together --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["moe.experts=12", "parallel.expert_parallel=8"],
+            "moe.experts=12 is not divisible by parallel.expert_parallel=8; "
+            "choose 1, 2, 3, 4, 6 or 12",
+        ),
+        (
+            ["moe.type=dense", "parallel.expert_parallel=2"],
+            "parallel.expert_parallel=2 needs experts, but moe.type is dense; set it 1",
+        ),
+        (["moe.top_k=5"], "moe.top_k=5 is more than moe.experts=4"),
+        (
+            ["moe.type=token_choice", "moe.token_pool=global"],
+            "moe.token_pool=global belongs to moe.type=diffmoe; moe.type=token_choice has no pool "
+            "over ranks, leave token_pool at micro_batch",
+        ),
+        (
+            ["training.batch_size=10", "training.accumulation=4"],
+            "training.batch_size=10 is not divisible by data.lanes=4 times training.accumulation=4;"
+            " choose a batch that is a multiple of 16, or other lanes or accumulation",
+        ),
+        (
+            ["training.batch_size=60", "data.lanes=8"],
+            "training.batch_size=60 is not divisible by data.lanes=8 times training.accumulation=1;"
+            " choose a batch that is a multiple of 8, or other lanes",
+        ),
+        (
+            ["training.batch_size=24", "data.lanes=4", "training.accumulation=4"],
+            "training.batch_size=24 is not divisible by data.lanes=4 times training.accumulation=4;"
+            " choose a batch that is a multiple of 16, or other lanes",
+        ),
+        (
+            [
+                "parallel.zero_stage=0",
+                "parallel.expert_parallel=2",
+                "optimizer.gradient_clipping=0.5",
+            ],
+            "parallel.zero_stage=0 clips wrongly with experts (it averages gradient norms over "
+            "ranks that own different ones: expert_parallel=2, gradient_clipping=0.5); use stage 1",
+        ),
+        (["optimizer.betas=[0.9,1.5]"], "optimizer.betas.1=1.5: Input should be less than 1"),
+        (["optimizer.learning_rate=.inf"], "optimizer.learning_rate=inf: Input should be a finite"),
+        (
+            ["moe.expert_ratio=0.001"],
+            "moe.expert_ratio=0.001 times model.width=128 leaves no hidden unit",
+        ),
+        (
+            ["parallel.zero_stage=3"],
+            "parallel.zero_stage=3: DeepSpeed refuses or mis-reduces expert parameters there; "
+            "use stage 1 or 2",
+        ),
+        (
+            ["model.patch_size=3"],
+            "model.input_size=28 is not divisible by model.patch_size=3; choose 1, 2, 4, 7, 14 or",
+        ),
+        (
+            ["model.heads=3"],
+            "model.width=128 is not divisible by model.heads=3; choose 1, 2, 4, 8, 16, 32, 64 or",
+        ),
+        (["model.width=6", "model.heads=1"], "model.width=6 must be divisible by 4"),
+        (
+            ["model.rope=true", "model.heads=64"],
+            "model.rope needs a head width divisible by 4, and model.width=128 / model.heads=64 "
+            "is 2",
+        ),
+        (
+            ["diffusion.objective=ddpm"],
+            "diffusion.timesteps=logit_normal belongs to diffusion.objective=flow; "
+            "ddpm draws its timesteps uniformly",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_told_with_the_way_out(overrides: list[str], told: str):
+    assert told in refusal(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "told"),
+    [
+        (
+            3,
+            ["parallel.expert_parallel=2"],
+            "3 ranks are not divisible by parallel.expert_parallel=2; choose 1 or 3, "
+            "or start a multiple of 2 ranks",
+        ),
+        (
+            8,
+            ["training.batch_size=64", "data.lanes=4"],
+            "data.lanes=4 is not divisible by 8 ranks; start 1, 2 or 4 ranks, "
+            "or set data.lanes to a multiple of 8",
+        ),
+        (
+            3,
+            ["training.batch_size=64", "data.lanes=4"],
+            "data.lanes=4 is not divisible by 3 ranks; start 1, 2 or 4 ranks, "
+            "or set data.lanes to a multiple of 3",
+        ),
+    ],
+)
+def test_a_world_that_does_not_fit_is_told_with_the_way_out(
+    world: int, overrides: list[str], told: str
+):
+    config = load_config("mnist", overrides)
+    with pytest.raises(UserError) as caught:
+        config.check_world(world)
+    assert told in str(caught.value)
+
+
+def test_worlds_that_fit_pass():
+    config = load_config("mnist", ["parallel.expert_parallel=2", "training.accumulation=2"])
+    config.check_world(2)
+    config.check_world(4)
+    assert config.samples_per_lane == 16
+
+
+def test_a_configuration_does_not_change_under_its_user():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1
