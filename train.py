@@ -12,10 +12,12 @@ with code 85.
 """
 
 import argparse
-import hashlib
+import contextlib
 import os
 import sys
+import time
 import traceback
+from typing import NoReturn
 
 EXIT_USER_ERROR, EXIT_STOPPED = 2, 85
 
@@ -33,7 +35,9 @@ def parse() -> argparse.Namespace:
         help="auto (default): go on from the output's newest checkpoint, if there is one; never: "
         "only start in an empty output; PATH: a checkpoint or a run's folder, which must be there",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
     parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
     # Launchers hand it over; the environment's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -48,9 +52,9 @@ def main() -> int:
     try:
         return run(arguments)
     except UserError as error:
-        return fail(f"error: {error}", EXIT_USER_ERROR)
+        fail(f"error: {error}", EXIT_USER_ERROR)
     except Exception:
-        return fail(f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", 1)
+        fail(f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", 1)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,16 +71,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if finished else EXIT_STOPPED
 
 
-def fail(message: str, code: int) -> int:
-    """Print a failure once, however many ranks share it, and leave without waiting for the others."""
+def fail(message: str, code: int) -> NoReturn:
+    """Tell a run's first failure, once, and leave without waiting for the other ranks.
+
+    What fails on the others after that fails for want of the first one.
+    """
     import torch.distributed as dist
 
-    first = os.environ.get("RANK", "0") == "0"
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
-        last_line = message.strip().rsplit("\n", 1)[-1]
-        first = store.add("failure/" + hashlib.sha256(last_line.encode()).hexdigest(), 1) == 1
-    if first:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        with contextlib.suppress(RuntimeError):  # rank 0 held the store, and told before it left
+            if store.add("failures", 1) == 1:
+                print(message, file=sys.stderr, flush=True)
+            deadline = time.monotonic() + 3
+            while rank == 0 and store.add("failures", 0) < world and time.monotonic() < deadline:
+                time.sleep(0.05)
+    # Before the ranks have joined, a wrong setting is told once a machine, a crash by each rank.
+    elif code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

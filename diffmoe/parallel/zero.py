@@ -59,6 +59,14 @@ def read_ds_config(path: str) -> dict[str, Any]:
             )
     if "bfloat16" in settings:
         raise UserError(f"{path}: write 'bf16' instead of 'bfloat16'")
+    for section, key in (
+        ("zero_optimization", "compute_grad_norm"),
+        ("bf16", "check_grad_overflow"),
+    ):
+        if settings.get(section, {}).get(key) is False:
+            raise UserError(
+                f"{path}: {section}.{key}=false would let a step that is not finite through; remove it"
+            )
     if settings.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16.enabled=true is not supported; use bf16")
     return settings

@@ -1,7 +1,7 @@
 """Checkpoints that know parameters, not ranks: named global tensors, saved and loaded in pieces.
 
 A checkpoint is a folder step-XXXXXXXX with run.json and the files of torch.distributed.checkpoint,
-which hold, flattened and in fp32, `weights/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/NAME`, and
+which hold, flattened and in fp32, `weights/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/NAME` and
 `buffers/NAME`; experts stand under their global numbers. Every rank writes the ranges that it owns
 and reads those that it will own, so world size, expert parallelism and ZeRO stage may change.
 """
@@ -12,16 +12,16 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
 )
@@ -29,12 +29,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from diffmoe.config import Config
+from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.zero import owned_ranges
 from diffmoe.training.ema import EMA
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_OLDER = "take an older checkpoint by its PATH, step-XXXXXXXX"
 
 
 class _Piece(Tensor):
@@ -99,6 +101,7 @@ class Checkpoints:
         network: DiT,
         ema: EMA,
         config: Config,
+        manifest: Manifest,
         clock: dict[str, int],
     ) -> Path:
         """Write all ranks' pieces under a temporary name, fsync, rename, then move `latest`."""
@@ -109,6 +112,8 @@ class Checkpoints:
             shutil.rmtree(torn, ignore_errors=True)
             torn.mkdir(parents=True)
         dist.barrier()
+        if not engine.optimizer.optimizer.state:  # every step so far was skipped
+            _create_optimizer_state(engine, 0)
         writer = dcp.FileSystemWriter(torn, sync_files=True)
         dcp.save(_pieces(engine, network, ema), storage_writer=writer)
         if first:
@@ -116,6 +121,8 @@ class Checkpoints:
                 "clock": clock,
                 "optimizer_steps": _optimizer_steps(engine),
                 "config": config.model_dump(mode="json"),
+                # What the latents are, so that samples can be decoded without the data.
+                "latents": manifest.model_dump(mode="json", exclude={"shards"}),
                 "saved_by": {
                     "world": network.topology.world,
                     "torch": torch.__version__,
@@ -136,15 +143,25 @@ class Checkpoints:
         Raises UserError where something is there but not complete.
         """
         pointer = self.folder / "latest"
-        if not pointer.exists():
-            found = sorted(path.name for path in self.folder.glob("step-*"))
-            if found:
-                raise UserError(
-                    f"{self.folder} holds {', '.join(found)} but no 'latest' file: name one with "
-                    f"--resume {self.folder / found[-1]}, or choose another output"
-                )
+        found = self.names()
+        if not pointer.exists() and not found:
             return None
-        return complete(self.folder / pointer.read_text().strip())
+        trouble = "no 'latest' file"
+        if pointer.exists():
+            name = pointer.read_text().strip()
+            if name and (self.folder / name / "run.json").exists():
+                return self.folder / name
+            trouble = f"'latest' names {name!r}, which is not whole"
+        others = [other for other in found if (self.folder / other / "run.json").exists()]
+        way_out = f"name one with --resume {self.folder / others[-1]}, or " if others else ""
+        raise UserError(
+            f"{self.folder} holds {', '.join(found) or 'no checkpoint'}, but {trouble}: {way_out}"
+            "choose another output"
+        )
+
+    def names(self) -> list[str]:
+        """All that is there under a checkpoint's name, whole or not, oldest first."""
+        return sorted(path.name for path in self.folder.glob("step-*"))
 
 
 def complete(path: str | Path) -> Path:
@@ -162,10 +179,15 @@ def complete(path: str | Path) -> Path:
 
 def read_about(checkpoint: Path) -> dict[str, Any]:
     """run.json: clock, configuration, versions."""
+    file = checkpoint / "run.json"
     try:
-        return json.loads((checkpoint / "run.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{checkpoint / 'run.json'} is damaged: {error}") from None
+        about = json.loads(file.read_text())
+        missing = {"clock", "optimizer_steps", "config", "latents"} - set(about)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); {_OLDER}") from None
+    if missing:
+        raise UserError(f"{file} is damaged (it lacks {', '.join(sorted(missing))}); {_OLDER}")
+    return about
 
 
 def load(
@@ -180,15 +202,29 @@ def load(
     return about["clock"]
 
 
-def load_network(checkpoint: Path, weights: str = "ema") -> tuple[DiT, Config]:
+class Snapshot(NamedTuple):
+    """A checkpoint's network, whole, and what is needed to sample from it."""
+
+    network: DiT
+    config: Config
+    latents: dict[str, Any]
+    clock: dict[str, int]
+
+
+def load_network(checkpoint: Path, weights: str = "ema") -> Snapshot:
     """The whole network in one process, fp32, in evaluation mode. weights: ema or live."""
-    config = Config.model_validate(read_about(checkpoint)["config"])
+    about = read_about(checkpoint)
+    try:
+        config = Config.model_validate(about["config"])
+    except ValidationError as error:
+        file = checkpoint / "run.json"
+        raise UserError(f"{file} holds a configuration of another version: {error}") from None
     network = DiT(config.model, config.moe)
     prefix = {"ema": "ema", "live": "weights"}[weights]
     state = {f"{prefix}/{name}": _whole(p) for name, p in network.named_parameters()}
     state |= dict(_buffers(network))
     _read(checkpoint, state, alone=True)
-    return network.eval(), config
+    return Snapshot(network.eval(), config, about["latents"], about["clock"])
 
 
 def _pieces(engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> dict[str, Tensor]:
@@ -198,9 +234,7 @@ def _pieces(engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> dict[s
     for owned in owned_ranges(engine, network, network.expert_parameters()):
         total = torch.Size(owned.shape).numel()
         tensors = {"weights": owned.master, "ema": ema.piece(owned)}
-        for key in MOMENTS:
-            if key in optimizer.state[owned.partition]:
-                tensors[key] = owned.state(optimizer, key)
+        tensors |= {key: owned.state(optimizer, key) for key in MOMENTS}
         for key, tensor in tensors.items():
             state[f"{key}/{owned.name}"] = _Piece.of(tensor, owned.start, total)
     return state
@@ -230,9 +264,7 @@ def _read(checkpoint: Path, state: dict[str, Tensor], alone: bool = False) -> No
         for cause in causes:
             if isinstance(cause, UserError):
                 raise UserError(f"{checkpoint}: {cause}") from None
-        raise UserError(
-            f"{checkpoint} is damaged ({causes[0]}); resume an older one by --resume PATH"
-        ) from error
+        raise UserError(f"{checkpoint} is damaged ({causes[0]}); {_OLDER}") from error
 
 
 def _optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:

@@ -38,7 +38,9 @@ def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) 
         return rate * samples / optimizer.warmup_samples
     if optimizer.schedule == "cosine":
         span = max(1, total_samples - optimizer.warmup_samples)
-        rate *= 0.5 * (1 + math.cos(math.pi * (samples - optimizer.warmup_samples) / span))
+        # The last batch may reach past the end.
+        done = min(1.0, (samples - optimizer.warmup_samples) / span)
+        rate *= 0.5 * (1 + math.cos(math.pi * done))
     return rate
 
 
@@ -137,7 +139,10 @@ def train(
             )
             parts = {name: part.mean() for name, part in parts.items()}
             auxiliary = routing_loss(output.routing, config.moe)
-            engine.backward(parts["loss"] + auxiliary)
+            loss = parts["loss"] + auxiliary
+            # A loss can overflow while its gradient is finite. NaN makes all gradients NaN, so that
+            # the engine skips the step on every rank.
+            engine.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
             engine.step()  # acts at the last micro-batch only
 
             thresholds.observe(output.routing)
@@ -152,17 +157,15 @@ def train(
         told = torch.stack([*losses.values(), torch.tensor(float(stop.asked), device=device)])
         dist.all_reduce(told)
         *means, asked = told.tolist()
-        means = {
-            name: mean / topology.world for name, mean in zip(losses, means, strict=True)
-        }
+        means = {name: mean / topology.world for name, mean in zip(losses, means, strict=True)}
         gradient_norm = float(engine.get_global_grad_norm())
 
-        if engine.optimizer.overflow or not math.isfinite(means["loss"]):
+        if engine.optimizer.overflow:
             thresholds.forget()
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             telemetry.say(
-                f"step {step + 1}: loss {means['loss']}, gradient norm {gradient_norm}: not finite; "
-                f"the step is skipped ({skipped} so far)"
+                f"step {step + 1} is skipped ({skipped} so far): not finite, loss {means['loss']}, "
+                f"gradient norm {gradient_norm}"
             )
             if skipped_in_a_row == PATIENCE:
                 raise UserError(
@@ -194,7 +197,7 @@ def train(
         done = samples >= training.total_samples
         if asked or done or crossed(training.checkpoint_samples, before, samples):
             clock = {"samples": samples, "step": step, "skipped": skipped}
-            path = checkpoints.save(engine, network, ema, config, clock)
+            path = checkpoints.save(engine, network, ema, config, manifest, clock)
             telemetry.say(f"saved {path}")
         if asked and not done:
             break

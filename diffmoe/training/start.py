@@ -1,4 +1,4 @@
-"""Everything between the command line and the loop: checks, process group, output folder, resume."""
+"""From the command line to the loop: process group, checks, output folder, resume."""
 
 import os
 from datetime import timedelta
@@ -48,13 +48,14 @@ def start(
     if print_only:
         print(config.to_yaml(), end="")
         return True
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    # Before the checks: what machines find may differ, and joined ranks tell a failure once.
+    chosen = _connect(device)
+    world = dist.get_world_size()
     config.check_world(world)
     engine_settings(config, settings, world)
     check_data(config)
     checkpoint = find_checkpoint(config, resume)
 
-    chosen = _connect(device)
     topology = create_topology(config.parallel.expert_parallel)
     stop = StopRequest()
     dist.barrier()  # every rank has looked at the output before the first one writes there
@@ -85,11 +86,11 @@ def find_checkpoint(config: Config, resume: str) -> Path | None:
     _refuse_other_configuration(config)
     if resume not in ("auto", "never"):
         path = complete(resume)
-        newest = output.newest()
-        if newest is not None and path.resolve().parent != newest.resolve().parent:
+        # Not `newest`: this is the way out of an output whose newest checkpoint is broken.
+        if output.names() and path.resolve().parent != output.folder.resolve():
             raise UserError(
                 f"--resume {resume} would continue in output={config.output}, which holds "
-                "checkpoints of its own; choose another output"
+                f"{output.names()[-1]} of its own; choose another output"
             )
         return path
     newest = output.newest()
@@ -123,7 +124,9 @@ def _refuse_other_configuration(config: Config) -> None:
 def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 

@@ -98,10 +98,7 @@ def _start_wandb(config: Config, folder: Path) -> Any:
         import wandb
 
         os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            wandb.login(prompt=False)
-        except wandb.errors.UsageError:  # no key
-            os.environ.setdefault("WANDB_MODE", "offline")
+        mode = os.environ.get("WANDB_MODE") or (None if wandb.api.api_key else "offline")
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
@@ -111,6 +108,7 @@ def _start_wandb(config: Config, folder: Path) -> Any:
             id=identity.read_text().strip(),
             resume="allow",
             dir=folder,
+            mode=mode,
             config=config.model_dump(mode="json"),
         )
     except Exception as error:  # a failing wandb never stops a run

@@ -12,8 +12,8 @@ from diffmoe.models.routing import expert_capacity
 class ThresholdTracker:
     """Collects the K-th largest predicted probabilities of a step's pools (Eq. 17).
 
-    In the default pool the step's value is the mean over ranks and micro-batches of each pool's own;
-    in a wide pool it is the exact one of the pool, the mean over micro-batches.
+    In the default pool the step's value is the mean over ranks and micro-batches of each pool's
+    own; in a wide pool it is the exact one of the pool, the mean over micro-batches.
     """
 
     def __init__(self, model: DiT) -> None:

@@ -218,6 +218,8 @@ def test_a_micro_batch_in_the_json_that_does_not_follow_is_refused():
         ('{"fp16": true}', "'fp16' must be an object"),
         ('{"zero_optimization": true}', "'zero_optimization' must be an object"),
         ('{"bfloat16": {"enabled": true}}', "write 'bf16' instead of 'bfloat16'"),
+        ('{"zero_optimization": {"compute_grad_norm": false}}', "compute_grad_norm=false would"),
+        ('{"bf16": {"check_grad_overflow": false}}', "check_grad_overflow=false would"),
         ("\udcff", "is not valid JSON"),
     ],
 )

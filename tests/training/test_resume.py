@@ -1,0 +1,52 @@
+"""A run that was stopped and resumed equals the run that was not."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import (
+    SignalDuringStep,
+    assert_identical,
+    clock,
+    newest,
+    pack,
+    run_config,
+    tensors,
+    train,
+)
+
+EVERYTHING = {
+    "training__accumulation": 2,
+    "training__precision": "bf16",
+    "training__label_dropout": 0.5,
+    "training__activation_checkpointing": True,
+    "data__workers": 1,
+    "optimizer__gradient_clipping": 0.5,
+    "optimizer__weight_decay": 0.01,
+    "optimizer__schedule": "cosine",
+    "optimizer__warmup_samples": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [(2, {"parallel__zero_stage": 2}), (1, EVERYTHING), (2, EVERYTHING)],
+    ids=["two ranks, stage 2", "one rank, everything", "two ranks, everything"],
+)
+def test_resuming_twice_equals_not_stopping(tmp_path: Path, world: int, changes: dict):
+    """Weights, moments, EMA, thresholds and clock, bit for bit; both stops are inside an epoch."""
+    pack(tmp_path / "data")
+    whole = run_config(tmp_path, 6, parallel__expert_parallel=world, **changes)
+    parts = whole.replace({"output": str(tmp_path / "parts")})
+    assert train(whole, world) == [True] * world
+    for step in (2, 4):
+        assert train(parts, world, prepare=SignalDuringStep(step)) == [False] * world
+        assert clock(newest(parts)) == {"samples": 8 * step, "step": step, "skipped": 0}
+    assert train(parts, world) == [True] * world
+    assert clock(newest(parts)) == clock(newest(whole))
+    assert clock(newest(whole)) == {"samples": 48, "step": 6, "skipped": 0}
+    state = tensors(newest(whole))
+    assert_identical(tensors(newest(parts)), state)
+    kinds = {name.split("/")[0] for name in state}
+    assert kinds == {"weights", "exp_avg", "exp_avg_sq", "ema", "buffers"}
+    assert all(tensor.isfinite().all() for tensor in state.values())

@@ -1,0 +1,74 @@
+"""A signal finishes the step, saves, and ends the run in order; a second Ctrl-C does not wait."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.commands import TRAIN, command, environment, wait_for_metrics, write_config
+from tests.training.runs import SignalDuringStep, clock, metrics, newest, pack, run_config, train
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR1, 1)]
+)
+def test_a_signal_to_one_rank_stops_all_after_the_step(tmp_path: Path, number: int, rank: int):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 5, parallel__expert_parallel=2)
+    stopped = train(config, world=2, prepare=SignalDuringStep(2, number, rank))
+    assert stopped == [False, False]
+    assert clock(newest(config)) == {"samples": 16, "step": 2, "skipped": 0}
+    assert len(list(Path(config.output).glob("step-*"))) == 1
+    assert [line["step"] for line in metrics(config)] == [1, 2]
+    assert train(config, world=2) == [True, True]
+    assert clock(newest(config)) == {"samples": 40, "step": 5, "skipped": 0}
+    assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4, 5]
+
+
+def test_a_signal_during_the_last_step_is_an_ordinary_end(tmp_path: Path):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 2)
+    assert train(config, prepare=SignalDuringStep(2)) == [True]
+    assert clock(newest(config))["step"] == 2
+
+
+def test_train_py_answers_sigterm_with_a_checkpoint_and_code_85(tmp_path: Path):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 1_000_000, data__workers=1)
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, "--config", write_config(config), "--device", "cpu"],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for_metrics(config)
+        process.terminate()
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 85, told
+    saved = newest(config)
+    assert told.count("saved ") == 1
+    assert f"saved {saved}" in told
+    assert "Traceback" not in told
+    assert clock(saved)["samples"] == metrics(config)[-1]["samples"]
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    script = (
+        "import os, signal, time\n"
+        "from diffmoe.training.signals import StopRequest\n"
+        "stop = StopRequest()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('asked' if stop.asked else 'not asked', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('still here', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('too late', flush=True)\n"
+    )
+    done = command(sys.executable, "-c", script)
+    assert done.stdout.split("\n")[:-1] == ["asked", "still here"]
+    assert done.returncode == 130

@@ -1,0 +1,141 @@
+"""What a run tells: metrics.jsonl and wandb."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import metrics, newest, pack, run_config, train
+
+
+def test_metrics_hold_what_the_run_did(tmp_path: Path):
+    pack(tmp_path / "data")
+    config = run_config(
+        tmp_path, 4, logging__log_samples=16, parallel__expert_parallel=2, optimizer__eps=1e-3
+    )
+    train(config, world=2)
+    lines = metrics(config)
+    assert [(line["samples"], line["step"]) for line in lines] == [(16, 2), (32, 4)]
+    assert set(lines[0]) == {
+        "samples",
+        "step",
+        "loss",
+        "mse",
+        "routing_loss",
+        "gradient_norm",
+        "learning_rate",
+        "skipped_steps",
+        "data_wait_seconds",
+        "untaken_share",
+        "capacity_loss",
+        "expert_load",
+        "thresholds",
+        "samples_per_second",
+        "memory_gib",
+    }
+    for line in lines:
+        assert line["loss"] == line["mse"]
+        assert 0 < line["loss"] < 10
+        assert 0 < line["gradient_norm"] < 100
+        assert line["learning_rate"] == 0.01
+        assert line["skipped_steps"] == 0
+        assert line["samples_per_second"] > 0
+        assert 0.01 < line["memory_gib"] < 8
+        layers, experts = 2, 4
+        for key in ("untaken_share", "capacity_loss"):
+            assert len(line[key]) == layers
+        for key in ("expert_load", "thresholds"):
+            assert [len(row) for row in line[key]] == [experts] * layers
+        # 4 experts take 16 of 64 tokens each: between none and three quarters are left.
+        assert all(0 < share < 0.75 for share in line["untaken_share"])
+        assert sum(line["capacity_loss"]) == pytest.approx(line["routing_loss"], abs=1e-6)
+        assert all(0 < tau < 1 for row in line["thresholds"] for tau in row)
+        assert all(0 <= load <= experts for row in line["expert_load"] for load in row)
+    # Two steps after the start at tau = 0, every p is above tau: every expert wants every token.
+    assert lines[0]["expert_load"] == [[4.0] * 4] * 2
+
+
+def test_a_dense_model_reports_no_routing(tmp_path: Path):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 1, moe__type="dense")
+    train(config)
+    assert "expert_load" not in metrics(config)[0]
+    assert metrics(config)[0]["routing_loss"] == 0
+
+
+def test_lines_after_the_resumed_clock_are_dropped(tmp_path: Path):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 4, training__checkpoint_samples=16)
+    train(config)
+    before = metrics(config)
+    path = Path(config.output) / "metrics.jsonl"
+    with open(path, "a") as file:
+        file.write('{"samples": 3')  # torn by a kill
+    train(config, resume=f"{config.output}/step-00000002")
+    assert [line["samples"] for line in metrics(config)] == [8, 16, 24, 32]
+    assert [line["loss"] for line in metrics(config)] == [line["loss"] for line in before]
+
+
+def test_wandb_is_offline_without_a_key_and_goes_on_under_its_id(tmp_path: Path):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 1, logging__wandb=True)
+    assert train(config, prepare=Keyless(tmp_path)) == [True]
+    longer = config.replace({"training.total_samples": 16})
+    assert train(longer, prepare=Keyless(tmp_path)) == [True]
+    folder = Path(config.output)
+    identity = (folder / "wandb_id").read_text()
+    written = sorted(folder.glob("wandb/offline-run-*"))
+    assert [path.name.rsplit("-", 1)[1] for path in written] == [identity, identity]
+    for path in written:
+        content = (path / f"run-{identity}.wandb").read_bytes()
+        for key in (b"gradient_norm", b"thresholds/1/3", b"capacity_loss/0"):
+            assert key in content
+
+
+class Keyless:
+    """A machine without a wandb key, whoever runs the test."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def __call__(self, rank: int) -> None:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            del os.environ[name]
+        os.environ |= {"HOME": str(self.home), "NETRC": str(self.home / "netrc")}
+
+
+@pytest.mark.parametrize("moment", ["init", "log", "finish"])
+def test_a_failing_wandb_stops_no_run(tmp_path: Path, moment: str):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 3, logging__wandb=True)
+    assert train(config, prepare=FailingWandb(moment)) == [True]
+    assert newest(config).name == "step-00000003"
+    assert [math.isfinite(line["loss"]) for line in metrics(config)] == [True] * 3
+
+
+class FailingWandb:
+    """wandb in which one function raises."""
+
+    def __init__(self, moment: str) -> None:
+        self.moment = moment
+
+    def __call__(self, rank: int) -> None:
+        import wandb
+
+        class Run:
+            def log(run, values: dict, step: int) -> None:
+                run.fail("log")
+
+            def finish(run) -> None:
+                run.fail("finish")
+
+            def fail(run, moment: str) -> None:
+                if moment == self.moment:
+                    raise OSError("no space left on device")
+
+        def init(**_) -> Run:
+            Run().fail("init")
+            return Run()
+
+        wandb.init = init
