@@ -65,7 +65,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
     ):
         if settings.get(section, {}).get(key) is False:
             raise UserError(
-                f"{path}: {section}.{key}=false would let a step that is not finite through; remove it"
+                f"{path}: {section}.{key}=false would let non-finite steps pass; remove it"
             )
     if settings.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16.enabled=true is not supported; use bf16")

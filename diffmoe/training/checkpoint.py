@@ -130,10 +130,10 @@ class Checkpoints:
                     "python": platform.python_version(),
                 },
             }
-            _write(torn / "run.json", json.dumps(about, indent=1))
+            write_atomically(torn / "run.json", json.dumps(about, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             torn.rename(final)
-            _write(self.folder / "latest", final.name)
+            write_atomically(self.folder / "latest", final.name)
         dist.barrier()
         return final
 
@@ -282,7 +282,7 @@ def _create_optimizer_state(engine: deepspeed.DeepSpeedEngine, steps: int) -> No
         }
 
 
-def _write(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace a file as a whole, on the disk before it gets its name."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:

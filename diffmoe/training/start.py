@@ -15,7 +15,7 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
-from diffmoe.training.checkpoint import Checkpoints, complete
+from diffmoe.training.checkpoint import Checkpoints, complete, write_atomically
 from diffmoe.training.loop import train
 from diffmoe.training.signals import StopRequest
 
@@ -61,7 +61,7 @@ def start(
     dist.barrier()  # every rank has looked at the output before the first one writes there
     if topology.rank == 0:
         Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "config.yaml").write_text(config.to_yaml())
+        write_atomically(Path(config.output) / "config.yaml", config.to_yaml())
     finished = train(config, topology, chosen, settings, checkpoint, stop)
     dist.destroy_process_group()
     return finished
