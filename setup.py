@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VAE = ["diffusers>=0.30,<1"]
 DEMO = ["mlxtend>=0.23,<0.26", "scikit-learn>=1.5,<2", "pillow>=10,<14"]
 
 setup(
@@ -32,10 +33,11 @@ setup(
     extras_require={
         "demo": DEMO,
         "eval": ["scipy>=1.13,<2"],
-        "vae": ["diffusers>=0.30,<1"],
+        "vae": VAE,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
             *DEMO,
+            *VAE,
             "torchdiffeq>=0.2.4,<0.3",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",

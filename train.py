@@ -7,15 +7,14 @@
 
 Settings are written section.key=value after the options; --print-config shows all of them. A run
 lives in its `output` folder (runs/RECIPE): checkpoints, metrics.jsonl, config.yaml. Starting the
-same command again goes on where it stopped. Ctrl-C or SIGTERM finishes the step, saves and exits
-with code 85.
+same command again goes on where it stopped, on any number of ranks that the lanes allow. Ctrl-C,
+SIGTERM or SIGUSR1 to any rank finishes the step, saves and exits with code 85; a second Ctrl-C ends
+at once, with code 130. Other codes: 0 finished, 2 a wrong setting, file or folder, 1 a failure.
 """
 
 import argparse
-import contextlib
 import os
 import sys
-import time
 import traceback
 from typing import NoReturn
 
@@ -31,9 +30,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         default="auto",
-        metavar="auto|never|PATH",
-        help="auto (default): go on from the output's newest checkpoint, if there is one; never: "
-        "only start in an empty output; PATH: a checkpoint or a run's folder, which must be there",
+        metavar="auto|none|PATH",
+        help="auto (default): go on from the output's newest whole checkpoint, if there is one; "
+        "none: only start in an empty output; PATH: a checkpoint or a run's folder, which must be "
+        "there",
+    )
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        metavar="FIELD",
+        help="go on although this setting differs from the checkpoint's and alters the run",
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
@@ -53,8 +59,9 @@ def main() -> int:
         return run(arguments)
     except UserError as error:
         fail(f"error: {error}", EXIT_USER_ERROR)
-    except Exception:
-        fail(f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", 1)
+    except Exception as error:
+        told = f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}"
+        fail(told, 1, may_be_a_peer=isinstance(error, RuntimeError))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,29 +73,23 @@ def run(arguments: argparse.Namespace) -> int:
     from diffmoe.training.start import start
 
     finished = start(
-        config, arguments.ds_config, arguments.resume, arguments.device, arguments.print_config
+        config,
+        arguments.ds_config,
+        arguments.resume,
+        arguments.device,
+        arguments.print_config,
+        arguments.allow_changed,
     )
     return 0 if finished else EXIT_STOPPED
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """Tell a run's first failure, once, and leave without waiting for the other ranks.
-
-    What fails on the others after that fails for want of the first one.
-    """
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()
-        rank, world = dist.get_rank(), dist.get_world_size()
-        with contextlib.suppress(RuntimeError):  # rank 0 held the store, and told before it left
-            if store.add("failures", 1) == 1:
-                print(message, file=sys.stderr, flush=True)
-            deadline = time.monotonic() + 3
-            while rank == 0 and store.add("failures", 0) < world and time.monotonic() < deadline:
-                time.sleep(0.05)
-    # Before the ranks have joined, a wrong setting is told once a machine, a crash by each rank.
-    elif code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(message: str, code: int, may_be_a_peer: bool = False) -> NoReturn:
+    """Tell it and leave: once for the whole run, where the ranks have joined."""
+    peers = sys.modules.get("diffmoe.training.peers")  # loaded by what lets the ranks join
+    if peers is not None:
+        peers.leave(message, code, may_be_a_peer)
+    # Before that, a wrong setting is told once a machine, a crash by each rank.
+    if code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

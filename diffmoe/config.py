@@ -108,6 +108,12 @@ class DataConfig(_Section):
     path: str | None = Field(None, description="folder of shards with its manifest.json")
     lanes: int = Field(8, ge=1, description="fixed streams; the number of ranks must divide it")
     workers: int = Field(1, ge=0, description="reader processes per rank")
+    max_bad_shards: int = Field(
+        0, ge=0, description="unreadable shards that others may stand in for; more stop the run"
+    )
+    stall_seconds: float = Field(60.0, gt=0, description="without data, before a shard is retried")
+    cache: str | None = Field(None, description="folder that keeps shards read from URLs")
+    cache_gib: float = Field(0.0, ge=0, description="its limit, the oldest shards go; 0: none")
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -125,6 +131,10 @@ class OptimizerConfig(_Section):
     warmup_samples: int = Field(0, ge=0)
 
 
+# Of an average over the run so far; a plain mean of all steps has 12^-0.5.
+RelativeLength = Annotated[float, Field(ge=0.005, lt=12**-0.5)]
+
+
 class TrainingConfig(_Section):
     """The loop. Every period counts samples seen by the whole run."""
 
@@ -132,10 +142,44 @@ class TrainingConfig(_Section):
     accumulation: int = Field(1, ge=1, description="micro-batches of one optimizer step")
     total_samples: int = Field(256 * 700_000, ge=1)
     checkpoint_samples: int = Field(256 * 10_000, ge=1, description="between two checkpoints")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="per optimizer step")
+    keep_last: int = Field(3, ge=1, description="newest checkpoints to keep; older ones go")
+    keep_samples: int | None = Field(
+        None, ge=1, description="between two checkpoints that are kept for good; none: no such"
+    )
+    snapshot_samples: int | None = Field(
+        None, ge=1, description="between two folders ema-* that hold the EMA alone; none: no such"
+    )
+    snapshot_precision: Literal["fp32", "bf16"] = "bf16"
+    save_failure: Literal["continue", "stop"] = Field(
+        "continue", description="after a save that failed, as on a full disk; the last one stops"
+    )
+    ema_decay: float | None = Field(
+        0.9999, ge=0, lt=1, description="per optimizer step; null: no average, and no cost"
+    )
+    ema_stds: tuple[RelativeLength, ...] = Field(
+        (), description="power-function averages, as 0.05, 0.1; other lengths come from them later"
+    )
     label_dropout: float = Field(0.1, ge=0, le=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _snapshots(self) -> "TrainingConfig":
+        if self.snapshot_samples and self.ema_decay is None and not self.ema_stds:
+            raise ValueError(
+                f"training.snapshot_samples={self.snapshot_samples} saves the EMA alone, but "
+                "training.ema_decay is null and there are no ema_stds; set ema_decay"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "TrainingConfig":
+        if len(set(self.ema_stds)) < len(self.ema_stds):
+            raise ValueError(
+                f"training.ema_stds={list(self.ema_stds)} names a length twice; [0.05, 0.1] lets "
+                "tools/checkpoint.py reconstruct any other"
+            )
+        return self
 
 
 class ParallelConfig(_Section):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from diffmoe.data.autoencoder import load_autoencoder
+from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation.digits import digit_agreement
 from diffmoe.sampling import sample_latents
@@ -68,11 +68,7 @@ def main() -> None:
                     progress=partial(_show, bar, start, len(batch)),
                 )
             )
-    about = snapshot.latents
-    autoencoder = load_autoencoder(
-        about["autoencoder"], about["scale"], about["shift"], arguments.device
-    )
-    images = autoencoder.decode(torch.cat(parts)).cpu()
+    images = autoencoder_of(snapshot.latents, arguments.device).decode(torch.cat(parts)).cpu()
     n, height, width, channels = images.shape
     rows = images.view(len(classes), -1, height, width, channels).permute(0, 2, 1, 3, 4)
     picture = rows.reshape(len(classes) * height, -1, channels).squeeze(-1).numpy()

@@ -1,15 +1,22 @@
-"""Latents to images. Pixels are latents with an identity autoencoder."""
+"""Images to latents and back. Pixels are latents with an identity autoencoder."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
 
+# One number, or one per channel.
+Numbers = float | list[float]
+
 
 class PixelAutoencoder:
     """The latents are the pixels, -1..1."""
 
-    def __init__(self, scale: float | list[float] = 1.0, shift: float | list[float] = 0.0):
+    def __init__(self, scale: Numbers = 1.0, shift: Numbers = 0.0):
         self.scale, self.shift = scale, shift
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -18,15 +25,21 @@ class PixelAutoencoder:
 
 
 class KLAutoencoder:
-    """diffusers' AutoencoderKL, from a local folder or a hub id."""
+    """diffusers' AutoencoderKL, from a local folder or a hub id.
+
+    scale, shift: the model works on (z - shift) * scale of the autoencoder's latents z.
+    pixel_range: the numbers that the autoencoder takes for black and white.
+    batch: images at a time.
+    """
 
     def __init__(
         self,
         path_or_id: str,
-        scale: float | list[float] = 1.0,
-        shift: float | list[float] = 0.0,
+        scale: Numbers = 1.0,
+        shift: Numbers = 0.0,
         device: str | torch.device = "cpu",
         batch: int = 16,
+        pixel_range: tuple[float, float] = (-1.0, 1.0),
     ):
         try:
             from diffusers import AutoencoderKL
@@ -36,7 +49,7 @@ class KLAutoencoder:
                 'pip install "diffmoe[vae]"'
             ) from None
         try:
-            model = AutoencoderKL.from_pretrained(path_or_id)
+            model = AutoencoderKL.from_pretrained(path_or_id, low_cpu_mem_usage=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"the autoencoder {path_or_id} cannot be loaded ({error}); give a folder or hub id "
@@ -44,30 +57,87 @@ class KLAutoencoder:
             ) from error
         self.model = model.to(device).eval().requires_grad_(False)
         self.scale, self.shift, self.device, self.batch = scale, shift, device, batch
+        self.black, self.white = pixel_range
+
+    @classmethod
+    def with_own_scale(
+        cls, path_or_id: str, device: str | torch.device = "cpu", batch: int = 16
+    ) -> "KLAutoencoder":
+        """With the scale and shift that the autoencoder's own configuration names."""
+        autoencoder = cls(path_or_id, device=device, batch=batch)
+        config = autoencoder.model.config
+        scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        # The form of some: (z - latents_mean) * scaling_factor / latents_std.
+        if config.get("latents_mean") is not None:
+            shift = list(config.latents_mean)
+        if config.get("latents_std") is not None:
+            scale = [scale / deviation for deviation in config.latents_std]
+        autoencoder.scale, autoencoder.shift = scale, shift
+        return autoencoder
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """(C,h,w) of the latent of a square image of `size` pixels."""
+        config = self.model.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if size % factor:
+            raise UserError(
+                f"--size {size} is no multiple of {factor}, by which the autoencoder shrinks images"
+            )
+        return (config.latent_channels, size // factor, size // factor)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (N,H,W,3) to the moments (N,2C,h,w): mean and log-variance, fp32, unscaled.
+
+        The log-variance is clamped to -30..20, as diffusers does before it draws.
+        """
+        moments = []
+        for part in images.split(self.batch):
+            pixels = part.to(self.device).permute(0, 3, 1, 2).float() / 255
+            posterior = self.model.encode(
+                pixels * (self.white - self.black) + self.black
+            ).latent_dist
+            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu())
+        return torch.cat(moments)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """(N,C,H,W) of the model to uint8 images (N,H,W,3): round(127.5 x + 127.5), clamped."""
+        """(N,C,H,W) of the model to uint8 images (N,H,W,3), rounded and clamped."""
         images = [
             self.model.decode(unscaled(part.to(self.device), self.scale, self.shift)).sample
             for part in latents.split(self.batch)
         ]
-        return to_uint8(torch.cat(images)).cpu()
+        share = (torch.cat(images).float() - self.black) / (self.white - self.black)
+        return to_uint8(share * 2 - 1).cpu()
 
 
 def load_autoencoder(
     autoencoder: str,
-    scale: float | list[float] = 1.0,
-    shift: float | list[float] = 0.0,
+    scale: Numbers = 1.0,
+    shift: Numbers = 0.0,
     device: str | torch.device = "cpu",
+    pixel_range: tuple[float, float] = (-1.0, 1.0),
 ) -> PixelAutoencoder | KLAutoencoder:
     """The autoencoder that a manifest's fields of these names describe."""
     if autoencoder == "identity":
         return PixelAutoencoder(scale, shift)
-    return KLAutoencoder(autoencoder, scale, shift, device)
+    return KLAutoencoder(autoencoder, scale, shift, device, pixel_range=tuple(pixel_range))
 
 
-def unscaled(latents: Tensor, scale: float | list[float], shift: float | list[float]) -> Tensor:
+def autoencoder_of(
+    fields: Mapping[str, Any], device: str | torch.device = "cpu"
+) -> PixelAutoencoder | KLAutoencoder:
+    """The same from a manifest's fields, as a checkpoint stores them."""
+    names = ("autoencoder", "scale", "shift", "pixel_range")
+    return load_autoencoder(device=device, **{k: fields[k] for k in names if k in fields})
+
+
+def canonical_name(path_or_id: str) -> str:
+    """A hub id as it is, a folder as an absolute path: it must be found from anywhere."""
+    return os.path.abspath(path_or_id) if os.path.isdir(path_or_id) else path_or_id
+
+
+def unscaled(latents: Tensor, scale: Numbers, shift: Numbers) -> Tensor:
     """Undo (z - shift) * scale; scale and shift are one number or one per channel."""
     scale, shift = (
         torch.as_tensor(value).to(latents).reshape(-1, 1, 1) for value in (scale, shift)

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import socket
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +15,14 @@ from diffmoe.errors import UserError
 
 FILE_NAME = "manifest.json"
 
+# "pipe:..." runs a command; "file:" is a path; http:, gs:, hf: ... are opened by webdataset.
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:")
+
 
 class Shard(BaseModel):
-    """One tar file: its name (a path relative to the manifest's folder), counts and checksum."""
+    """One tar file: its name (a path relative to the manifest's folder, or a URL), counts and
+    checksum.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,7 +42,13 @@ class Manifest(BaseModel):
         in both cases. Each is one number or one per channel.
     shape: (C,H,W) of the latent.
     flips: each sample also carries the mirrored image's latent or moments.
+    dtype: of the numbers in the files. bfloat16 is stored as its bits in uint16, because npy has
+        no name for it; None means float16 or float32, as each file's header says.
     autoencoder: "identity" when the latents are pixels, else the id or folder of the autoencoder.
+    pixel_range: the numbers that the autoencoder takes for black and white.
+    skipped: what the packing left out, each with the reason.
+    location: where the shards are, when they are not beside the manifest: a folder, or a URL with
+        {} for the shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -".
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,6 +65,10 @@ class Manifest(BaseModel):
     class_names: list[str] | None = None
     autoencoder: str
     source: str
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    skipped: list[str] = []
+    location: str | None = None
 
     @field_validator("shape")
     @classmethod
@@ -78,12 +95,27 @@ class Manifest(BaseModel):
         names = [shard.name for shard in self.shards]
         if len(set(names)) != len(names):
             raise ValueError("shards names a file twice")
+        if not self.pixel_range[0] < self.pixel_range[1]:
+            raise ValueError(f"pixel_range={self.pixel_range} must be black < white")
+        if self.location is not None and _URL.match(self.location) and "{}" not in self.location:
+            raise ValueError(f"location={self.location!r} needs {{}} where the shard's name goes")
         return self
 
     @property
     def samples(self) -> int:
         """Samples of all shards together."""
         return sum(shard.samples for shard in self.shards)
+
+    def summary(self, directory: str | Path) -> str:
+        """What a packing tool says at its end."""
+        size = sum(shard.bytes for shard in self.shards) / 1e6
+        text = (
+            f"{directory}: {self.samples} samples of {self.classes} classes in "
+            f"{len(self.shards)} shards, {size:.1f} MB"
+        )
+        if self.skipped:
+            text += f"; {len(self.skipped)} skipped, see skipped in {FILE_NAME}"
+        return text
 
     @property
     def member(self) -> str:
@@ -95,6 +127,21 @@ class Manifest(BaseModel):
         """Shape of the array in the files: (C,H,W), or (2C,H,W) for moments."""
         channels, height, width = self.shape
         return (channels if self.content == "sample" else 2 * channels, height, width)
+
+    def address(self, directory: str | Path, shard: Shard) -> str:
+        """The path or URL of a shard; paths are absolute, `file:` URLs become paths."""
+        place = shard.name
+        if self.location is not None and not _URL.match(place):
+            place = (
+                self.location.replace("{}", place)
+                if "{}" in self.location
+                else os.path.join(self.location, place)
+            )
+        if place.startswith("file:"):
+            place = re.sub("^file:(//)?", "", place)
+        elif _URL.match(place):
+            return place
+        return os.path.abspath(os.path.join(directory, place))
 
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":
@@ -117,47 +164,45 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            problems = "; ".join(_describe(problem) for problem in error.errors())
+            problems = "; ".join(describe(problem) for problem in error.errors())
             raise UserError(f"{file}: {problems}. Mend these or pack the data again") from None
 
     def save(self, directory: str | Path) -> None:
         """Write `directory`/manifest.json: whole or not at all."""
         file = Path(directory) / FILE_NAME
-        temporary = file.with_name(FILE_NAME + ".tmp")
+        # Several ranks may finish a packing together: equal contents, but files of their own.
+        temporary = file.with_name(f"{FILE_NAME}.{socket.gethostname()}-{os.getpid()}.tmp")
         with open(temporary, "w", encoding="utf-8") as stream:
             stream.write(self.model_dump_json(indent=1) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
 
-    def check(self, directory: str | Path, lanes: int | None = None) -> None:
-        """Compare the manifest with the files beside it (their sizes, not their contents)."""
+    def check(
+        self, directory: str | Path, lanes: int | None = None, max_bad_shards: int = 0
+    ) -> None:
+        """Compare the manifest with the files (their sizes alone; URLs not at all).
+
+        max_bad_shards: so many may be missing or of another size.
+        """
         file = Path(directory) / FILE_NAME
         if not self.shards:
             raise UserError(f"{file}: shards is empty; pack the data again")
         if self.classes < 1:
             raise UserError(f"{file}: classes={self.classes}; it must be at least 1")
+        bad = []
         for shard in self.shards:
-            path = Path(directory) / shard.name
             if shard.samples < 1:
                 raise UserError(
                     f"{file}: shard {shard.name} has samples={shard.samples}; it must hold at "
                     "least one: remove it from the manifest or pack the data again"
                 )
-            if not path.is_file():
-                raise UserError(
-                    f"shard {path} is missing, {FILE_NAME} lists it; copy it there or pack the "
-                    "data again"
-                )
-            size = path.stat().st_size
-            if size == 0:
-                raise UserError(f"shard {path} is empty (0 bytes); copy it or pack the data again")
-            if size != shard.bytes:
-                kind = "truncated" if size < shard.bytes else "longer than it was packed"
-                raise UserError(
-                    f"shard {path} is {kind}: {size} bytes on disk, {shard.bytes} in {FILE_NAME}; "
-                    "copy it again or pack the data again"
-                )
+            address = self.address(directory, shard)
+            problem = None if is_url(address) else _problem(Path(address), shard)
+            if problem is not None:
+                bad.append(problem)
+            if len(bad) > max_bad_shards:
+                raise UserError(bad[-1])
         if lanes is not None:
             self.check_lanes(lanes)
 
@@ -169,16 +214,6 @@ class Manifest(BaseModel):
                 f"data.lanes to 1..{len(self.shards)}, or pack the data into at least "
                 f"{max(lanes, 1)} shards"
             )
-
-    def check_checksums(self, directory: str | Path) -> None:
-        """Read every shard whole and compare its SHA-256 (slow: for a tool, not for a start)."""
-        for shard in self.shards:
-            found = sha256_of(Path(directory) / shard.name)
-            if found != shard.sha256:
-                raise UserError(
-                    f"shard {Path(directory) / shard.name} is corrupt: sha256 {found} on disk, "
-                    f"{shard.sha256} in {FILE_NAME}; copy it again or pack the data again"
-                )
 
     def check_model(self, channels: int, size: int, classes: int) -> None:
         """Compare with the model's in_channels, input_size and num_classes."""
@@ -203,6 +238,29 @@ class Manifest(BaseModel):
             )
 
 
+def _problem(path: Path, shard: Shard) -> str | None:
+    """What is wrong with a file, as far as can be told without reading it."""
+    if not path.is_file():
+        return (
+            f"shard {path} is missing, {FILE_NAME} lists it; copy it there or pack the data again"
+        )
+    size = path.stat().st_size
+    if size == 0:
+        return f"shard {path} is empty (0 bytes); copy it or pack the data again"
+    if size != shard.bytes:
+        kind = "truncated" if size < shard.bytes else "longer than it was packed"
+        return (
+            f"shard {path} is {kind}: {size} bytes on disk, {shard.bytes} in {FILE_NAME}; "
+            "copy it again or pack the data again"
+        )
+    return None
+
+
+def is_url(address: str) -> bool:
+    """Whether a shard's address must be opened by webdataset, and not as a file."""
+    return _URL.match(address) is not None
+
+
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -212,7 +270,7 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _describe(problem: dict) -> str:
+def describe(problem: dict) -> str:
     """One pydantic error as `field=value: what is wrong`."""
     field = ".".join(str(part) for part in problem["loc"]) or "the file"
     if problem["type"] == "missing":

@@ -1,35 +1,30 @@
-"""Reading shards: one lane after another of a step, the same for any workers, ranks and resume."""
+"""The stream of samples: one lane after another of a step, the same for any workers and ranks."""
 
 import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle, islice
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.autodecode import Decoder
-from webdataset.tariterators import tarfile_samples
 
+from diffmoe.data.fetching import ATTEMPTS, Fetch, ReadAhead, Unreadable, end_commands
+from diffmoe.data.handover import made_ready
 from diffmoe.data.lanes import lane_shards, position, sample_order
-from diffmoe.data.latents import model_latents
-from diffmoe.data.manifest import FILE_NAME, Manifest
+from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.reading import OpenShard, unreadable
 from diffmoe.errors import UserError
 from diffmoe.seeding import keyed_generator
-
-
-class Sample(NamedTuple):
-    """One decoded sample: `array` is its latent (C,H,W) or its moments (2C,H,W)."""
-
-    key: str
-    label: int
-    array: np.ndarray
-    flip: np.ndarray | None
 
 
 class Batch(NamedTuple):
@@ -39,109 +34,107 @@ class Batch(NamedTuple):
     labels: Tensor  # (samples,) int64
 
 
-def read_shard(path: str | Path, manifest: Manifest) -> list[Sample]:
-    """Read a shard whole, in file order, and check every sample against the manifest."""
-    names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.flips
-    decode = Decoder([], only=[*names, "cls"])
-    expected = _count_of(path, manifest)
-    samples: list[Sample] = []
-    # An absolute path, so that gopen cannot take a folder's name for a URL's scheme.
-    stream = tarfile_samples(iter([{"url": os.path.abspath(path)}]))
-    while True:
-        try:
-            raw = next(stream, None)
-        except Exception as error:  # tarfile raises many kinds on a torn file
-            # webdataset appends to the arguments, so str(error) would show a stream's address
-            reason = getattr(error, "strerror", None) or (error.args or [""])[0]
-            raise UserError(
-                f"shard {path} cannot be read after {len(samples)} of {expected} samples "
-                f"({type(error).__name__}: {reason}): missing, "
-                "truncated or no tar; copy it again or pack the data again"
-            ) from error
-        if raw is None:
-            break
-        samples.append(_decoded(path, raw, names, decode, manifest))
-    if len(samples) != expected:
-        raise UserError(
-            f"shard {path} holds {len(samples)} samples, {expected} in {FILE_NAME}; copy it again "
-            "or pack the data again"
-        )
-    return samples
+class Chunk(NamedTuple):
+    """A worker's part of a batch."""
+
+    latents: Tensor
+    labels: Tensor
+    bad_shards: dict[str, str]  # address to reason, of all that it has met so far
 
 
-def _count_of(path: str | Path, manifest: Manifest) -> int:
-    """The samples that the manifest promises of the shard at `path`."""
-    parts = Path(path).parts
-    fits = [
-        shard
-        for shard in manifest.shards
-        if parts[-len(Path(shard.name).parts) :] == Path(shard.name).parts
-    ]
-    if not fits:
-        raise UserError(f"shard {path} is not listed in {FILE_NAME}; pack the data again")
-    return max(fits, key=lambda shard: len(shard.name)).samples
+class Spot(NamedTuple):
+    """Where a sample lies."""
+
+    shard: OpenShard
+    index: int
 
 
-def _decoded(
-    path: str | Path, raw: dict, names: list[str], decode: Decoder, manifest: Manifest
-) -> Sample:
-    """Decode and check one sample of webdataset: {"__key__": ..., "latent.npy": bytes, ...}."""
-    key = raw["__key__"]
-    where = f"shard {path}, sample {key}"
-    missing = [name for name in [*names, "cls"] if name not in raw]
-    if missing:
-        there = ", ".join(sorted(name for name in raw if not name.startswith("__")))
-        raise UserError(
-            f"{where}: {missing[0]} is missing (there is {there}), while {FILE_NAME} says "
-            f"content={manifest.content}, flips={manifest.flips}; mend the manifest or pack again"
-        )
-    try:
-        fields = decode(raw)
-    except Exception as error:
-        raise UserError(
-            f"{where}: cannot be decoded ({error.__cause__ or error}); pack the data again"
-        ) from error
-    arrays = [fields[name] for name in names]
-    for name, array in zip(names, arrays, strict=True):
-        if array.shape != manifest.array_shape:
-            raise UserError(
-                f"{where}: {name} has shape {array.shape}, while {FILE_NAME} says "
-                f"content={manifest.content}, shape={manifest.shape}, so {manifest.array_shape}; "
-                "mend the manifest or pack again"
-            )
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise UserError(
-                f"{where}: NaN in the data: {name} ({array.dtype}) must hold finite floating-point "
-                "numbers only; pack the data again without this sample"
-            )
-    label = fields["cls"]
-    if not 0 <= label < manifest.classes:
-        raise UserError(
-            f"{where}: label {label} is outside the classes 0..{manifest.classes - 1} of "
-            f"{FILE_NAME} (classes={manifest.classes}); mend the manifest or pack again"
-        )
-    return Sample(key, label, arrays[0], arrays[1] if manifest.flips else None)
+class Lane:
+    """One lane's endless stream of samples. Has one shard open and opens the next meanwhile.
 
+    A shard that cannot be had is replaced by the lane's next one, from which as many samples are
+    taken as were lost. So every later sample keeps its place in the stream, and a resume needs to
+    know nothing of it.
 
-class _Lane:
-    """One lane's endless stream of samples. Holds one shard in memory at a time."""
+    bad_shards: filled with address and reason of each such shard; the lanes of a worker share it.
+    """
 
-    def __init__(self, directory: Path, manifest: Manifest, seed: int, lane: int, lanes: int):
-        self.directory, self.manifest = directory, manifest
-        self.seed, self.lane, self.lanes = seed, lane, lanes
+    def __init__(self, stream: "LatentStream", lane: int, bad_shards: dict[str, str]):
+        self.stream, self.lane, self.bad_shards = stream, lane, bad_shards
 
-    def samples(self, offset: int) -> Iterator[Sample]:
+    def spots(self, offset: int) -> Iterator[Spot]:
         """All samples from the lane's `offset`-th on, forever."""
-        shards = self.manifest.shards
+        stream, shards = self.stream, self.stream.manifest.shards
         counts = [shard.samples for shard in shards]
-        epoch, turn, offset = position(counts, self.seed, self.lane, self.lanes, offset)
+        epoch, turn, offset = position(counts, stream.seed, self.lane, stream.lanes, offset)
+        order = self._shards_from(epoch, turn)
+        epoch, number = next(order)
+        ahead = self._read_ahead(number)
         while True:
-            for shard in lane_shards(self.seed, epoch, self.lane, self.lanes, len(shards))[turn:]:
-                held = read_shard(self.directory / shards[shard].name, self.manifest)
-                order = sample_order(self.seed, epoch, shard, len(held))
-                yield from (held[index] for index in order[offset:])
-                offset = 0
+            following = next(order)
+            opened, held = self._open(number, ahead, epoch)
+            ahead = self._read_ahead(following[1])
+            try:
+                # `held` is `number`, unless another shard stands in for it.
+                indices = cycle(sample_order(stream.seed, epoch, held, len(opened)))
+                for index in islice(indices, offset, counts[number]):
+                    yield Spot(opened, index)
+            except GeneratorExit:
+                ahead.close()
+                raise
+            finally:
+                opened.close()
+            (epoch, number), offset = following, 0
+
+    def _shards_from(self, epoch: int, turn: int) -> Iterator[tuple[int, int]]:
+        """The lane's shards in reading order, forever: (epoch, number)."""
+        stream = self.stream
+        shards = len(stream.manifest.shards)
+        while True:
+            mine = lane_shards(stream.seed, epoch, self.lane, stream.lanes, shards)
+            yield from ((epoch, number) for number in mine[turn:])
             epoch, turn = epoch + 1, 0
+
+    def _read_ahead(self, number: int) -> ReadAhead:
+        stream = self.stream
+        address = self._address(number)
+        attempts = 1 if address in self.bad_shards else ATTEMPTS
+        return ReadAhead(address, stream.manifest.shards[number], stream.fetch, attempts)
+
+    def _open(self, number: int, ahead: ReadAhead, epoch: int) -> tuple[OpenShard, int]:
+        """The shard, or the first of the lane's next ones that can be had, and its number."""
+        manifest = self.stream.manifest
+        candidates = self._candidates(number, epoch)
+        while True:
+            try:
+                file = ahead.result()
+            except Unreadable as error:
+                self._lose(number, str(error))
+                number = next(candidates, None)
+                if number is None:
+                    raise UserError(f"no shard of lane {self.lane} can be read") from None
+                ahead = self._read_ahead(number)
+                continue
+            return OpenShard(file, manifest.shards[number], manifest, self._address(number)), number
+
+    def _candidates(self, number: int, epoch: int) -> Iterator[int]:
+        """The shards after `number` in the lane, each once, till all shards had their turn."""
+        seen = {number}
+        order = self._shards_from(epoch, 0)
+        next(other for _, other in order if other == number)
+        for _, other in islice(order, 10 * len(self.stream.manifest.shards)):
+            if other not in seen:
+                seen.add(other)
+                yield other
+
+    def _lose(self, number: int, reason: str) -> None:
+        self.bad_shards.setdefault(self._address(number), reason)
+        if len(self.bad_shards) > self.stream.max_bad_shards:
+            raise self.stream.too_many(self._address(number), reason)
+
+    def _address(self, number: int) -> str:
+        manifest = self.stream.manifest
+        return manifest.address(self.stream.directory, manifest.shards[number])
 
 
 class _Chunks(IterableDataset):
@@ -150,7 +143,7 @@ class _Chunks(IterableDataset):
     def __init__(self, stream: "LatentStream"):
         self.stream = stream
 
-    def __iter__(self) -> Iterator[Batch | UserError]:
+    def __iter__(self) -> Iterator[Chunk | UserError]:
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         mine = self.stream.my_lanes
@@ -173,6 +166,10 @@ class LatentStream:
 
     workers: processes that read ahead, at most one per lane; 0 reads in this process.
     clock: samples that the whole run has seen; each lane continues at its (clock / V)-th.
+    max_bad_shards: how many different shards may be unreadable before the stream stops.
+    report: told of every shard that is replaced; by default standard error is.
+
+    bad_shards: address and reason of those that were replaced so far.
     """
 
     def __init__(
@@ -186,6 +183,9 @@ class LatentStream:
         seed: int,
         workers: int = 0,
         clock: int = 0,
+        max_bad_shards: int = 0,
+        fetch: Fetch = Fetch(),  # noqa: B008 (a tuple)
+        report: Callable[[str], None] | None = None,
     ):
         manifest.check_lanes(lanes)
         if not my_lanes or not all(0 <= lane < lanes for lane in my_lanes):
@@ -201,26 +201,29 @@ class LatentStream:
         self.lanes, self.my_lanes = lanes, list(my_lanes)
         self.samples_per_lane, self.seed, self.clock = samples_per_lane, seed, clock
         self.workers = min(workers, len(self.my_lanes))
+        self.max_bad_shards, self.fetch, self.report = max_bad_shards, fetch, report or _tell
+        self.bad_shards: dict[str, str] = {}
 
-    def chunks(self, block: list[int]) -> Iterator[Batch]:
+    def chunks(self, block: list[int]) -> Iterator[Chunk]:
         """The batches of some of the lanes, read in this process."""
-        n, clock = self.samples_per_lane, self.clock
-        streams = [
-            _Lane(self.directory, self.manifest, self.seed, lane, self.lanes).samples(
-                clock // self.lanes
-            )
-            for lane in block
-        ]
+        n, clock, bad_shards = self.samples_per_lane, self.clock, {}
+        streams = [Lane(self, lane, bad_shards).spots(clock // self.lanes) for lane in block]
         while True:
             latents, labels = [], []
             for lane, stream in zip(block, streams, strict=True):
-                samples = [next(stream) for _ in range(n)]
-                flips = [sample.flip for sample in samples] if self.manifest.flips else None
                 generator = keyed_generator(self.seed, "latent", clock, lane)
-                arrays = [sample.array for sample in samples]
-                latents.append(model_latents(arrays, flips, self.manifest, generator))
-                labels += [sample.label for sample in samples]
-            yield Batch(torch.cat(latents), torch.tensor(labels))
+                mirrored = draw_mirrored(n, self.manifest, generator)
+                arrays, spots = [], []
+                for flip, spot in zip(mirrored, stream, strict=False):
+                    arrays.append(spot.shard.array(spot.index, flip))
+                    labels.append(spot.shard.labels[spot.index])
+                    spots.append(spot)
+                try:
+                    latents.append(model_latents(arrays, self.manifest, generator))
+                except NotFinite as error:
+                    shard, index = spots[error.index]
+                    raise shard.not_finite(index) from None
+            yield Chunk(torch.cat(latents), torch.tensor(labels), dict(bad_shards))
             clock += self.lanes * n
 
     def __iter__(self) -> Iterator[Batch]:
@@ -231,20 +234,69 @@ class LatentStream:
             _Chunks(self),
             batch_size=None,
             num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,  # enough to bridge the opening of a shard
             collate_fn=_as_is,
             worker_init_fn=partial(_start_worker, closing),
             generator=torch.Generator(),  # else every start would draw from the global one
         )
         chunks = iter(loader)
+        steps = _steps(chunks, max(1, self.workers))
+        if self.workers:
+            # Taking over what workers send costs time, too: a loop need not wait for it.
+            steps = made_ready(steps)
         try:
-            while True:
-                # DataLoader takes one chunk of each worker in turn: one round is one step.
-                parts = [_checked(next(chunks)) for _ in range(max(1, self.workers))]
-                yield Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+            for step in steps:
+                yield self._received(step)
         finally:
             close()
-            del chunks  # ends the workers now, whoever still holds this frame
+            steps.close()
+            del chunks, steps  # ends the workers now, whoever still holds this frame
             atexit.unregister(close)
+
+    def bad_flags(self) -> Tensor:
+        """1 for each of the manifest's shards that was replaced so far, else 0: (shards,) int32."""
+        addresses = (self.manifest.address(self.directory, s) for s in self.manifest.shards)
+        return torch.tensor([a in self.bad_shards for a in addresses], dtype=torch.int32)
+
+    def too_many(self, address: str, reason: str) -> UserError:
+        """Why the stream stops: this shard is one too many."""
+        way_out = f"or set data.max_bad_shards (now {self.max_bad_shards}) to go on without it"
+        return UserError(f"{unreadable(address, reason)}, {way_out}")
+
+    def _received(self, chunk: Chunk | UserError) -> Batch:
+        if isinstance(chunk, UserError):
+            raise chunk
+        for address, reason in chunk.bad_shards.items():
+            if address in self.bad_shards:
+                continue
+            self.bad_shards[address] = reason
+            if len(self.bad_shards) > self.max_bad_shards:
+                raise self.too_many(address, reason)
+            self.report(
+                f"shard {address} cannot be read ({reason}): its lane's next one stands in for it; "
+                f"{len(self.bad_shards)} of data.max_bad_shards={self.max_bad_shards}"
+            )
+        return Batch(chunk.latents, chunk.labels)
+
+
+def _steps(chunks: Iterator[Chunk | UserError], parts: int) -> Iterator[Chunk | UserError]:
+    """The chunks of all workers, step by step: DataLoader takes one of each in turn."""
+    while True:
+        step = list(islice(chunks, parts))
+        errors = [chunk for chunk in step if isinstance(chunk, UserError)]
+        if errors:
+            yield errors[0]
+            return
+        latents, labels, bad_shards = zip(*step, strict=True)
+        yield Chunk(_joined(latents), _joined(labels), dict(ChainMap(*bad_shards)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _start_worker(closing, index: int) -> None:
@@ -254,15 +306,15 @@ def _start_worker(closing, index: int) -> None:
     first. A SIGTERM while the stream closes is DataLoader's own and is obeyed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
+    signal.signal(signal.SIGTERM, lambda *_: _leave() if closing.value else None)
+    Finalize(None, end_commands, exitpriority=0)  # atexit is not for processes like this
     torch.set_num_threads(1)
 
 
-def _as_is(chunk: Batch | UserError) -> Batch | UserError:
-    return chunk
+def _leave() -> None:
+    end_commands()
+    os._exit(0)
 
 
-def _checked(chunk: Batch | UserError) -> Batch:
-    if isinstance(chunk, UserError):
-        raise chunk
+def _as_is(chunk: Chunk | UserError) -> Chunk | UserError:
     return chunk

@@ -1,30 +1,49 @@
-"""An exponential moving average of the weights, in fp32 over the ranges that this rank owns."""
+"""Moving averages of the weights, in fp32 over the ranges that this rank owns."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from diffmoe.parallel.zero import OwnedRange
+from diffmoe.training.profiles import constant_keep, power_keep, power_prefix
 
 
 class EMA:
-    """No second full copy: one tensor beside each of the rank's flat fp32 partitions.
+    """No second full copy: per average, one tensor beside each of the rank's flat fp32 partitions.
 
-    Buffers are not averaged; a checkpoint stores them as they are.
+    Buffers are not averaged; a checkpoint stores them as they are. Without a decay and lengths it
+    holds nothing and does nothing.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
-        self.decay = decay
+    def __init__(
+        self, engine: DeepSpeedEngine, decay: float | None, stds: Sequence[float] = ()
+    ) -> None:
+        """decay: of the constant-decay average. stds: relative lengths of power-function ones."""
         self.masters: list[Tensor] = list(engine.optimizer.single_partition_of_fp32_groups)
-        self.averages = [master.detach().clone() for master in self.masters]
+        self._keep: dict[str, Callable[[int], float]] = {
+            power_prefix(std): partial(power_keep, std) for std in stds
+        }
+        if decay is not None:
+            self._keep["ema"] = partial(constant_keep, decay)
+        self.averages: dict[str, list[Tensor]] = {
+            prefix: [master.detach().clone() for master in self.masters] for prefix in self._keep
+        }
 
     @torch.no_grad()
-    def update(self) -> None:
-        """After an optimizer step: average = decay * average + (1 - decay) * weights."""
-        for average, master in zip(self.averages, self.masters, strict=True):
-            average.lerp_(master, 1 - self.decay)
+    def update(self, step: int) -> None:
+        """After optimizer step number `step`, from 1, skipped ones not counted."""
+        for prefix, averages in self.averages.items():
+            new = 1 - self._keep[prefix](step)
+            for average, master in zip(averages, self.masters, strict=True):
+                average.lerp_(master, new)
 
-    def piece(self, owned: OwnedRange) -> Tensor:
-        """The average of an owned range, a view."""
+    def pieces(self, owned: OwnedRange) -> dict[str, Tensor]:
+        """Each average of an owned range, a view, by its prefix in a checkpoint."""
         index = next(i for i, master in enumerate(self.masters) if master is owned.partition)
-        return self.averages[index].narrow(0, owned.offset, len(owned.master))
+        return {
+            prefix: averages[index].narrow(0, owned.offset, len(owned.master))
+            for prefix, averages in self.averages.items()
+        }

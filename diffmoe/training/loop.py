@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.config import Config, OptimizerConfig
+from diffmoe.data.fetching import Fetch
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.shards import LatentStream
 from diffmoe.diffusion import create_objective
@@ -20,9 +21,9 @@ from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training import checkpoint
 from diffmoe.training.batch import micro_batches
-from diffmoe.training.checkpoint import Checkpoints
 from diffmoe.training.ema import EMA
 from diffmoe.training.report import RoutingReport
+from diffmoe.training.saver import Saver
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
@@ -64,10 +65,9 @@ def train(
     training = config.training
     first_rank = topology.rank == 0
     folder = Path(config.output)
-    checkpoints = Checkpoints(folder)
 
     manifest = Manifest.load(config.data.path)
-    manifest.check(config.data.path, lanes=config.data.lanes)
+    manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
     manifest.check_model(
         config.model.in_channels, config.model.input_size, config.model.num_classes
     )
@@ -93,7 +93,7 @@ def train(
         settings=engine_settings(config, ds_settings, topology.world),
         topology=topology,
     )
-    ema = EMA(engine, training.ema_decay)
+    ema = EMA(engine, training.ema_decay, training.ema_stds)
     thresholds = ThresholdTracker(network)
 
     samples, step, skipped, skipped_in_a_row = 0, 0, 0, 0
@@ -103,19 +103,23 @@ def train(
 
     telemetry = Telemetry(config, folder, samples, active=first_rank)
     if resume_from is not None:
-        telemetry.say(f"resumed {resume_from} at {samples} samples (step {step})")
-    stream = iter(
-        LatentStream(
-            config.data.path,
-            manifest,
-            lanes=config.data.lanes,
-            my_lanes=my_lanes,
-            samples_per_lane=config.samples_per_lane,
-            seed=config.seed,
-            workers=config.data.workers,
-            clock=samples,
-        )
+        state = checkpoint.pieces(engine, network, ema)
+        telemetry.say(checkpoint.restored(resume_from, network, state))
+    saver = Saver(engine, network, ema, config, manifest, telemetry.say)
+    data = LatentStream(
+        config.data.path,
+        manifest,
+        lanes=config.data.lanes,
+        my_lanes=my_lanes,
+        samples_per_lane=config.samples_per_lane,
+        seed=config.seed,
+        workers=config.data.workers,
+        clock=samples,
+        max_bad_shards=config.data.max_bad_shards,
+        fetch=Fetch(config.data.cache, config.data.cache_gib, config.data.stall_seconds),
+        report=telemetry.say if first_rank else None,
     )
+    stream = iter(data)
 
     while samples < training.total_samples:
         before, samples = samples, samples + training.batch_size
@@ -153,12 +157,25 @@ def train(
                 part = part.detach().double() / training.accumulation
                 losses[name] = losses[name] + part if name in losses else part
 
-        # One collective tells every rank the mean losses, and whether any rank was asked to stop.
-        told = torch.stack([*losses.values(), torch.tensor(float(stop.asked), device=device)])
+        # One collective tells every rank the mean losses, whether any was asked to stop, whether
+        # a save has failed, and how many shards all of them could not read.
+        flags = [float(stop.asked), float(saver.failed), float(len(data.bad_shards))]
+        flags = torch.tensor(flags, device=device)
+        told = torch.cat([torch.stack(list(losses.values())), flags])
         dist.all_reduce(told)
-        *means, asked = told.tolist()
+        *means, asked, save_failed, bad_shards = told.tolist()
         means = {name: mean / topology.world for name, mean in zip(losses, means, strict=True)}
         gradient_norm = float(engine.get_global_grad_norm())
+        if bad_shards:  # several ranks may have met the same one
+            which = data.bad_flags().to(device)
+            dist.all_reduce(which)
+            bad_shards = int(which.count_nonzero())
+        if bad_shards > config.data.max_bad_shards:
+            raise UserError(
+                f"all ranks together could not read {bad_shards} shards (named above), more "
+                f"than data.max_bad_shards={config.data.max_bad_shards}; copy them again or pack "
+                "the data again, or raise it"
+            )
 
         if engine.optimizer.overflow:
             thresholds.forget()
@@ -177,7 +194,7 @@ def train(
         else:
             skipped_in_a_row = 0
             thresholds.step()
-            ema.update()
+            ema.update(step + 1 - skipped)
         step += 1
 
         telemetry.step(samples, means["loss"], gradient_norm)
@@ -190,15 +207,22 @@ def train(
                     "gradient_norm": gradient_norm,
                     "learning_rate": rate,
                     "skipped_steps": skipped,
+                    "bad_shards": int(bad_shards),
                     "data_wait_seconds": waited,
                     **report.summary(),
                 },
             )
         done = samples >= training.total_samples
+        clock = {"samples": samples, "step": step, "skipped": skipped}
+        kinds = []
         if asked or done or crossed(training.checkpoint_samples, before, samples):
-            clock = {"samples": samples, "step": step, "skipped": skipped}
-            path = checkpoints.save(engine, network, ema, config, manifest, clock)
-            telemetry.say(f"saved {path}")
+            kinds.append("step")
+        if training.snapshot_samples and crossed(training.snapshot_samples, before, samples):
+            kinds.append("ema")
+        if kinds:
+            saver.begin(clock, *kinds)
+        if asked or done or save_failed:
+            saver.wait()
         if asked and not done:
             break
 

@@ -61,8 +61,11 @@ class Telemetry:
             "memory_gib": _peak_memory_gib(),
         }
         self._since, self._samples = now, samples
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk costs lines, not the run
+            self.say(f"warning: {self.path} lacks the line of {samples} samples: {error}")
         if self.wandb is not None:
             try:
                 self.wandb.log(_flattened(values), step=samples)

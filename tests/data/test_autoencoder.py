@@ -45,7 +45,7 @@ def test_latents_are_decoded_in_batches(monkeypatch):
 
     class Stub(torch.nn.Module):
         @classmethod
-        def from_pretrained(cls, path):
+        def from_pretrained(cls, path, **options):
             assert path == "folder"
             return cls()
 

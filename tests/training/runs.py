@@ -53,6 +53,7 @@ def run_config(folder: Path, steps: int, **changes: Any) -> Config:
         "data__path": str(folder / "data"),
         "training__total_samples": 8 * steps,
         "training__ema_decay": 0.8,
+        "training__keep_last": 100,
         "optimizer__learning_rate": 0.01,
         "logging__log_samples": 8,
     }

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from diffmoe.config import OptimizerConfig
-from diffmoe.models.dit import DiT
 from diffmoe.training.loop import PATIENCE, crossed, learning_rate
 from tests.training.runs import (
     assert_identical,
@@ -69,22 +68,6 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path):
             assert [line[key] for line in other_lines] == pytest.approx(expected, rel=1e-6)
         for name, tensor in state.items():
             torch.testing.assert_close(other_state[name], tensor, atol=1e-6, rtol=1e-5)
-
-
-def test_ema_over_ranks_has_its_closed_form(tmp_path: Path):
-    """EMA_n = d^n w_0 + (1 - d) sum of d^(n-k) w_k, every element of every tensor."""
-    pack(tmp_path / "data")
-    config = run_config(tmp_path, 4, training__checkpoint_samples=8, parallel__expert_parallel=2)
-    train(config, world=2)
-    network = DiT(config.model, config.moe).initialize(config.seed)
-    steps = [tensors(Path(config.output) / f"step-{k:08d}") for k in (1, 2, 3, 4)]
-    for name, first in network.named_parameters():
-        expected = 0.8**4 * first.detach().flatten().double()
-        for k, state in enumerate(steps, start=1):
-            expected += 0.2 * 0.8 ** (4 - k) * state[f"weights/{name}"].double()
-        # fp32 lerp, four times, on numbers up to 1
-        torch.testing.assert_close(steps[-1][f"ema/{name}"].double(), expected, atol=3e-7, rtol=0)
-        assert not torch.equal(steps[-1][f"ema/{name}"], steps[-1][f"weights/{name}"]), name
 
 
 @pytest.mark.parametrize(

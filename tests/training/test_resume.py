@@ -29,17 +29,30 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize(
-    ("world", "changes"),
-    [(2, {"parallel__zero_stage": 2}), (1, EVERYTHING), (2, EVERYTHING)],
-    ids=["two ranks, stage 2", "one rank, everything", "two ranks, everything"],
+    ("world", "changes", "counts", "stops"),
+    [
+        (2, {"parallel__zero_stage": 2}, None, (2, 4)),
+        (1, EVERYTHING, None, (2, 4)),
+        (2, EVERYTHING, None, (2, 4)),
+        # Lanes of 8 samples, 2 a step: an epoch is 4 steps.
+        (2, EVERYTHING, [8] * 4, (4, 5)),
+    ],
+    ids=[
+        "two ranks, stage 2",
+        "one rank, everything",
+        "two ranks, everything",
+        "at an epoch's end and a step later",
+    ],
 )
-def test_resuming_twice_equals_not_stopping(tmp_path: Path, world: int, changes: dict):
-    """Weights, moments, EMA, thresholds and clock, bit for bit; both stops are inside an epoch."""
-    pack(tmp_path / "data")
+def test_resuming_twice_equals_not_stopping(
+    tmp_path: Path, world: int, changes: dict, counts: list[int] | None, stops: tuple[int, int]
+):
+    """Weights, moments, averages, thresholds and clock, bit for bit; in the middle of epochs."""
+    pack(tmp_path / "data", counts)
     whole = run_config(tmp_path, 6, parallel__expert_parallel=world, **changes)
     parts = whole.replace({"output": str(tmp_path / "parts")})
     assert train(whole, world) == [True] * world
-    for step in (2, 4):
+    for step in stops:
         assert train(parts, world, prepare=SignalDuringStep(step)) == [False] * world
         assert clock(newest(parts)) == {"samples": 8 * step, "step": step, "skipped": 0}
     assert train(parts, world) == [True] * world

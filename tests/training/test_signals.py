@@ -1,5 +1,6 @@
 """A signal finishes the step, saves, and ends the run in order; a second Ctrl-C does not wait."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.commands import TRAIN, command, environment, wait_for_metrics, write_config
+from tests.training.processes import ranks_of
 from tests.training.runs import SignalDuringStep, clock, metrics, newest, pack, run_config, train
 
 
@@ -25,6 +27,18 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(tmp_path: Path, number: i
     assert train(config, world=2) == [True, True]
     assert clock(newest(config)) == {"samples": 40, "step": 5, "skipped": 0}
     assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4, 5]
+
+
+def test_every_rank_exits_with_code_85(tmp_path: Path):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 10**6)
+    with ranks_of(config, 2) as ranks:
+        wait_for_metrics(config)
+        os.kill(ranks.processes[1].pid, signal.SIGUSR1)
+        codes = ranks.wait()
+    assert codes == [85, 85], ranks.told()
+    assert ranks.told().count("saved ") == 1
+    assert clock(newest(config))["samples"] == metrics(config)[-1]["samples"]
 
 
 def test_a_signal_during_the_last_step_is_an_ordinary_end(tmp_path: Path):

@@ -26,6 +26,7 @@ def test_metrics_hold_what_the_run_did(tmp_path: Path):
         "gradient_norm",
         "learning_rate",
         "skipped_steps",
+        "bad_shards",
         "data_wait_seconds",
         "untaken_share",
         "capacity_loss",

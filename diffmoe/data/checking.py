@@ -1,0 +1,214 @@
+"""Looking a data folder over: every shard, every sample, what the model would see of them."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.data.fetching import Unreadable, open_shard
+from diffmoe.data.latents import model_latents
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.numbers import restored
+from diffmoe.data.reading import OpenShard, Sample, unreadable
+from diffmoe.errors import UserError
+from diffmoe.seeding import keyed_generator
+
+# Latents of a wrong scale are off by 5 or more; whitened ones (EDM2: 0.5) and pixels lie within.
+_DEVIATIONS = (0.35, 2.8)
+_TOLD = 20  # problems that are printed in full
+_SHEET = 32  # samples on the contact sheet
+
+
+@dataclass
+class Report:
+    """What was found: `problems` are wrong, `lines` are for reading."""
+
+    problems: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = [f"problem: {problem}" for problem in self.problems[:_TOLD]]
+        if len(self.problems) > _TOLD:
+            told.append(f"and {len(self.problems) - _TOLD} more problems")
+        return "\n".join([*self.lines, *(told or ["no problems"])])
+
+
+def check_data(directory: str | Path, sheet: str | Path | None, device: str = "cpu") -> Report:
+    """Read a data folder whole. Raises UserError only where there is no manifest to go by.
+
+    sheet: where to write a PNG of up to 32 samples, each above its mirror image.
+    """
+    manifest = Manifest.load(directory)
+    report, statistics = Report(), _Statistics(manifest)
+    labels, dtypes, places = Counter(), Counter(), {}
+    shown: list[Sample] = []
+    of_each = max(1, _SHEET // manifest.classes) if manifest.classes > 0 else 1
+    for sample, address in _samples(directory, manifest, report):
+        if sample.key in places:
+            report.problems.append(
+                f"sample key {sample.key} is in {places[sample.key]} and again in {address}"
+            )
+        places[sample.key] = address
+        labels[sample.label] += 1
+        dtypes[str(sample.array.dtype)] += 1
+        statistics.add(sample.array)
+        if len(shown) < _SHEET and labels[sample.label] <= of_each:
+            shown.append(sample)
+    shape = "x".join(map(str, manifest.shape))
+    kinds = ", ".join(sorted(dtypes)) if manifest.dtype is None else manifest.dtype
+    report.lines += [
+        manifest.summary(directory),
+        f"content {manifest.content} of {shape} in {kinds}, flips {manifest.flips}, scaled "
+        f"{manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
+        f"autoencoder {manifest.autoencoder}, pixels {manifest.pixel_range}; {manifest.source}",
+        *_histogram(labels, manifest),
+    ]
+    if labels:
+        report.lines += statistics.lines()
+        report.problems += statistics.problems()
+        if sheet is not None:
+            report.lines.append(_write_sheet(shown, manifest, sheet, device))
+    return report
+
+
+def _samples(
+    directory: str | Path, manifest: Manifest, report: Report
+) -> Iterator[tuple[Sample, str]]:
+    """Every good sample and its shard; what is not good goes to the report."""
+    for shard in tqdm(manifest.shards, unit="shard", dynamic_ncols=True, disable=None):
+        address = manifest.address(directory, shard)
+        try:
+            opened = OpenShard(open_shard(address, shard, attempts=1), shard, manifest, address)
+        except Unreadable as error:
+            report.problems.append(unreadable(address, str(error)))
+            continue
+        except UserError as error:
+            report.problems.append(str(error))
+            continue
+        with closing(opened):
+            for index in range(len(opened)):
+                try:
+                    sample = opened.sample(index)
+                except UserError as error:
+                    report.problems.append(str(error))
+                else:
+                    yield sample, shard.name
+
+
+class _Statistics:
+    """Mean and standard deviation per channel of what the model would see, without drawing."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        channels = manifest.shape[0]
+        self._n, self._lowest = 0, math.inf
+        self._sum, self._squares = np.zeros(channels), np.zeros(channels)
+
+    def add(self, array: np.ndarray) -> None:
+        manifest = self.manifest
+        z = restored(array, manifest.dtype).astype(np.float64)
+        variance = np.zeros(1)
+        if manifest.content != "sample":
+            z, spread = np.split(z, 2)
+            self._lowest = min(self._lowest, spread.min())
+            is_std = manifest.content == "mean_std"
+            variance = spread**2 if is_std else np.exp(np.clip(spread, -30, 20))
+        self._n += z[0].size
+        self._sum += z.sum((1, 2))
+        self._squares += (z**2 + variance).sum((1, 2))
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each channel, scaled and shifted."""
+        mean = self._sum / self._n
+        deviation = np.sqrt(np.maximum(self._squares / self._n - mean**2, 0))
+        if not self.manifest.scaled:
+            scale = np.abs(self.manifest.scale)
+            mean, deviation = (mean - self.manifest.shift) * self.manifest.scale, deviation * scale
+        return mean, deviation
+
+    def lines(self) -> list[str]:
+        mean, deviation = self.moments()
+        return [
+            "as the model sees them, per channel:",
+            "  mean      " + " ".join(f"{x:8.4f}" for x in mean),
+            "  deviation " + " ".join(f"{x:8.4f}" for x in deviation),
+        ]
+
+    def problems(self) -> list[str]:
+        manifest, problems = self.manifest, []
+        _, deviation = self.moments()
+        lowest, highest = deviation.min(), deviation.max()
+        if manifest.autoencoder != "identity" and not (
+            _DEVIATIONS[0] <= lowest and highest <= _DEVIATIONS[1]
+        ):
+            problems.append(
+                f"the standard deviation of a channel is {lowest if lowest < 0.35 else highest:.3g}"
+                f", far from 1: scale={manifest.scale} with scaled={manifest.scaled} looks wrong "
+                "(left out, or applied twice?)"
+            )
+        if manifest.content == "mean_std" and self._lowest < 0:
+            problems.append(
+                f"a standard deviation is {self._lowest:.3g}, below 0: are these log-variances "
+                "(content=mean_logvar)?"
+            )
+        if manifest.content == "mean_logvar" and self._lowest >= 0:
+            problems.append(
+                f"no log-variance is below 0 (the lowest is {self._lowest:.3g}): are these "
+                "standard deviations (content=mean_std)?"
+            )
+        return problems
+
+
+def _histogram(labels: Counter, manifest: Manifest) -> list[str]:
+    counts = [labels[label] for label in range(manifest.classes)]
+    names = manifest.class_names or [str(label) for label in range(manifest.classes)]
+    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    lines = [
+        f"samples per class: {min(counts)} to {max(counts)}, median {int(np.median(counts))}"
+        + (f"; none of {len(empty)} classes, such as {empty[0]}" if empty else "")
+    ]
+    if manifest.classes <= 20:
+        widest = max(map(len, names))
+        most = max(max(counts), 1)
+        for name, count in zip(names, counts, strict=True):
+            lines.append(f"  {name:{widest}} {count:8} {'#' * round(40 * count / most)}")
+    return lines
+
+
+def _write_sheet(samples: list[Sample], manifest: Manifest, path: str | Path, device: str) -> str:
+    """Returns a line that says where it is, or why it is not."""
+    try:
+        autoencoder = autoencoder_of(manifest.model_dump(), device)
+    except UserError as error:
+        return f"no contact sheet: {error}"
+    samples = sorted(samples, key=lambda sample: sample.label)
+    rows = [[sample.array for sample in samples]]
+    if manifest.flips:
+        rows.append([sample.flip for sample in samples])
+    strips = []
+    for arrays in rows:
+        latents = model_latents(arrays, manifest, keyed_generator("contact sheet"))
+        images = autoencoder.decode(latents.to(torch.float32)).cpu().numpy()  # (N,H,W,3 or 1)
+        strips.append(images)
+    columns = min(8, len(samples))
+    height, width, channels = strips[0].shape[1:]
+    lines = -(-len(samples) // columns)
+    page = np.full((lines * len(strips) * height, columns * width, channels), 255, np.uint8)
+    for number in range(len(samples)):
+        line, column = divmod(number, columns)
+        for row, images in enumerate(strips):
+            top, left = (line * len(strips) + row) * height, column * width
+            page[top : top + height, left : left + width] = images[number]
+    if channels not in (1, 3):
+        return f"no contact sheet: {channels} channels are no picture"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(page.squeeze(-1) if channels == 1 else page).save(path)
+    return f"contact sheet, in order of class, each above its mirror image: {path}"

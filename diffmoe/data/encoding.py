@@ -1,0 +1,129 @@
+"""Images into shards: as pixels, or through an autoencoder as the moments of their posteriors."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffmoe.data.autoencoder import KLAutoencoder, canonical_name
+from diffmoe.data.conversion import Made, Ranks, Skipped, convert_items
+from diffmoe.data.images import ImageItem, find_images, load_image
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.numbers import stored
+from diffmoe.errors import UserError
+
+
+def encode_images(
+    images: str | Path,
+    directory: str | Path,
+    *,
+    vae: str | None,
+    size: int,
+    shards: int | None = None,
+    batch: int = 32,
+    workers: int = 4,
+    dtype: str = "float16",
+    flips: bool = True,
+    classes: int | None = None,
+    max_bad: int = 10,
+    overwrite: bool = False,
+    device: str = "cpu",
+    ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
+) -> Manifest | None:
+    """Pack the images of a folder. Returns the manifest, or None while other ranks still work.
+
+    vae: folder or hub id of an AutoencoderKL; None packs the pixels, -1..1.
+    size: side of the square that is cut out of each image.
+    batch: images per pass of the autoencoder. workers: threads that decode images.
+    classes: their number, where tars leave it open.
+    """
+    if size < 1 or batch < 1 or workers < 1:
+        raise UserError(f"--size {size}, --batch {batch}, --workers {workers} must be at least 1")
+    items, names = find_images(images)
+    if names is None and classes is None:
+        raise UserError(
+            f"the tars of {images} hold class numbers, but not how many classes there are; give "
+            "--classes N"
+        )
+    if names is not None and classes not in (None, len(names)):
+        raise UserError(f"--classes {classes}, but {images} has {len(names)} class folders")
+    autoencoder = None
+    if vae is not None:
+        # The same images must give the same bytes after a kill.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        autoencoder = KLAutoencoder.with_own_scale(vae, device, batch)
+    fields = {
+        "content": "mean_logvar" if autoencoder else "sample",
+        "scaled": autoencoder is None,
+        "scale": autoencoder.scale if autoencoder else 1.0,
+        "shift": autoencoder.shift if autoencoder else 0.0,
+        "shape": autoencoder.latent_shape(size) if autoencoder else (3, size, size),
+        "flips": flips,
+        "classes": len(names) if names is not None else classes,
+        "class_names": names,
+        "autoencoder": canonical_name(vae) if vae is not None else "identity",
+        "source": f"images of {Path(images).resolve()}, {size}x{size}",
+        "dtype": dtype,
+    }
+
+    def convert(part: Sequence[ImageItem]) -> Iterator[Made | Skipped]:
+        for loaded in _loaded(part, size, batch, workers):
+            good = [(item, pixels) for item, pixels in loaded if isinstance(pixels, np.ndarray)]
+            yield from (
+                Skipped(item.name, f"{type(error).__name__}: {error}")
+                for item, error in loaded
+                if isinstance(error, Exception)
+            )
+            if not good:
+                continue
+            pixels = np.stack([pixels for _, pixels in good])
+            arrays = _arrays(pixels, autoencoder)
+            mirrored = _arrays(pixels[:, :, ::-1].copy(), autoencoder) if flips else None
+            for index, (item, _) in enumerate(good):
+                yield Made(
+                    item.key,
+                    item.label,
+                    stored(arrays[index], dtype),
+                    stored(mirrored[index], dtype) if flips else None,
+                )
+
+    return convert_items(
+        directory,
+        items,
+        convert,
+        fields=fields,
+        shards=shards,
+        settings={"batch": batch if autoencoder else None},
+        ranks=ranks,
+        max_bad=max_bad,
+        overwrite=overwrite,
+    )
+
+
+def _arrays(pixels: np.ndarray, autoencoder: KLAutoencoder | None) -> np.ndarray:
+    """uint8 (N,H,W,3) to what the files hold, fp32: pixels (N,3,H,W) or moments (N,2C,h,w)."""
+    if autoencoder is None:
+        return pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+    return autoencoder.encode(torch.from_numpy(pixels)).numpy()
+
+
+def _loaded(
+    items: Sequence[ImageItem], size: int, batch: int, workers: int
+) -> Iterator[list[tuple[ImageItem, np.ndarray | Exception]]]:
+    """Batches of decoded images, or of why one cannot be; the next batch is read meanwhile."""
+
+    def load(item: ImageItem) -> tuple[ImageItem, np.ndarray | Exception]:
+        try:
+            return item, load_image(item, size)
+        except (OSError, ValueError) as error:
+            return item, error
+
+    parts = [items[start : start + batch] for start in range(0, len(items), batch)]
+    with ThreadPoolExecutor(workers) as pool:  # PIL decodes and resizes without Python's lock
+        ahead = deque([pool.submit(load, item) for item in part] for part in parts[:1])
+        for part in [*parts[1:], []]:
+            ahead.append([pool.submit(load, item) for item in part])
+            yield [future.result() for future in ahead.popleft()]

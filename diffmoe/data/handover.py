@@ -1,0 +1,54 @@
+"""Items made ready by a thread, so that whoever asks for one does not wait for its making."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+def made_ready(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """The same items in the same order, up to `depth` of them fetched ahead by a thread.
+
+    items: a generator; it is closed in the end, unless it does not answer for 5 seconds.
+    """
+    ready: queue.Queue[T | _Failure] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: T | _Failure) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def fetch() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+            put(_Failure(StopIteration()))
+        except BaseException as error:
+            put(_Failure(error))
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, _Failure):
+                if isinstance(item.error, StopIteration):
+                    return
+                raise item.error
+            yield item
+    finally:
+        stopped.set()
+        thread.join(5)
+        if not thread.is_alive():
+            items.close()

@@ -1,0 +1,186 @@
+"""An open shard: its samples by number, each read and decoded when it is asked for."""
+
+import ast
+import os
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from diffmoe.data.fetching import Unreadable, open_shard
+from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
+from diffmoe.data.numbers import numpy_types, restored
+from diffmoe.data.tar_index import Member, read_member, tar_entries
+from diffmoe.errors import UserError
+
+
+class Sample(NamedTuple):
+    """One sample: `array` is its latent (C,H,W) or its moments (2C,H,W), as the file holds it."""
+
+    key: str
+    label: int
+    array: np.ndarray
+    flip: np.ndarray | None
+
+
+class OpenShard:
+    """The samples of a shard in file order. Holds where they lie, not what they are.
+
+    Labels and the presence of all members are checked at once, arrays when they are read.
+    """
+
+    def __init__(self, file: BinaryIO, shard: Shard, manifest: Manifest, address: str):
+        self.manifest, self.address = manifest, address
+        self._file, self._number = file, file.fileno()
+        try:
+            entries = tar_entries(self._number)
+        except ValueError as error:
+            raise UserError(
+                f"shard {address} is no whole tar ({error}); pack the data again"
+            ) from None
+        if len(entries) != shard.samples:
+            raise UserError(
+                f"shard {address} holds {len(entries)} samples, {shard.samples} in {FILE_NAME}; "
+                "copy it again or pack the data again"
+            )
+        self.keys = [entry.key for entry in entries]
+        self._members = [entry.members for entry in entries]
+        self._names = [f"{manifest.member}.npy"]
+        if manifest.flips:
+            self._names.append(f"{manifest.member}_flip.npy")
+        self.labels = [self._label(index) for index in range(len(entries))]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def array(self, index: int, mirrored: bool = False) -> np.ndarray:
+        """The array of a sample, (C,H,W) or (2C,H,W), or that of its mirror image; read-only."""
+        name, manifest = self._names[mirrored], self.manifest
+        raw = read_member(self._number, self._members[index][name])
+        try:
+            array = decode_npy(raw)
+        except ValueError as error:
+            raise UserError(
+                f"{self.where(index)}: {name} cannot be decoded ({error}); pack the data again"
+            ) from None
+        if array.shape != manifest.array_shape:
+            raise UserError(
+                f"{self.where(index)}: {name} has shape {array.shape}, while {FILE_NAME} says "
+                f"content={manifest.content}, shape={manifest.shape}, so {manifest.array_shape}; "
+                "mend the manifest or pack again"
+            )
+        if array.dtype not in numpy_types(manifest.dtype):
+            raise UserError(
+                f"{self.where(index)}: {name} is {array.dtype}, while {FILE_NAME} says "
+                f"dtype={manifest.dtype}, so {' or '.join(map(str, numpy_types(manifest.dtype)))}; "
+                "mend the manifest or pack again"
+            )
+        return array
+
+    def sample(self, index: int) -> Sample:
+        """All of a sample, finite."""
+        arrays = [self.array(index, mirrored) for mirrored in range(len(self._names))]
+        for array in arrays:
+            if not np.isfinite(restored(array, self.manifest.dtype)).all():
+                raise self.not_finite(index)
+        return Sample(
+            self.keys[index], self.labels[index], arrays[0], arrays[1] if arrays[1:] else None
+        )
+
+    def where(self, index: int) -> str:
+        return f"shard {self.address}, sample {self.keys[index]}"
+
+    def not_finite(self, index: int) -> UserError:
+        return UserError(
+            f"{self.where(index)}: NaN in the data: its numbers must be finite; pack the data "
+            "again without this sample"
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _label(self, index: int) -> int:
+        members: dict[str, Member] = self._members[index]
+        manifest = self.manifest
+        missing = [name for name in [*self._names, "cls"] if name not in members]
+        if missing:
+            raise UserError(
+                f"{self.where(index)}: {missing[0]} is missing (there is "
+                f"{', '.join(sorted(members))}), while {FILE_NAME} says content="
+                f"{manifest.content}, flips={manifest.flips}; mend the manifest or pack again"
+            )
+        text = read_member(self._number, members["cls"])
+        try:
+            label = int(text)
+        except ValueError:
+            raise UserError(
+                f"{self.where(index)}: cls cannot be decoded ({text[:20]!r} is no number); pack "
+                "the data again"
+            ) from None
+        if not 0 <= label < manifest.classes:
+            raise UserError(
+                f"{self.where(index)}: label {label} is outside the classes "
+                f"0..{manifest.classes - 1} of {FILE_NAME} (classes={manifest.classes}); mend the "
+                "manifest or pack again"
+            )
+        return label
+
+
+def read_shard(path: str | Path, manifest: Manifest) -> list[Sample]:
+    """Read a shard whole, in file order, and check every sample against the manifest."""
+    shard = _listed(path, manifest)
+    try:
+        file = open_shard(os.path.abspath(path), shard, attempts=1)
+    except Unreadable as error:
+        raise UserError(unreadable(str(path), str(error))) from None
+    with file:
+        opened = OpenShard(file, shard, manifest, str(path))
+        return [opened.sample(index) for index in range(len(opened))]
+
+
+def unreadable(address: str, reason: str) -> str:
+    return f"shard {address} cannot be read ({reason}); copy it again or pack the data again"
+
+
+def decode_npy(raw: bytes) -> np.ndarray:
+    """What np.load gives for the bytes of an npy file; read-only. Raises ValueError.
+
+    np.load spends most of its time on parsing the header, and all headers of a shard are alike.
+    """
+    if raw[:6] != b"\x93NUMPY" or len(raw) < 12:
+        raise ValueError("no npy file")
+    wide = raw[6] > 1  # version 1.0 has a length of 2 bytes, later ones of 4
+    (length,) = struct.unpack_from("<I" if wide else "<H", raw, 8)
+    start = (12 if wide else 10) + length
+    dtype, shape, order, count = _parsed(raw[12 if wide else 10 : start])
+    if len(raw) != start + count * dtype.itemsize:
+        raise ValueError(f"{len(raw)} bytes instead of {start + count * dtype.itemsize}")
+    return np.frombuffer(raw, dtype, offset=start).reshape(shape, order=order)
+
+
+@lru_cache(maxsize=64)
+def _parsed(header: bytes) -> tuple[np.dtype, tuple[int, ...], str, int]:
+    """Type, shape, order and number of elements that an npy header tells."""
+    try:
+        fields = ast.literal_eval(header.decode("latin1"))
+        dtype, shape = np.dtype(fields["descr"]), tuple(map(int, fields["shape"]))
+    except (SyntaxError, TypeError, KeyError) as error:
+        raise ValueError(f"a broken npy header: {error}") from None
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, not numbers")
+    return dtype, shape, "F" if fields.get("fortran_order") else "C", int(np.prod(shape))
+
+
+def _listed(path: str | Path, manifest: Manifest) -> Shard:
+    """What the manifest says of the shard at `path`."""
+    parts = Path(path).parts
+    fits = [
+        shard
+        for shard in manifest.shards
+        if parts[-len(Path(shard.name).parts) :] == Path(shard.name).parts
+    ]
+    if not fits:
+        raise UserError(f"shard {path} is not listed in {FILE_NAME}; pack the data again")
+    return max(fits, key=lambda shard: len(shard.name))

@@ -1,0 +1,88 @@
+"""Where the members of a tar lie, so that any one can be read without the others."""
+
+import os
+import re
+import tarfile
+from typing import NamedTuple
+
+from webdataset.tariterators import base_plus_ext
+
+_BLOCK = 512
+_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
+
+
+class Member(NamedTuple):
+    """A file in a tar: `size` bytes from `offset` on."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class Entry(NamedTuple):
+    """The members of one sample, by extension."""
+
+    key: str
+    members: dict[str, Member]
+
+
+def read_member(file: int, member: Member) -> bytes:
+    """The bytes of a member. file: descriptor of the open tar."""
+    return os.pread(file, member.size, member.offset)
+
+
+def tar_members(file: int) -> list[Member]:
+    """The regular files of an uncompressed tar, in order. file: descriptor of the open tar.
+
+    Raises ValueError if it is no tar or ends in the middle.
+    """
+    # tarfile needs some ten times as long, so the plain headers that shards have are read here.
+    members, position, end = [], 0, os.fstat(file).st_size
+    while True:
+        header = os.pread(file, _BLOCK, position)
+        if len(header) < _BLOCK:
+            raise ValueError(f"no tar, or cut off after {len(members)} members")
+        if header.count(0) == _BLOCK:
+            return members
+        size = header[124:136].rstrip(b" \0")
+        plain = header[257:262] == b"ustar" and header[156:157] in (b"0", b"\0")
+        if not plain or header[345] or not size.isdigit():
+            return _members_by_tarfile(file)
+        member = Member(
+            header[:100].rstrip(b"\0").decode(errors="surrogateescape"),
+            position + _BLOCK,
+            int(size, 8),
+        )
+        position = member.offset + -(-member.size // _BLOCK) * _BLOCK
+        if position > end:
+            raise ValueError(f"cut off inside {member.name}, after {len(members)} whole members")
+        members.append(member)
+
+
+def tar_entries(file: int) -> list[Entry]:
+    """The samples of a tar, as webdataset groups them: neighbours whose names agree up to a dot.
+
+    Raises ValueError for what `tar_members` does, and for a sample with two members of one name.
+    """
+    entries: list[Entry] = []
+    for member in tar_members(file):
+        key, extension = base_plus_ext(member.name)
+        if key is None or _META.match(member.name):
+            continue
+        if not entries or entries[-1].key != key:
+            entries.append(Entry(key, {}))
+        if extension.lower() in entries[-1].members:
+            raise ValueError(f"{member.name} comes twice")
+        entries[-1].members[extension.lower()] = member
+    return entries
+
+
+def _members_by_tarfile(file: int) -> list[Member]:
+    """The same through the standard library: long names, links, big sizes, other formats."""
+    try:
+        with os.fdopen(os.dup(file), "rb") as stream:
+            stream.seek(0)
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                return [Member(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+    except (tarfile.TarError, EOFError, OverflowError) as error:
+        raise ValueError(f"no uncompressed tar ({error})") from None

@@ -1,0 +1,232 @@
+"""Which checkpoint a run goes on from, and whether its configuration may be gone on with."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from diffmoe.config import Config
+from diffmoe.data.manifest import Manifest
+from diffmoe.errors import UserError
+from diffmoe.training import folder
+from diffmoe.training.checkpoint import shards_sha256
+
+# The network as a function: another one is another run.
+_SHAPE = (
+    "model",
+    "moe.type",
+    "moe.experts",
+    "moe.every_block",
+    "moe.activation",
+    "moe.expert_ratio",
+    "moe.shared_expert_ratio",
+)
+# Where it runs and what it tells; the numbers stay (to rounding, on another layout).
+_HARMLESS = (
+    "data.path",
+    "data.workers",
+    "data.max_bad_shards",
+    "data.stall_seconds",
+    "data.cache",
+    "data.cache_gib",
+    "moe.inference",
+    "training.checkpoint_samples",
+    "training.keep_last",
+    "training.keep_samples",
+    "training.snapshot_samples",
+    "training.snapshot_precision",
+    "training.save_failure",
+    "training.activation_checkpointing",
+    "parallel",
+    "logging",
+)
+
+
+class Resume(NamedTuple):
+    """checkpoint: to go on from; None starts afresh. notes: what to tell about it."""
+
+    checkpoint: Path | None
+    notes: list[str]
+
+
+def find_checkpoint(config: Config, resume: str, allowed: list[str] | None = None) -> Resume:
+    """What to go on from; the same answer on every rank.
+
+    resume: `auto` takes the output's newest whole checkpoint and starts afresh where there is
+        none at all; `none` starts only where there is none; a PATH must be whole.
+    allowed: fields in which the configuration may differ although that alters the run.
+    Raises UserError where something is there but nothing whole.
+    """
+    output = Path(config.output)
+    here, leftovers = _from_first_rank((folder.names(output), folder.leftovers(output)))
+    notes = [f"{path} is what a kill left; it is removed" for path in leftovers]
+    if resume == "none" and here:
+        raise UserError(
+            f"--resume none, but output={config.output} holds {here[-1]}; choose another output"
+        )
+    if resume == "none" or (resume == "auto" and not here):
+        return Resume(None, notes)
+    if resume == "auto":
+        checkpoint, passed_over = _newest_whole(output, here)
+    else:
+        checkpoint, passed_over = _named(Path(resume), output, here)
+    notes += passed_over + check_configuration(checkpoint, config, allowed or [])
+    if checkpoint.parent == output:
+        later = _from_first_rank(folder.later(checkpoint))
+        notes += [f"{path} is set aside as abandoned-{path.name}" for path in later]
+    return Resume(checkpoint, notes)
+
+
+def make_way(config: Config, resume: Resume) -> None:
+    """Remove what kills left, and take what is later than the checkpoint out of the sequence.
+
+    For rank 0, once every rank has looked; it tells the notes.
+    """
+    output = Path(config.output)
+    for path in folder.leftovers(output):
+        shutil.rmtree(path, ignore_errors=True)
+    if resume.checkpoint is not None and resume.checkpoint.parent == output:
+        for path in folder.later(resume.checkpoint):
+            folder.set_aside(path)
+    for note in resume.notes:
+        print(f"warning: {note}" if "passed over" in note else note, file=sys.stderr, flush=True)
+
+
+def _newest_whole(run: Path, found: list[str]) -> tuple[Path, list[str]]:
+    notes = []
+    for name in reversed(found):
+        problems = _verified_together(run / name)
+        if not problems:
+            return run / name, notes
+        notes.append(f"{run / name} is passed over: {problems[0]}")
+    raise UserError(
+        f"{run} holds no whole checkpoint:\n  "
+        + "\n  ".join(notes)
+        + "\nchoose another output to start afresh"
+    )
+
+
+def _named(path: Path, output: Path, here: list[str]) -> tuple[Path, list[str]]:
+    passed_over: list[str] = []
+    if not (path / folder.CHECKSUMS).exists() and folder.names(path):
+        path, passed_over = _newest_whole(path, _from_first_rank(folder.names(path)))
+    else:
+        path = folder.complete(path)
+        if path.name.startswith("ema-"):
+            raise UserError(f"{path} holds the EMA alone: sample from it; resume a step-XXXXXXXX")
+        problems = _verified_together(path)
+        if problems:
+            raise UserError(f"{problems[0]}; take an older checkpoint")
+    if path.resolve().parent == output.resolve():
+        path = output / path.name
+    elif here:
+        raise UserError(
+            f"--resume {path} would continue in output={output}, which holds {here[-1]} of its "
+            "own; choose another output"
+        )
+    return path, passed_over
+
+
+def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) -> list[str]:
+    """Hold the configuration against the checkpoint's, field by field.
+
+    Returns what differs and is taken; raises UserError with all that is refused.
+    """
+    about = folder.read_about(checkpoint)
+    there, now = _dotted(about["config"]), _dotted(config.model_dump(mode="json"))
+    defaults = _dotted(Config().model_dump(mode="json"))
+    known = defaults.keys() | there.keys()
+    unknown = [field for field in allowed if field not in known]
+    if unknown:
+        raise UserError(f"--allow-changed {unknown[0]}: there is no such field")
+    taken, shape, refused = [], [], []
+    for field in sorted(there.keys() | now.keys()):
+        # A field that the checkpoint's version did not have was at its default.
+        old, new = there.get(field, defaults.get(field)), now.get(field)
+        if old == new or field == "output":
+            continue
+        line = f"{field}: {old} there, {new} now"
+        if _within(field, _SHAPE):
+            shape.append(line)
+        elif _harmless(field, config) or field in allowed:
+            taken.append(line)
+        else:
+            refused.append(line)
+    if config.data.path is not None and "shards_sha256" in about:
+        manifest = Manifest.load(config.data.path)
+        if shards_sha256(manifest) != about["shards_sha256"]:
+            line = f"data.path: {config.data.path} holds other shards than the run was trained on"
+            (taken if "data.path" in allowed else refused).append(line)
+    if shape:
+        raise UserError(_refusal(checkpoint, "another network", shape, "choose another output"))
+    if refused:
+        flags = " ".join(f"--allow-changed {line.split(':')[0]}" for line in refused)
+        raise UserError(
+            _refusal(
+                checkpoint,
+                "a run of another configuration",
+                refused,
+                f"take its values, or {flags} to alter the run from here on",
+            )
+        )
+    return [f"changed since {checkpoint.name}: {line}" for line in taken] + _other_pools(
+        about, config
+    )
+
+
+def _other_pools(about: dict[str, Any], config: Config) -> list[str]:
+    """A pool narrower than all ranks holds other tokens on another layout."""
+    scope = config.moe.token_pool
+    before, now = about["saved_by"]["world"], dist.get_world_size() if dist.is_initialized() else 1
+    if scope == "expert_parallel":
+        before /= about["config"]["parallel"]["expert_parallel"]
+        now /= config.parallel.expert_parallel
+    if config.moe.type != "diffmoe" or scope == "global" or before == now:
+        return []
+    return [
+        f"experts choose from another pool than before: {now:g} pools a micro-batch instead of "
+        f"{before:g}, with moe.token_pool={scope}; equal numbers on any layout need `global`"
+    ]
+
+
+def _refusal(checkpoint: Path, of: str, lines: list[str], way_out: str) -> str:
+    return f"{checkpoint} is of {of}:\n  " + "\n  ".join(lines) + f"\n{way_out}"
+
+
+def _harmless(field: str, config: Config) -> bool:
+    if field == "training.total_samples":  # a cosine depends on where it ends
+        return config.optimizer.schedule == "constant"
+    return _within(field, _HARMLESS)
+
+
+def _within(field: str, keys: tuple[str, ...]) -> bool:
+    return any(field == key or field.startswith(key + ".") for key in keys)
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _verified_together(checkpoint: Path) -> list[str]:
+    """`verify`, the hashing shared among the ranks."""
+    if not dist.is_initialized():
+        return folder.verify(checkpoint)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, folder.verify(checkpoint, rank, world))
+    return sorted({problem for problems in everyone for problem in problems})
+
+
+def _from_first_rank(value: Any) -> Any:
+    """What rank 0 sees, where file systems may not show all ranks the same."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

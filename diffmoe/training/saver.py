@@ -1,0 +1,171 @@
+"""Writes checkpoints behind the training: it waits for a copy of this rank's pieces, no longer."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe.config import Config
+from diffmoe.data.manifest import Manifest
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.training import folder
+from diffmoe.training.checkpoint import describe, for_sampling, pieces
+from diffmoe.training.ema import EMA
+from diffmoe.training.pieces import Hashes, HostCopy, write
+
+
+class Saver:
+    """At most one save is under way; the next one waits for it.
+
+    A thread of every rank writes that rank's copy and talks to the others over a group of its own,
+    because collectives of one group must not come from two threads.
+    """
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        network: DiT,
+        ema: EMA,
+        config: Config,
+        manifest: Manifest,
+        say: Callable[[str], None],
+    ) -> None:
+        """say: tells rank 0's user."""
+        self.engine, self.network, self.ema = engine, network, ema
+        self.config, self.manifest, self.say = config, manifest, say
+        self.folder = Path(config.output)
+        self.first = dist.get_rank() == 0
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        snapshot_precision = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        self._copies = {
+            "step": HostCopy(),
+            "ema": HostCopy(snapshot_precision[config.training.snapshot_precision]),
+        }
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+
+    def begin(self, clock: dict[str, int], *kinds: str) -> None:
+        """Begin to save; every rank calls it. Raises UserError if an earlier failure is to end it.
+
+        kinds: `step` is all that a resume needs, as step-XXXXXXXX; `ema` the averages alone, as
+            ema-XXXXXXXX.
+        """
+        began = time.monotonic()
+        if self._thread is not None:
+            self._thread.join()
+        if self.failed:
+            self.wait()
+        self._problem = None
+        state = pieces(self.engine, self.network, self.ema)
+        chosen = {"step": state, "ema": for_sampling(state)}
+        copies = {
+            self.folder / f"{kind}-{clock['step']:08d}": self._copies[kind].take(chosen[kind])
+            for kind in kinds
+        }
+        about = describe(self.engine, self.network, self.config, self.manifest, clock)
+        arguments = (copies, about, time.monotonic() - began)
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed and the run is to end for that."""
+        return self._problem is not None and self.config.training.save_failure == "stop"
+
+    def wait(self) -> None:
+        """Until nothing is under way. Raises UserError, on every rank, if the last save failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._problem is not None:
+            raise UserError(self._problem)
+
+    def _run(
+        self, copies: dict[Path, dict[str, Tensor]], about: dict[str, Any], stalled: float
+    ) -> None:
+        for path, state in copies.items():
+            began = time.monotonic()
+            try:
+                problem = self._write(path, state, about)
+            except BaseException as error:  # a collective broke: some rank is gone
+                self._problem = f"{path} was not saved: {error}"
+                return
+            if problem is None:
+                writing = time.monotonic() - began
+                self.say(
+                    f"saved {path} (training waited {stalled:.2f} s, written in {writing:.2f} s)"
+                )
+            else:
+                self._fail(path, problem)
+
+    def _fail(self, path: Path, problem: str) -> None:
+        found = folder.names(self.folder)
+        self._problem = (
+            f"{path} was not saved: {problem}. "
+            + (f"{self.folder / found[-1]} stays the newest; " if found else "")
+            + "free space, or remove older checkpoints and set training.keep_last lower"
+        )
+        if self.config.training.save_failure == "continue":
+            self.say(
+                f"warning: {self._problem}. The run goes on and tries again at the next interval "
+                "(training.save_failure=continue)"
+            )
+
+    def _write(self, path: Path, state: dict[str, Tensor], about: dict[str, Any]) -> str | None:
+        """What was wrong on the first rank that failed, the same on all ranks; None if nothing."""
+        torn = folder.temporary(path)
+
+        def prepare(_: None) -> None:
+            shutil.rmtree(torn, ignore_errors=True)
+            torn.mkdir(parents=True)
+
+        def commit(written: list[Hashes]) -> None:
+            folder.commit(path, about, {k: v for hashes in written for k, v in hashes.items()})
+
+        problem = self._on_first_rank(prepare, None)
+        if problem is None:
+            try:
+                mine: Hashes | str = write(state, torn, self.group)
+            except OSError as error:
+                mine = str(error)
+            everyone: list | None = [None] * dist.get_world_size() if self.first else None
+            dist.gather_object(mine, everyone, group=self.group)
+            problems = [told for told in everyone or [] if isinstance(told, str)]
+            problem = self._on_first_rank(commit, everyone, problems[0] if problems else None)
+        if self.first:
+            if problem is not None:
+                shutil.rmtree(torn, ignore_errors=True)
+            elif path.name.startswith("step-"):
+                self._tidy(path)
+        return problem
+
+    def _on_first_rank(
+        self, work: Callable[[Any], None], argument: Any, problem: str | None = None
+    ) -> str | None:
+        """Do it on rank 0, unless there is a problem; tell every rank how it went."""
+        if self.first and problem is None:
+            try:
+                work(argument)
+            except Exception as error:  # whatever it is, the others wait to hear of it
+                problem = f"rank 0: {error}"
+        outcome = [problem]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        return outcome[0]
+
+    def _tidy(self, newest: Path) -> None:
+        """`latest` and retention: the checkpoint is complete whether these succeed or not."""
+        training = self.config.training
+        try:
+            folder.write_atomically(self.folder / "latest", newest.name)
+            folder.prune(self.folder, training.keep_last, training.keep_samples)
+        except (OSError, UserError) as error:
+            self.say(f"warning: {newest} is complete, but tidying {self.folder} failed: {error}")

@@ -1,0 +1,45 @@
+"""Unreadable shards in a real run: counted over all ranks, shown, and of no harm to a resume."""
+
+import pytest
+
+from diffmoe.data.lanes import lane_shards
+from tests.data.test_bad_shards import damage
+from tests.training.runs import (
+    SAMPLES,
+    assert_identical,
+    metrics,
+    newest,
+    pack,
+    run_config,
+    tensors,
+    train,
+)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A data folder in which the first shard of lane 0 and that of lane 3 are broken."""
+    folder = pack(tmp_path / "data")
+    for lane, how in [(0, "missing"), (3, "flipped")]:
+        damage(folder, lane_shards(0, 0, lane, 4, len(SAMPLES))[0], how)
+    return tmp_path
+
+
+def test_bad_shards_of_all_ranks_are_counted_and_a_resume_is_exact(damaged, capfd):
+    config = run_config(damaged, 6, data__max_bad_shards=2, data__workers=1)
+    assert train(config, world=2) == [True, True]
+    assert metrics(config)[0]["bad_shards"] == 2
+    assert metrics(config)[-1]["bad_shards"] == 2
+    told = capfd.readouterr().err
+    assert told.count("its lane's next one stands in for it") >= 2  # each rank tells its own
+    once = tensors(newest(config))
+    halves = config.replace({"output": str(damaged / "halves"), "training.total_samples": 24})
+    train(halves, world=2)
+    train(halves.replace({"training.total_samples": 48, "data.workers": 0}), world=2)
+    assert_identical(tensors(newest(halves)), once)
+
+
+def test_more_than_allowed_stop_every_rank_with_one_message(damaged):
+    config = run_config(damaged, 6, data__max_bad_shards=1)
+    with pytest.raises(AssertionError, match="all ranks together could not read 2 shards"):
+        train(config, world=2)

@@ -1,0 +1,99 @@
+"""Turn latents that another project has cached into a data folder for training.
+
+  python tools/import_latents.py --format mar --latents imagenet_cached --scale 0.18215 \\
+      --vae stabilityai/sd-vae-ft-mse --out data/imagenet256
+
+formats, what they hold, and what must be said because the files do not say it:
+  fast-dit      *_features/N.npy and *_labels/N.npy: drawn samples with the scale 0.18215 in them,
+                each mirrored or not, for good. --classes --vae
+  mar           CLASS/NAME.npz with moments and moments_flip (mean and log-variance, unscaled): MAR,
+                and the DiffMoE release. --scale (0.2325 for MAR's KL-16, 0.18215 for SD) --vae
+  repa          NNNNN/img-mean-std-NNNNNNNN.npy (mean and standard deviation) and dataset.json; the
+                folder vae-sd. --classes --vae
+  edm2          the same files, but of pixels 0..1 and whitened per channel. --classes --vae
+  lightningdit  *.safetensors with latents, latents_flip, labels, and latents_stats.pt (or --stats).
+                --multiplier (latent_multiplier of its configuration; 1 for VA-VAE) --classes --vae
+  webdataset    *.tar of KEY.npy and KEY.cls.
+                --content --scaled yes|no --scale (--shift) --classes --vae
+
+--vae is only written down, for decoding samples later: a hub id or folder, or any name where it is
+no AutoencoderKL of diffusers. The model is trained on (z - shift) * scale. Classes missing from the
+labels still count: --classes is the number that the model has.
+
+Stopped at any moment, the same command goes on. tools/check_data.py looks the result over: a
+standard deviation far from 1 means a wrong scale.
+"""
+
+import argparse
+
+from diffmoe.data.conversion import Ranks
+from diffmoe.data.importing import FORMATS, import_latents
+from diffmoe.errors import run_command
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--latents", required=True, metavar="DIR", help="the cached latents")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the data folder to write")
+    parser.add_argument("--vae", metavar="NAME", help="the autoencoder that made the latents")
+    parser.add_argument("--classes", type=int, metavar="N", help="number of classes")
+    parser.add_argument("--content", choices=["sample", "mean_logvar", "mean_std"])
+    parser.add_argument("--scaled", choices=["yes", "no"], help="scale and shift are in the files")
+    parser.add_argument("--scale", type=float, nargs="+", metavar="X", help="one, or per channel")
+    parser.add_argument("--shift", type=float, nargs="+", metavar="X", help="one, or per channel")
+    parser.add_argument("--multiplier", type=float, metavar="X", help="for lightningdit")
+    parser.add_argument("--stats", metavar="FILE", help="for lightningdit: latents_stats.pt")
+    parser.add_argument(
+        "--pixel-range", type=float, nargs=2, metavar="X", help="black and white; default -1 1"
+    )
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="tar files; default one per 1,000 samples, at least 16 (a run needs one per lane)",
+    )
+    parser.add_argument(
+        "--max-bad", type=int, default=0, metavar="N", help="files that may fail; default 0"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    answers = {
+        "vae": options.vae,
+        "classes": options.classes,
+        "content": options.content,
+        "scaled": None if options.scaled is None else options.scaled == "yes",
+        "scale": _number_or_list(options.scale),
+        "shift": _number_or_list(options.shift),
+        "multiplier": options.multiplier,
+        "pixel_range": options.pixel_range,
+    }
+    manifest = import_latents(
+        options.format,
+        options.latents,
+        options.out,
+        answers=answers,
+        stats=options.stats,
+        dtype=options.dtype,
+        shards=options.shards,
+        max_bad=options.max_bad,
+        overwrite=options.overwrite,
+        ranks=Ranks.of_environment(),
+    )
+    if manifest is not None:
+        print(manifest.summary(options.out))
+
+
+def _number_or_list(values: list[float] | None) -> float | list[float] | None:
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+if __name__ == "__main__":
+    run_command(main)
