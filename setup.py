@@ -17,7 +17,7 @@ setup(
     package_data={"diffmoe": ["recipes/*.yaml"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
-        "torch>=2.6,<2.15",
+        "torch>=2.9,<2.15",
         # Its ZeRO internals hold the fp32 masters that checkpoints and the EMA read.
         "deepspeed==0.19.8",
         "megatron-core==0.16.1",

@@ -66,14 +66,17 @@ def complete(path: str | Path) -> Path:
     )
 
 
-def wrong_sizes(checkpoint: Path) -> list[str]:
-    """Files that checksums.json lists and that are missing or of another size."""
+def wrong_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """Files that checksums.json lists and that are missing or of another size.
+
+    part, parts: ranks share the files, so that their looks do not grow with world squared.
+    """
     try:
         listed = _listed(checkpoint)
     except UserError as error:
         return [str(error)]
     problems = []
-    for name, entry in sorted(listed.items()):
+    for name, entry in sorted(listed.items())[part::parts]:
         file = checkpoint / name
         if not file.is_file():
             problems.append(f"{file} is missing")
@@ -85,10 +88,10 @@ def wrong_sizes(checkpoint: Path) -> list[str]:
 def verify(checkpoint: str | Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint: sizes, then SHA-256; empty if it is whole.
 
-    part, parts: ranks share the hashing; sizes are looked at by each.
+    part, parts: ranks share the files.
     """
     checkpoint = Path(checkpoint)
-    problems = wrong_sizes(checkpoint)
+    problems = wrong_sizes(checkpoint, part, parts)
     if problems:
         return problems
     for name, entry in sorted(_listed(checkpoint).items())[part::parts]:
