@@ -17,16 +17,16 @@ import signal
 import sys
 from pathlib import Path
 
-from diffmoe.errors import UserError, run_command
-from diffmoe.training import folder
-from diffmoe.training.inspect import (
+from diffmoe.checkpoints import folder
+from diffmoe.checkpoints.inspect import (
     Difference,
     StoredCheckpoint,
     checkpoints,
     compare,
     open_checkpoint,
 )
-from diffmoe.training.posthoc import reconstruct_ema
+from diffmoe.checkpoints.posthoc import reconstruct_ema
+from diffmoe.errors import UserError, run_command
 
 EXIT_DIFFERENT = 1
 

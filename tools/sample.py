@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from diffmoe.checkpoints.folder import complete
+from diffmoe.checkpoints.network import load_network
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation.digits import digit_agreement
 from diffmoe.sampling import sample_latents
-from diffmoe.training.checkpoint import complete, load_network
 
 
 def parse() -> argparse.Namespace:

@@ -8,25 +8,21 @@ parallelism and ZeRO stage may change.
 
 import hashlib
 import platform
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from diffmoe.checkpoints.folder import read_about, reading
+from diffmoe.checkpoints.network import threshold_buffers
+from diffmoe.checkpoints.pieces import Piece, read
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
-from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.zero import owned_ranges
 from diffmoe.training.ema import EMA
-from diffmoe.training.folder import complete as complete
-from diffmoe.training.folder import read_about, reading
-from diffmoe.training.folder import verify as verify
-from diffmoe.training.pieces import Piece, read
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,7 +61,7 @@ def pieces(engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> dict[st
     """Views of all that this rank owns, by the names of the checkpoint."""
     if not engine.optimizer.optimizer.state:  # every step so far was skipped
         _create_optimizer_state(engine, 0)
-    state: dict[str, Tensor] = dict(_buffers(network))
+    state: dict[str, Tensor] = dict(threshold_buffers(network))
     optimizer = engine.optimizer.optimizer
     for owned in owned_ranges(engine, network, network.expert_parameters()):
         total = torch.Size(owned.shape).numel()
@@ -107,38 +103,6 @@ def restored(checkpoint: Path, network: DiT, state: dict[str, Tensor]) -> str:
         f"and zero_stage={parallel['zero_stage']}; restored {', '.join(kinds)} of "
         f"{len(list(network.parameters()))} tensors, and {buffers} buffers"
     )
-
-
-class Snapshot(NamedTuple):
-    """A checkpoint's network, whole, and what is needed to sample from it."""
-
-    network: DiT
-    config: Config
-    latents: dict[str, Any]
-    clock: dict[str, int]
-
-
-def load_network(checkpoint: Path, weights: str = "ema") -> Snapshot:
-    """The whole network in one process, fp32, in evaluation mode. weights: ema or live."""
-    about = read_about(checkpoint)
-    try:
-        config = Config.model_validate(about["config"])
-    except ValidationError as error:
-        file = checkpoint / "run.json"
-        raise UserError(f"{file} holds a configuration of another version: {error}") from None
-    network = DiT(config.model, config.moe)
-    prefix = {"ema": "ema", "live": "weights"}[weights]
-    state = {f"{prefix}/{name}": Piece.whole(p) for name, p in network.named_parameters()}
-    state |= dict(_buffers(network))
-    with reading(checkpoint):
-        read(checkpoint, state, alone=True)
-    return Snapshot(network.eval(), config, about["latents"], about["clock"])
-
-
-def _buffers(network: DiT) -> Iterator[tuple[str, Tensor]]:
-    for name, buffer in network.state_dict().items():
-        if name.endswith(".thresholds"):
-            yield f"buffers/{name}", buffer
 
 
 def _optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:

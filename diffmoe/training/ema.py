@@ -7,8 +7,8 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from diffmoe.checkpoints.profiles import constant_keep, power_keep, power_prefix
 from diffmoe.parallel.zero import OwnedRange
-from diffmoe.training.profiles import constant_keep, power_keep, power_prefix
 
 
 class EMA:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from diffmoe.checkpoints import folder
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
-from diffmoe.training import folder
 from diffmoe.training.checkpoint import shards_sha256
 
 # The network as a function: another one is another run.

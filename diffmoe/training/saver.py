@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe.checkpoints import folder
+from diffmoe.checkpoints.pieces import Hashes, HostCopy, write
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from diffmoe.training import folder
 from diffmoe.training.checkpoint import describe, for_sampling, pieces
 from diffmoe.training.ema import EMA
-from diffmoe.training.pieces import Hashes, HostCopy, write
 
 
 class Saver:

@@ -8,12 +8,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from diffmoe.checkpoints.folder import write_atomically
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
-from diffmoe.training.folder import write_atomically
 from diffmoe.training.loop import train
 from diffmoe.training.peers import Peers, join
 from diffmoe.training.resume import find_checkpoint, make_way

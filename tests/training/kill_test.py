@@ -15,8 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from diffmoe.checkpoints.folder import leftovers, names, verify
 from diffmoe.config import Config
-from diffmoe.training.folder import leftovers, names, verify
 from tests.training.processes import ranks_of
 from tests.training.runs import assert_identical, clock, newest, pack, run_config, tensors, train
 

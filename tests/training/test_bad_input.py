@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from diffmoe.checkpoints.folder import read_about
+from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.training.checkpoint import load_network, read_about
 from diffmoe.training.start import check_data
 from tests.training.commands import TRAIN, command, write_config
 from tests.training.runs import pack, run_config, train

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
-from diffmoe.training.checkpoint import load_network
 from tests.training.runs import (
     clock,
     newest,

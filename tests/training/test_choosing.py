@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from diffmoe.checkpoints.folder import complete, names, verify
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.training.checkpoint import complete
-from diffmoe.training.folder import names, verify
 from diffmoe.training.resume import find_checkpoint
 from tests.training.runs import clock, newest, pack, run_config, train
 

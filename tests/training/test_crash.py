@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.training.folder import leftovers, names, verify
+from diffmoe.checkpoints.folder import leftovers, names, verify
 from tests.training.kill_test import kill_many
 from tests.training.processes import ranks_of
 from tests.training.runs import clock, metrics, newest, pack, run_config, train

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe.errors import UserError
-from diffmoe.training.profiles import (
+from diffmoe.checkpoints.profiles import (
     LONGEST,
     Profile,
     constant_keep,
@@ -17,6 +16,7 @@ from diffmoe.training.profiles import (
     power_keep,
     reconstruct,
 )
+from diffmoe.errors import UserError
 from tests.test_config import refusal
 from tests.training.runs import (
     SignalDuringStep,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmoe.checkpoints.inspect import compare, open_checkpoint
+from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError, run_command
 from diffmoe.models.dit import DiT
-from diffmoe.training.checkpoint import load_network
-from diffmoe.training.inspect import compare, open_checkpoint
 from tests.training.commands import ROOT, command
 from tests.training.runs import newest, pack, run_config, tensors, train
 

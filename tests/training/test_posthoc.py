@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmoe.checkpoints.folder import read_about, verify
+from diffmoe.checkpoints.network import load_network
+from diffmoe.checkpoints.posthoc import reconstruct_ema
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.training.checkpoint import load_network
-from diffmoe.training.folder import read_about, verify
-from diffmoe.training.posthoc import reconstruct_ema
 from tests.training.runs import assert_identical, newest, pack, run_config, tensors, train
 
 STEPS = 24

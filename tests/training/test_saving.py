@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from diffmoe.checkpoints.folder import names, prune, reading, verify
+from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.training.checkpoint import load_network
-from diffmoe.training.folder import names, prune, reading, verify
 from diffmoe.training.resume import find_checkpoint
 from tests.training.runs import clock, newest, pack, run_config, tensors, train
 

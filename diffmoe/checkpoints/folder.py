@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from diffmoe.config import Config
 from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
 
@@ -133,6 +136,15 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{file} is damaged (it lacks {', '.join(sorted(missing))}); {older}")
     return about
+
+
+def stored_config(checkpoint: Path, about: dict[str, Any]) -> Config:
+    """The run's configuration out of `read_about`."""
+    try:
+        return Config.model_validate(about["config"])
+    except ValidationError as error:
+        file = checkpoint / ABOUT
+        raise UserError(f"{file} holds a configuration of another version: {error}") from None
 
 
 def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:

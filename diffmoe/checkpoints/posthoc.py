@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+from diffmoe.checkpoints.folder import commit, read_about, temporary, wrong_sizes
+from diffmoe.checkpoints.inspect import open_checkpoint
+from diffmoe.checkpoints.pieces import Piece, write
+from diffmoe.checkpoints.profiles import Profile, power_prefix, reconstruct
 from diffmoe.errors import UserError
-from diffmoe.training.folder import commit, read_about, temporary, wrong_sizes
-from diffmoe.training.inspect import open_checkpoint
-from diffmoe.training.pieces import Piece, write
-from diffmoe.training.profiles import Profile, power_prefix, reconstruct
 
 
 class Reconstructed(NamedTuple):

@@ -5,24 +5,18 @@ ranks wrote its pieces.
 """
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from diffmoe.config import Config
+from diffmoe.checkpoints.folder import ABOUT, read_about, reading, stored_config
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from diffmoe.training.folder import ABOUT, read_about, reading
-
-# What reading without a process group is for.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
 
 
 def checkpoints(run: str | Path) -> list[Path]:
@@ -44,12 +38,7 @@ class StoredCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.about = read_about(path)
-        try:
-            self.config = Config.model_validate(self.about["config"])
-        except ValidationError as error:
-            raise UserError(
-                f"{path / ABOUT} holds a configuration of another version: {error}"
-            ) from None
+        self.config = stored_config(path, self.about)
         with self._damage_told(".metadata"):
             self._reader = _Reader(path)
             stored = self._reader.read_metadata().state_dict_metadata
