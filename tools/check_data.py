@@ -16,12 +16,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from diffmoe.data.checking import check_data
-from diffmoe.data.conversion import Ranks
 from diffmoe.data.resharding import reshard
 from diffmoe.errors import UserError, run_command
+from diffmoe.parallel.device import default_device
+from diffmoe.resumable import Ranks
 
 
 def parse() -> argparse.Namespace:
@@ -33,7 +32,7 @@ def parse() -> argparse.Namespace:
         "--sheet", metavar="PNG", help="the contact sheet; default DIR/contact_sheet.png"
     )
     parser.add_argument("--no-sheet", action="store_true", help="decode nothing")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--reshard", type=int, metavar="N", help="rewrite into N shards, in --out")
     parser.add_argument("--out", metavar="DIR", help="the new folder of --reshard")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")

@@ -18,14 +18,12 @@ work. tools/check_data.py looks the result over.
 """
 
 import argparse
-import os
 import sys
 
-import torch
-
-from diffmoe.data.conversion import Ranks
 from diffmoe.data.encoding import encode_images
 from diffmoe.errors import run_command
+from diffmoe.parallel.device import default_device, own_device
+from diffmoe.resumable import Ranks
 
 
 def parse() -> argparse.Namespace:
@@ -52,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-bad", type=int, default=10, metavar="N", help="images that may fail; default 10"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
     return parser.parse_args()
 
@@ -60,10 +58,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     ranks = Ranks.of_environment()
-    device = options.device
-    if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-        device = f"cuda:{local % torch.cuda.device_count()}"
     manifest = encode_images(
         options.images,
         options.out,
@@ -77,7 +71,7 @@ def main() -> None:
         classes=options.classes,
         max_bad=options.max_bad,
         overwrite=options.overwrite,
-        device=device,
+        device=own_device(options.device),
         ranks=ranks,
     )
     if manifest is None:

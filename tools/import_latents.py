@@ -26,9 +26,9 @@ standard deviation far from 1 means a wrong scale.
 
 import argparse
 
-from diffmoe.data.conversion import Ranks
 from diffmoe.data.importing import FORMATS, import_latents
 from diffmoe.errors import run_command
+from diffmoe.resumable import Ranks
 
 
 def parse() -> argparse.Namespace:

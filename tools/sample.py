@@ -1,41 +1,93 @@
-"""Sample images from a run, in one process, from a checkpoint of any number of ranks.
+"""Sample images from a run: a picture of a few, or a folder of many on any number of ranks.
 
   python tools/sample.py runs/mnist --classes 0,1,2,3 --per-class 5 --guidance 2 --out grid.png
+  torchrun --nproc_per_node 8 tools/sample.py runs/xl --num 50000 --out samples/xl
 
-RUN is a run's folder (its newest checkpoint is taken) or one checkpoint. Image k of a seed has a
-noise of its own, so it does not depend on --batch.
+RUN is a run's folder (its newest checkpoint is taken), one checkpoint, or a converted model. Image
+k of a seed has a noise of its own, and experts decide on each token alone, so that it depends
+neither on --batch nor on the ranks. --capacity C takes the thresholds that tools/calibrate.py found
+for C: less is quicker, more is better up to a point.
+
+With --num, DIR gets shards samples-*.npz (uint8 images, labels, indices) and samples.json, which
+lists them with all that decides the images. Stopped at any moment, the same command goes on.
 """
 
 import argparse
-from functools import partial
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
 from tqdm import tqdm
 
 from diffmoe.checkpoints.folder import complete
-from diffmoe.checkpoints.network import load_network
+from diffmoe.checkpoints.network import Snapshot, load_network
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation.digits import digit_agreement
-from diffmoe.sampling import sample_latents
+from diffmoe.inference.capacity import CapacityByTime, activated_parameters
+from diffmoe.inference.formats import write_adm, write_png
+from diffmoe.inference.generation import Order, generate, identity
+from diffmoe.inference.images import Decode, grid, sample_images
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.thresholds import turn_dial
+from diffmoe.models.dit import DiT
+from diffmoe.parallel.device import default_device, own_device
+from diffmoe.parallel.topology import Topology, create_topology
+from diffmoe.resumable import Ranks
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="a run's folder, or a checkpoint step-XXXXXXXX in it")
-    parser.add_argument("--classes", default="0", help="comma-separated class numbers; default 0")
-    parser.add_argument("--per-class", type=int, default=10, help="images of each; default 10")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=250, help="sampler steps; default 250")
-    parser.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
-    parser.add_argument("--weights", choices=["ema", "live"], default="ema")
-    parser.add_argument("--batch", type=int, default=50, help="images at a time; default 50")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", default="grid.png", help="the picture; one row per class")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint in it")
+    parser.add_argument("--out", metavar="FILE|DIR", help="default grid.png; with --num a folder")
+    parser.add_argument("--classes", help="comma-separated; default 0, with --num all")
+    parser.add_argument("--per-class", type=int, default=10, help="of a picture; default 10")
+    parser.add_argument("--num", type=int, metavar="N", help="make N images in a folder")
+    parser.add_argument(
+        "--labels",
+        choices=["balanced", "random"],
+        default="balanced",
+        help="of --num: the classes in turn, or drawn; default balanced",
+    )
+    parser.add_argument(
+        "--format",
+        choices=["npz", "png", "adm"],
+        default="npz",
+        help="of --num: also PNG files, or the one npz that ADM's evaluator reads",
+    )
+    parser.add_argument("--shard-size", type=int, default=1000, help="images a shard; default 1000")
+    how = parser.add_argument_group("how to sample")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
+    how.add_argument("--steps", type=int, default=250, help="sampler steps; default 250")
+    how.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
+    how.add_argument(
+        "--guidance-interval",
+        default="0,1",
+        metavar="FROM,TO",
+        help="times at which guidance acts, 0 is noise and 1 data; outside it costs nothing",
+    )
+    how.add_argument("--guided-channels", type=int, help="guide the first ones alone; default all")
+    how.add_argument("--shift", type=float, default=1.0, help="over 1: more steps at high noise")
+    how.add_argument("--eta", type=float, default=0.0, help="noise of ddim; default 0")
+    how.add_argument("--weights", choices=["ema", "live"], default="ema")
+    compute = parser.add_argument_group("how much to compute")
+    compute.add_argument("--capacity", type=float, metavar="C", help="default: as in training")
+    compute.add_argument(
+        "--routing",
+        choices=["per_token", "pooled", "static"],
+        help="how experts choose; default the run's moe.inference, per_token",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument("--batch", type=int, default=50, help="images at a time; default 50")
+    where.add_argument("--device", default=default_device())
+    where.add_argument(
+        "--expert-parallel", type=int, default=1, metavar="P", help="ranks that share the experts"
+    )
     parser.add_argument(
         "--check-digits",
         action="store_true",
@@ -45,45 +97,141 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parse()
-    snapshot = load_network(complete(arguments.run), arguments.weights)
-    network = snapshot.network.to(arguments.device)
+    options = parse()
+    ranks = Ranks.of_environment()
+    device = own_device(options.device)
+    settings = SamplingSettings(
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=options.guidance,
+        guidance_interval=tuple(
+            _numbers(options.guidance_interval, "--guidance-interval", kind=float)
+        ),
+        guided_channels=options.guided_channels,
+        shift=options.shift,
+        eta=options.eta,
+        seed=options.seed,
+    )
+    checkpoint = complete(options.run)
+    topology = _share_experts(options.expert_parallel, ranks, device)
+    if options.num is None and ranks.world > 1:
+        raise UserError("one process makes a picture; several ranks make a folder, with --num")
+    snapshot = load_network(checkpoint, options.weights, topology)
+    network = snapshot.network.to(device)
+    settings.chosen_sampler(snapshot.config)
+    turn_dial(network, checkpoint, options.routing, options.capacity, options.weights)
+    decode = autoencoder_of(snapshot.latents, device).decode
+    if options.num is None:
+        _picture(options, snapshot, decode, settings)
+    else:
+        _folder(options, snapshot, decode, settings, ranks, identity(checkpoint, options.weights))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _picture(
+    options: argparse.Namespace, snapshot: Snapshot, decode: Decode, settings: SamplingSettings
+) -> None:
+    out = Path(options.out or "grid.png")
+    classes = _numbers(options.classes or "0", "--classes")
+    labels = [label for label in classes for _ in range(options.per_class)]
+    with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
+        images, capacity = sample_images(
+            snapshot.network,
+            snapshot.config,
+            decode,
+            labels,
+            range(len(labels)),
+            settings,
+            batch=options.batch,
+            progress=lambda done: bar.update(round(done) - bar.n),
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid(images, options.per_class).save(out)
+    print(f"{len(labels)} samples at {snapshot.clock['samples']} training samples: {out}")
+    _tell_capacity(snapshot.network, capacity)
+    if options.check_digits:
+        share = digit_agreement(images.numpy(), np.array(labels))
+        print(f"a 5-nearest-neighbour classifier of real digits agrees with {share:.1%} of these")
+
+
+def _folder(
+    options: argparse.Namespace,
+    snapshot: Snapshot,
+    decode: Decode,
+    settings: SamplingSettings,
+    ranks: Ranks,
+    weights: dict[str, str],
+) -> None:
+    folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
+    classes = range(config.model.num_classes)
+    if options.classes:
+        classes = _numbers(options.classes, "--classes")
+    made = generate(
+        folder,
+        network,
+        config,
+        decode,
+        Order(options.num, tuple(classes), options.labels),
+        settings,
+        model={
+            **weights,
+            "routing": options.routing or config.moe.inference,
+            "capacity": options.capacity,
+        },
+        batch=options.batch,
+        shard_size=options.shard_size,
+        ranks=ranks,
+    )
+    if made is None:
+        print(f"rank {ranks.rank} of {ranks.world} is done; others still work", file=sys.stderr)
+        return
+    if not made.closes:
+        return
+    written = folder
+    if options.format == "png":
+        written = write_png(folder)
+    elif options.format == "adm":
+        written = write_adm(folder, options.num, tuple(made.manifest["image_shape"]))
+    print(f"{options.num} samples at {snapshot.clock['samples']} training samples: {written}")
+    _tell_capacity(network, made.capacity)
+
+
+def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:
+    """C_avg, what it means in parameters, and its course from noise to data."""
+    if capacity is None:
+        return
+    active, total = activated_parameters(network, capacity.average), network.parameter_count()
+    steps = torch.linspace(0, len(capacity.times) - 1, min(11, len(capacity.times))).round().long()
+    course = ", ".join(
+        f"{time:.2f}: {value:.2f}"
+        for time, value in zip(capacity.times[steps], capacity.by_time[steps], strict=True)
+    )
+    print(
+        f"capacity {capacity.average:.3f}: {active / 1e6:.2f} of {total / 1e6:.2f} million "
+        f"parameters work on an average token\n  from noise (0) to data (1): {course}"
+    )
+
+
+def _share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> Topology:
+    """The groups of ranks that hold the experts together."""
+    if expert_parallel < 1 or ranks.world % expert_parallel:
+        raise UserError(
+            f"--expert-parallel {expert_parallel} does not divide the {ranks.world} ranks started"
+        )
+    if expert_parallel == 1:
+        return Topology()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return create_topology(expert_parallel)
+
+
+def _numbers(text: str, flag: str, kind: type = int) -> list:
     try:
-        classes = [int(text) for text in arguments.classes.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--classes {arguments.classes}: write numbers, such as 0,1,2") from None
-    labels = [label for label in classes for _ in range(arguments.per_class)]
-    parts = []
-    with tqdm(total=len(labels), unit="image", disable=None) as bar:
-        for start in range(0, len(labels), arguments.batch):
-            batch = labels[start : start + arguments.batch]
-            parts.append(
-                sample_latents(
-                    network,
-                    snapshot.config,
-                    batch,
-                    seed=arguments.seed,
-                    first_index=start,
-                    steps=arguments.steps,
-                    guidance=arguments.guidance,
-                    progress=partial(_show, bar, start, len(batch)),
-                )
-            )
-    images = autoencoder_of(snapshot.latents, arguments.device).decode(torch.cat(parts)).cpu()
-    n, height, width, channels = images.shape
-    rows = images.view(len(classes), -1, height, width, channels).permute(0, 2, 1, 3, 4)
-    picture = rows.reshape(len(classes) * height, -1, channels).squeeze(-1).numpy()
-    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(arguments.out)
-    print(f"{n} samples at {snapshot.clock['samples']} training samples: {arguments.out}")
-    if arguments.check_digits:
-        share = digit_agreement(images.numpy(), torch.tensor(labels).numpy())
-        print(f"a 5-nearest-neighbour classifier of real digits agrees with {share:.1%} of {n}")
-
-
-def _show(bar: tqdm, start: int, size: int, done: float) -> None:
-    """A batch counts as images in proportion to its finished steps."""
-    bar.update(round(start + done * size) - bar.n)
+        raise UserError(f"{flag} {text}: write numbers with commas, such as 0,1") from None
 
 
 if __name__ == "__main__":

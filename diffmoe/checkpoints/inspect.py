@@ -44,9 +44,16 @@ class StoredCheckpoint:
             stored = self._reader.read_metadata().state_dict_metadata
         self.pieces = {name: len(item.chunks) for name, item in stored.items()}
         # Parameters are stored flat; the network of the configuration knows their shapes.
+        if self.config.model.depth > len(stored):  # before blocks are made that nothing fills
+            raise UserError(
+                f"{path}: model.depth={self.config.model.depth} of its {ABOUT} with "
+                f"{len(stored)} tensors in all; the two files are not of one save"
+            )
         with torch.device("meta"):
             network = DiT(self.config.model, self.config.moe)
         parameters = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        for name, item in stored.items():
+            _check_whole(path, name, item, parameters.get(name.partition("/")[2]))
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, item in sorted(stored.items(), key=_by_prefix):
             shape = parameters.get(name.partition("/")[2], tuple(item.size))
@@ -87,6 +94,25 @@ class StoredCheckpoint:
                 f"{self.path} is damaged, reading {what}: {type(error).__name__}: {cause}; "
                 f"python tools/checkpoint.py verify {self.path} looks at every file"
             ) from error
+
+
+def _check_whole(path: Path, name: str, item: Any, shape: tuple[int, ...] | None) -> None:
+    """See that the stored pieces hold every element. shape: of the parameter, if it is one."""
+    if len(item.size) != 1:
+        return
+    end = 0
+    for start, length in sorted((c.offsets[0], c.sizes[0]) for c in item.chunks):
+        if start > end:
+            break
+        end = max(end, start + length)
+    else:
+        start = item.size[0]
+    if end < start:
+        which = f"elements {end} to {start - 1}"
+        if ".experts." in name and shape is not None:
+            one = torch.Size(shape[1:]).numel()
+            which += f" (of experts {end // one} to {(start - 1) // one})"
+        raise UserError(f"{path} is damaged: {which} of {name} are in no file; take an older one")
 
 
 def _by_prefix(entry: tuple[str, Any]) -> tuple[int, str]:

@@ -4,15 +4,17 @@ EDM2 (arXiv 2312.02696), section 3.2: training keeps two lengths, each checkpoin
 snapshot of the run holds both, and a combination of all of them comes close to any other.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from diffmoe.checkpoints.folder import commit, read_about, temporary, wrong_sizes
-from diffmoe.checkpoints.inspect import open_checkpoint
+from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
 from diffmoe.checkpoints.pieces import Piece, write
 from diffmoe.checkpoints.profiles import Profile, power_prefix, reconstruct
 from diffmoe.errors import UserError
@@ -27,15 +29,44 @@ class Reconstructed(NamedTuple):
     error: float
 
 
-def reconstruct_ema(run: Path, std: float, out: Path, step: int | None = None) -> Reconstructed:
-    """Write the average of relative length `std`, as it was at a stored step, as an EMA snapshot.
+@dataclass(frozen=True)
+class Combination:
+    """An average put together from stored ones, tensor by tensor.
 
-    step: one that the run has a checkpoint or snapshot of; the newest if None. The snapshot in
-    `out` holds ema/NAME and the buffers of that step, and samples like any other. Needs memory for
-    the whole network in fp64; of the stored averages one tensor at a time.
+    std: its relative length. newest: the open checkpoint of the step at which it is, whose buffers
+    belong to it. shares: of the stored averages, by their prefix in each open checkpoint. error:
+    as in Reconstructed.
     """
-    if out.exists():
-        raise UserError(f"{out} exists; choose another --out")
+
+    std: float
+    newest: StoredCheckpoint
+    shares: list[tuple[StoredCheckpoint, dict[str, float]]]
+    error: float
+
+    def names(self) -> list[str]:
+        """The parameters, in the network's order."""
+        prefix = next(prefix for _, share_of in self.shares for prefix in share_of)
+        stored = next(stored for stored, share_of in self.shares if prefix in share_of)
+        keys = (key.partition("/") for key in stored.shapes)
+        return [name for found, _, name in keys if found == prefix]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter, fp32, in its global shape; summed in fp64."""
+        total: torch.Tensor | None = None
+        for stored, share_of in self.shares:
+            for prefix, share in share_of.items():
+                part = stored.read(f"{prefix}/{name}").double()
+                total = torch.zeros_like(part) if total is None else total
+                total.add_(part, alpha=share)
+        return total.float()
+
+
+@contextlib.contextmanager
+def combined(run: Path, std: float, step: int | None = None) -> Iterator[Combination]:
+    """The average of relative length `std` as it was at a stored step of a run.
+
+    step: one that the run has a checkpoint or snapshot of; the newest if None. Memory: one tensor.
+    """
     stored = dict(_stored(run))
     if not stored:
         raise UserError(
@@ -56,33 +87,39 @@ def reconstruct_ema(run: Path, std: float, out: Path, step: int | None = None) -
     shares: dict[Path, dict[str, float]] = {}
     for (profile, path), share in zip(stored.items(), found.coefficients, strict=True):
         shares.setdefault(path, {})[power_prefix(profile.std)] = float(share)
-    state: dict[str, torch.Tensor] = {}
-    for path, share_of in shares.items():
-        with open_checkpoint(path) as checkpoint:
-            for key in checkpoint.shapes:
-                prefix, _, name = key.partition("/")
-                if prefix == "buffers" and path == newest:
-                    state[key] = checkpoint.read(key).float()
-                elif prefix in share_of:
-                    stored_average = checkpoint.read(key).double()
-                    total = state.setdefault(f"ema/{name}", torch.zeros_like(stored_average))
-                    total.add_(stored_average, alpha=share_of[prefix])
-    for key in state:
-        if key.startswith("ema/"):
-            state[key] = Piece.whole(state[key].float())
+    with contextlib.ExitStack() as stack:
+        opened = {path: stack.enter_context(open_checkpoint(path)) for path in shares}
+        yield Combination(
+            std, opened[newest], [(opened[path], shares[path]) for path in shares], found.error
+        )
 
-    about = read_about(newest) | {
-        "reconstructed": {
-            "std": std,
-            "error": found.error,
-            "from": [path.name for path in shares],
+
+def reconstruct_ema(run: Path, std: float, out: Path, step: int | None = None) -> Reconstructed:
+    """Write the average of `combined` as an EMA snapshot.
+
+    The snapshot in `out` holds ema/NAME and the buffers of that step, and samples like any other.
+    Needs memory for the whole network, and of the stored averages one tensor at a time.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    with combined(run, std, step) as average:
+        newest = average.newest
+        state = {f"ema/{name}": Piece.whole(average.read(name)) for name in average.names()}
+        for key in newest.shapes:
+            if key.startswith("buffers/"):
+                state[key] = newest.read(key).float()
+        about = newest.about | {
+            "reconstructed": {
+                "std": std,
+                "error": average.error,
+                "from": [stored.path.name for stored, _ in average.shares],
+            }
         }
-    }
-    torn = temporary(out)
-    shutil.rmtree(torn, ignore_errors=True)
-    torn.mkdir(parents=True)
-    commit(out, about, write(state, torn, None))
-    return Reconstructed(out, _step(newest), len(shares), found.error)
+        torn = temporary(out)
+        shutil.rmtree(torn, ignore_errors=True)
+        torn.mkdir(parents=True)
+        commit(out, about, write(state, torn, None))
+        return Reconstructed(out, _step(newest.path), len(average.shares), average.error)
 
 
 def _stored(run: Path) -> Iterator[tuple[Profile, Path]]:

@@ -7,9 +7,6 @@ name, so whatever lacks one is made again. Whoever sees all the records writes t
 """
 
 import hashlib
-import json
-import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +18,7 @@ from tqdm import tqdm
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.data.packing import ShardFile, clear, shard_name, shard_sizes
 from diffmoe.errors import UserError
+from diffmoe.resumable import Ranks, Records, remove_torn
 from diffmoe.seeding import keyed_generator
 
 
@@ -50,21 +48,6 @@ class Skipped(NamedTuple):
 
 # The samples of one shard's items, in order; no sample may depend on other shards.
 Convert = Callable[[Sequence[Any]], Iterator[Made | Skipped]]
-
-
-class Ranks(NamedTuple):
-    """This process among those that share the work."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def of_environment(cls) -> "Ranks":
-        """From torchrun's variables, or those of srun."""
-        for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-            if rank in os.environ and world in os.environ:
-                return cls(int(os.environ[rank]), int(os.environ[world]))
-        return cls()
 
 
 def default_shards(items: int) -> int:
@@ -103,13 +86,13 @@ def convert_items(
         "names": names,
         "number of shards": len(sizes),
     }
-    records = directory / ".packing"
-    _begin(directory, records, plan, overwrite, ranks)
+    records = Records(directory, ".packing")
+    _begin(records, plan, overwrite, ranks)
 
     order = torch.randperm(len(items), generator=keyed_generator(len(items), "packing")).tolist()
     starts = np.cumsum([0, *sizes]).tolist()
     mine = range(ranks.rank, len(sizes), ranks.world)
-    missing = [shard for shard in mine if not _record(records, shard).exists()]
+    missing = [shard for shard in mine if not records.has(shard)]
     with tqdm(
         total=sum(sizes[shard] for shard in mine),
         initial=sum(sizes[shard] for shard in mine if shard not in set(missing)),
@@ -121,42 +104,24 @@ def convert_items(
             part = [items[index] for index in order[starts[shard] : starts[shard + 1]]]
             budget = max_bad - len(_skipped(records, len(sizes)))
             made, skipped = _pack(directory / shard_name(shard), part, convert, fields, budget, bar)
-            _write_json(
-                _record(records, shard),
-                {"shard": made and made.model_dump(), "skipped": skipped},
-            )
-    return _finish(directory, records, len(sizes), fields, max_bad)
+            records.write(shard, {"shard": made and made.model_dump(), "skipped": skipped})
+    return _finish(records, len(sizes), fields, max_bad)
 
 
-def _begin(directory: Path, records: Path, plan: dict, overwrite: bool, ranks: Ranks) -> None:
+def _begin(records: Records, plan: dict, overwrite: bool, ranks: Ranks) -> None:
     """Begin afresh, or see that what is there belongs to the same work."""
-    stored = records / "plan.json"
+    directory = records.directory
     if overwrite:
         if ranks.world > 1:
             raise UserError(
                 f"--overwrite with {ranks.world} ranks: one could remove what another has just "
                 f"made; remove {directory} first"
             )
-        for file in records.glob("*"):
-            file.unlink()
-    if not stored.exists():
+        records.clear()
+    if not records.begun:
         clear(directory, overwrite)
-        records.mkdir(exist_ok=True)
-        _write_json(stored, plan)
-    there = json.loads(stored.read_text(encoding="utf-8"))
-    differing = [
-        f"{key}: {there.get(key)} there, {plan.get(key)} now"
-        for key in sorted(there.keys() | plan.keys())
-        if there.get(key) != plan.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"{directory} was begun with other settings or items ({'; '.join(differing)}); use the "
-            "same, choose another folder, or overwrite it (--overwrite)"
-        )
-    for torn in directory.glob(f"*.{socket.gethostname()}-*.tmp"):
-        if not _alive(int(torn.name.rsplit("-", 1)[1].removesuffix(".tmp"))):
-            torn.unlink(missing_ok=True)
+    records.begin(plan, "use the same, choose another folder, or overwrite it (--overwrite)")
+    remove_torn(directory)
 
 
 def _pack(
@@ -188,18 +153,17 @@ def _pack(
     return file.close(), skipped
 
 
-def _finish(
-    directory: Path, records: Path, shards: int, fields: dict[str, Any], max_bad: int
-) -> Manifest | None:
+def _finish(records: Records, shards: int, fields: dict[str, Any], max_bad: int) -> Manifest | None:
     """Write the manifest if every shard is there."""
+    directory = records.directory
     if (directory / FILE_NAME).exists():
         return Manifest.load(directory)
-    if not all(_record(records, shard).exists() for shard in range(shards)):
+    if not all(records.has(shard) for shard in range(shards)):
         return None
     skipped = _skipped(records, shards)
     if len(skipped) > max_bad:
         _refuse(skipped)
-    done = [json.loads(_record(records, s).read_text(encoding="utf-8")) for s in range(shards)]
+    done = [records.read(shard) for shard in range(shards)]
     made = [record["shard"] for record in done if record["shard"] is not None]
     if not made:
         raise UserError(f"no item could be used for {directory}: {skipped[0]}")
@@ -216,35 +180,7 @@ def _refuse(skipped: list[str]) -> None:
     )
 
 
-def _record(records: Path, shard: int) -> Path:
-    return records / f"{shard:06d}.json"
-
-
-def _skipped(records: Path, shards: int) -> list[str]:
+def _skipped(records: Records, shards: int) -> list[str]:
     """What all ranks have skipped so far."""
-    return [
-        line
-        for shard in range(shards)
-        if (record := _record(records, shard)).exists()
-        for line in json.loads(record.read_text(encoding="utf-8"))["skipped"]
-    ]
-
-
-def _write_json(file: Path, value: Any) -> None:
-    """Whole or not at all."""
-    temporary = file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    done = [records.read(shard) for shard in range(shards) if records.has(shard)]
+    return [line for record in done for line in record["skipped"]]

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from diffmoe.data.autoencoder import KLAutoencoder, canonical_name
-from diffmoe.data.conversion import Made, Ranks, Skipped, convert_items
+from diffmoe.data.conversion import Made, Skipped, convert_items
 from diffmoe.data.images import ImageItem, find_images, load_image
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.numbers import stored
 from diffmoe.errors import UserError
+from diffmoe.resumable import Ranks
 
 
 def encode_images(

@@ -9,11 +9,12 @@ from pydantic import ValidationError
 
 from diffmoe.data import foreign
 from diffmoe.data.autoencoder import canonical_name
-from diffmoe.data.conversion import Made, Ranks, Skipped, convert_items
+from diffmoe.data.conversion import Made, Skipped, convert_items
 from diffmoe.data.foreign import Foreign, LatentItem
 from diffmoe.data.manifest import Manifest, describe
 from diffmoe.data.numbers import stored
 from diffmoe.errors import UserError
+from diffmoe.resumable import Ranks
 
 # Each format's reader, and what its files leave open.
 FORMATS = {

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diffmoe.data.conversion import Made, Ranks, convert_items
+from diffmoe.data.conversion import Made, convert_items
 from diffmoe.data.fetching import Unreadable, open_shard
 from diffmoe.data.manifest import Manifest, is_url
 from diffmoe.data.reading import decode_npy, unreadable
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
+from diffmoe.resumable import Ranks
 
 
 class PackedItem(NamedTuple):

@@ -1,10 +1,11 @@
-"""From noise to data: Euler, Heun and dopri5 for flows, DDPM and DDIM for Gaussian diffusion.
+"""From noise to data: Euler, Heun, dopri5 and an SDE for flows, DDPM and DDIM for diffusion.
 
-A model is a callable of (x, t); `guided` makes one from a network and labels. `progress`, where
+A model is a callable of (x, t); guidance.py makes one from a network and labels. `progress`, where
 given, is called with the fraction of the trajectory that is done.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -34,60 +35,27 @@ class SampleNoise:
         return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators])
 
 
-def guided(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
-    labels: Tensor,
-    null_label: int,
-    scale: float,
-    channels: int,
-    guided_channels: int | None = None,
-    *,
-    keep_variance: bool,
-) -> Model:
-    """Classifier-free guidance: unconditional + scale * (conditional - unconditional).
-
-    network: (x, t, labels) -> (n, channels or 2 * channels, ...). The two passes are two forwards,
-    so that they never share a token pool; at scale 1 only the conditional one runs.
-    guided_channels: guide only the first ones, the others come from the conditional pass; the
-    release's DDPM runs guide 3. None guides all.
-    keep_variance: append the variance channels of the conditional pass, where the network has them
-    (sample_ddpm wants them, sample_flow does not).
-    """
-    last = channels if guided_channels is None else guided_channels
-    if not 1 <= last <= channels:
-        raise UserError(f"guided_channels={last}: choose 1 to {channels}")
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        out = network(x, t, labels).float()
-        if not keep_variance:
-            out = out[:, :channels]
-        if scale == 1:
-            return out
-        conditional = out[:, :last]
-        unconditional = network(x, t, torch.full_like(labels, null_label))[:, :last].float()
-        steered = unconditional + scale * (conditional - unconditional)
-        return torch.cat([steered, out[:, last:]], 1)
-
-    return model
-
-
 @torch.no_grad()
 def sample_flow(
     velocity: Model,
     noise: Tensor,
     steps: int = 250,
-    method: Literal["euler", "heun", "dopri5"] = "euler",
+    method: Literal["euler", "heun", "dopri5", "sde"] = "euler",
+    shift: float = 1.0,
+    *,
+    draw: Callable[[], Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Follow dx/dt = velocity(x, t) from noise at t = 0 to data at t = 1, both (n, C, H, W) fp32.
 
     velocity: takes t (n,) fp32 and returns (n, C, H, W).
-    steps: equal intervals, one evaluation each with euler and two with heun. dopri5 chooses its
-    own, from the error over the whole batch: a sample then depends on its batch mates, within the
-    tolerance.
+    steps: intervals of `time_grid`, one evaluation each with euler and sde, two with heun. dopri5
+    chooses its own, from the error over the whole batch: a sample then depends on its batch mates,
+    within the tolerance.
+    draw: noise shaped like x, which sde alone asks for, once per step but the last.
     """
-    if method not in ("euler", "heun", "dopri5"):
-        raise UserError(f"flow sampler {method!r}: choose 'euler', 'heun' or 'dopri5'")
+    if method not in ("euler", "heun", "dopri5", "sde"):
+        raise UserError(f"flow sampler {method!r}: choose 'euler', 'heun', 'dopri5' or 'sde'")
     x = noise.float()
 
     def slope(x: Tensor, t: float | Tensor) -> Tensor:
@@ -97,16 +65,57 @@ def sample_flow(
 
     if method == "dopri5":
         return _dopri5(slope, x, progress)
-    if steps < 1:
-        raise UserError(f"{steps} sampling steps: need at least 1")
-    for i in range(steps):
-        t, t_next = i / steps, (i + 1) / steps
+    if steps < (2 if method == "sde" else 1):
+        raise UserError(f"{steps} sampling steps: {method} needs at least {1 + (method == 'sde')}")
+    if method == "sde":
+        return _euler_maruyama(slope, x, steps, shift, draw, progress)
+    for t, t_next in pairwise(time_grid(steps, shift)):
         here = slope(x, t)
         if method == "heun":
             here = (here + slope(x + (t_next - t) * here, t_next)) / 2
         x = x + (t_next - t) * here
         if progress:
             progress(t_next)
+    return x
+
+
+def time_grid(steps: int, shift: float = 1.0) -> list[float]:
+    """steps + 1 times from 0 (noise) to 1 (data).
+
+    shift: 1 spaces them equally; more takes more of the steps at high noise: the noise share
+    s = 1 - t becomes shift * s / (1 + (shift - 1) * s) (arXiv 2403.03206, Eq. 23).
+    """
+    if not shift > 0:
+        raise UserError(f"shift={shift}: must be above 0; 1 spaces the steps equally")
+    shares = [1 - i / steps for i in range(steps + 1)]
+    return [1 - shift * share / (1 + (shift - 1) * share) for share in shares]
+
+
+def _euler_maruyama(
+    slope: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    steps: int,
+    shift: float,
+    draw: Callable[[], Tensor],
+    progress: Progress | None,
+) -> Tensor:
+    """SiT's reverse SDE (arXiv 2401.08740, Eq. 5), which has the flow's marginals.
+
+    dx = (v + w * score) dt + sqrt(2 w) dW with w = 1 - t, the noise's share, and
+    score = (t v - x) / (1 - t), so that the drift is (1 + t) v - x. Near t = 1 it grows stiff: the
+    last step leaves there in one, to E[data | x] = x + (1 - t) v.
+    """
+    last = max(0.04, 1 / steps)  # SiT's length of it, or an equal share of few steps
+    times = [(1 - last) * t for t in time_grid(steps - 1, shift)]
+    for t, t_next in pairwise(times):
+        dt = t_next - t
+        drift = (1 + t) * slope(x, t) - x
+        x = x + dt * drift + (2 * (1 - t) * dt) ** 0.5 * draw().to(x)
+        if progress:
+            progress(t_next)
+    x = x + last * slope(x, 1 - last)
+    if progress:
+        progress(1.0)
     return x
 
 

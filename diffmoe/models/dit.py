@@ -94,6 +94,25 @@ class DiT(nn.Module):
         """The capacity thresholds of all MoE layers, a copy."""
         return torch.stack([layer.capacity_predictor.thresholds for layer in self.moe_layers])
 
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether a predictor decides at inference, so that capacity can be chosen."""
+        return self.moe_config.type == "diffmoe" and bool(self.moe_layers)
+
+    def set_log_odds(self, log_odds_LE: Tensor | None) -> None:
+        """Put calibrated thresholds in the place of those that training tracked; None: undo."""
+        for number, layer in enumerate(self.moe_layers):
+            predictor = layer.capacity_predictor
+            predictor.log_odds = (
+                None if log_odds_LE is None else log_odds_LE[number].to(predictor.thresholds.device)
+            )
+
+    def route_by(self, inference: str, capacity: float | None = None) -> None:
+        """How evaluation routes: per_token, pooled or static. capacity: of static; None trains'."""
+        for layer in self.moe_layers:
+            layer.inference = inference
+            layer.capacity = self.moe_config.capacity if capacity is None else capacity
+
     def move_thresholds(self, kth_LE: Tensor) -> None:
         """One step of their moving average (Eq. 17) towards the K-th largest probabilities."""
         for layer, kth_E in zip(self.moe_layers, kth_LE, strict=True):

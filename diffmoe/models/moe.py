@@ -33,7 +33,7 @@ class MoEFeedForward(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
         super().__init__()
         self.moe = moe
-        self.inference = moe.inference
+        self.inference, self.capacity = moe.inference, moe.capacity
         self.checkpointing = False
         self.pool = topology.token_pool(moe.token_pool)
         self.dispatch = topology.dispatch()
@@ -81,7 +81,7 @@ class MoEFeedForward(nn.Module):
             decided = LayerRouting(taken_ES, logits_SE, capacity_loss(logits_SE, taken_ES))
             return self._assign(taken_ES, scores_SE, k), decided
         if self.inference == "static":
-            k = self._capacity(len(tokens_SD))
+            k = routing.expert_capacity(len(tokens_SD), self.moe.experts, self.capacity)
             taken_ES = routing.top_k_mask(scores_SE.t(), k)
             return self._assign(taken_ES, scores_SE, k), LayerRouting(taken_ES, logits_SE)
         wanted_SE = self.capacity_predictor.wanted(logits_SE)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.config import Config, OptimizerConfig
+from diffmoe.data.examples import micro_batches
 from diffmoe.data.fetching import Fetch
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.shards import LatentStream
@@ -20,7 +21,6 @@ from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training import checkpoint
-from diffmoe.training.batch import micro_batches
 from diffmoe.training.ema import EMA
 from diffmoe.training.report import RoutingReport
 from diffmoe.training.saver import Saver

@@ -10,15 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from diffmoe import resumable
 from diffmoe.data import conversion, encoding
 from diffmoe.data.autoencoder import KLAutoencoder, PixelAutoencoder
-from diffmoe.data.conversion import Ranks, default_shards
+from diffmoe.data.conversion import default_shards
 from diffmoe.data.encoding import encode_images
 from diffmoe.data.images import find_images, load_image
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.numbers import restored
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
+from diffmoe.resumable import Ranks
 from tests.data.conftest import members
 
 
@@ -144,11 +146,11 @@ def killed(work, module, name, at):
 # In a shard's middle, between a tar's name and its record, between the records and the manifest.
 @pytest.mark.parametrize(
     ("name", "moments"),
-    [("stored", [1, 2, 15, 40]), ("_write_json", [1, 2, 4, 5]), ("_finish", [1])],
+    [("stored", [1, 2, 15, 40]), ("write_json", [1, 2, 4, 5]), ("_finish", [1])],
 )
 def test_a_killed_packing_goes_on_to_the_same_bytes(photos, tmp_path, name, moments):
     pack_pixels(photos, tmp_path / "whole", workers=1)
-    module = encoding if name == "stored" else conversion
+    module = {"stored": encoding, "write_json": resumable}.get(name, conversion)
     for moment in moments:
         out = tmp_path / f"{name}-{moment}"
         assert killed(lambda out=out: pack_pixels(photos, out, workers=1), module, name, moment)

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from diffmoe.diffusion.ddpm import GaussianDiffusion
-from diffmoe.diffusion.samplers import SampleNoise, guided, sample_ddpm, sample_flow
+from diffmoe.diffusion.guidance import guided
+from diffmoe.diffusion.samplers import SampleNoise, sample_ddpm, sample_flow, time_grid
 from diffmoe.errors import UserError
 
 MEAN, SPREAD = 0.8, 0.3  # data N(MEAN, SPREAD^2), independent values
@@ -82,6 +83,63 @@ def test_missing_torchdiffeq_names_the_way_out(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install diffmoe\[ode\]"):
         sample_flow(gaussian_velocity, initial(), method="dopri5")
+
+
+def test_shifted_times_lean_to_the_noise_and_keep_the_order():
+    assert time_grid(4) == [0, 0.25, 0.5, 0.75, 1]
+    # Noise shares 1, 3/4, 1/2, 1/4, 0 become 3s / (1 + 2s).
+    shares = [1, 0.9, 0.75, 0.5, 0]
+    assert time_grid(4, shift=3) == pytest.approx([1 - share for share in shares])
+    errors = []
+    for steps in (80, 160, 320):
+        sample = sample_flow(gaussian_velocity, initial(), steps, "heun", shift=3)
+        errors.append(float((sample - (MEAN + SPREAD * initial())).abs().max()))
+    assert [a / b for a, b in pairwise(errors)] == pytest.approx([4, 4], rel=0.15)
+    with pytest.raises(UserError, match="shift=0"):
+        sample_flow(gaussian_velocity, initial(), shift=0)
+
+
+def sde_moments(steps: int) -> tuple[float, float]:
+    """Exact mean and variance of what the SDE sampler makes of Gaussian data.
+
+    It is affine in the initial noise and the noise of its steps: sample k sets the k-th of them to
+    1000 (far above fp32's rounding of the mean), the last sample none, all others are 0. So each
+    coefficient is read off, and the variance is the sum of their squares.
+    """
+    impulses = iter(1000 * torch.eye(steps, steps + 1).view(steps, steps + 1, 1, 1, 1))
+    start = next(impulses)
+    sample = sample_flow(gaussian_velocity, start, steps, "sde", draw=lambda: next(impulses))
+    *shifted, mean = sample.double().flatten().tolist()
+    return mean, sum(((value - mean) / 1000) ** 2 for value in shifted)
+
+
+def test_sde_has_weak_order_1_towards_the_data_distribution():
+    # The last step goes to E[data | x] at t = 0.96, and leaves out the variance of data given x.
+    posterior = 0.04**2 * SPREAD**2 / (0.96**2 * SPREAD**2 + 0.04**2)
+    errors = []
+    for steps in (401, 801, 1601):
+        mean, variance = sde_moments(steps)
+        assert mean == pytest.approx(MEAN, abs=1e-4)
+        errors.append(variance - (SPREAD**2 - posterior))
+    assert [a / b for a, b in pairwise(errors)] == pytest.approx([2, 2], rel=0.1)
+
+
+def test_sde_draws_once_a_step_but_the_last_and_evaluates_once_a_step():
+    drawn, times = [], []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        times.append(float(t[0]))
+        return gaussian_velocity(x, t)
+
+    def draw() -> Tensor:
+        drawn.append(initial())
+        return drawn[-1]
+
+    done: list[float] = []
+    sample_flow(velocity, initial(), 6, "sde", draw=draw, progress=done.append)
+    assert len(drawn) == 5
+    assert times == pytest.approx([i / 6 for i in range(6)])  # the last step is as long here
+    assert done[-1] == 1
 
 
 def linear_model(weight: Tensor):
@@ -211,7 +269,7 @@ def test_wrong_sampler_settings_are_refused():
     def run(**settings):
         sample_ddpm(lambda x, t: x, initial(), GaussianDiffusion(), draw=initial, **settings)
 
-    with pytest.raises(UserError, match="'euler', 'heun' or 'dopri5'"):
+    with pytest.raises(UserError, match="'euler', 'heun', 'dopri5' or 'sde'"):
         sample_flow(gaussian_velocity, initial(), method="rk4")
     with pytest.raises(UserError, match="at least 1"):
         sample_flow(gaussian_velocity, initial(), steps=0)
@@ -269,6 +327,18 @@ def test_unguided_and_variance_channels_come_from_the_conditional_pass():
     assert_close(out[:, 3:], LABELS.view(-1, 1) + 10 * torch.arange(3.0, 8.0))
     with pytest.raises(UserError, match="guided_channels=5"):
         guided(Network(), LABELS, NULL, 3.0, 4, guided_channels=5, keep_variance=True)
+
+
+def test_outside_of_its_interval_guidance_costs_nothing_and_does_nothing():
+    network = Network()
+    model = guided(network, LABELS, NULL, 2.0, 4, interval=(0.25, 0.5), keep_variance=False)
+    for t in (0.0, 0.25, 0.4, 0.5, 0.75):
+        model(initial(), torch.full((4,), t))
+    conditional, unconditional = LABELS.tolist(), [NULL] * 4
+    both = [conditional, unconditional]
+    assert network.calls == [conditional, *both, *both, *both, conditional]
+    out = model(initial(), torch.full((4,), 0.75))[:, 0, 0, 0]
+    assert_close(out, LABELS.float())
 
 
 def test_sample_noise_does_not_depend_on_batch_mates_or_order():

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.config import Config
+from diffmoe.data.examples import micro_batches
 from diffmoe.diffusion import create_objective
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import create_engine, engine_settings
-from diffmoe.training.batch import micro_batches
 from diffmoe.training.thresholds import ThresholdTracker
 from tests.ranks import run_ranks
 from tests.tiny import random_batch, randomize, tiny_config

@@ -1,0 +1,152 @@
+"""config.json of an exported model: what the network is, what its latents are, whence it comes."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
+from diffmoe.errors import UserError
+
+FILE_NAME = "config.json"
+DTypeName = Literal["float32", "bfloat16"]
+# No side of a network is longer; a damaged file must not make us count that far.
+_LONGEST = 1 << 20
+
+Numbers = float | list[float]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Latents(_Part):
+    """What the network's numbers stand for, as a data folder's manifest says it.
+
+    The model works on (z - shift) * scale of the autoencoder's latents z of `shape` (C, H, W).
+    autoencoder: "identity" where the latents are pixels. pixel_range: its black and white.
+    source: the data, in words.
+    """
+
+    shape: tuple[int, int, int]
+    scale: Numbers = 1.0
+    shift: Numbers = 0.0
+    autoencoder: str = "identity"
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    source: str = "unknown"
+
+    @model_validator(mode="after")
+    def _per_channel(self) -> "Latents":
+        for name in ("scale", "shift"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.shape[0]:
+                raise ValueError(f"{name} has {len(value)} numbers for {self.shape[0]} channels")
+        return self
+
+
+class Clock(_Part):
+    """How far the training was."""
+
+    samples: int = 0
+    step: int = 0
+    skipped: int = 0
+
+
+class Provenance(_Part):
+    """kind: of what was converted. name: of its file or folder. sha256: of the file, or of a
+    checkpoint's checksums.json, which holds those of all its files. steps: what was done on the
+    way, such as upcycling.
+    """
+
+    kind: str
+    name: str
+    sha256: str | None = None
+    steps: tuple[str, ...] = ()
+
+
+class About(_Part):
+    """All of an exported model that is no tensor. weights: ema, live, or ema:STD."""
+
+    format: Literal["diffmoe"] = "diffmoe"
+    version: Literal[1] = 1
+    dtype: DTypeName = "float32"
+    weights: str = Field("ema", pattern=r"^(ema|live|ema:[0-9.]+)$")
+    model: ModelConfig
+    moe: MoEConfig
+    diffusion: DiffusionConfig
+    latents: Latents
+    class_names: tuple[str, ...] | None = None
+    clock: Clock | None = None
+    provenance: Provenance
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, values: Any) -> Any:
+        for section in ("model", "moe"):
+            fields = values.get(section, {}) if isinstance(values, dict) else {}
+            for name, value in fields.items() if isinstance(fields, dict) else ():
+                if isinstance(value, int | float) and not -_LONGEST <= value <= _LONGEST:
+                    raise ValueError(f"{section}.{name}={value} is no size of a network")
+        return values
+
+    @model_validator(mode="after")
+    def _fit(self) -> "About":
+        model = self.model
+        shape = (model.in_channels, model.input_size, model.input_size)
+        if self.latents.shape != shape:
+            raise ValueError(f"latents.shape={self.latents.shape}, but the model takes {shape}")
+        if self.class_names is not None and len(self.class_names) != model.num_classes:
+            raise ValueError(
+                f"class_names has {len(self.class_names)} names, model.num_classes is "
+                f"{model.num_classes}"
+            )
+        return self
+
+    @property
+    def config(self) -> Config:
+        """A run's configuration with these sections, the others at their defaults."""
+        return Config(model=self.model, moe=self.moe, diffusion=self.diffusion)
+
+    @property
+    def calibrated_for(self) -> str:
+        """The `weights` of the calibrated thresholds that hold for this model: ema or live."""
+        return self.weights.partition(":")[0]
+
+    def replace(self, **changes: Any) -> "About":
+        """A validated copy. changes: whole fields."""
+        return About.model_validate(self.model_dump() | changes)
+
+
+def read_about(folder: Path) -> About:
+    """config.json of an exported model. Raises UserError naming the file and the field."""
+    return parse_about(read_json(folder / FILE_NAME), folder / FILE_NAME)
+
+
+def parse_about(values: Any, file: Path) -> About:
+    try:
+        return About.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise UserError(f"{file}: {problems}; convert the model again") from None
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file. Raises UserError if it cannot be read or is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error})") from None
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"]) or "the file"
+    if problem["type"] == "missing":
+        return f"{field} is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{field} is unknown (was it written by a newer version?)"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{field}={str(problem['input'])[:80]!r}: {problem['msg']}"

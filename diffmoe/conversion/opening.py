@@ -1,0 +1,85 @@
+"""Any model of ours by its path: a run's folder, a checkpoint, or an exported folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffmoe.conversion.about import Clock
+from diffmoe.conversion.exported import is_exported, load_exported
+from diffmoe.conversion.tensors import cast_parameters
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from diffmoe.checkpoints.network import Snapshot
+
+
+def locate(path: str | Path) -> Path:
+    """The folder that holds the model: an exported one, a checkpoint, or a run's newest.
+
+    Raises UserError where there is none.
+    """
+    path = Path(path)
+    if is_exported(path):
+        return path
+    from diffmoe.checkpoints.folder import complete
+
+    return complete(path)
+
+
+def weights_of(path: Path, asked: str) -> str:
+    """Which weights `open_network` takes, ema or live: an exported folder holds one set only."""
+    if is_exported(path):
+        from diffmoe.conversion.about import read_about
+
+        return read_about(path).calibrated_for
+    return asked
+
+
+def open_network(
+    path: str | Path,
+    weights: str = "ema",
+    topology: Topology | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> "Snapshot":
+    """The network, for evaluation, with what sampling from it needs.
+
+    weights: ema or live, of a checkpoint; an exported folder holds one set. topology: of ranks
+    that share the experts; each reads its own ones. The clock is 0 where it is not known.
+    """
+    from diffmoe.checkpoints.network import Snapshot, load_network
+
+    path = locate(path)
+    if is_exported(path):
+        network, about = load_exported(path, device, dtype, topology)
+        latents = about.latents.model_dump(mode="json") | {"class_names": about.class_names}
+        clock = (about.clock or Clock()).model_dump()
+        return Snapshot(network, about.config, latents, clock)
+    snapshot = load_network(path, weights, topology)
+    cast_parameters(snapshot.network, dtype)
+    return snapshot._replace(network=snapshot.network.to(device))
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = torch.float32,
+) -> DiT:
+    """A model ready to run: model(x, t, labels).prediction.
+
+    path: an exported folder, a run's folder or a checkpoint (their EMA weights). device: default
+    the GPU where there is one. dtype: float32 or bfloat16, of the parameters.
+    """
+    from diffmoe.parallel.device import default_device
+
+    if isinstance(dtype, str):
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(f"dtype {dtype}: choose float32 or bfloat16")
+    device = device or default_device()
+    if is_exported(Path(path)):  # on the way no module of training, data or checkpoints is loaded
+        return load_exported(Path(path), device, dtype)[0]
+    return open_network(path, device=device, dtype=dtype).network

@@ -1,0 +1,1 @@
+"""From a trained network to samples: settings, the compute dial, many samples on many ranks."""

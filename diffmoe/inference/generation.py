@@ -1,0 +1,253 @@
+"""Many samples on any number of ranks: shards of uint8 images, to go on with after any kill.
+
+`samples-000000.npz` ... hold images (n, H, W, C), their labels and indices, and the capacity of the
+passes that made them. `samples.json`, written when all are there, lists them with checksums beside
+all that decides the images. What shard s holds follows from the settings alone, so ranks need no
+process group, unless they share the experts: then each such group makes a shard together.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from diffmoe.config import Config
+from diffmoe.data.manifest import sha256_of
+from diffmoe.errors import UserError
+from diffmoe.inference.capacity import CapacityByTime, merged
+from diffmoe.inference.images import Decode, sample_images
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.models.dit import DiT
+from diffmoe.resumable import Ranks, Records, remove_torn, temporary_name, write_json_once
+from diffmoe.seeding import keyed_generator
+
+MANIFEST = "samples.json"
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which images to make: their number and labels. Image k has label `label(k)`.
+
+    classes: to choose from. labels: "balanced" takes them in turn, "random" draws each.
+    """
+
+    number: int
+    classes: tuple[int, ...]
+    labels: str = "balanced"
+
+    def label(self, index: int, seed: int) -> int:
+        if self.labels == "balanced":
+            return self.classes[index % len(self.classes)]
+        generator = keyed_generator(seed, "label", index)
+        return self.classes[int(torch.randint(len(self.classes), (), generator=generator))]
+
+
+class Made(NamedTuple):
+    """A finished folder: its manifest, and C by time (None without experts).
+
+    closes: of all ranks that see it finished, the one that tells and writes other formats.
+    """
+
+    manifest: dict[str, Any]
+    capacity: CapacityByTime | None
+    closes: bool
+
+
+def generate(
+    folder: Path,
+    network: DiT,
+    config: Config,
+    decode: Decode,
+    order: Order,
+    settings: SamplingSettings,
+    *,
+    model: dict[str, Any],
+    batch: int = 50,
+    shard_size: int = 1000,
+    ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
+) -> Made | None:
+    """Make what is missing of the images. Returns None while other ranks still work.
+
+    model: whatever else decides the images: the checkpoint's identity, routing, capacity. A folder
+    of another model, order, settings or shard size is refused; batch and ranks may change.
+    """
+    settings.chosen_sampler(config)
+    if order.number < 1 or batch < 1 or shard_size < 1:
+        raise UserError(
+            f"{order.number} images in shards of {shard_size}, {batch} at a time: all at least 1"
+        )
+    sharing = network.topology.expert_parallel
+    team, teams = ranks.rank // sharing, ranks.world // sharing
+    starts = range(0, order.number, shard_size)
+    was_finished = (folder / MANIFEST).exists()
+    plan = {**asdict(order), **asdict(settings), "shard_size": shard_size, "model": model}
+    records = Records(folder, ".sampling")
+    _begin(folder, records, plan)
+    mine = range(team, len(starts), teams)
+    missing = _agreed(
+        network,
+        [part for part in mine if not records.has(part) or not _file(folder, part).exists()],
+    )
+    sizes = [min(shard_size, order.number - start) for start in starts]
+    with tqdm(
+        total=sum(sizes[part] for part in mine),
+        initial=sum(sizes[part] for part in mine if part not in set(missing)),
+        unit="image",
+        dynamic_ncols=True,
+        disable=ranks.rank != 0 or None,  # None: where stderr is no terminal
+    ) as bar:
+        for part in missing:
+            indices = range(starts[part], starts[part] + sizes[part])
+            images, capacity = _images(
+                network, config, decode, order, settings, indices, batch, bar
+            )
+            if network.topology.expert_rank == 0:
+                labels = [order.label(index, settings.seed) for index in indices]
+                records.write(part, _save(folder, part, images, labels, indices, capacity))
+    made = _finish(folder, records, plan, len(starts))
+    if made is not None and was_finished:
+        return made._replace(closes=ranks.rank == 0)
+    return made
+
+
+def _begin(folder: Path, records: Records, plan: dict[str, Any]) -> None:
+    # Another rank may be about to begin.
+    others = {path.name for path in folder.glob("*")} - {records.folder.name}
+    if others and not records.begun:
+        raise UserError(
+            f"{folder} holds files, but was not begun by this command; choose an empty --out"
+        )
+    records.begin(plan, "use the same, or choose another folder (--out)")
+    remove_torn(folder)
+
+
+def _agreed(network: DiT, missing: list[int]) -> list[int]:
+    """Ranks that share experts do the same work, whatever each of them sees of the folder."""
+    if network.topology.expert_parallel == 1:
+        return missing
+    group = network.topology.expert_group
+    told = [missing]
+    dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
+    return told[0]
+
+
+def _images(
+    network: DiT,
+    config: Config,
+    decode: Decode,
+    order: Order,
+    settings: SamplingSettings,
+    indices: range,
+    batch: int,
+    bar: tqdm,
+) -> tuple[np.ndarray, CapacityByTime | None]:
+    """The images `indices`; on all ranks that share the experts, each makes an equal share."""
+    topology = network.topology
+    each = -(-len(indices) // topology.expert_parallel)
+    # The last ones make an image again where the share does not come out even.
+    mine = [
+        min(index, indices[-1])
+        for index in range(
+            indices.start + topology.expert_rank * each,
+            indices.start + (topology.expert_rank + 1) * each,
+        )
+    ]
+    begun = bar.n
+
+    def progress(done: float) -> None:
+        bar.update(min(round(begun + done * topology.expert_parallel), bar.total) - bar.n)
+
+    labels = [order.label(index, settings.seed) for index in mine]
+    images, capacity = sample_images(
+        network, config, decode, labels, mine, settings, batch=batch, progress=progress
+    )
+    if topology.expert_parallel > 1:
+        told: list[Any] = [None] * topology.expert_parallel
+        dist.all_gather_object(told, (images, capacity), group=topology.expert_group)
+        images = torch.cat([part for part, _ in told])[: len(indices)]
+        capacity = merged([part for _, part in told]) if capacity else None
+    return images.numpy(), capacity
+
+
+def _file(folder: Path, part: int) -> Path:
+    return folder / f"samples-{part:06d}.npz"
+
+
+def _save(
+    folder: Path,
+    part: int,
+    images: np.ndarray,
+    labels: Sequence[int],
+    indices: range,
+    capacity: CapacityByTime | None,
+) -> dict[str, Any]:
+    """Write a shard, whole or not at all; its record."""
+    file = _file(folder, part)
+    arrays = {"images": images, "labels": np.array(labels), "indices": np.array(indices)}
+    if capacity is not None:
+        arrays |= {name: tensor.numpy() for name, tensor in capacity._asdict().items()}
+    temporary = temporary_name(file)
+    with open(temporary, "wb") as stream:
+        np.savez(stream, **arrays)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+    return {"file": file.name, "samples": len(images), "sha256": sha256_of(file)}
+
+
+def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) -> Made | None:
+    """Write the manifest if every shard is there."""
+    if not all(records.has(part) for part in range(parts)):
+        return None
+    shards = [records.read(part) for part in range(parts)]
+    seen = []
+    for shard in shards:
+        with np.load(folder / shard["file"]) as arrays:
+            shape = arrays["images"].shape[1:]
+            if "capacity" in arrays:
+                tensors = (torch.from_numpy(arrays[name]) for name in CapacityByTime._fields)
+                seen.append(CapacityByTime(*tensors))
+    capacity = merged(seen) if seen else None
+    manifest = {
+        **json.loads(json.dumps(plan)),  # tuples become lists, as they are read again
+        "image_shape": list(shape),
+        "uint8": "round(127.5 x + 127.5), clamped to 0..255",
+        "capacity_average": capacity and capacity.average,
+        "shards": shards,
+    }
+    return Made(manifest, capacity, write_json_once(folder / MANIFEST, manifest))
+
+
+def identity(checkpoint: Path, weights: str) -> dict[str, str]:
+    """What tells a checkpoint's weights from others: the hash of all its hashes."""
+    listed = (checkpoint / "checksums.json").read_bytes()
+    return {
+        "checkpoint": checkpoint.name,
+        "sha256": hashlib.sha256(listed).hexdigest(),
+        "weights": weights,
+    }
+
+
+def shard_arrays(folder: Path, check: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each shard's (images, labels) of a finished folder, in order of their indices.
+
+    check: hold each file against its checksum. Raises UserError if the folder is not finished, or
+    a shard is missing or damaged.
+    """
+    file = folder / MANIFEST
+    if not file.exists():
+        raise UserError(f"{folder} holds no {MANIFEST}: not all samples are there; run it again")
+    for shard in json.loads(file.read_text(encoding="utf-8"))["shards"]:
+        path = folder / shard["file"]
+        if not path.exists() or (check and sha256_of(path) != shard["sha256"]):
+            raise UserError(f"{path} is missing or damaged; sample into another folder")
+        with np.load(path) as arrays:
+            yield arrays["images"], arrays["labels"]

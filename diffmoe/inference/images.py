@@ -1,0 +1,62 @@
+"""Images of given labels, a batch at a time, with what they cost."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffmoe.config import Config
+from diffmoe.diffusion.samplers import Progress
+from diffmoe.inference.capacity import CapacityByTime, CapacityMeter
+from diffmoe.inference.sampling import SamplingSettings, sample_latents
+from diffmoe.models.dit import DiT
+
+# Latents (n, C, H, W) -> uint8 images (n, H, W, C); an autoencoder's decode.
+Decode = Callable[[Tensor], Tensor]
+
+
+def sample_images(
+    network: DiT,
+    config: Config,
+    decode: Decode,
+    labels: Sequence[int],
+    indices: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    batch: int = 50,
+    progress: Progress | None = None,
+) -> tuple[Tensor, CapacityByTime | None]:
+    """uint8 images (n, H, W, C) on the CPU, and C by time (None without experts).
+
+    progress: called with the number of images done; a batch counts by its finished steps.
+    """
+    meter, parts = CapacityMeter(), []
+    for start in range(0, len(labels), batch):
+        some = indices[start : start + batch]
+
+        def part_done(fraction: float, start=start, some=some) -> None:
+            if progress is not None:
+                progress(start + fraction * len(some))
+
+        latents = sample_latents(
+            network,
+            config,
+            labels[start : start + batch],
+            some,
+            settings,
+            observe=meter,
+            progress=part_done,
+        )
+        parts.append(decode(latents).cpu())
+    return torch.cat(parts), meter.read()
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """One picture of uint8 images (n, H, W, C), row by row; the last row may stay black."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    padded = torch.cat([images, images.new_zeros(rows * columns - n, height, width, channels)])
+    placed = padded.view(rows, columns, height, width, channels).transpose(1, 2)
+    picture = placed.reshape(rows * height, columns * width, channels)
+    return Image.fromarray(picture.squeeze(-1).numpy())

@@ -1,0 +1,72 @@
+"""What a network is looked at with: real data at training's noise levels, or its own sampling."""
+
+from collections.abc import Iterator, Sequence
+
+from diffmoe.config import Config
+from diffmoe.data.examples import Examples, micro_batches
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.shards import LatentStream
+from diffmoe.diffusion import create_objective
+from diffmoe.inference.calibration import Passes
+from diffmoe.inference.sampling import Forward, Observer, SamplingSettings, sample_latents, time_of
+from diffmoe.models.dit import DiT
+
+
+def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: int) -> Passes:
+    """Passes over `samples` real samples of data.path, noised as training does it."""
+    parts = list(real_examples(config, samples, batch, seed))
+
+    def run(observe: Observer) -> None:
+        for part in parts:
+            part = Examples(*(tensor.to(network.positions.device) for tensor in part))
+            out = network(part.x_t, part.t, part.labels)
+            # One pass holds many times; it counts for their mean.
+            observe(Forward(time_of(config, part.t).mean(), False, out.routing))
+
+    return Passes(len(parts), run)
+
+
+def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterator[Examples]:
+    """`samples` training examples of data.path, at most `batch` at a time, keyed by the seed."""
+    manifest = Manifest.load(config.data.path)
+    manifest.check_model(
+        config.model.in_channels, config.model.input_size, config.model.num_classes
+    )
+    config = config.replace({"seed": seed, "training.accumulation": 1})
+    objective, lanes = create_objective(config.diffusion), range(config.data.lanes)
+    stream = LatentStream(
+        config.data.path,
+        manifest,
+        lanes=config.data.lanes,
+        my_lanes=lanes,
+        samples_per_lane=config.samples_per_lane,
+        seed=seed,
+        workers=0,
+        clock=0,
+    )
+    clock, missing = 0, samples
+    for latents in stream:
+        (examples,) = micro_batches(latents, config, lanes, clock, objective)
+        clock += len(examples.t)
+        whole = Examples(*(tensor[:missing] for tensor in examples))
+        missing -= len(whole.t)
+        for part in zip(*(tensor.split(batch) for tensor in whole), strict=True):
+            yield Examples(*part)
+        if not missing:
+            return
+
+
+def trajectory_passes(
+    network: DiT, config: Config, labels: Sequence[int], batch: int, settings: SamplingSettings
+) -> Passes:
+    """The passes of sampling images of `labels`."""
+    starts = range(0, len(labels), batch)
+
+    def run(observe: Observer) -> None:
+        for start in starts:
+            some = labels[start : start + batch]
+            indices = range(start, start + len(some))
+            sample_latents(network, config, some, indices, settings, observe=observe)
+
+    # Guidance and Heun take up to two passes a step each.
+    return Passes(len(starts) * settings.steps * 2, run)

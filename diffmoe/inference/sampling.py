@@ -1,0 +1,155 @@
+"""Samples from a trained network: labels and numbers of images in, latents out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import Config
+from diffmoe.diffusion.ddpm import GaussianDiffusion
+from diffmoe.diffusion.guidance import guided
+from diffmoe.diffusion.samplers import Progress, SampleNoise, sample_ddpm, sample_flow
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.models.moe import LayerRouting
+
+Sampler = Literal["euler", "heun", "dopri5", "sde", "ddpm", "ddim"]
+SAMPLERS = {"flow": ("euler", "heun", "dopri5", "sde"), "ddpm": ("ddpm", "ddim")}
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to walk from noise to data. Together with the weights and labels it decides the images.
+
+    sampler: None takes the objective's own, euler or ddpm.
+    guidance: scale; 1 is none. guidance_interval: where it acts, from 0 (noise) to 1 (data).
+    guided_channels: guide the first ones alone, as the release's DDPM runs do with 3.
+    shift: spacing of a flow's times (samplers.time_grid). eta: noise of ddim.
+    """
+
+    sampler: Sampler | None = None
+    steps: int = 250
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guided_channels: int | None = None
+    shift: float = 1.0
+    eta: float = 0.0
+    seed: int = 0
+
+    def chosen_sampler(self, config: Config) -> Sampler:
+        """The sampler; raises UserError where the settings do not fit the model's objective."""
+        objective = config.diffusion.objective
+        fitting = SAMPLERS[objective]
+        sampler = self.sampler or fitting[0]
+        if sampler not in fitting:
+            raise UserError(f"sampler {sampler}: a {objective} model takes {', '.join(fitting)}")
+        if self.shift != 1 and (objective == "ddpm" or sampler == "dopri5"):
+            raise UserError(f"shift={self.shift} spaces the steps of euler, heun and sde alone")
+        if self.eta and sampler != "ddim":
+            raise UserError(f"eta={self.eta} belongs to the sampler ddim; {sampler} has none")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise UserError(
+                f"guidance interval {','.join(map(str, interval))}: two rising times from 0, "
+                "noise, to 1, data"
+            )
+        return sampler
+
+
+class Forward(NamedTuple):
+    """One evaluation of the network on the way.
+
+    time: scalar tensor, 0 noise to 1 data. unconditional: the pass that guidance adds.
+    routing: each MoE layer's; expert i took token s of the batch where taken_ES[i, s].
+    """
+
+    time: Tensor
+    unconditional: bool
+    routing: list[LayerRouting]
+
+
+Observer = Callable[[Forward], None]
+
+
+def time_of(config: Config, t: Tensor) -> Tensor:
+    """The network's t (n,) as a time from 0, noise, to 1, data."""
+    return t if config.diffusion.objective == "flow" else 1 - t.float() / 1000
+
+
+@torch.inference_mode()
+def sample_latents(
+    network: DiT,
+    config: Config,
+    labels: Sequence[int],
+    indices: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    observe: Observer | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents (n, C, H, W), fp32 on the network's device, of the given classes.
+
+    indices: numbers of the images. Image k has noise of its own, keyed (seed, k): with routing
+    per_token it is the same in any batch, in any order and on any number of ranks.
+    """
+    sampler = settings.chosen_sampler(config)
+    if sampler == "dopri5" and network.topology.expert_parallel > 1:
+        raise UserError(
+            "dopri5 takes as many evaluations as its samples need, and ranks that share experts "
+            "must take equally many; choose heun, or expert parallelism 1"
+        )
+    classes = config.model.num_classes
+    wrong = [label for label in labels if not 0 <= label < classes]
+    if wrong:
+        raise UserError(
+            f"class {wrong[0]} is outside 0..{classes - 1} (model.num_classes={classes})"
+        )
+    device = network.positions.device
+    channels, size = config.model.in_channels, config.model.input_size
+    noise = SampleNoise(settings.seed, indices, (channels, size, size))
+    is_flow = config.diffusion.objective == "flow"
+    diffusion = GaussianDiffusion()
+    wanted = torch.tensor(labels, device=device)
+    low, high = settings.guidance_interval
+    if not is_flow:  # the inverse of time_of
+        low, high = (diffusion.steps * (1 - end) for end in (high, low))
+
+    def evaluate(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        out = network(x, t, labels)
+        if observe is not None:
+            observe(Forward(time_of(config, t)[0], labels is not wanted, out.routing))
+        return out.prediction
+
+    model = guided(
+        evaluate,
+        wanted,
+        null_label=classes,
+        scale=settings.guidance,
+        channels=channels,
+        guided_channels=settings.guided_channels,
+        interval=(low, high) if settings.guidance_interval != (0, 1) else None,
+        keep_variance=not is_flow,
+    )
+    start = noise.draw().to(device)
+    if is_flow:
+        return sample_flow(
+            model,
+            start,
+            settings.steps,
+            sampler,
+            settings.shift,
+            draw=noise.draw,
+            progress=progress,
+        )
+    return sample_ddpm(
+        model,
+        start,
+        diffusion,
+        settings.steps,
+        draw=noise.draw,
+        method=sampler,
+        eta=settings.eta,
+        progress=progress,
+    )

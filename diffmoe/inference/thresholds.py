@@ -1,0 +1,113 @@
+"""Named capacity thresholds beside the weights that they were calibrated for.
+
+`thresholds.json`, in a checkpoint's folder or an exported model's, holds for each name (such as
+"0.8") the thresholds of all layers and experts and how they were found. The ones that training
+tracked (Eq. 17) are part of the weights and have no entry.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.resumable import write_json
+
+FILE_NAME = "thresholds.json"
+
+
+class Calibrated(BaseModel):
+    """Thresholds that meet a wanted capacity on real data.
+
+    weights: ema or live, for which they hold. capacity, measured: C asked for and C met.
+    common: one threshold for all experts, or one for each. over: "noise" levels as training draws
+    them, or the "trajectory" of sampling. samples: how many it was measured on.
+    log_odds: the thresholds by layer and expert, as logits.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: str
+    capacity: float = Field(gt=0)
+    measured: float
+    common: bool
+    over: str
+    samples: int
+    log_odds: list[list[float]]
+
+
+def name_of(capacity: float) -> str:
+    """0.8 for 0.8 and for 0.80: the name under which a capacity is stored."""
+    return f"{capacity:g}"
+
+
+def stored(folder: Path) -> dict[str, Calibrated]:
+    """All entries of a checkpoint's or model's folder by their names; none where there is no file.
+
+    Raises UserError if the file is not readable.
+    """
+    file = folder / FILE_NAME
+    if not file.exists():
+        return {}
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        return {name: Calibrated.model_validate(entry) for name, entry in entries.items()}
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}); remove it and run tools/calibrate.py again"
+        ) from None
+
+
+def store(folder: Path, name: str, entry: Calibrated) -> None:
+    """Add an entry, or replace the one of that name."""
+    entries = stored(folder) | {name: entry}
+    write_json(folder / FILE_NAME, {key: value.model_dump() for key, value in entries.items()})
+
+
+def turn_dial(
+    network: DiT,
+    folder: Path,
+    routing: str | None = None,
+    capacity: float | None = None,
+    weights: str = "ema",
+) -> None:
+    """Choose how the network routes at inference, and how much it computes.
+
+    folder: of its checkpoint or exported model. routing: per_token, pooled or static; None: the
+    model's own. capacity: C; None: the thresholds of training. With static, every expert takes its
+    share of C whatever the thresholds are.
+    """
+    if routing is None:
+        routing = network.moe_config.inference
+    network.route_by(routing, capacity)
+    if network.has_thresholds:
+        network.set_log_odds(None)
+    if capacity is not None and routing != "static":
+        _use_stored(network, folder, capacity, weights)
+
+
+def _use_stored(network: DiT, folder: Path, capacity: float, weights: str) -> None:
+    """Set the thresholds; raises UserError naming what is stored, and the way to get it."""
+    if not network.has_thresholds:
+        raise UserError(
+            f"capacity {capacity:g}: a {network.moe_config.type} model has no capacity to choose; "
+            "leave it out"
+        )
+    entries = {n: e for n, e in stored(folder).items() if e.weights == weights}
+    name = name_of(capacity)
+    if name not in entries:
+        there = f"calibrated are {', '.join(sorted(entries))}" if entries else "none is calibrated"
+        raise UserError(
+            f"{folder} has no thresholds for capacity {name} with {weights} weights ({there}); "
+            f"run: python tools/calibrate.py {folder} --capacity {name} --weights {weights}"
+        )
+    log_odds = entries[name].log_odds
+    L, E = len(network.moe_layers), network.moe_config.experts
+    if [len(row) for row in log_odds] != [E] * L:
+        raise UserError(
+            f"{folder / FILE_NAME}: {name} is for {len(log_odds)} layers of {len(log_odds[0])} "
+            f"experts, the model {L} of {E}; run tools/calibrate.py again"
+        )
+    network.set_log_odds(torch.tensor(log_odds))

@@ -1,0 +1,125 @@
+"""Work in parts that any number of processes share and that goes on after a kill at any moment.
+
+A hidden folder keeps the plan, which says what every part is, and a record of each finished part,
+written after the part itself: whatever lacks a record is made again.
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffmoe.errors import UserError
+
+
+class Ranks(NamedTuple):
+    """This process among those that share the work; they need no process group."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> "Ranks":
+        """From torchrun's variables, or those of srun."""
+        for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+            if rank in os.environ and world in os.environ:
+                return cls(int(os.environ[rank]), int(os.environ[world]))
+        return cls()
+
+
+class Records:
+    """The plan and the records of the work in `directory`, kept in its hidden folder `name`."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory, self.folder = directory, directory / name
+
+    @property
+    def begun(self) -> bool:
+        return (self.folder / "plan.json").exists()
+
+    def begin(self, plan: dict[str, Any], way_out: str) -> None:
+        """Store the plan, or see that the one that is there is the same.
+
+        Raises UserError naming what differs, and `way_out`.
+        """
+        stored = self.folder / "plan.json"
+        if not stored.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(stored, plan)
+        there = json.loads(stored.read_text(encoding="utf-8"))
+        plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
+        differing = [
+            f"{key}: {there.get(key)} there, {plan.get(key)} now"
+            for key in sorted(there.keys() | plan.keys())
+            if there.get(key) != plan.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.directory} was begun with other settings or items "
+                f"({'; '.join(differing)}); {way_out}"
+            )
+
+    def clear(self) -> None:
+        for file in self.folder.glob("*"):
+            file.unlink()
+
+    def has(self, part: int) -> bool:
+        return self._file(part).exists()
+
+    def read(self, part: int) -> dict[str, Any]:
+        return json.loads(self._file(part).read_text(encoding="utf-8"))
+
+    def write(self, part: int, record: dict[str, Any]) -> None:
+        write_json(self._file(part), record)
+
+    def _file(self, part: int) -> Path:
+        return self.folder / f"{part:06d}.json"
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Whole or not at all, and on the disk."""
+    os.replace(_written(file, value), file)
+
+
+def write_json_once(file: Path, value: Any) -> bool:
+    """The same, but only if the file is not there; whether this process wrote it."""
+    temporary = _written(file, value)
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def _written(file: Path, value: Any) -> Path:
+    temporary = temporary_name(file)
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return temporary
+
+
+def temporary_name(file: Path) -> Path:
+    """Where this process writes a file until it is whole."""
+    return file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def remove_torn(directory: Path) -> None:
+    """Remove temporary files of this machine's processes that are no longer alive."""
+    for torn in directory.glob(f"*.{socket.gethostname()}-*.tmp"):
+        if not _alive(int(torn.name.rsplit("-", 1)[1].removesuffix(".tmp"))):
+            torn.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

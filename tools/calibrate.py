@@ -1,0 +1,84 @@
+"""Find the thresholds with which a run's experts do a wanted amount of work.
+
+  python tools/calibrate.py runs/mnist --capacity 0.8 0.5
+  python tools/sample.py runs/mnist --capacity 0.8
+
+Capacity C is the number of experts that an average token meets: 1 is what training gives, less is
+quicker, more is often better. The thresholds are stored in the checkpoint's folder, under C's name.
+They are found along the sampling trajectory, with the steps and guidance given here, or with
+--over noise on real data at the noise levels of training.
+"""
+
+import argparse
+from pathlib import Path
+
+from diffmoe.checkpoints.folder import complete
+from diffmoe.checkpoints.network import load_network
+from diffmoe.errors import run_command
+from diffmoe.inference.calibration import calibrate
+from diffmoe.inference.passes import noise_passes, trajectory_passes
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.thresholds import Calibrated, name_of, store
+from diffmoe.parallel.device import default_device
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint in it")
+    parser.add_argument("--capacity", type=float, nargs="+", required=True, metavar="C")
+    parser.add_argument("--over", choices=["trajectory", "noise"], default="trajectory")
+    parser.add_argument(
+        "--common",
+        action="store_true",
+        help="one threshold for all experts; default each expert works equally much",
+    )
+    parser.add_argument("--samples", type=int, default=256, help="to look at; default 256")
+    parser.add_argument("--batch", type=int, default=64, help="samples at a time; default 64")
+    parser.add_argument("--steps", type=int, default=50, help="of the trajectory; default 50")
+    parser.add_argument("--guidance", type=float, default=1.5, help="on the trajectory")
+    parser.add_argument("--data", metavar="DIR", help="of --over noise; default the run's own")
+    parser.add_argument("--weights", choices=["ema", "live"], default="ema")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=default_device())
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    checkpoint = complete(options.run)
+    snapshot = load_network(checkpoint, options.weights)
+    network, config = snapshot.network.to(options.device), snapshot.config
+    network.route_by("per_token")
+    if options.over == "noise":
+        over = "noise"
+        if options.data:
+            config = config.replace({"data.path": options.data})
+        passes = noise_passes(network, config, options.samples, options.batch, options.seed)
+    else:
+        over = f"trajectory: {options.steps} steps, guidance {options.guidance:g}"
+        labels = [k % config.model.num_classes for k in range(options.samples)]
+        settings = SamplingSettings(
+            steps=options.steps, guidance=options.guidance, seed=options.seed
+        )
+        passes = trajectory_passes(network, config, labels, options.batch, settings)
+    for capacity in options.capacity:
+        log_odds_LE, measured = calibrate(
+            network, capacity, passes, common=options.common, report=print
+        )
+        entry = Calibrated(
+            weights=options.weights,
+            capacity=capacity,
+            measured=measured,
+            common=options.common,
+            over=over,
+            samples=options.samples,
+            log_odds=log_odds_LE.tolist(),
+        )
+        store(checkpoint, name_of(capacity), entry)
+        print(f"capacity {measured:.3f} stored as {name_of(capacity)} in {Path(checkpoint)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
