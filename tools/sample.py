@@ -1,15 +1,15 @@
 """Sample images from a run: a picture of a few, or a folder of many on any number of ranks.
 
   python tools/sample.py runs/mnist --classes 0,1,2,3 --per-class 5 --guidance 2 --out grid.png
-  torchrun --nproc_per_node 8 tools/sample.py runs/xl --num 50000 --out samples/xl
+  torchrun --nproc_per_node 8 tools/sample.py runs/xl --num-samples 50000 --out samples/xl
 
 RUN is a run's folder (its newest checkpoint is taken), one checkpoint, or a converted model. Image
 k of a seed has a noise of its own, and experts decide on each token alone, so that it depends
 neither on --batch nor on the ranks. --capacity C takes the thresholds that tools/calibrate.py found
 for C: less is quicker, more is better up to a point.
 
-With --num, DIR gets shards samples-*.npz (uint8 images, labels, indices) and samples.json, which
-lists them with all that decides the images. Stopped at any moment, the same command goes on.
+With --num-samples, DIR gets shards samples-*.npz (uint8 images, labels, indices) and samples.json,
+which lists them with all that decides the images. Stopped at any moment, the same command goes on.
 """
 
 import argparse
@@ -43,21 +43,26 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint in it")
-    parser.add_argument("--out", metavar="FILE|DIR", help="default grid.png; with --num a folder")
-    parser.add_argument("--classes", help="comma-separated; default 0, with --num all")
+    parser.add_argument(
+        "--out", metavar="FILE|DIR", help="default grid.png; with --num-samples a folder"
+    )
+    parser.add_argument("--classes", help="comma-separated; default 0; all with --num-samples")
     parser.add_argument("--per-class", type=int, default=10, help="of a picture; default 10")
-    parser.add_argument("--num", type=int, metavar="N", help="make N images in a folder")
+    # torchrun takes a bare --num for the beginning of an option of its own.
+    parser.add_argument(
+        "--num-samples", "--num", type=int, metavar="N", help="make N images in a folder"
+    )
     parser.add_argument(
         "--labels",
         choices=["balanced", "random"],
         default="balanced",
-        help="of --num: the classes in turn, or drawn; default balanced",
+        help="of --num-samples: the classes in turn, or drawn; default balanced",
     )
     parser.add_argument(
         "--format",
         choices=["npz", "png", "adm"],
         default="npz",
-        help="of --num: also PNG files, or the one npz that ADM's evaluator reads",
+        help="of --num-samples: also PNG files, or the one npz that ADM's evaluator reads",
     )
     parser.add_argument("--shard-size", type=int, default=1000, help="images a shard; default 1000")
     how = parser.add_argument_group("how to sample")
@@ -114,14 +119,16 @@ def main() -> None:
     )
     checkpoint = complete(options.run)
     topology = _share_experts(options.expert_parallel, ranks, device)
-    if options.num is None and ranks.world > 1:
-        raise UserError("one process makes a picture; several ranks make a folder, with --num")
+    if options.num_samples is None and ranks.world > 1:
+        raise UserError(
+            "one process makes a picture; several ranks make a folder, with --num-samples"
+        )
     snapshot = load_network(checkpoint, options.weights, topology)
     network = snapshot.network.to(device)
     settings.chosen_sampler(snapshot.config)
     turn_dial(network, checkpoint, options.routing, options.capacity, options.weights)
     decode = autoencoder_of(snapshot.latents, device).decode
-    if options.num is None:
+    if options.num_samples is None:
         _picture(options, snapshot, decode, settings)
     else:
         _folder(options, snapshot, decode, settings, ranks, identity(checkpoint, options.weights))
@@ -172,7 +179,7 @@ def _folder(
         network,
         config,
         decode,
-        Order(options.num, tuple(classes), options.labels),
+        Order(options.num_samples, tuple(classes), options.labels),
         settings,
         model={
             **weights,
@@ -192,8 +199,10 @@ def _folder(
     if options.format == "png":
         written = write_png(folder)
     elif options.format == "adm":
-        written = write_adm(folder, options.num, tuple(made.manifest["image_shape"]))
-    print(f"{options.num} samples at {snapshot.clock['samples']} training samples: {written}")
+        written = write_adm(folder, options.num_samples, tuple(made.manifest["image_shape"]))
+    print(
+        f"{options.num_samples} samples at {snapshot.clock['samples']} training samples: {written}"
+    )
     _tell_capacity(network, made.capacity)
 
 

@@ -70,14 +70,16 @@ def calibrate(
             report(f"round {turn}: capacity {measured:.4f}, wanted {capacity:g}")
         if turn and abs(measured / capacity - 1) <= tolerance:
             return log_odds_LE, measured
-        if turn > 1 and measured:
-            # What stays is the error of the kept tokens, or swings to and fro: lean against half.
-            aim = min(aim * (capacity / measured) ** 0.5, experts)
+        if turn > 3 and measured:
+            # What stays now is the error of the tokens kept: lean against it.
+            aim = min(aim * capacity / measured, experts)
         logits_LEN = kept.read()
         L, E, _ = logits_LEN.shape
         rows = logits_LEN.reshape(1 if common else L * E, -1)
         thresholds = torch.tensor([threshold_of(row, aim / experts) for row in rows])
-        log_odds_LE = thresholds.expand(L * E).view(L, E)
+        quantiles_LE = thresholds.expand(L * E).view(L, E)
+        # Later rounds go half the way: the tokens answer to the thresholds, and would swing.
+        log_odds_LE = (log_odds_LE + quantiles_LE) / 2 if turn else quantiles_LE
         network.set_log_odds(log_odds_LE)
     raise UserError(
         f"thresholds for capacity {capacity:g} do not settle: {ROUNDS} rounds end at "

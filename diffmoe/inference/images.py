@@ -9,7 +9,7 @@ from torch import Tensor
 from diffmoe.config import Config
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.inference.capacity import CapacityByTime, CapacityMeter
-from diffmoe.inference.sampling import SamplingSettings, sample_latents
+from diffmoe.inference.sampling import Forward, Observer, SamplingSettings, sample_latents
 from diffmoe.models.dit import DiT
 
 # Latents (n, C, H, W) -> uint8 images (n, H, W, C); an autoencoder's decode.
@@ -25,10 +25,12 @@ def sample_images(
     settings: SamplingSettings,
     *,
     batch: int = 50,
+    watch: Callable[[int], Observer] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, CapacityByTime | None]:
     """uint8 images (n, H, W, C) on the CPU, and C by time (None without experts).
 
+    watch: called with each batch's size, gives an observer of its evaluations.
     progress: called with the number of images done; a batch counts by its finished steps.
     """
     meter, parts = CapacityMeter(), []
@@ -39,13 +41,19 @@ def sample_images(
             if progress is not None:
                 progress(start + fraction * len(some))
 
+        observers = [meter] if watch is None else [meter, watch(len(some))]
+
+        def observe(forward: Forward, observers=observers) -> None:
+            for observer in observers:
+                observer(forward)
+
         latents = sample_latents(
             network,
             config,
             labels[start : start + batch],
             some,
             settings,
-            observe=meter,
+            observe=observe,
             progress=part_done,
         )
         parts.append(decode(latents).cpu())

@@ -1,0 +1,101 @@
+"""The commands over a trained run: calibrate, sample, report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.training.runs import pack, run_config, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of two ranks that share the experts."""
+    folder = tmp_path_factory.mktemp("commands")
+    pack(folder / "data", shape=(3, 8, 8))
+    config = run_config(folder, 4, model__in_channels=3, parallel__expert_parallel=2)
+    train(config, world=2)
+    return Path(config.output)
+
+
+def command(*words: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    start = [sys.executable, *launcher]
+    words = [str(word) for word in words]
+    return subprocess.run([*start, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def told(*words: str | Path, launcher: tuple[str, ...] = ()) -> str:
+    done = command(*words, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_dial_from_calibration_to_samples_and_report(run, tmp_path):
+    sampling = ["--steps", "4", "--guidance", "1.5", "--batch", "8"]
+    refused = command("tools/sample.py", run, *sampling, "--capacity", "0.5")
+    assert refused.returncode == 2
+    assert "tools/calibrate.py" in refused.stderr
+
+    steps = ["--steps", "4", "--samples", "16"]
+    output = told("tools/calibrate.py", run, "--capacity", "0.5", "2", *steps)
+    assert "stored as 0.5" in output
+    checkpoint = run / (run / "latest").read_text()
+    entries = json.loads((checkpoint / "thresholds.json").read_text())
+    assert entries["0.5"]["measured"] == pytest.approx(0.5, rel=0.01)
+    assert told("tools/checkpoint.py", "verify", run).strip().endswith("whole")
+
+    for capacity in ("0.5", "2"):
+        picture = tmp_path / f"{capacity}.png"
+        output = told(
+            *("tools/sample.py", run, *sampling, "--capacity", capacity),
+            *("--classes", "0,1,2,3", "--per-class", "4", "--out", picture),
+        )
+        measured = float(output.split("\ncapacity ")[1].split(":")[0])
+        assert measured == pytest.approx(float(capacity), rel=0.05)
+        assert Image.open(picture).size == (32, 32)
+
+    page = tmp_path / "routing.html"
+    told("tools/report_routing.py", run, "--samples", "8", "--steps", "3", "--out", page)
+    assert "The capacity predictor" in page.read_text()
+
+
+def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    words = ["tools/sample.py", run, "--num-samples", "10", "--shard-size", "4", "--steps", "3"]
+    output = told(*words, "--out", tmp_path / "two", "--expert-parallel", "2", launcher=launcher)
+    assert output.count("10 samples at 32 training samples") == 1
+    told(*words, "--out", tmp_path / "one", "--format", "adm")
+    adm = np.load(tmp_path / "one" / "samples_10x8x8x3.npz")["arr_0"]
+    shards = [np.load(tmp_path / "two" / f"samples-00000{part}.npz") for part in range(3)]
+    images = np.concatenate([shard["images"] for shard in shards])
+    assert np.abs(images.astype(int) - adm).max() <= 1
+    manifest = json.loads((tmp_path / "two" / "samples.json").read_text())
+    assert manifest["model"]["checkpoint"] == (run / "latest").read_text()
+    assert manifest["model"]["routing"] == "per_token"
+
+    refused = command(*words, "--out", tmp_path / "one", "--guidance", "3")
+    assert refused.returncode == 2
+    assert "guidance: 1.5 there, 3.0 now" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--guidance-interval", "0.5"], "guidance interval 0.5: two rising times"),
+        (["--guidance-interval", "a,b"], "--guidance-interval a,b: write numbers"),
+        (["--sampler", "rk4"], "sampler rk4: a flow model takes euler"),
+        (["--classes", "0,x"], "--classes 0,x: write numbers"),
+        (["--num", "4", "--expert-parallel", "2"], "--expert-parallel 2 does not divide the 1"),
+    ],
+)
+def test_wrong_words_are_refused_before_any_work(run, tmp_path, words, message):
+    done = command("tools/sample.py", run, *words, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()

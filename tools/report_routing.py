@@ -1,0 +1,93 @@
+"""See what the experts of a run do: one HTML page, with all its figures inside.
+
+  python tools/report_routing.py runs/mnist --out runs/mnist/routing.html
+
+Samples images with the EMA weights and looks at every evaluation: compute by time, layer, expert,
+class and place in the image, tokens that no expert takes, experts that take the same tokens, dead
+experts. With the run's data at hand (or --data DIR) also how well the capacity predictor foretells
+the selection of training.
+"""
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+from diffmoe.checkpoints.folder import complete
+from diffmoe.checkpoints.network import load_network
+from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.errors import run_command
+from diffmoe.evaluation.routing import predictor_accuracy, sampling_routing
+from diffmoe.evaluation.routing_page import write_page
+from diffmoe.inference.capacity import activated_parameters
+from diffmoe.inference.passes import noise_passes
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.thresholds import turn_dial
+from diffmoe.parallel.device import default_device
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint in it")
+    parser.add_argument("--out", metavar="FILE", help="the page; default RUN/routing.html")
+    parser.add_argument("--samples", type=int, default=200, help="images to make; default 200")
+    parser.add_argument("--classes", type=int, metavar="N", help="the first N only; default all")
+    parser.add_argument("--steps", type=int, default=50, help="sampler steps; default 50")
+    parser.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
+    parser.add_argument("--capacity", type=float, metavar="C", help="default: as in training")
+    parser.add_argument("--data", metavar="DIR", help="shards for the predictor; default the run's")
+    parser.add_argument("--batch", type=int, default=50, help="images at a time; default 50")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=default_device())
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    checkpoint = complete(options.run)
+    snapshot = load_network(checkpoint)
+    network, config = snapshot.network.to(options.device), snapshot.config
+    turn_dial(network, checkpoint, capacity=options.capacity)
+
+    accuracy = None
+    data = options.data or config.data.path
+    if network.has_thresholds and (options.data or Path(data).is_dir()):
+        config = config.replace({"data.path": data})
+        passes = noise_passes(network, config, options.samples, options.batch, options.seed)
+        accuracy = predictor_accuracy(network, passes)
+
+    classes = min(options.classes or config.model.num_classes, config.model.num_classes)
+    labels = [k % classes for k in range(options.samples)]
+    with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
+        routing = sampling_routing(
+            network,
+            config,
+            autoencoder_of(snapshot.latents, options.device).decode,
+            labels,
+            SamplingSettings(steps=options.steps, guidance=options.guidance, seed=options.seed),
+            batch=options.batch,
+            progress=lambda done: bar.update(round(done) - bar.n),
+        )
+    average = routing.capacity.average
+    out = Path(options.out or Path(options.run) / "routing.html")
+    write_page(
+        out,
+        f"Experts of {options.run}",
+        {
+            "trained on": f"{snapshot.clock['samples']:,} samples",
+            "capacity C": f"{average:.3f}",
+            "parameters at work": f"{activated_parameters(network, average) / 1e6:.2f} million",
+            "of all": f"{network.parameter_count() / 1e6:.2f} million",
+            "sampled": f"{len(labels)} images, {options.steps} steps, guidance {options.guidance}",
+        },
+        routing,
+        accuracy,
+    )
+    dead = routing.dead_experts()
+    print(f"capacity {average:.3f}, {len(dead)} dead experts {dead or ''}: {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
