@@ -10,10 +10,8 @@ They are found along the sampling trajectory, with the steps and guidance given 
 """
 
 import argparse
-from pathlib import Path
 
-from diffmoe.checkpoints.folder import complete
-from diffmoe.checkpoints.network import load_network
+from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.errors import run_command
 from diffmoe.inference.calibration import calibrate
 from diffmoe.inference.passes import noise_passes, trajectory_passes
@@ -26,7 +24,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint in it")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, one checkpoint, or a converted model"
+    )
     parser.add_argument("--capacity", type=float, nargs="+", required=True, metavar="C")
     parser.add_argument("--over", choices=["trajectory", "noise"], default="trajectory")
     parser.add_argument(
@@ -47,9 +47,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    checkpoint = complete(options.run)
-    snapshot = load_network(checkpoint, options.weights)
-    network, config = snapshot.network.to(options.device), snapshot.config
+    folder = locate(options.run)
+    weights = weights_of(folder, options.weights)
+    snapshot = open_network(folder, weights, device=options.device)
+    network, config = snapshot.network, snapshot.config
     network.route_by("per_token")
     if options.over == "noise":
         over = "noise"
@@ -68,7 +69,7 @@ def main() -> None:
             network, capacity, passes, common=options.common, report=print
         )
         entry = Calibrated(
-            weights=options.weights,
+            weights=weights,
             capacity=capacity,
             measured=measured,
             common=options.common,
@@ -76,8 +77,8 @@ def main() -> None:
             samples=options.samples,
             log_odds=log_odds_LE.tolist(),
         )
-        store(checkpoint, name_of(capacity), entry)
-        print(f"capacity {measured:.3f} stored as {name_of(capacity)} in {Path(checkpoint)}")
+        store(folder, name_of(capacity), entry)
+        print(f"capacity {measured:.3f} stored as {name_of(capacity)} in {folder}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffmoe.checkpoints.folder import complete
-from diffmoe.checkpoints.network import load_network
+from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import run_command
 from diffmoe.evaluation.routing import predictor_accuracy, sampling_routing
@@ -30,7 +29,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint in it")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, one checkpoint, or a converted model"
+    )
     parser.add_argument("--out", metavar="FILE", help="the page; default RUN/routing.html")
     parser.add_argument("--samples", type=int, default=200, help="images to make; default 200")
     parser.add_argument("--classes", type=int, metavar="N", help="the first N only; default all")
@@ -46,10 +47,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    checkpoint = complete(options.run)
-    snapshot = load_network(checkpoint)
-    network, config = snapshot.network.to(options.device), snapshot.config
-    turn_dial(network, checkpoint, capacity=options.capacity)
+    folder = locate(options.run)
+    weights = weights_of(folder, "ema")
+    snapshot = open_network(folder, weights, device=options.device)
+    network, config = snapshot.network, snapshot.config
+    turn_dial(network, folder, capacity=options.capacity, weights=weights)
 
     accuracy = None
     data = options.data or config.data.path

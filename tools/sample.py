@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from diffmoe.checkpoints.folder import complete
-from diffmoe.checkpoints.network import Snapshot, load_network
+from diffmoe.checkpoints.network import Snapshot
+from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation.digits import digit_agreement
@@ -42,7 +42,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one checkpoint in it")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, one checkpoint, or a converted model"
+    )
     parser.add_argument(
         "--out", metavar="FILE|DIR", help="default grid.png; with --num-samples a folder"
     )
@@ -117,21 +119,21 @@ def main() -> None:
         eta=options.eta,
         seed=options.seed,
     )
-    checkpoint = complete(options.run)
+    folder = locate(options.run)
     topology = _share_experts(options.expert_parallel, ranks, device)
     if options.num_samples is None and ranks.world > 1:
         raise UserError(
             "one process makes a picture; several ranks make a folder, with --num-samples"
         )
-    snapshot = load_network(checkpoint, options.weights, topology)
-    network = snapshot.network.to(device)
+    weights = weights_of(folder, options.weights)
+    snapshot = open_network(folder, weights, topology, device)
     settings.chosen_sampler(snapshot.config)
-    turn_dial(network, checkpoint, options.routing, options.capacity, options.weights)
+    turn_dial(snapshot.network, folder, options.routing, options.capacity, weights)
     decode = autoencoder_of(snapshot.latents, device).decode
     if options.num_samples is None:
         _picture(options, snapshot, decode, settings)
     else:
-        _folder(options, snapshot, decode, settings, ranks, identity(checkpoint, options.weights))
+        _folder(options, snapshot, decode, settings, ranks, identity(folder, weights))
     if dist.is_initialized():
         dist.destroy_process_group()
 

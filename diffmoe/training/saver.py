@@ -50,6 +50,11 @@ class Saver:
             "step": HostCopy(),
             "ema": HostCopy(snapshot_precision[config.training.snapshot_precision]),
         }
+        # Fresh pages cost more than copying: touched here, they do not hold up the first save.
+        state = pieces(engine, network, ema)
+        self._copies["step"].take(state)
+        if config.training.snapshot_samples:
+            self._copies["ema"].take(for_sampling(state))
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
 import secrets
@@ -63,7 +64,7 @@ class Telemetry:
         self._since, self._samples = now, samples
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(_strict(values), allow_nan=False) + "\n")
         except OSError as error:  # a full disk costs lines, not the run
             self.say(f"warning: {self.path} lacks the line of {samples} samples: {error}")
         if self.wandb is not None:
@@ -117,6 +118,17 @@ def _start_wandb(config: Config, folder: Path) -> Any:
     except Exception as error:  # a failing wandb never stops a run
         print(f"wandb is off: {error}", file=sys.stderr)
         return None
+
+
+def _strict(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return value
 
 
 def _flattened(values: dict[str, Any]) -> dict[str, float]:
