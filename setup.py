@@ -5,7 +5,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VAE = ["diffusers>=0.30,<1"]
-DEMO = ["mlxtend>=0.23,<0.26", "scikit-learn>=1.5,<2", "pillow>=10,<14"]
+DEMO = [
+    "gradio>=6,<7",
+    "matplotlib>=3.8,<4",
+    "mlxtend>=0.23,<0.26",
+    "pillow>=10,<14",
+    "scikit-learn>=1.5,<2",
+]
 
 setup(
     name="diffmoe",
@@ -38,6 +44,7 @@ setup(
         "dev": [
             *DEMO,
             *VAE,
+            "playwright>=1.49,<2",
             "torchdiffeq>=0.2.4,<0.3",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffmoe.errors import UserError
@@ -27,6 +28,20 @@ def png(figure: Figure) -> bytes:
     figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
     return stream.getvalue()
+
+
+def picture(figure: Figure) -> Image.Image:
+    return Image.open(io.BytesIO(png(figure)))
+
+
+def compute_map(routing: SamplingRouting, sample: int) -> Figure:
+    """How many experts worked on each token of a sample."""
+    figure, axes = plt.subplots(figsize=(3.4, 2.8))
+    grid = int(routing.compute.shape[1] ** 0.5)
+    shown = axes.imshow(routing.compute[sample].view(grid, grid), vmin=0, cmap=COLOURS)
+    axes.axis("off")
+    figure.colorbar(shown, ax=axes)
+    return figure
 
 
 def capacity_by_time(routing: SamplingRouting) -> Figure:

@@ -1,0 +1,119 @@
+"""The page to try a model, in a real browser."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe.inference.capacity import CapacityMeter
+from diffmoe.inference.dial import Dial
+from diffmoe.inference.passes import trajectory_passes
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.thresholds import stored
+from tests.inference.networks import CONFIG, network_of
+from tests.training.runs import pack, run_config, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_dial_takes_any_capacity_between_calibrated_ones(tmp_path):
+    network = network_of(CONFIG)
+    said: list[str] = []
+    dial = Dial.of(network, CONFIG, tmp_path, report=said.append)
+    assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
+    assert said[0] == "calibrating capacity 0.25"
+    assert stored(tmp_path) == {}  # in memory alone
+    settings = SamplingSettings(steps=20, guidance=1.5)
+    passes = trajectory_passes(network, CONFIG, [k % 5 for k in range(16)], 16, settings)
+    met = []
+    for capacity in (0.1, 0.25, 0.7, 1.0, 1.3, 2.0, 9.0):
+        dial.turn(network, capacity)
+        meter = CapacityMeter()
+        passes.run(meter)
+        met.append(meter.read().average)
+    assert met == sorted(met)
+    assert met == pytest.approx([0.25, 0.25, 0.7, 1.0, 1.3, 2.0, 2.0], rel=0.1)
+    dial.turn(network, 0.75)
+    between = torch.stack([layer.capacity_predictor.log_odds for layer in network.moe_layers])
+    for capacity, closer in ((0.5, torch.less), (1.0, torch.greater)):
+        dial.turn(network, capacity)
+        end = torch.stack([layer.capacity_predictor.log_odds for layer in network.moe_layers])
+        assert closer(between, end).all()
+
+
+@pytest.fixture
+def page(tmp_path):
+    """The address of the page on a run of a few steps."""
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    pack(tmp_path / "data", shape=(3, 8, 8))
+    config = run_config(tmp_path, 3, model__in_channels=3)
+    train(config)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "tools/demo.py", config.output, "--port", str(port)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    for _ in range(120):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.5)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(20)
+
+
+def test_the_slider_changes_the_picture_and_the_capacity(page):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    browser_path = shutil.which("chromium")
+    if browser_path is None:
+        pytest.skip("needs Debian's chromium: apt-get install chromium")
+    asked: list[str] = []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        view = browser.new_page()
+        view.on("request", lambda request: asked.append(request.url))
+        view.goto(page)
+        view.get_by_label("Steps").first.fill("4")
+
+        def generate(capacity: str) -> tuple[float, bytes]:
+            """The capacity that the page tells, and the image's bytes."""
+            box, image = view.locator("textarea").first, view.locator("#image img")
+            before = box.input_value(), image.get_attribute("src") if image.count() else None
+            view.get_by_label("Capacity").first.fill(capacity)
+            view.get_by_label("Capacity").first.press("Enter")
+            view.get_by_role("button", name="Generate").click()
+            for _ in range(200):
+                now = box.input_value(), image.get_attribute("src") if image.count() else None
+                if now[0] != before[0] and now[1] != before[1]:
+                    break
+                view.wait_for_timeout(100)
+            assert now[0] != before[0], "no new picture came"
+            told = re.fullmatch(r"capacity ([\d.]+): .* work on an average token", now[0])
+            return float(told[1]), view.request.get(now[1]).body()
+
+        high, picture = generate("2")
+        low, other = generate("0.25")
+        again, same = generate("2")
+        assert view.locator("#compute img").count() == view.locator("#course img").count() == 1
+        browser.close()
+    assert low < 0.6 < 1.4 < high
+    assert again == high
+    assert picture != other
+    assert same == picture
+    hosts = {url.split("/")[2] for url in asked if url.startswith("http")}
+    assert hosts == {page.split("/")[2]}  # nothing from elsewhere

@@ -1,0 +1,127 @@
+"""Try a model in the browser: class, seed, guidance, and a slider for how much it computes.
+
+  python tools/demo.py runs/mnist
+
+Shows the image, the capacity from noise to data, and how many experts worked on each token. The
+page is served from this machine alone and loads nothing from elsewhere. Capacities that
+tools/calibrate.py has stored are used; without any, a few are calibrated at the start.
+"""
+
+import argparse
+import os
+from functools import partial
+
+from PIL import Image
+
+from diffmoe.config import Config
+from diffmoe.conversion.opening import locate, open_network, weights_of
+from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.errors import UserError, run_command
+from diffmoe.evaluation.routing import sampling_routing
+from diffmoe.inference.capacity import activated_parameters
+from diffmoe.inference.dial import Dial
+from diffmoe.inference.images import Decode
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.models.dit import DiT
+from diffmoe.parallel.device import default_device
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, one checkpoint, or a converted model"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1, this machine alone")
+    parser.add_argument("--port", type=int, default=7860, help="default 7860")
+    parser.add_argument("--device", default=default_device())
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError:
+        raise UserError('the page needs gradio: pip install "diffmoe[demo]"') from None
+    folder = locate(options.run)
+    weights = weights_of(folder, "ema")
+    snapshot = open_network(folder, weights, device=options.device)
+    network, config = snapshot.network, snapshot.config
+    if not network.has_thresholds:
+        raise UserError(f"{folder} is a {config.moe.type} model; only diffmoe has a compute dial")
+    network.route_by("per_token")
+    dial = Dial.of(network, config, folder, weights, report=print)
+    decode = autoencoder_of(snapshot.latents, options.device).decode
+    names = snapshot.latents.get("class_names") or [str(k) for k in range(config.model.num_classes)]
+
+    least, most = dial.capacities[0], dial.capacities[-1]
+
+    with gradio.Blocks(title=f"DiffMoE: {options.run}", analytics_enabled=False) as page:
+        gradio.Markdown(f"## {options.run}\nCapacity is how many experts work on an average token.")
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                inputs = [
+                    gradio.Dropdown(list(names), value=names[0], type="index", label="Class"),
+                    gradio.Number(0, precision=0, label="Seed"),
+                    gradio.Slider(2, 250, value=50, step=1, label="Steps"),
+                    gradio.Slider(1, 5, value=1.5, step=0.1, label="Guidance"),
+                    gradio.Slider(least, most, value=1, step=0.05, label="Capacity"),
+                ]
+                button = gradio.Button("Generate", variant="primary")
+            with gradio.Column(scale=2):
+                with gradio.Row():
+                    with gradio.Column():
+                        gradio.Markdown("Image")
+                        image = gradio.Image(
+                            elem_id="image", show_label=False, format="png", height=280
+                        )
+                    with gradio.Column():
+                        gradio.Markdown("Experts at work on each token")
+                        compute = gradio.Image(
+                            elem_id="compute", show_label=False, format="png", height=280
+                        )
+                told = gradio.Textbox(label="Compute")
+                gradio.Markdown("Capacity from noise to data")
+                course = gradio.Image(elem_id="course", show_label=False, format="png")
+        outputs = [image, compute, course, told]
+        button.click(partial(answer, network, config, decode, dial), inputs, outputs)
+    try:
+        page.launch(server_name=options.host, server_port=options.port, quiet=False)
+    except OSError as error:
+        raise UserError(f"{error}; choose another --port") from None
+
+
+def answer(
+    network: DiT,
+    config: Config,
+    decode: Decode,
+    dial: Dial,
+    label: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    capacity: float,
+) -> tuple[Image.Image, Image.Image, Image.Image, str]:
+    """The image, where its compute went, C by time, and both in words."""
+    from diffmoe.evaluation.routing_figures import capacity_by_time, compute_map, picture
+
+    dial.turn(network, capacity)
+    settings = SamplingSettings(steps=int(steps), guidance=guidance, seed=int(seed))
+    found = sampling_routing(network, config, decode, [label], settings)
+    average = found.capacity.average
+    active, total = activated_parameters(network, average), network.parameter_count()
+    image = Image.fromarray(found.images[0].squeeze(-1).numpy())
+    return (
+        image.resize((280, 280), Image.Resampling.NEAREST),
+        picture(compute_map(found, 0)),
+        picture(capacity_by_time(found)),
+        f"capacity {average:.3f}: {active / 1e6:.2f} of {total / 1e6:.2f} million parameters work "
+        "on an average token",
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
