@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     # Launchers hand it over; the environment's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # settings may stand between options
 
 
 def main() -> int:

@@ -159,6 +159,9 @@ class TrainingConfig(_Section):
     ema_stds: tuple[RelativeLength, ...] = Field(
         (), description="power-function averages, as 0.05, 0.1; other lengths come from them later"
     )
+    init: str | None = Field(
+        None, description="exported model whose weights a fresh run starts from; none: random ones"
+    )
     label_dropout: float = Field(0.1, ge=0, le=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False

@@ -149,4 +149,4 @@ def _explain(problem: Any) -> str:
         return f"{field} is unknown (was it written by a newer version?)"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{field}={str(problem['input'])[:80]!r}: {problem['msg']}"
+    return f"{field}={str(problem['input'])[:80]}: {problem['msg']}"

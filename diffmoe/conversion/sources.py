@@ -15,9 +15,8 @@ from torch import Tensor
 from diffmoe.checkpoints.folder import CHECKSUMS, complete
 from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
 from diffmoe.checkpoints.posthoc import combined
-from diffmoe.conversion.about import About, Clock, Provenance, parse_about
+from diffmoe.conversion.about import About, parse_about
 from diffmoe.conversion.exported import ExportedModel
-from diffmoe.conversion.exported import CHECKSUMS as EXPORTED_CHECKSUMS
 from diffmoe.conversion.tensors import Read, Shapes, account, finite
 from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
@@ -56,12 +55,7 @@ class Source:
 def exported_source(path: Path) -> Iterator[Source]:
     """An exported folder, to be written in another type or name."""
     model = ExportedModel(path)
-    if (path / EXPORTED_CHECKSUMS).exists():
-        provenance = model.about.provenance
-    else:
-        provenance = Provenance(kind="exported folder", name=path.name)
-    about = model.about.replace(provenance=provenance.model_dump())
-    yield Source(str(path), about, model.shapes, model.read, stored(path))
+    yield Source(str(path), model.about, model.shapes, model.read, stored(path))
 
 
 @contextlib.contextmanager
@@ -82,9 +76,7 @@ def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
         prefix = {"ema": "ema", "live": "weights"}[kind]
         if not any(name.startswith(f"{prefix}/") for name in stored_there.shapes):
             other = "live" if kind == "ema" else "ema"
-            raise UserError(
-                f"{stored_there.path} holds no {kind} weights; take --weights {other}"
-            )
+            raise UserError(f"{stored_there.path} holds no {kind} weights; take --weights {other}")
 
         def read(name: str) -> Tensor:
             return stored_there.read(f"{prefix}/{name}")
@@ -112,7 +104,7 @@ def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Te
         "diffusion": about["config"]["diffusion"],
         "latents": {key: latents[key] for key in _LATENTS if key in latents},
         "class_names": latents.get("class_names"),
-        "clock": Clock(**about["clock"]).model_dump(),
+        "clock": about["clock"],
         "provenance": {
             "kind": "training checkpoint",
             "name": f"{path.resolve().parent.name}/{path.name}",

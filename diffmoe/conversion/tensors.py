@@ -22,10 +22,12 @@ from diffmoe.parallel.topology import Topology
 Shapes = dict[str, tuple[int, ...]]
 Read = Callable[[str], Tensor]
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 # Where Hugging Face splits as well.
 MAX_SHARD_BYTES = 5_000_000_000
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+# In the header of safetensors.
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def empty_network(
@@ -188,7 +190,7 @@ def _write_file(
     for name in names:
         end = offset + _bytes(name, shapes, dtype)
         header[name] = {
-            "dtype": _NAMES[stored_dtype(name, dtype)],
+            "dtype": DTYPE_NAMES[stored_dtype(name, dtype)],
             "shape": shapes[name],
             "data_offsets": [offset, end],
         }

@@ -151,6 +151,13 @@ class DiT(nn.Module):
                 self._initialize_one(name, one, keyed_generator(seed, "init", name, first + offset))
         return self
 
+    @torch.no_grad()
+    def initial(self, name: str, seed: int) -> Tensor:
+        """One parameter that is no expert's, as `initialize` makes it; works on the meta device."""
+        tensor = torch.empty(self.get_parameter(name).shape)
+        self._initialize_one(name, tensor, keyed_generator(seed, "init", name))
+        return tensor
+
     def _initialize_one(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         leaf = name.rsplit(".", 1)[-1]
         if "_norm." in name:

@@ -20,7 +20,7 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
-from diffmoe.training import checkpoint
+from diffmoe.training import checkpoint, initial
 from diffmoe.training.ema import EMA
 from diffmoe.training.report import RoutingReport
 from diffmoe.training.saver import Saver
@@ -93,6 +93,8 @@ def train(
         settings=engine_settings(config, ds_settings, topology.world),
         topology=topology,
     )
+    if training.init and resume_from is None:
+        initial.load(Path(training.init), engine, network)
     ema = EMA(engine, training.ema_decay, training.ema_stds)
     thresholds = ThresholdTracker(network)
 
@@ -105,6 +107,8 @@ def train(
     if resume_from is not None:
         state = checkpoint.pieces(engine, network, ema)
         telemetry.say(checkpoint.restored(resume_from, network, state))
+    elif training.init:
+        telemetry.say(f"starts from the weights of {training.init}")
     saver = Saver(engine, network, ema, config, manifest, telemetry.say)
     data = LatentStream(
         config.data.path,

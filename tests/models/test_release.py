@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from diffmoe.conversion.release import config_from_release, from_release
 from diffmoe.diffusion.flow import FlowMatching
-from diffmoe.export import config_from_release, from_release
 from diffmoe.models.blocks import grid_positions
 from diffmoe.models.dit import DiT, DiTOutput
 from diffmoe.models.moe import routing_loss

@@ -1,0 +1,114 @@
+"""diffusers' DiTTransformer2DModel, a dense DiT, to ours and back."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.conversion.about import read_json
+from diffmoe.conversion.layouts import Layout, concatenated, repeated, same
+from diffmoe.errors import UserError
+
+CLASS = "DiTTransformer2DModel"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_FIXED = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_type": "ada_norm_zero",
+}
+DIFFERENCE = (
+    "diffusers spaces the timestep's frequencies over 127 steps (downscale_freq_shift=1) where DiT "
+    "and this project take 128, and its published config.json has norm_eps=1e-5 for 1e-6: weights "
+    "of facebookresearch/DiT are exact here, and what diffusers computes from them is a little off"
+)
+
+
+def transformer_folder(path: Path) -> Path | None:
+    """The model's folder: itself, or `transformer` of a pipeline's. None where it is neither."""
+    for folder in (path, path / "transformer"):
+        with contextlib.suppress(UserError, AttributeError):
+            if read_json(folder / "config.json").get("_class_name") == CLASS:
+                return folder
+    return None
+
+
+def sections_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model and moe sections of a folder's config.json."""
+    file = folder / "config.json"
+    values = read_json(file)
+    for key, wanted in _FIXED.items():
+        if values.get(key, wanted) != wanted:
+            raise UserError(f"{file}: {key}={values[key]!r}; only {wanted!r} can be converted")
+    try:
+        heads, head_width = values["num_attention_heads"], values["attention_head_dim"]
+        channels = values["in_channels"]
+        model = {
+            "input_size": values["sample_size"],
+            "in_channels": channels,
+            "patch_size": values["patch_size"],
+            "width": heads * head_width,
+            "depth": values["num_layers"],
+            "heads": heads,
+            "num_classes": values["num_embeds_ada_norm"],
+            "learn_sigma": (values["out_channels"] or channels) == 2 * channels,
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} lacks {error} or holds another type there") from None
+    return model, {"type": "dense"}
+
+
+def diffusers_layout(model: ModelConfig, moe: MoEConfig) -> Layout:
+    """Their names of each of our tensors. Raises UserError for a network that they cannot hold."""
+    if moe.type != "dense":
+        raise UserError(f"moe.type={moe.type}: diffusers' {CLASS} is dense and has no experts")
+    for key, wanted in (("qk_norm", False), ("rope", False), ("mlp_ratio", 4.0)):
+        if getattr(model, key) != wanted:
+            raise UserError(f"model.{key}={getattr(model, key)}: {CLASS} has {wanted} only")
+    every = [f"transformer_blocks.{i}.norm1.emb" for i in range(model.depth)]
+    why = "each block has its own embedder of timesteps and labels there, ours has one for all"
+    layout: Layout = {}
+    for leaf in ("weight", "bias"):
+        layout[f"patch_embed.{leaf}"] = same(f"pos_embed.proj.{leaf}")
+        for number in (1, 2):
+            names = [f"{prefix}.timestep_embedder.linear_{number}.{leaf}" for prefix in every]
+            layout[f"timestep_embed.fc{number}.{leaf}"] = repeated(names, why)
+        layout[f"final_adaln.{leaf}"] = same(f"proj_out_1.{leaf}")
+        layout[f"final.{leaf}"] = same(f"proj_out_2.{leaf}")
+        for i in range(model.depth):
+            ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+            layout[f"{ours}.attention.qkv.{leaf}"] = concatenated(
+                [f"{theirs}.attn1.to_{part}.{leaf}" for part in "qkv"]
+            )
+            for own, other in (
+                ("attention.proj", "attn1.to_out.0"),
+                ("adaln", "norm1.linear"),
+                ("feed_forward.fc1", "ff.net.0.proj"),
+                ("feed_forward.fc2", "ff.net.2"),
+            ):
+                layout[f"{ours}.{own}.{leaf}"] = same(f"{theirs}.{other}.{leaf}")
+    labels = [f"{prefix}.class_embedder.embedding_table.weight" for prefix in every]
+    layout["label_embed.weight"] = repeated(labels, why)
+    return layout
+
+
+def diffusers_config(model: ModelConfig) -> str:
+    """config.json of the model's folder."""
+    values = {
+        "_class_name": CLASS,
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.width // model.heads,
+        "in_channels": model.in_channels,
+        "out_channels": model.in_channels * (2 if model.learn_sigma else 1),
+        "num_layers": model.depth,
+        "dropout": 0.0,
+        "norm_num_groups": 32,
+        "sample_size": model.input_size,
+        "patch_size": model.patch_size,
+        "num_embeds_ada_norm": model.num_classes,
+        "upcast_attention": False,
+        "norm_eps": 1e-6,
+        **_FIXED,
+    }
+    return json.dumps(values, indent=2)

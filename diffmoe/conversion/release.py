@@ -1,0 +1,249 @@
+"""Names and layouts of the paper's release, of facebookresearch/DiT and of SiT, to ours and back.
+
+The three share their names; the latter two are dense. What the release derives as we do, such as
+`pos_embed`, has no tensor here.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import Config, ModelConfig, MoEConfig
+from diffmoe.conversion.layouts import Layout, same, stacked
+from diffmoe.conversion.tensors import Shapes, expected_shapes
+from diffmoe.errors import UserError
+
+_FAMILIES = {
+    "DiffMoE": "diffmoe",
+    "ECDiT": "expert_choice",
+    "TCDiT": "token_choice",
+    "DiT": "dense",
+}
+
+# Their prefix -> ours, of everything that is no expert. In each, ".weight" and ".bias" stay.
+_TOP = {
+    "x_embedder.proj": "patch_embed",
+    "t_embedder.mlp.0": "timestep_embed.fc1",
+    "t_embedder.mlp.2": "timestep_embed.fc2",
+    "y_embedder.embedding_table": "label_embed",
+    "final_layer.adaLN_modulation.1": "final_adaln",
+    "final_layer.linear": "final",
+}
+_IN_BLOCK = {
+    "adaLN_modulation.1": "adaln",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.proj",
+    "mlp.fc1": "feed_forward.fc1",
+    "mlp.fc2": "feed_forward.fc2",
+    "mlp.shared_experts.fc1": "feed_forward.shared_expert.fc1",
+    "mlp.shared_experts.fc2": "feed_forward.shared_expert.fc2",
+    "mlp.capacity_predictor.0": "feed_forward.capacity_predictor.hidden",
+    "mlp.capacity_predictor.2": "feed_forward.capacity_predictor.out",
+}
+# Whole names inside a block. Token choice has its router in a module of its own.
+_ROUTER, _ROUTER_OF_TOKEN_CHOICE = "mlp.gate_weight", "mlp.gate.weight"
+_WHOLE = {
+    _ROUTER: "feed_forward.router",
+    _ROUTER_OF_TOKEN_CHOICE: "feed_forward.router",
+    "mlp.expert_threshold": "feed_forward.capacity_predictor.thresholds",
+}
+# One expert's linear layer -> our stacked tensor. Matrices are transposed there.
+_EXPERT = {
+    "fc1.weight": "w_in",
+    "fc1.bias": "b_in",
+    "fc2.weight": "w_out",
+    "fc2.bias": "b_out",
+    "gate_proj.weight": "w_gate",
+    "up_proj.weight": "w_up",
+    "down_proj.weight": "w_out",
+}
+# Of the published widths, S to XL.
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+
+
+def config_from_release(family: str, options: dict[str, Any]) -> Config:
+    """The configuration of a release model from its class name and its own option names."""
+    if family not in _FAMILIES:
+        raise UserError(f"release model {family!r} is unknown; known: {', '.join(_FAMILIES)}")
+    model = {
+        "input_size": options["input_size"],
+        "in_channels": options["in_channels"],
+        "patch_size": options["patch_size"],
+        "width": options["hidden_size"],
+        "depth": options["depth"],
+        "heads": options["num_heads"],
+        "mlp_ratio": options["mlp_ratio"],
+        "num_classes": options["num_classes"],
+        "learn_sigma": options["learn_sigma"],
+    }
+    mixture = options.get("MoE_config", {})
+    moe = {"type": _FAMILIES[family]}
+    if mixture:
+        # One shared expert of the release is an MLP of twice the usual hidden size.
+        shared = 2 * options["mlp_ratio"] * (mixture["n_shared_experts"] or 0)
+        moe |= {
+            "experts": mixture["num_experts"],
+            "capacity": mixture["capacity"],
+            "every_block": not mixture["interleave"],
+            "activation": "swiglu" if options.get("use_swiglu") else "gelu",
+            "expert_ratio": options["mlp_ratio"],
+            "shared_expert_ratio": shared,
+            "top_k": mixture.get("num_experts_per_tok", 1),
+            "capacity_loss_weight": options.get("CapacityPred_loss_weight", 0.01),
+            "inference": "pooled",
+        }
+    return Config.model_validate(
+        {"model": model, "moe": moe, "training": {"label_dropout": options["class_dropout_prob"]}}
+    )
+
+
+def sections_from_shapes(
+    shapes: Shapes, heads: int | None, input_size: int | None, capacity: float, top_k: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model and moe sections that the tensors show. The rest is what they cannot show.
+
+    heads: None derives it for the published widths. input_size: None derives it from pos_embed.
+    capacity, top_k: of training. Raises UserError naming the tensor or option that is missing.
+    """
+    width, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
+    blocks = [int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))]
+    rows, _ = _shape(shapes, "y_embedder.embedding_table.weight", 2)
+    outputs, _ = _shape(shapes, "final_layer.linear.weight", 2)
+    if heads is None and width not in HEADS:
+        raise UserError(
+            f"the number of attention heads cannot be seen in the tensors, and the width {width} "
+            f"is none of the published ones ({', '.join(map(str, HEADS))}); give --heads N"
+        )
+    if input_size is None:
+        if "pos_embed" not in shapes:
+            raise UserError("without pos_embed the input size cannot be seen; give --input-size N")
+        input_size = round(_shape(shapes, "pos_embed", 3)[1] ** 0.5) * patch
+    model = {
+        "input_size": input_size,
+        "in_channels": channels,
+        "patch_size": patch,
+        "width": width,
+        "depth": max(blocks, default=-1) + 1,
+        "heads": heads or HEADS[width],
+        "num_classes": rows - 1,
+        "learn_sigma": outputs == 2 * channels * patch**2,
+    }
+    dense = next((name for name in shapes if name.endswith(".mlp.fc1.weight")), None)
+    if dense:
+        model["mlp_ratio"] = shapes[dense][0] / width
+    return model, _mixture(shapes, width, capacity, top_k)
+
+
+def _mixture(shapes: Shapes, width: int, capacity: float, top_k: int) -> dict[str, Any]:
+    numbered = {
+        name: found
+        for name in shapes
+        if (found := re.match(r"blocks\.(\d+)\.mlp\.experts\.(\d+)\.(.+)", name))
+    }
+    if not numbered:
+        return {"type": "dense"}
+    leaves = {found[3]: name for name, found in numbered.items()}
+    swiglu = "gate_proj.weight" in leaves
+    hidden = _shape(shapes, leaves.get("gate_proj.weight" if swiglu else "fc1.weight", ""), 2)[0]
+    family = "expert_choice"
+    if any(name.endswith(_ROUTER_OF_TOKEN_CHOICE) for name in shapes):
+        family = "token_choice"
+    elif any(".mlp.capacity_predictor." in name for name in shapes):
+        family = "diffmoe"
+    shared = next((n for n in shapes if n.endswith(".mlp.shared_experts.fc1.weight")), None)
+    return {
+        "type": family,
+        "experts": max(int(found[2]) for found in numbered.values()) + 1,
+        "every_block": any(found[1] == "0" for found in numbered.values()),
+        "capacity": capacity,
+        "activation": "swiglu" if swiglu else "gelu",
+        "expert_ratio": hidden / width,
+        "shared_expert_ratio": shapes[shared][0] / width if shared else 0.0,
+        "top_k": top_k,
+        "inference": "pooled",
+    }
+
+
+def _shape(shapes: Shapes, name: str, sides: int) -> tuple[int, ...]:
+    if len(shapes.get(name, ())) != sides:
+        found = f"has the shape {shapes[name]}" if name in shapes else "is missing"
+        raise UserError(f"{name or 'the first matrix of the experts'} {found}")
+    return shapes[name]
+
+
+def release_layout(model: ModelConfig, moe: MoEConfig) -> Layout:
+    """Their names of each of our tensors. Raises UserError for a network that they cannot hold."""
+    strange = [key for key in ("qk_norm", "rope") if getattr(model, key)]
+    if strange:
+        raise UserError(f"model.{strange[0]}=true: the release's networks know no such thing")
+    prefixes = {ours: theirs for theirs, ours in _TOP.items()}
+    in_block = {ours: theirs for theirs, ours in (_IN_BLOCK | _WHOLE).items()}
+    in_block["feed_forward.router"] = (
+        _ROUTER_OF_TOKEN_CHOICE if moe.type == "token_choice" else _ROUTER
+    )
+    linear = {
+        ours: theirs
+        for theirs, ours in _EXPERT.items()
+        if ours != "w_out" or (theirs == "down_proj.weight") == (moe.activation == "swiglu")
+    }
+    layout: Layout = {}
+    for name in expected_shapes(model, moe):
+        block = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
+        if block is None:
+            prefix, _, leaf = name.rpartition(".")
+            layout[name] = same(f"{prefixes[prefix]}.{leaf}")
+        elif ".experts." in name:
+            leaf = name.rpartition(".")[2]
+            layout[name] = stacked(
+                [f"{block[1]}.mlp.experts.{i}.{linear[leaf]}" for i in range(moe.experts)],
+                transposed=leaf.startswith("w_"),
+            )
+        elif block[2] in in_block:
+            layout[name] = same(f"{block[1]}.{in_block[block[2]]}")
+        else:
+            prefix, _, leaf = block[2].rpartition(".")
+            layout[name] = same(f"{block[1]}.{in_block[prefix]}.{leaf}")
+    return layout
+
+
+def from_release(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and stack any part of a release state dict (or its gradients); values stay.
+
+    Raises UserError for an unknown name, or experts that are not numbered 0, 1, 2, ...
+    """
+    converted: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        if is_derived(name):
+            continue
+        match = re.fullmatch(r"(blocks\.\d+)\.mlp\.experts\.(\d+)\.(.+)", name)
+        if match and match[3] in _EXPERT:
+            leaf = _EXPERT[match[3]]
+            tensor = tensor.t() if leaf.startswith("w_") else tensor
+            stack = experts.setdefault(f"{match[1]}.feed_forward.experts.{leaf}", {})
+            stack[int(match[2])] = tensor
+        else:
+            converted[_our_name(name)] = tensor
+    for name, parts in experts.items():
+        if sorted(parts) != list(range(len(parts))):
+            raise UserError(f"{name}: experts {sorted(parts)} are not numbered 0..{len(parts) - 1}")
+        converted[name] = torch.stack([parts[index] for index in range(len(parts))])
+    return converted
+
+
+def is_derived(name: str) -> bool:
+    """Whether the release stores what follows from its options."""
+    return name == "pos_embed" or name.endswith(".mlp.ema_decay")
+
+
+def _our_name(name: str) -> str:
+    block = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
+    if block is not None and block[2] in _WHOLE:
+        return f"{block[1]}.{_WHOLE[block[2]]}"
+    prefix, _, leaf = (block[2] if block else name).rpartition(".")
+    table = _IN_BLOCK if block else _TOP
+    if prefix not in table:
+        raise UserError(f"{name} is no tensor of the release's networks")
+    return f"{block[1]}.{table[prefix]}.{leaf}" if block else f"{table[prefix]}.{leaf}"

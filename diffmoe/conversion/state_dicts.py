@@ -1,0 +1,94 @@
+"""State dicts in files of torch.save, read without running anything that is in them."""
+
+import argparse
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmoe.errors import UserError
+
+# What the files of DiT, SiT and the release keep beside tensors: their training's options.
+_HARMLESS = [argparse.Namespace]
+_ENTRIES = {"ema": ("ema",), "live": ("model", "state_dict")}
+
+
+class StateDict(NamedTuple):
+    """Tensors by name. weights: ema or live; a file without entries is taken for ema, as published
+    ones are. entry: of the file, or None.
+    """
+
+    tensors: dict[str, Tensor]
+    weights: str
+    entry: str | None
+
+
+def load_file(path: Path) -> Any:
+    """Unpickle with torch.load(weights_only=True); large tensors stay on the disk until used.
+
+    Raises UserError where that refuses the file, saying why: a pickle may hold code.
+    """
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is refused: it is no file of torch.save, or its pickle holds more than "
+            f"tensors and plain values, which may be code ({_reason(error)}). Save its state dict "
+            "alone, where you trust it"
+        ) from None
+    # Damage ends in errors of any kind: of the zip reader, the unpickler, sizes, encodings.
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as a file of torch.save ({type(error).__name__}: "
+            f"{_reason(error)}); is it complete?"
+        ) from None
+
+
+def load_state(path: Path, weights: str = "ema") -> StateDict:
+    """The state dict of a file: its entry for the wanted weights, or the file itself.
+
+    weights: ema takes `ema`, live takes `model`. A prefix `module.` on all names goes.
+    """
+    if weights not in _ENTRIES:
+        raise UserError(f"--weights {weights}: of {path} choose ema or live")
+    content = load_file(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, no state dict")
+    entries = [
+        key for keys in _ENTRIES.values() for key in keys if isinstance(content.get(key), dict)
+    ]
+    entry = next((key for key in _ENTRIES[weights] if key in entries), None)
+    if entries and entry is None:
+        raise UserError(
+            f"{path} holds no {weights} weights; it has the entries {', '.join(entries)}: take "
+            f"--weights {'live' if weights == 'ema' else 'ema'}"
+        )
+    state = content if entry is None else content[entry]
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            raise UserError(
+                f"{path}: {name!r} is a {type(value).__name__}, no tensor; the file's entries are "
+                f"{', '.join(str(key) for key in list(content)[:8])}"
+            )
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            raise UserError(f"{path}: {name} is a {value.dtype} tensor, not one of weights")
+    if not state:
+        raise UserError(f"{path} holds no tensors")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return StateDict(dict(state), weights if entry else "ema", entry)
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's long explanation that names the culprit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    return (named or lines or ["no reason given"])[0][:200]

@@ -1,0 +1,168 @@
+"""A source becomes an exported folder: whole or not at all, and held against the source."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmoe.conversion.about import FILE_NAME, About
+from diffmoe.conversion.card import model_card
+from diffmoe.conversion.exported import CARD, CHECKSUMS, load_exported
+from diffmoe.conversion.sources import Source
+from diffmoe.conversion.tensors import (
+    MAX_SHARD_BYTES,
+    cast_parameters,
+    empty_network,
+    fill,
+    total_bytes,
+    write_file,
+    write_tensors,
+)
+from diffmoe.errors import UserError
+from diffmoe.inference.thresholds import store
+from diffmoe.models.dit import DiT
+from diffmoe.seeding import keyed_generator
+
+
+class Written(NamedTuple):
+    """path: the folder. bytes: of its tensors. compared: numbers of the forwards that agreed."""
+
+    path: Path
+    bytes: int
+    compared: int
+
+
+def write_exported(
+    source: Source, target: Path, dtype: str = "float32", max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Written:
+    """Write the source as an exported folder, load that again and compare forwards bit for bit.
+
+    Memory: while writing one tensor, while comparing one network at a time, in fp32.
+    Raises UserError where the source is not sound, the target exists, the disk is full, or the
+    result differs; then nothing of it stays.
+    """
+    source = source.checked()
+    about = source.about.replace(dtype=dtype)
+    kind = getattr(torch, dtype)
+    size = total_bytes(source.shapes, kind)
+    with new_folder(target, size) as torn:
+        files = write_tensors(torn, source.shapes, source.read, kind, max_shard_bytes)
+        text = json.dumps(about.model_dump(mode="json"), indent=1)
+        files[FILE_NAME] = write_file(torn / FILE_NAME, [text.encode()])
+        for name, entry in source.thresholds.items():
+            store(torn, name, entry)
+        card = model_card(about, source.shapes, sorted(source.thresholds), source.run)
+        write_file(torn / CARD, [card.encode()])
+        write_file(torn / CHECKSUMS, [json.dumps({"files": files}, indent=1).encode()])
+        compared = _compare(source, torn, kind)
+    return Written(target, size, compared)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, needed: int = 0) -> Iterator[Path]:
+    """A hidden folder that gets the name `target` when all went well, else is removed.
+
+    needed: bytes that must be free. Raises UserError where the target exists, and for OSErrors.
+    """
+    with _new(target, needed) as torn:
+        torn.mkdir()
+        yield torn
+        for file in torn.iterdir():
+            _sync(file)
+
+
+@contextlib.contextmanager
+def new_file(target: Path, needed: int = 0) -> Iterator[Path]:
+    """The same for a file."""
+    with _new(target, needed) as torn:
+        yield torn
+
+
+@contextlib.contextmanager
+def _new(target: Path, needed: int) -> Iterator[Path]:
+    refuse_existing(target)
+    torn = target.with_name(f".{target.name}.tmp")
+    try:
+        _remove(torn)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if needed > free:
+            raise UserError(
+                f"{target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; free "
+                "space or choose another place"
+            )
+        yield torn
+        refuse_existing(target)
+        _sync(torn)
+        torn.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise UserError(f"{target} was not written: {error.strerror or error}") from error
+    finally:
+        _remove(torn)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists; choose another name, or remove it first")
+
+
+def _sync(path: Path) -> None:
+    """A file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _compare(source: Source, folder: Path, kind: torch.dtype) -> int:
+    """Forward passes of the source and of what was written, equal bit for bit, in fp32."""
+    about = source.about
+    network = empty_network(about.model, about.moe)
+    fill(network, lambda name, _: source.read(name))
+    cast_parameters(network, kind)
+    cast_parameters(network, torch.float32)
+    expected = probe(network, about)
+    del network
+    found = probe(load_exported(folder)[0], about)
+    for (how, a), b in zip(expected.items(), found.values(), strict=True):
+        if not torch.equal(a, b):
+            largest = float((a - b).abs().max())
+            raise UserError(
+                f"{source.where}: the written model's output ({how}) differs from the source's by "
+                f"up to {largest:.3g}; nothing was kept. Is the disk sound?"
+            )
+    return sum(output.numel() for output in expected.values())
+
+
+@torch.inference_mode()
+def probe(network: DiT, about: About) -> dict[str, Tensor]:
+    """Predictions for two fixed inputs, routed as the model is set, and with all experts at work.
+
+    The second input has the null label. -> {how it was routed: (2, C or 2C, H, W)}.
+    """
+    model, flow = about.model, about.diffusion.objective == "flow"
+    shape = (2, model.in_channels, model.input_size, model.input_size)
+    x = torch.randn(shape, generator=keyed_generator("conversion probe"))
+    t = torch.tensor([0.3, 0.8]) if flow else torch.tensor([250.0, 800.0])
+    labels = torch.tensor([0, model.num_classes])
+    outputs = {}
+    for routing in dict.fromkeys((about.moe.inference, "static")):
+        network.route_by(routing)
+        outputs[routing] = network(x, t, labels).prediction
+    network.route_by(about.moe.inference)
+    return outputs

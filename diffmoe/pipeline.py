@@ -1,0 +1,82 @@
+"""Images from a path in three lines: diffmoe.Pipeline(path)(labels=[207, 360])."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffmoe.conversion.opening import locate, open_network, weights_of
+from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.errors import UserError
+from diffmoe.inference.images import sample_images
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.thresholds import turn_dial
+from diffmoe.parallel.device import default_device
+
+
+class Pipeline:
+    """A model with its autoencoder, ready to make images."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        weights: str = "ema",
+    ) -> None:
+        """path: an exported folder, a run's folder or a checkpoint.
+
+        device: default the GPU where there is one. dtype: of the network's parameters. weights:
+        ema or live, of a run or checkpoint.
+        """
+        device = torch.device(device or default_device())
+        self.folder = locate(path)
+        self.weights = weights_of(self.folder, weights)
+        snapshot = open_network(self.folder, weights, device=device, dtype=dtype)
+        self.network, self.config = snapshot.network, snapshot.config
+        self.class_names: Sequence[str] = snapshot.latents.get("class_names") or ()
+        self.autoencoder = autoencoder_of(snapshot.latents, device)
+
+    def __call__(
+        self,
+        labels: Sequence[int | str],
+        seed: int = 0,
+        steps: int = 50,
+        guidance: float = 1.5,
+        capacity: float | None = None,
+        *,
+        batch: int = 50,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """An image per label: a class number, or a name where the model knows the names.
+
+        Image k of a seed is the same in any batch. capacity: experts that an average token meets;
+        None: as in training; others must be calibrated (tools/calibrate.py). batch: at a time.
+        settings: more fields of diffmoe.inference.sampling.SamplingSettings.
+        """
+        numbers = [self._number(label) for label in labels]
+        turn_dial(self.network, self.folder, None, capacity, self.weights)
+        chosen = SamplingSettings(steps=steps, guidance=guidance, seed=seed, **settings)
+        images, _ = sample_images(
+            self.network,
+            self.config,
+            self.autoencoder.decode,
+            numbers,
+            range(len(numbers)),
+            chosen,
+            batch=batch,
+        )
+        return [Image.fromarray(image.squeeze(-1).numpy()) for image in images]
+
+    def _number(self, label: int | str) -> int:
+        if not isinstance(label, str):
+            return int(label)
+        if label not in self.class_names:
+            known = f"its names are {', '.join(self.class_names[:5])}, ..."
+            raise UserError(
+                f"class {label!r} is unknown to {self.folder}; "
+                f"{known if self.class_names else 'it has no class names, give numbers'}"
+            )
+        return self.class_names.index(label)

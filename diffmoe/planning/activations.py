@@ -1,0 +1,88 @@
+"""Bytes that the forward keeps for the backward, on one GPU, for one micro-batch.
+
+Counted along diffmoe.models: each line is one tensor that autograd saves, each storage once.
+S tokens, D width, N token-expert pairs, H hidden width, E experts, B samples; `a` bytes an element.
+"""
+
+from diffmoe.planning.layouts import Layout
+
+F32, INT64 = 4, 8
+
+
+def activation_bytes(layout: Layout) -> int:
+    """At the worst moment: with checkpointing also what one part of a block computes again."""
+    checkpointing = layout.config.training.activation_checkpointing
+    return kept_bytes(layout) + (max(_checkpointed(layout)) if checkpointing else 0)
+
+
+def kept_bytes(layout: Layout) -> int:
+    """At the end of the forward."""
+    config = layout.config
+    model = config.model
+    S, B, D, a = layout.tokens, layout.micro_batch, model.width, layout.element
+    dense_layers, moe_layers = model.depth - layout.moe_layers, layout.moe_layers
+    # silu(condition), six parts of the modulation, 1 + scale twice.
+    block = 9 * B * D * a
+    # Tokens in, tokens after attention, and norm 2: its output, mean and deviation; then the
+    # modulated tokens and the feed-forward's output.
+    block += 5 * S * D * a + 2 * S * F32
+    # Final norm (input, output, modulated) and the prediction against its target, in fp32.
+    patch = model.patch_size**2 * model.in_channels * (2 if model.learn_sigma else 1)
+    ends = 3 * S * D * a + 6 * B * D * a + 2 * S * patch * F32
+    kept = model.depth * block + ends
+    if moe_layers:
+        kept += moe_layers * _decided(layout)
+    if config.training.activation_checkpointing:
+        return kept
+    attention, dense, mixture = _checkpointed(layout)
+    return kept + model.depth * attention + dense_layers * dense + moe_layers * mixture
+
+
+def _checkpointed(layout: Layout) -> tuple[int, int, int]:
+    """What attention, a dense and an MoE feed-forward save, or compute again."""
+    model, moe = layout.config.model, layout.config.moe
+    S, D, a = layout.tokens, model.width, layout.element
+    dense = 2 * S * int(D * model.mlp_ratio) * a if layout.moe_layers < model.depth else 0
+    mixture = 0
+    if layout.moe_layers:
+        mixture = _mixture(layout) + 2 * S * int(D * moe.shared_expert_ratio) * a
+    return _attention(layout), dense, mixture
+
+
+def _attention(layout: Layout) -> int:
+    model = layout.config.model
+    S, D, a = layout.tokens, model.width, layout.element
+    # Norm 1's output and statistics, modulated tokens, query, key and value, mixed, projected.
+    elements = 7 * S * D
+    statistics = 2 * S * F32 + S * model.heads * F32  # and the softmax's, one a row
+    if model.qk_norm:  # the normalised ones beside the others
+        elements += 2 * S * D
+        statistics += 2 * S * model.heads * F32
+    if model.rope:  # turned ones
+        elements += 2 * S * D
+    return elements * a + statistics
+
+
+def _mixture(layout: Layout) -> int:
+    """What the experts' part saves and checkpointing computes again."""
+    config = layout.config
+    N, D, a = layout.rows, config.model.width, layout.element
+    H = int(D * config.moe.expert_ratio)
+    hidden = 4 if config.moe.activation == "swiglu" else 2
+    # Rows, hidden before and after the activation, the experts' output; token numbers, flat.
+    return N * (2 * D + hidden * H) * a + N * (INT64 + a)
+
+
+def _decided(layout: Layout) -> int:
+    """What routing and the capacity predictor save, checkpointed or not."""
+    config = layout.config
+    S, N, D, a = layout.tokens, layout.rows, config.model.width, layout.element
+    E = config.moe.experts
+    saved = S * E * F32 + N * (INT64 + F32)  # scores; token numbers and gates
+    if a != F32:
+        saved += S * D * F32  # tokens, for the router
+    if config.moe.type == "diffmoe":
+        saved += 2 * S * D * a + 2 * S * E * F32  # hidden layer, logits and their target
+        if a != F32:
+            saved += S * D * F32
+    return saved

@@ -1,0 +1,71 @@
+"""Floating-point operations of products; a multiply-add counts as two."""
+
+from diffmoe.planning.layouts import Layout
+
+
+def forward_flops(layout: Layout) -> int:
+    """Of one micro-batch on one GPU."""
+    products, attention = _forward(layout)
+    return sum(flops for flops, _ in products) + attention
+
+
+def step_flops(layout: Layout) -> int:
+    """Of one optimizer step on one GPU: forward and backward of all micro-batches.
+
+    Checkpointing runs attention and feed-forwards forwards twice.
+    """
+    products, attention = _forward(layout)
+    # Backward of a product: one for the weight's gradient, one for the input's, where it has one.
+    work = sum(flops * (2 + has_input) for flops, has_input in products)
+    # Of attention's two products: four, and one is computed again.
+    work += attention + attention * 5 // 2
+    if layout.config.training.activation_checkpointing:
+        work += _computed_again(layout)
+    return work * layout.accumulation
+
+
+def _computed_again(layout: Layout) -> int:
+    model = layout.config.model
+    S, D, T = layout.tokens, model.width, layout.tokens_per_sample
+    attention = model.depth * (2 * S * D * 4 * D + 4 * S * T * D)
+    # torch stops when it has all that was saved: the dense MLP's second product is not among it.
+    return attention + _dense_layers(layout) // 2 + _mixtures(layout)
+
+
+def _dense_layers(layout: Layout) -> int:
+    model = layout.config.model
+    hidden = int(model.width * model.mlp_ratio)
+    return (model.depth - layout.moe_layers) * 4 * layout.tokens * model.width * hidden
+
+
+def _mixtures(layout: Layout) -> int:
+    moe, S, D = layout.config.moe, layout.tokens, layout.config.model.width
+    matrices = 3 if moe.activation == "swiglu" else 2
+    experts = matrices * 2 * layout.rows * D * int(D * moe.expert_ratio)
+    shared = 4 * S * D * int(D * moe.shared_expert_ratio)
+    return layout.moe_layers * (experts + shared)
+
+
+def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
+    """(products as (operations, whether their input has a gradient), attention's two products)."""
+    model, moe = layout.config.model, layout.config.moe
+    S, B, D, T = layout.tokens, layout.micro_batch, model.width, layout.tokens_per_sample
+    patch = model.patch_size**2 * model.in_channels
+    out = patch * (2 if model.learn_sigma else 1)
+    per_moe = []
+    if moe.type != "dense":
+        per_moe.append((2 * S * D * moe.experts, True))
+    if moe.type == "diffmoe":  # on detached tokens
+        per_moe += [(2 * S * D * D, False), (2 * S * D * moe.experts, True)]
+    products = [
+        (2 * S * patch * D, False),
+        (2 * B * 256 * D, False),
+        (2 * B * D * D, True),
+        (model.depth * 2 * S * D * 4 * D, True),
+        (model.depth * 2 * B * D * 6 * D, True),
+        (_dense_layers(layout) + _mixtures(layout), True),
+        (2 * B * D * 2 * D, True),
+        (2 * S * D * out, True),
+        *((layout.moe_layers * flops, has_input) for flops, has_input in per_moe),
+    ]
+    return products, model.depth * 4 * S * T * D

@@ -1,0 +1,178 @@
+"""Ways to spread one run over a machine."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from diffmoe.config import Config, ModelConfig, MoEConfig
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.models.routing import expert_capacity
+from diffmoe.parallel.topology import Topology
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Trainable elements that one rank holds: dense ones, and its share of the experts."""
+
+    dense: int
+    experts: int
+
+
+@lru_cache(maxsize=64)
+def sizes_of(model_json: str, moe_json: str, expert_parallel: int) -> Sizes:
+    topology = Topology(expert_parallel=expert_parallel)
+    with torch.device("meta"):
+        network = DiT(
+            ModelConfig.model_validate_json(model_json),
+            MoEConfig.model_validate_json(moe_json),
+            topology,
+        )
+    experts = sum(parameter.numel() for parameter in network.expert_parameters().values())
+    return Sizes(sum(p.numel() for p in network.parameters()) - experts, experts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One configuration on one machine; all sizes that the estimates need.
+
+    nodes, gpus_per_node: of the machine; every GPU is one rank.
+    """
+
+    config: Config
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def expert_parallel(self) -> int:
+        return self.config.parallel.expert_parallel
+
+    @property
+    def accumulation(self) -> int:
+        return self.config.training.accumulation
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one GPU in one forward."""
+        return self.config.training.batch_size // (self.world * self.accumulation)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a parameter, a gradient and an activation."""
+        return BYTES[self.config.training.precision]
+
+    @property
+    def sizes(self) -> Sizes:
+        config = self.config
+        return sizes_of(
+            config.model.model_dump_json(), config.moe.model_dump_json(), self.expert_parallel
+        )
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks of an expert-data-parallel group."""
+        return self.world // self.expert_parallel
+
+    @property
+    def tokens(self) -> int:
+        """S: tokens of one GPU in one forward."""
+        return self.micro_batch * self.tokens_per_sample
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return (self.config.model.input_size // self.config.model.patch_size) ** 2
+
+    @property
+    def moe_layers(self) -> int:
+        moe, depth = self.config.moe, self.config.model.depth
+        if moe.type == "dense":
+            return 0
+        return depth if moe.every_block else depth // 2
+
+    @property
+    def rows(self) -> int:
+        """Token-expert pairs that one GPU sends to the experts of one layer, on average.
+
+        Exact in the default pool and for expert choice; a wide pool and token choice balance it
+        over the ranks only on average.
+        """
+        moe = self.config.moe
+        if moe.type == "token_choice":
+            return self.tokens * moe.top_k
+        if moe.type == "expert_choice":
+            k = expert_capacity(self.tokens_per_sample, moe.experts, moe.capacity)
+            return self.micro_batch * moe.experts * k
+        ranks = {"micro_batch": 1, "expert_parallel": self.expert_parallel, "global": self.world}
+        pool = ranks[moe.token_pool]
+        k = expert_capacity(self.tokens * pool, moe.experts, moe.capacity)
+        return moe.experts * k // pool
+
+    def changed(self, changes: dict[str, Any]) -> "Layout":
+        """With other settings, dotted keys, on the same machine."""
+        return Layout(self.config.replace(changes), self.nodes, self.gpus_per_node)
+
+    def describe(self) -> str:
+        checkpointing = self.config.training.activation_checkpointing
+        return (
+            f"P={self.expert_parallel} stage {self.config.parallel.zero_stage} "
+            f"micro-batch {self.micro_batch} x {self.accumulation}"
+            + (" checkpointing" if checkpointing else "")
+        )
+
+
+def layouts(
+    config: Config,
+    nodes: int,
+    gpus_per_node: int,
+    expert_parallel: int | None = None,
+    zero_stage: int | None = None,
+    micro_batch: int | None = None,
+) -> Iterator[Layout]:
+    """Every layout that keeps the run's batch; a given value narrows the choice.
+
+    Raises UserError if the configuration can't be spread over so many GPUs at all.
+    """
+    world, batch = nodes * gpus_per_node, config.training.batch_size
+    if batch % world:
+        raise UserError(
+            f"training.batch_size={batch} is not divisible by {nodes} nodes x {gpus_per_node} GPUs "
+            f"= {world} ranks; set it to a multiple of {world}"
+        )
+    if config.data.lanes % world:
+        raise UserError(
+            f"data.lanes={config.data.lanes} is not divisible by {nodes} nodes x {gpus_per_node} "
+            f"GPUs = {world} ranks; set data.lanes to a multiple of {world}"
+        )
+    experts = 1 if config.moe.type == "dense" else config.moe.experts
+    shares = [p for p in range(1, world + 1) if world % p == 0 and experts % p == 0]
+    micros = [
+        m
+        for m in range(1, batch // world + 1)
+        if batch % (world * m) == 0 and batch % (config.data.lanes * (batch // (world * m))) == 0
+    ]
+    for name, value, allowed in (
+        ("expert_parallel", expert_parallel, shares),
+        ("micro_batch", micro_batch, micros),
+    ):
+        if value is not None and value not in allowed:
+            raise UserError(f"{name}={value} does not fit {world} ranks; choose one of {allowed}")
+    for p in shares if expert_parallel is None else [expert_parallel]:
+        for stage in (1, 2) if zero_stage is None else (zero_stage,):
+            for micro in micros if micro_batch is None else [micro_batch]:
+                for checkpointing in (False, True):
+                    changes = {
+                        "parallel.expert_parallel": p,
+                        "parallel.zero_stage": stage,
+                        "training.accumulation": batch // (world * micro),
+                        "training.activation_checkpointing": checkpointing,
+                    }
+                    yield Layout(config, nodes, gpus_per_node).changed(changes)

@@ -1,0 +1,57 @@
+"""Plans as text."""
+
+from dataclasses import fields
+
+from diffmoe.planning.estimate import Plan
+from diffmoe.planning.memory import CONTEXT_BYTES, FRAGMENTATION, Memory
+
+GB = 1e9
+KINDS = [field.name for field in fields(Memory)]
+
+
+def table(plans: list[Plan]) -> str:
+    """One line a layout: GB of a GPU by kind, their total, seconds a step, and whether it fits."""
+    heads = {"activations": "activ.", "gradients": "grads", "parameters": "params"}
+    names = [heads.get(kind, kind.replace("_", "-")) for kind in KINDS]
+    width = max(len(one.layout.describe()) for one in plans)
+    lines = ["GB a GPU".ljust(width) + "".join(f"{name:>11}" for name in names) + "  total  s/step"]
+    for one in plans:
+        kinds = "".join(f"{getattr(one.memory, kind) / GB:11.2f}" for kind in KINDS)
+        lines.append(
+            one.layout.describe().ljust(width)
+            + kinds
+            + f"{one.memory.total / GB:7.1f}{one.seconds:8.3f}"
+            + ("" if one.fits else "  does not fit")
+        )
+    return "\n".join(lines)
+
+
+def detail(one: Plan) -> str:
+    """The layout as settings of train.py, and what its collectives move."""
+    layout, needed = one.layout, one.memory
+    batch = layout.config.training.batch_size
+    lines = [
+        settings(one),
+        f"  memory: {needed.tensors / GB:.2f} GB of tensors, {needed.total / GB:.1f} GB with "
+        f"{FRAGMENTATION - 1:.0%} lost by the allocator and {CONTEXT_BYTES / GB:.1f} GB of CUDA "
+        f"and libraries; {'fits' if one.fits else 'does not fit'}",
+        f"  work: {one.flops / 1e12:.2f} TFLOP a GPU and step; about {one.seconds:.3f} s a step, "
+        f"{batch / one.seconds:.0f} samples/s",
+        "  collectives of one step, MB that one GPU sends:      in its node  between nodes",
+    ]
+    lines += [
+        f"    {c.operation + ' of ' + c.name + f' over {c.ranks} ranks':<56}"
+        f"{c.within / 1e6:10.2f} {c.between / 1e6:14.2f}"
+        for c in one.traffic
+    ]
+    return "\n".join(lines)
+
+
+def settings(one: Plan) -> str:
+    config = one.layout.config
+    return (
+        f"parallel.expert_parallel={config.parallel.expert_parallel} "
+        f"parallel.zero_stage={config.parallel.zero_stage} "
+        f"training.accumulation={config.training.accumulation} "
+        f"training.activation_checkpointing={str(config.training.activation_checkpointing).lower()}"
+    )

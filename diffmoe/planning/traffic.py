@@ -1,0 +1,118 @@
+"""Bytes that the collectives of one optimizer step move."""
+
+from dataclasses import dataclass
+
+from diffmoe.planning.layouts import Layout
+from diffmoe.planning.memory import padded
+
+F32, INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective in one optimizer step, as one rank takes part in it.
+
+    bytes: of the tensors that the rank gives (all_to_all, all_reduce) or ends up with (all_gather),
+        over all calls. within, between: what it sends to ranks of its own node and of others.
+    """
+
+    name: str
+    operation: str
+    ranks: int
+    bytes: int
+    within: float
+    between: float
+
+
+def traffic(layout: Layout) -> list[Collective]:
+    """All collectives that grow with the model or the batch, and the routing's."""
+    sizes, element, steps = layout.sizes, layout.element, layout.accumulation
+    # Stage 2 has no room for whole gradients, so that each micro-batch's are reduced.
+    reductions = steps if layout.config.parallel.zero_stage == 2 else 1
+    found = [
+        _all_to_all(layout),
+        _ring(layout, "dense gradients", 1, layout.world, sizes.dense * element * reductions, 2),
+        _ring(
+            layout,
+            "expert gradients",
+            layout.expert_parallel,
+            layout.expert_replicas,
+            sizes.experts * element * reductions,
+            2,
+        ),
+        _ring(
+            layout,
+            "dense parameters",
+            1,
+            layout.world,
+            padded(sizes.dense, layout.world) * element,
+            1,
+        ),
+        _ring(
+            layout,
+            "expert parameters",
+            layout.expert_parallel,
+            layout.expert_replicas,
+            padded(sizes.experts, layout.expert_replicas) * element,
+            1,
+        ),
+        *_routing(layout),
+    ]
+    return [collective for collective in found if collective.bytes and collective.ranks > 1]
+
+
+def _all_to_all(layout: Layout) -> Collective:
+    """Tokens to their experts and back, and the same for gradients; one way is one all-to-all."""
+    P, node = layout.expert_parallel, layout.gpus_per_node
+    ways = 4 + 2 * layout.config.training.activation_checkpointing
+    moe = layout.config.moe
+    sent = ways * layout.rows * layout.config.model.width * layout.element
+    if moe.type == "token_choice" or moe.token_pool != "micro_batch":  # counts go ahead
+        sent += (ways // 2 - 1) * moe.experts * INT64
+    sent *= layout.moe_layers * layout.accumulation
+    # Groups are contiguous ranks: as many of a group as fit share a node.
+    near = min(P, node)
+    return Collective(
+        "tokens to experts and back",
+        "all_to_all",
+        P,
+        sent,
+        sent * (near - 1) / P,
+        sent * (P - near) / P,
+    )
+
+
+def _ring(layout: Layout, name: str, stride: int, ranks: int, size: int, passes: int) -> Collective:
+    """All-reduce (two passes) or all-gather (one) over ranks `stride` apart.
+
+    First inside the nodes, then each GPU its share between them, as NCCL does with one network
+    card a GPU: no other order sends less between nodes.
+    """
+    near = max(1, min(ranks, layout.gpus_per_node // stride))
+    nodes = ranks // near
+    within = passes * size * (near - 1) / near
+    between = passes * size / near * (nodes - 1) / nodes
+    return Collective(
+        name, "all_reduce" if passes == 2 else "all_gather", ranks, size, within, between
+    )
+
+
+def _routing(layout: Layout) -> list[Collective]:
+    """What decides, and tells how it went: small beside the rest."""
+    moe, L = layout.config.moe, layout.moe_layers
+    # Squared norms of dense and of expert gradients, the experts' mean; in bf16 an overflow flag.
+    norms = F32 * (1 + (L > 0) + (L > 0 and layout.expert_replicas > 1))
+    found = [_ring(layout, "gradient norm", 1, layout.world, norms + (layout.element == 2), 2)]
+    if moe.type != "diffmoe" or not L:
+        return found
+    ranks = {"micro_batch": 1, "expert_parallel": layout.expert_parallel, "global": layout.world}
+    pool, steps = ranks[moe.token_pool], layout.accumulation
+    if pool < layout.world:
+        found.append(_ring(layout, "thresholds", 1, layout.world, L * moe.experts * F32, 2))
+    if pool > 1:
+        # A histogram of 256 bins for each of 4 bytes: for the scores, and for the thresholds.
+        bins = 4 * 256 * INT64 * L * moe.experts * steps * 2
+        counts = 2 * moe.experts * INT64 * L * steps * pool
+        found.append(_ring(layout, "pool's histograms", 1, pool, bins, 2))
+        found.append(_ring(layout, "pool's ties", 1, pool, counts, 1))
+    return found

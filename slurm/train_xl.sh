@@ -1,0 +1,22 @@
+#!/bin/bash
+# DiffMoE-XL-E16-Flow, batch 256, TF32, on 4 nodes of 8 GPUs:
+#   python tools/plan.py --recipe xl_e16 --nodes 4 --expert-parallel 8 --zero-stage 2
+# says 14.0 GB a GPU and 0.146 s a step at best, so 700,000 steps need over 28 hours; the job
+# requeues itself every 24. 200 GB of a node's memory hold 8 ranks, what they copy to save, and the
+# readers.
+# One node is enough for memory (38.5 GB a GPU); four are for time.
+# Settings go behind: sbatch slurm/train_xl.sh training.precision=bf16 (the rest: common.sh)
+#SBATCH --job-name=diffmoe-xl
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=200G
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=%x-%j.out
+##SBATCH --account=YOURS --partition=YOURS
+source "${DIFFMOE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
+diffmoe_train diffmoe_xl_e16_flow parallel.expert_parallel=8 parallel.zero_stage=2 "$@"

@@ -1,0 +1,147 @@
+"""What a real step of the real engine holds and sends, to hold the planner against."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe.config import Config
+from diffmoe.data.examples import micro_batches
+from diffmoe.diffusion import create_objective
+from diffmoe.models.dit import DiT
+from diffmoe.models.moe import routing_loss
+from diffmoe.parallel.topology import create_topology
+from diffmoe.parallel.zero import create_engine, engine_settings
+from diffmoe.training.ema import EMA
+from diffmoe.training.thresholds import ThresholdTracker
+from tests.tiny import random_batch, randomize
+
+
+def size(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Sent(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of every collective, below all wrappers: what the backend is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if name.startswith("_c10d_functional::all_to_all_single"):
+            self.bytes["all_to_all"] += size([args[0]])
+        elif name.startswith("c10d::alltoall_base_"):
+            self.bytes["all_to_all"] += size([args[1]])
+        elif name.startswith("c10d::allreduce_"):
+            # DeepSpeed also reduces over groups of one rank: nothing moves.
+            if dist.ProcessGroup.unbox(args[1]).size() > 1:
+                self.bytes["all_reduce"] += size(args[0])
+        elif name.startswith("c10d::_allgather_base_"):
+            self.bytes["all_gather"] += size([args[0]])
+        elif name.startswith("c10d::allgather_"):
+            self.bytes["all_gather"] += size(args[0][0])
+        elif "c10d" in name and "wait_tensor" not in name and "autograd" not in name:
+            self.bytes[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def step_on_rank(config: Config) -> dict[str, Any]:
+    """One optimizer step. -> bytes of this rank by kind, and of its collectives."""
+    objective = create_objective(config.diffusion)
+    topology = create_topology(config.parallel.expert_parallel)
+    network = randomize(DiT(config.model, config.moe, topology)).train()
+    network.checkpoint_activations(config.training.activation_checkpointing)
+    engine = create_engine(
+        network,
+        experts=network.expert_parameters(),
+        num_experts=config.moe.experts,
+        optimizer=torch.optim.AdamW,
+        optimizer_options={"lr": 1e-3},
+        settings=engine_settings(config, {}, topology.world),
+        topology=topology,
+    )
+    ema = EMA(engine, config.training.ema_decay, config.training.ema_stds)
+    thresholds = ThresholdTracker(network)
+    zero = engine.optimizer
+    gradients: list[Tensor] = []
+    work = zero._optimizer_step
+
+    def noting(group: int) -> None:
+        gradients.append(zero.single_partition_of_fp32_groups[group].grad)
+        work(group)
+
+    zero._optimizer_step = noting
+    lanes = config.data.lanes // topology.world
+    mine = range(topology.rank * lanes, (topology.rank + 1) * lanes)
+    with Sent() as sent:
+        for examples in micro_batches(random_batch(config, 0, mine), config, mine, 0, objective):
+            output = engine(examples.x_t, examples.t, examples.labels)
+            loss = objective.loss(
+                output.prediction, examples.x_t, examples.data, examples.noise, examples.t
+            )["loss"].mean()
+            engine.backward(loss + routing_loss(output.routing, config.moe))
+            engine.step()
+            thresholds.observe(output.routing)
+        thresholds.step()
+    moments = [
+        zero.optimizer.state[part][key]
+        for part in zero.single_partition_of_fp32_groups
+        for key in ("exp_avg", "exp_avg_sq")
+    ]
+    return {
+        "parameters": size(zero.bit16_groups_flat),
+        "gradient_partition": size(gradients),
+        "masters": size(zero.single_partition_of_fp32_groups),
+        "moments": size(moments),
+        "ema": size([average for kind in ema.averages.values() for average in kind]),
+        "sent": dict(sent.bytes),
+    }
+
+
+def saved_bytes(config: Config) -> int:
+    """What autograd keeps at the end of one forward of one process, each storage once."""
+    objective = create_objective(config.diffusion)
+    network = randomize(DiT(config.model, config.moe)).train()
+    network.checkpoint_activations(config.training.activation_checkpointing)
+    if config.training.precision == "bf16":
+        network.bfloat16()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, tuple[int, Any]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    lanes = range(config.data.lanes)
+    examples = next(
+        iter(micro_batches(random_batch(config, 0, lanes), config, lanes, 0, objective))
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = network(examples.x_t, examples.t, examples.labels)
+        loss = objective.loss(
+            output.prediction, examples.x_t, examples.data, examples.noise, examples.t
+        )["loss"].mean()
+        loss = loss + routing_loss(output.routing, config.moe)
+    return sum(size for size, _ in kept.values())
+
+
+def step_in_pretence(config: Config, world: int) -> dict[str, Any]:
+    """`step_on_rank` as rank 0 of a world of which nobody else exists; values are garbage."""
+    import deepspeed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    new_group = dist.new_group
+
+    def pretended(*args: Any, **kwargs: Any) -> Any:  # Megatron asks for gloo beside it
+        return new_group(*args, **{**kwargs, "backend": "fake"})
+
+    dist.new_group = pretended
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return step_on_rank(config)

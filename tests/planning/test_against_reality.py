@@ -1,0 +1,160 @@
+"""The planner's figures against what the real model and engine do."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from diffmoe.config import Config
+from diffmoe.data.examples import micro_batches
+from diffmoe.diffusion import create_objective
+from diffmoe.models.dit import DiT
+from diffmoe.models.moe import routing_loss
+from diffmoe.planning.activations import kept_bytes
+from diffmoe.planning.flops import forward_flops, step_flops
+from diffmoe.planning.layouts import Layout
+from diffmoe.planning.memory import memory, partition
+from diffmoe.planning.traffic import traffic
+from tests.planning.measured import saved_bytes, step_in_pretence, step_on_rank
+from tests.ranks import run_ranks
+from tests.tiny import random_batch, randomize, tiny_config
+
+# Ranks, P, stage, precision, micro-batches, more.
+LAYOUTS = [
+    (1, 1, 1, "fp32", 1, {"training__ema_stds": (0.05, 0.1)}),
+    (2, 1, 2, "fp32", 2, {}),
+    (2, 2, 1, "bf16", 2, {"training__activation_checkpointing": True}),
+    (2, 2, 1, "fp32", 1, {"moe__token_pool": "global", "training__ema_decay": None}),
+    (4, 2, 1, "fp32", 1, {"moe__activation": "swiglu", "model__num_classes": 6}),
+    (4, 4, 2, "bf16", 1, {"moe__every_block": True}),
+    (4, 1, 1, "fp32", 1, {"moe__type": "dense"}),
+]
+
+
+def predicted_bytes(layout: Layout) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for collective in traffic(layout):
+        found[collective.operation] += collective.bytes
+    return dict(found)
+
+
+@pytest.mark.parametrize(("world", "ranks", "stage", "precision", "steps", "more"), LAYOUTS)
+def test_memory_and_traffic_equal_a_real_step(
+    world: int, ranks: int, stage: int, precision: str, steps: int, more: dict
+):
+    config = tiny_config(
+        parallel__expert_parallel=ranks,
+        parallel__zero_stage=stage,
+        training__precision=precision,
+        training__accumulation=steps,
+        **more,
+    )
+    layout = Layout(config, 1, world)
+    planned = memory(layout)
+    ranks_told = run_ranks(world, step_on_rank, config)
+    for told in ranks_told:
+        for kind in ("parameters", "masters", "moments", "ema"):
+            assert told[kind] == getattr(planned, kind), kind
+        assert told["gradient_partition"] == 4 * partition(layout)
+    # A wide pool shares its rows out unevenly between ranks; the sum is as planned.
+    sent: Counter[str] = Counter()
+    for told in ranks_told:
+        sent.update(told["sent"])
+    assert sent == {name: world * size for name, size in predicted_bytes(layout).items()}
+
+
+@pytest.mark.parametrize(("world", "ranks"), [(64, 8), (256, 16)])
+def test_traffic_of_a_large_world(world: int, ranks: int):
+    config = tiny_config(
+        parallel__expert_parallel=ranks,
+        moe__experts=16,
+        data__lanes=world,
+        training__batch_size=2 * world,
+    )
+    (told,) = run_ranks(1, step_in_pretence, config, world, connect=False)
+    layout = Layout(config, world // 8, 8)
+    assert told["sent"] == predicted_bytes(layout)
+    assert told["masters"] == memory(layout).masters
+
+
+def latents(**changes) -> Config:
+    """Shapes of the ImageNet recipes, narrow."""
+    shape = {
+        "model__input_size": 32,
+        "model__in_channels": 4,
+        "model__width": 128,
+        "model__heads": 4,
+        "model__learn_sigma": True,
+        "moe__experts": 8,
+        "training__batch_size": 4,
+    }
+    return tiny_config(**{**shape, **changes})
+
+
+FAMILIES = {
+    "diffmoe": {},
+    "ddpm": {"diffusion__objective": "ddpm"},
+    "dense": {"moe__type": "dense"},
+    "expert_choice": {"moe__type": "expert_choice"},
+    "every_block": {"moe__every_block": True},
+    "rich": {
+        "moe__activation": "swiglu",
+        "model__qk_norm": True,
+        "model__rope": True,
+        "moe__shared_expert_ratio": 1.0,
+        "moe__capacity": 2.0,
+    },
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_within_15_percent(family: str, precision: str, checkpointing: bool):
+    config = latents(
+        training__precision=precision,
+        training__activation_checkpointing=checkpointing,
+        **FAMILIES[family],
+    )
+    assert kept_bytes(Layout(config, 1, 1)) == pytest.approx(saved_bytes(config), rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operations_are_within_2_percent(family: str, checkpointing: bool):
+    config = latents(training__activation_checkpointing=checkpointing, **FAMILIES[family])
+    forward, step = counted_flops(config)
+    layout = Layout(config, 1, 1)
+    assert forward_flops(layout) == pytest.approx(forward, rel=0.02)
+    assert step_flops(layout) == pytest.approx(step, rel=0.02)
+
+
+def counted_flops(config: Config) -> tuple[int, int]:
+    objective = create_objective(config.diffusion)
+    network = randomize(DiT(config.model, config.moe)).train()
+    network.checkpoint_activations(config.training.activation_checkpointing)
+    lanes = range(config.data.lanes)
+    batch = random_batch(config, 0, lanes)
+    examples = next(iter(micro_batches(batch, config, lanes, 0, objective)))
+
+    # torch counts the GPU's attention kernels, not the CPU's.
+    def attention(query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_flop(query, key, value)
+
+    def backward(gradient, query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_backward_flop(gradient, query, key, value)
+
+    ops = torch.ops.aten
+    mapping = {
+        ops._scaled_dot_product_flash_attention_for_cpu: attention,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        output = network(examples.x_t, examples.t, examples.labels)
+        forward = counter.get_total_flops()
+        loss = objective.loss(
+            output.prediction, examples.x_t, examples.data, examples.noise, examples.t
+        )["loss"].mean()
+        (loss + routing_loss(output.routing, config.moe)).backward()
+    return forward, counter.get_total_flops()

@@ -1,0 +1,77 @@
+"""Which layouts there are, which one is recommended, and what a machine cannot do."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from diffmoe.config import load_config
+from diffmoe.errors import UserError
+from diffmoe.planning.estimate import Machine, plan, recommended
+from diffmoe.planning.layouts import Layout, layouts
+from diffmoe.planning.traffic import traffic
+from tests.training.commands import ROOT, command
+
+XL = load_config("diffmoe_xl_e16_flow")
+
+
+def test_all_layouts_keep_the_batch():
+    found = list(layouts(XL, 4, 8))
+    assert {one.expert_parallel for one in found} == {1, 2, 4, 8, 16}
+    assert {one.micro_batch for one in found} == {1, 2, 4, 8}
+    assert {one.micro_batch * one.accumulation * 32 for one in found} == {256}
+    assert len(found) == len(set(found)) == 5 * 2 * 4 * 2
+    for one in found:
+        one.config.check_world(32)
+
+
+def test_a_layout_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match=r"batch_size=256 is not divisible by 3 nodes x 8 GPUs"):
+        list(layouts(XL, 3, 8))
+    with pytest.raises(UserError, match=r"data\.lanes=32 is not divisible by 8 nodes x 8 GPUs"):
+        list(layouts(XL, 8, 8))
+    with pytest.raises(UserError, match=r"expert_parallel=3 does not fit 32 ranks"):
+        list(layouts(XL, 4, 8, expert_parallel=3))
+
+
+def test_the_recommended_one_fits_and_is_the_quickest():
+    plans = [plan(layout, Machine()) for layout in layouts(XL, 1, 8)]
+    best = recommended(plans)
+    assert best.fits
+    assert best.seconds <= 1.02 * min(one.seconds for one in plans if one.fits)
+    # On a small card checkpointing makes room; on a tiny one nothing does.
+    small = [plan(one.layout, Machine(memory=16e9)) for one in plans]
+    assert not plan(best.layout, Machine(memory=16e9)).fits
+    assert recommended(small).memory.total <= 16e9
+    with pytest.raises(
+        UserError, match=r"no layout fits: the smallest, P=8 stage 2 micro-batch 4 x 8"
+    ):
+        recommended([replace(one, fits=False) for one in plans])
+
+
+def test_groups_inside_a_node_send_nothing_between_nodes():
+    def between(p: int) -> dict[str, float]:
+        config = XL.replace({"parallel.expert_parallel": p})
+        return {one.name: one.between for one in traffic(Layout(config, 4, 8))}
+
+    assert between(8)["tokens to experts and back"] == 0
+    assert between(8)["expert gradients"] > 0
+    # 16 ranks over two nodes: half of the tokens cross.
+    sixteen = Layout(XL.replace({"parallel.expert_parallel": 16}), 4, 8)
+    tokens = traffic(sixteen)[0]
+    assert tokens.between == tokens.bytes / 2
+    assert tokens.within == tokens.bytes * 7 / 16
+    # One way of one layer: 8 samples of 256 tokens, each taken once, width 1152, fp32.
+    assert tokens.bytes == 14 * 4 * 8 * 256 * 1152 * 4
+
+
+def test_the_command_prints_a_table_and_one_layout():
+    done = command(
+        *(sys.executable, str(ROOT / "tools/plan.py"), "--recipe", "xl_e16", "--nodes", "4"),
+        *("--gpus-per-node", "8", "--gpu-memory", "80", "--expert-parallel", "8"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nP=8 ") == 16
+    assert "recommended: parallel.expert_parallel=8 parallel.zero_stage=2" in done.stdout
+    assert "all_reduce of dense gradients over 32 ranks" in done.stdout
+    assert "assumed: products reach" in done.stdout

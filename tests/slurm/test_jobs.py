@@ -1,0 +1,225 @@
+"""Jobs of the templates on a real Slurm of two nodes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.slurm.cluster import Cluster, Job
+from tests.training.runs import assert_identical, pack, tensors
+
+STEPS = 60
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+# The quick start's recipe, small.
+SETTINGS = (
+    "--device",
+    "cpu",
+    "model.width=16",
+    "model.depth=2",
+    "model.heads=2",
+    "training.batch_size=8",
+    f"training.total_samples={8 * STEPS}",
+    "training.checkpoint_samples=160",
+    "training.keep_last=100",
+    "logging.log_samples=8",
+    "data.workers=0",
+    "parallel.expert_parallel=2",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("data") / "digits", shape=(1, 28, 28), classes=10)
+
+
+def submit(
+    cluster: Cluster, data: Path, run: Path, *settings: str, seconds: float = 0, **more: str
+) -> Job:
+    return cluster.submit(
+        *SETTINGS,
+        *settings,
+        script="train_s.sh",
+        options=TWO_NODES,
+        DIFFMOE_RECIPE="mnist",
+        DIFFMOE_DATA=str(data),
+        DIFFMOE_RUN=str(run),
+        TEST_SECONDS_A_STEP=str(seconds),
+        WANDB_MODE="offline",
+        **more,
+    )
+
+
+def steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def newest(run: Path) -> str:
+    return (run / "latest").read_text() if (run / "latest").exists() else "none"
+
+
+@pytest.fixture(scope="module")
+def two_runs(
+    cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The same run twice, at the same time on the same nodes."""
+    runs = tuple(tmp_path_factory.mktemp("runs") / name for name in ("one", "two"))
+    jobs = [submit(cluster, data, run, TEST_PROBE="1") for run in runs]
+    for job in jobs:
+        assert job.end() == "COMPLETED", job.log
+    return runs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two_runs: tuple[Path, Path]) -> Path:
+    return two_runs[0]
+
+
+def test_a_run_over_two_nodes_shares_experts_and_ends(undisturbed: Path):
+    assert newest(undisturbed) == f"step-{STEPS:08d}"
+    about = json.loads((undisturbed / newest(undisturbed) / "run.json").read_text())
+    assert about["saved_by"]["world"] == 2
+    assert about["config"]["parallel"]["expert_parallel"] == 2
+    # Every rank's log in a file of its own; RANK, LOCAL_RANK, WORLD_SIZE, number of the node.
+    logs = sorted(undisturbed.glob("logs/job-*.0/rank-*.log"))
+    assert [log.name for log in logs] == ["rank-0000.log", "rank-0001.log"]
+    assert "probe 0 0 2 0 lo" in logs[0].read_text()
+    assert "probe 1 0 2 1 lo" in logs[1].read_text()
+
+
+def test_two_jobs_at_once_do_not_meet(two_runs: tuple[Path, Path]):
+    one, two = two_runs
+    assert_identical(tensors(one / newest(one)), tensors(two / newest(two)))
+
+
+def test_a_saved_link_of_a_chain_on_one_node_hands_over(
+    cluster: Cluster, data: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    job = cluster.submit(
+        *SETTINGS,
+        script="train_s.sh",
+        options=("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"),
+        DIFFMOE_RECIPE="mnist",
+        DIFFMOE_DATA=str(data),
+        DIFFMOE_RUN=str(run),
+        DIFFMOE_CHAIN="chain",
+        DIFFMOE_CONTAINER="env TEST_PROBE=1 TEST_SECONDS_A_STEP=0.15",
+        WANDB_MODE="disabled",
+    )
+    job.wait_for(lambda: steps(run) >= 3, "steps")
+    job.signal_as_before_a_limit()
+    assert job.end() == "COMPLETED", job.log
+    assert newest(run) not in ("none", f"step-{STEPS:08d}")
+    # RANK, LOCAL_RANK, WORLD_SIZE, number of the node.
+    assert "probe 1 1 2 0 lo" in next(tmp_path.glob("run/logs/*/rank-0001.log")).read_text()
+    assert "probe 0 0 2 0 lo" in job.log  # rank 0 is followed
+
+
+def test_usr1_saves_requeues_and_the_end_is_the_same(
+    cluster: Cluster, data: Path, tmp_path: Path, undisturbed: Path
+):
+    run = tmp_path / "run"
+    job = submit(cluster, data, run, seconds=0.15)
+    job.wait_for(lambda: steps(run) >= 5, "steps")
+    job.signal_as_before_a_limit()
+    job.restarted()
+    reached = int(newest(run).removeprefix("step-"))
+    assert 5 <= reached < STEPS
+    assert reached % 20, "saved at the signal, not at an interval"
+    identity = (run / "wandb_id").read_text()
+    assert job.end() == "COMPLETED", job.log
+    assert "stopped in time; requeueing" in job.log
+    assert "error: this cluster does not requeue" not in job.log
+    assert f"resumed {run}/step-{reached:08d} at {8 * reached} samples" in job.log
+    assert_identical(tensors(run / newest(run)), tensors(undisturbed / newest(undisturbed)))
+    assert (run / "wandb_id").read_text() == identity
+    written = {path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")}
+    assert written == {identity.strip()}  # one wandb run, whatever the number of starts
+
+
+def test_a_lost_node_requeues_and_the_run_goes_on(
+    cluster: Cluster, data: Path, tmp_path: Path, undisturbed: Path
+):
+    run = tmp_path / "run"
+    job = submit(cluster, data, run, "training.checkpoint_samples=80", seconds=0.15)
+    job.wait_for(lambda: newest(run) != "none", "checkpoint")
+    cluster.command("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    job.restarted()  # the node returns to service by itself
+    assert job.end() == "COMPLETED", job.log
+    assert f"resumed {run}/step-" in job.log
+    assert_identical(tensors(run / newest(run)), tensors(undisturbed / newest(undisturbed)))
+
+
+def test_a_crash_ends_the_job_with_its_traceback_and_no_requeue(
+    cluster: Cluster, data: Path, tmp_path: Path
+):
+    job = submit(cluster, data, tmp_path / "run", TEST_CRASH="1 at 24")
+    assert job.end() == "FAILED"
+    assert job.field("ExitCode") == "1:0"
+    assert job.field("Restarts") == "0"
+    assert "[rank 1] Traceback" in job.log
+    assert "ZeroDivisionError: a bug" in job.log
+    assert "rank 0 has died" not in job.log
+
+
+def test_a_fourth_start_without_progress_fails(cluster: Cluster, data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    job = cluster.submit(
+        *SETTINGS,
+        script="train_s.sh",
+        options=(*TWO_NODES, "--hold"),
+        DIFFMOE_RECIPE="mnist",
+        DIFFMOE_DATA=str(data),
+        DIFFMOE_RUN=str(run),
+    )
+    (run / "slurm-starts").write_text(f"{job.number} start 3\n")
+    cluster.command("scontrol", "release", job.number)
+    assert job.end() == "FAILED"
+    assert "error: 3 starts of this job in a row came no further than 'start'" in job.log
+    assert newest(run) == "none"
+
+
+def test_scancel_leaves_a_checkpoint_and_no_requeue(cluster: Cluster, data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    job = submit(cluster, data, run, seconds=0.15)
+    job.wait_for(lambda: steps(run) >= 3, "steps")
+    cluster.command("scancel", job.number)
+    assert job.end() == "CANCELLED"
+    job.wait_for(lambda: newest(run) != "none", "checkpoint")
+    assert job.field("Restarts") == "0"
+
+
+def test_a_job_samples_from_a_run(cluster: Cluster, tmp_path: Path, undisturbed: Path):
+    out = tmp_path / "samples"
+    job = cluster.submit(
+        *("--num-samples", "20", "--steps", "2", "--guidance", "1", "--device", "cpu"),
+        script="sample.sh",
+        options=TWO_NODES,
+        DIFFMOE_RUN=str(undisturbed),
+        DIFFMOE_OUT=str(out),
+    )
+    assert job.end() == "COMPLETED", job.log
+    assert json.loads((out / "samples.json").read_text())["number"] == 20
+
+
+def test_a_job_encodes_images(cluster: Cluster, tmp_path: Path):
+    from PIL import Image
+
+    for number in range(20):
+        path = tmp_path / f"images/{number % 2}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(path)
+    job = cluster.submit(
+        *("--pixels", "--size", "16", "--device", "cpu"),
+        script="encode_latents.sh",
+        options=TWO_NODES,
+        DIFFMOE_IMAGES=str(tmp_path / "images"),
+        DIFFMOE_DATA=str(tmp_path / "data"),
+    )
+    assert job.end() == "COMPLETED", job.log
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    assert sum(shard["samples"] for shard in manifest["shards"]) == 20

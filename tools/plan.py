@@ -1,0 +1,78 @@
+"""Will it fit, and how to spread it: memory, traffic, operations and time of a run on a machine.
+
+  python tools/plan.py --recipe xl_e16 --nodes 4 --gpus-per-node 8 --gpu-memory 80
+  python tools/plan.py --recipe l_e8 --nodes 1 --expert-parallel 8 --micro-batch 32 \\
+      training.precision=bf16
+
+Without --expert-parallel, --zero-stage or --micro-batch all choices are tried, with and without
+activation checkpointing, and one is recommended. Needs neither a GPU nor the data. Settings are
+written as for train.py.
+"""
+
+import argparse
+import re
+
+from diffmoe.config import load_config
+from diffmoe.errors import run_command
+from diffmoe.planning.estimate import Machine, plan, recommended
+from diffmoe.planning.layouts import layouts
+from diffmoe.planning.telling import detail, table
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", required=True, help="a recipe or YAML file; xl_e16 is diffmoe_xl_e16_flow"
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--expert-parallel", type=int, metavar="P")
+    parser.add_argument("--zero-stage", type=int, choices=[1, 2])
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="samples of a GPU at a time")
+    default = Machine()
+    card = parser.add_argument_group("the machine; defaults: H100, NVLink, 400 Gbit/s a GPU")
+    for flag, value, unit in (
+        ("--gpu-memory", default.memory / 1e9, "GB"),
+        ("--tflops-bf16", default.flops_bf16 / 1e12, "TFLOP/s that products reach"),
+        ("--tflops-fp32", default.flops_fp32 / 1e12, "TFLOP/s that products reach"),
+        ("--within", default.within / 1e9, "GB/s of a GPU inside its node"),
+        ("--between", default.between / 1e9, "GB/s of a GPU between nodes"),
+        ("--device-bandwidth", default.device / 1e9, "GB/s of a GPU's own memory"),
+    ):
+        card.add_argument(flag, type=float, default=value, help=f"{unit}; default {value:g}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    options = parse()
+    name = options.recipe
+    if re.fullmatch(r"(s|b|l|xl)_e\d+", name):
+        name = f"diffmoe_{name}_flow"
+    config = load_config(name, options.overrides)
+    machine = Machine(
+        memory=options.gpu_memory * 1e9,
+        flops_bf16=options.tflops_bf16 * 1e12,
+        flops_fp32=options.tflops_fp32 * 1e12,
+        within=options.within * 1e9,
+        between=options.between * 1e9,
+        device=options.device_bandwidth * 1e9,
+    )
+    choices = layouts(
+        config,
+        options.nodes,
+        options.gpus_per_node,
+        options.expert_parallel,
+        options.zero_stage,
+        options.micro_batch,
+    )
+    plans = [plan(layout, machine) for layout in choices]
+    print(f"{name}, {options.nodes} nodes x {options.gpus_per_node} GPUs\n")
+    print(table(plans))
+    print(f"\nrecommended: {detail(recommended(plans))}\n\n{machine.assumptions()}")
+
+
+if __name__ == "__main__":
+    run_command(main)
