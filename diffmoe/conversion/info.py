@@ -64,13 +64,13 @@ def _exported(path: Path) -> Lines:
 
 def _checked(model: ExportedModel) -> str:
     """Each file is read, and held against checksums.json."""
-    file = model.path / CHECKSUMS
+    file = model.folder / CHECKSUMS
     try:
         listed = {name: entry["sha256"] for name, entry in read_json(file)["files"].items()}
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged; convert the model again") from None
     for name, expected in listed.items():
-        part = model.path / Path(name).name
+        part = model.folder / Path(name).name
         if not part.is_file() or sha256_of(part) != expected:
             raise UserError(f"{part} is missing, or not what was written; convert it again")
     return f"all {len(listed)} files are as they were written"
