@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
 from diffmoe.checkpoints.folder import ABOUT, read_about, reading, stored_config
+from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 
@@ -39,27 +39,30 @@ class StoredCheckpoint:
         self.path = path
         self.about = read_about(path)
         self.config = stored_config(path, self.about)
+        self.shapes: dict[str, tuple[int, ...]] = {}
         with self._damage_told(".metadata"):
-            self._reader = _Reader(path)
-            stored = self._reader.read_metadata().state_dict_metadata
+            self._reader = IndexReader(path)
+            self._read_index()
+
+    def _read_index(self) -> None:
+        stored = self._reader.read_metadata().state_dict_metadata
         self.pieces = {name: len(item.chunks) for name, item in stored.items()}
         # Parameters are stored flat; the network of the configuration knows their shapes.
         if self.config.model.depth > len(stored):  # before blocks are made that nothing fills
             raise UserError(
-                f"{path}: model.depth={self.config.model.depth} of its {ABOUT} with "
+                f"{self.path}: model.depth={self.config.model.depth} of its {ABOUT} with "
                 f"{len(stored)} tensors in all; the two files are not of one save"
             )
         with torch.device("meta"):
             network = DiT(self.config.model, self.config.moe)
         parameters = {name: tuple(p.shape) for name, p in network.named_parameters()}
         for name, item in stored.items():
-            _check_whole(path, name, item, parameters.get(name.partition("/")[2]))
-        self.shapes: dict[str, tuple[int, ...]] = {}
+            _check_whole(self.path, name, item, parameters.get(name.partition("/")[2]))
         for name, item in sorted(stored.items(), key=_by_prefix):
             shape = parameters.get(name.partition("/")[2], tuple(item.size))
             if torch.Size(shape).numel() != item.size.numel():
                 raise UserError(
-                    f"{path}: {name} holds {item.size.numel()} numbers, but the model of its "
+                    f"{self.path}: {name} holds {item.size.numel()} numbers, but the model of its "
                     f"{ABOUT} has the shape {shape} there; the two files are not of one save"
                 )
             self.shapes[name] = shape
@@ -85,6 +88,8 @@ class StoredCheckpoint:
     def _damage_told(self, what: str) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise
         # Pickle, zip and file errors of many kinds; torch derives its own from BaseException.
         except (Exception, dcp.api.CheckpointException) as error:
             if isinstance(error, dcp.api.CheckpointException):
@@ -171,14 +176,3 @@ def _difference(name: str, a: Tensor, b: Tensor) -> Difference:
         float(change.abs().max()),
         float(change.norm() / a.double().norm()),
     )
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the index once; torch would for every tensor."""
-
-    _index: Metadata | None = None
-
-    def read_metadata(self) -> Metadata:
-        if self._index is None:
-            self._index = super().read_metadata()
-        return self._index

@@ -7,6 +7,7 @@ does not matter.
 import contextlib
 import hashlib
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,13 +19,26 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from diffmoe.errors import UserError
+
+# What an index is made of.
+_INDEX_MODULES = ("torch.distributed.checkpoint.metadata",)
+_INDEX_NAMES = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("collections", "OrderedDict"),
+}
 
 # name -> {"bytes": size, "sha256": hex}
 Hashes = dict[str, dict[str, Any]]
@@ -115,7 +129,7 @@ def read(folder: Path, state: dict[str, Tensor], alone: bool = False) -> None:
     try:
         dcp.load(
             state,
-            storage_reader=dcp.FileSystemReader(folder),
+            storage_reader=IndexReader(folder),
             planner=_PieceLoadPlanner(),
             no_dist=alone,
         )
@@ -128,6 +142,35 @@ def read(folder: Path, state: dict[str, Tensor], alone: bool = False) -> None:
             f"{folder} is damaged ({causes[0]}); take an older checkpoint by its PATH, "
             "step-XXXXXXXX"
         ) from error
+
+
+class IndexReader(dcp.FileSystemReader):
+    """Reads the index once, and nothing that a pickle may hold beside one; torch would run that."""
+
+    _index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._index is None:
+            with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+                self._index = _IndexUnpickler(file).load()
+            if not isinstance(self._index, Metadata):
+                raise pickle.UnpicklingError("no index of a checkpoint")
+            self._index.storage_meta = self._index.storage_meta or StorageMeta()
+            self._index.storage_meta.load_id = self.load_id
+        return self._index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = None
+        if module in _INDEX_MODULES or (module, name) in _INDEX_NAMES:
+            found = super().find_class(module, name)
+        elif module == "torch":
+            found = getattr(torch, name, None)
+            found = found if isinstance(found, torch.dtype) else None
+        if found is None:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
+        return found
 
 
 class _PieceLoadPlanner(dcp.DefaultLoadPlanner):

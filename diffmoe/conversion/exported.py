@@ -22,6 +22,7 @@ from diffmoe.conversion.tensors import (
     fill,
     stored_dtype,
 )
+from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
@@ -51,6 +52,24 @@ class ExportedModel(StoredTensors):
             dtype = stored_dtype(name, getattr(torch, self.about.dtype))
             if found != DTYPE_NAMES[dtype]:
                 raise UserError(f"{path}: {name} is {found}, {FILE_NAME} says {DTYPE_NAMES[dtype]}")
+
+    def verify(self) -> int:
+        """Read every file and hold it against checksums.json; how many these are.
+
+        Raises UserError naming the first that is not as it was written.
+        """
+        file = self.folder / CHECKSUMS
+        try:
+            listed = {name: entry["sha256"] for name, entry in read_json(file)["files"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{file} is damaged; convert the model again") from None
+        if not {FILE_NAME, *self._files.values()} <= listed.keys():
+            raise UserError(f"{file} does not list every file; convert the model again")
+        for name, expected in listed.items():
+            part = self.folder / Path(name).name
+            if not part.is_file() or sha256_of(part) != expected:
+                raise UserError(f"{part} is missing, or not what was written; convert it again")
+        return len(listed)
 
 
 def load_exported(

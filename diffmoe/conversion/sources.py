@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffmoe.checkpoints.folder import CHECKSUMS, complete
+from diffmoe.checkpoints.folder import CHECKSUMS, complete, verify
 from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
 from diffmoe.checkpoints.posthoc import combined
 from diffmoe.conversion.about import About, parse_about
@@ -53,8 +53,9 @@ class Source:
 
 @contextlib.contextmanager
 def exported_source(path: Path) -> Iterator[Source]:
-    """An exported folder, to be written in another type or name."""
+    """An exported folder, to be written in another type or name; held against its checksums."""
     model = ExportedModel(path)
+    model.verify()
     yield Source(str(path), model.about, model.shapes, model.read, stored(path))
 
 
@@ -63,7 +64,8 @@ def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
     """A run's newest checkpoint, or a named one, of any number of ranks, P and ZeRO stage.
 
     weights: ema, live, or ema:STD, a power-function average put together from those of the run
-    (path is then the run's folder). No retention deletes what is being read.
+    (path is then the run's folder). No retention deletes what is being read, and every file is
+    held against its checksum.
     """
     kind, _, std = weights.partition(":")
     if kind not in ("ema", "live") or (std and kind == "live"):
@@ -73,6 +75,9 @@ def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
             yield _source(average.newest, f"ema:{average.std:g}", average.read)
         return
     with open_checkpoint(complete(path)) as stored_there:
+        problems = verify(stored_there.path)
+        if problems:
+            raise UserError(f"{problems[0]}; take another checkpoint")
         prefix = {"ema": "ema", "live": "weights"}[kind]
         if not any(name.startswith(f"{prefix}/") for name in stored_there.shapes):
             other = "live" if kind == "ema" else "ema"

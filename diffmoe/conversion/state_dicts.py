@@ -32,10 +32,17 @@ def load_file(path: Path) -> Any:
     Raises UserError where that refuses the file, saying why: a pickle may hold code.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not look at the checksums
+            if damaged is not None:
+                raise UserError(f"{path} is damaged: {damaged} does not fit its checksum")
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:

@@ -51,7 +51,11 @@ class _GroupedLinear:
             and rows_ND.numel() > 0
             and (
                 rows_ND.dtype == torch.bfloat16
-                or (rows_ND.dtype == torch.float32 and rows_ND.device.type == "cpu")
+                or (
+                    rows_ND.dtype == torch.float32
+                    and rows_ND.device.type == "cpu"
+                    and not torch.compiler.is_compiling()  # its shape inference knows bf16 alone
+                )
             )
         )
 

@@ -1,0 +1,63 @@
+"""An exported model under torch.compile and torch.export."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffmoe
+from diffmoe.models.dit import DiT
+from tests.conversion.models import exported
+
+# aot_eager traces as inductor does, without a minute of compiling.
+BACKEND = "aot_eager"
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> DiT:
+    torch._dynamo.reset()
+    return diffmoe.load(exported(tmp_path / "model"), device="cpu")
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 3, 8, 8, generator=generator)
+    return x, torch.rand(3, generator=generator), torch.tensor([0, 1, 2])
+
+
+@torch.no_grad()
+def test_static_routing_compiles_into_one_graph(network):
+    network.route_by("static")
+    expected = network(*inputs()).prediction
+    compiled = torch.compile(network, fullgraph=True, backend=BACKEND)  # a break would raise
+    torch.testing.assert_close(compiled(*inputs()).prediction, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_per_token_breaks_the_graph_only_where_shapes_depend_on_data(network):
+    expected = network(*inputs()).prediction
+    explained = torch._dynamo.explain(network)(*inputs())
+    reasons = {str(reason.reason).partition("\n")[0] for reason in explained.break_reasons}
+    # How many pairs of token and expert there are (nonzero), and how many each expert has.
+    assert explained.graph_break_count > 0
+    assert reasons == {"Dynamic shape operator", "Data dependent operator"}
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=BACKEND)
+    torch.testing.assert_close(compiled(*inputs()).prediction, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_static_routing_exports(network):
+    class Prediction(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return self.network(x, t, labels).prediction
+
+    network.route_by("static")
+    program = torch.export.export(Prediction(), inputs())
+    expected = network(*inputs()).prediction
+    torch.testing.assert_close(program.module()(*inputs()), expected, rtol=0, atol=1e-6)
