@@ -76,6 +76,11 @@ class MoEConfig(_Section):
 
     @model_validator(mode="after")
     def _experts(self) -> "MoEConfig":
+        if self.type != "dense" and self.capacity > self.experts:
+            raise ValueError(
+                f"moe.capacity={self.capacity} is more than moe.experts={self.experts}: every "
+                "expert would take every token already at that number"
+            )
         if self.top_k > self.experts:
             raise ValueError(f"moe.top_k={self.top_k} is more than moe.experts={self.experts}")
         if self.token_pool != "micro_batch" and self.type != "diffmoe":

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -12,9 +13,15 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a tool. A UserError is printed alone, without a traceback, and exits with code 2."""
+    """Run a tool. A UserError is printed alone, without a traceback, and exits with code 2.
+
+    Ctrl-C exits with 130: every tool goes on where it was, or has changed nothing.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

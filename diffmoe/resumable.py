@@ -108,10 +108,22 @@ def temporary_name(file: Path) -> Path:
     return file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
+def writable(directory: Path) -> None:
+    """Make a folder and see that it can be written, before work begins. Raises UserError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = temporary_name(directory / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
+
+
 def remove_torn(directory: Path) -> None:
     """Remove temporary files of this machine's processes that are no longer alive."""
     for torn in directory.glob(f"*.{socket.gethostname()}-*.tmp"):
-        if not _alive(int(torn.name.rsplit("-", 1)[1].removesuffix(".tmp"))):
+        process = torn.name.rsplit("-", 1)[1].removesuffix(".tmp")
+        if process.isdecimal() and not _alive(int(process)):
             torn.unlink(missing_ok=True)
 
 

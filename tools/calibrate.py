@@ -11,13 +11,15 @@ They are found along the sampling trajectory, with the steps and guidance given 
 
 import argparse
 
-from diffmoe.conversion.opening import locate, open_network, weights_of
+from diffmoe.arguments import positive
+from diffmoe.conversion.opening import locate, open_network, verify, weights_of
 from diffmoe.errors import run_command
 from diffmoe.inference.calibration import calibrate
 from diffmoe.inference.passes import noise_passes, trajectory_passes
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import Calibrated, name_of, store
-from diffmoe.parallel.device import default_device
+from diffmoe.parallel.device import default_device, own_device
+from diffmoe.resumable import writable
 
 
 def parse() -> argparse.Namespace:
@@ -34,9 +36,9 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="one threshold for all experts; default each expert works equally much",
     )
-    parser.add_argument("--samples", type=int, default=256, help="to look at; default 256")
-    parser.add_argument("--batch", type=int, default=64, help="samples at a time; default 64")
-    parser.add_argument("--steps", type=int, default=50, help="of the trajectory; default 50")
+    parser.add_argument("--samples", type=positive, default=256, help="to look at; default 256")
+    parser.add_argument("--batch", type=positive, default=64, help="samples at a time; default 64")
+    parser.add_argument("--steps", type=positive, default=50, help="of the trajectory; default 50")
     parser.add_argument("--guidance", type=float, default=1.5, help="on the trajectory")
     parser.add_argument("--data", metavar="DIR", help="of --over noise; default the run's own")
     parser.add_argument("--weights", choices=["ema", "live"], default="ema")
@@ -49,7 +51,9 @@ def main() -> None:
     options = parse()
     folder = locate(options.run)
     weights = weights_of(folder, options.weights)
-    snapshot = open_network(folder, weights, device=options.device)
+    verify(folder)
+    writable(folder)
+    snapshot = open_network(folder, weights, device=own_device(options.device))
     network, config = snapshot.network, snapshot.config
     network.route_by("per_token")
     if options.over == "noise":

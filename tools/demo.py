@@ -23,7 +23,7 @@ from diffmoe.inference.dial import Dial
 from diffmoe.inference.images import Decode
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.models.dit import DiT
-from diffmoe.parallel.device import default_device
+from diffmoe.parallel.device import default_device, own_device
 
 
 def parse() -> argparse.Namespace:
@@ -45,16 +45,19 @@ def main() -> None:
     try:
         import gradio
     except ImportError:
-        raise UserError('the page needs gradio: pip install "diffmoe[demo]"') from None
+        raise UserError('the page needs gradio: pip install -e ".[demo]"') from None
+    device = own_device(options.device)
+    if not 0 < options.port < 65536:
+        raise UserError(f"--port {options.port}: choose one from 1 to 65535")
     folder = locate(options.run)
     weights = weights_of(folder, "ema")
-    snapshot = open_network(folder, weights, device=options.device)
+    snapshot = open_network(folder, weights, device=device)
     network, config = snapshot.network, snapshot.config
     if not network.has_thresholds:
         raise UserError(f"{folder} is a {config.moe.type} model; only diffmoe has a compute dial")
     network.route_by("per_token")
     dial = Dial.of(network, config, folder, weights, report=print)
-    decode = autoencoder_of(snapshot.latents, options.device).decode
+    decode = autoencoder_of(snapshot.latents, device).decode
     names = snapshot.latents.get("class_names") or [str(k) for k in range(config.model.num_classes)]
 
     least, most = dial.capacities[0], dial.capacities[-1]
@@ -68,7 +71,9 @@ def main() -> None:
                     gradio.Number(0, precision=0, label="Seed"),
                     gradio.Slider(2, 250, value=50, step=1, label="Steps"),
                     gradio.Slider(1, 5, value=1.5, step=0.1, label="Guidance"),
-                    gradio.Slider(least, most, value=1, step=0.05, label="Capacity"),
+                    gradio.Slider(
+                        least, most, value=min(max(1, least), most), step=0.05, label="Capacity"
+                    ),
                 ]
                 button = gradio.Button("Generate", variant="primary")
             with gradio.Column(scale=2):
@@ -76,22 +81,28 @@ def main() -> None:
                     with gradio.Column():
                         gradio.Markdown("Image")
                         image = gradio.Image(
-                            elem_id="image", show_label=False, format="png", height=280
+                            elem_id="image", show_label=False, format="png", height=280, buttons=[]
                         )
                     with gradio.Column():
                         gradio.Markdown("Experts at work on each token")
                         compute = gradio.Image(
-                            elem_id="compute", show_label=False, format="png", height=280
+                            elem_id="compute",
+                            show_label=False,
+                            format="png",
+                            height=280,
+                            buttons=[],
                         )
                 told = gradio.Textbox(label="Compute")
                 gradio.Markdown("Capacity from noise to data")
-                course = gradio.Image(elem_id="course", show_label=False, format="png")
+                course = gradio.Image(elem_id="course", show_label=False, format="png", buttons=[])
         outputs = [image, compute, course, told]
         button.click(partial(answer, network, config, decode, dial), inputs, outputs)
     try:
         page.launch(server_name=options.host, server_port=options.port, quiet=False)
-    except OSError as error:
-        raise UserError(f"{error}; choose another --port") from None
+    except OSError:
+        raise UserError(
+            f"nothing can listen at {options.host}:{options.port}; choose another --port or --host"
+        ) from None
 
 
 def answer(
@@ -109,7 +120,7 @@ def answer(
     from diffmoe.evaluation.routing_figures import capacity_by_time, compute_map, picture
 
     dial.turn(network, capacity)
-    settings = SamplingSettings(steps=int(steps), guidance=guidance, seed=int(seed))
+    settings = SamplingSettings(steps=int(steps), guidance=guidance, seed=int(seed or 0))
     found = sampling_routing(network, config, decode, [label], settings)
     average = found.capacity.average
     active, total = activated_parameters(network, average), network.parameter_count()

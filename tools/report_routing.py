@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from diffmoe.arguments import positive
 from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import run_command
@@ -22,7 +23,8 @@ from diffmoe.inference.capacity import activated_parameters
 from diffmoe.inference.passes import noise_passes
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import turn_dial
-from diffmoe.parallel.device import default_device
+from diffmoe.parallel.device import default_device, own_device
+from diffmoe.resumable import writable
 
 
 def parse() -> argparse.Namespace:
@@ -33,13 +35,15 @@ def parse() -> argparse.Namespace:
         "run", metavar="RUN", help="a run's folder, one checkpoint, or a converted model"
     )
     parser.add_argument("--out", metavar="FILE", help="the page; default RUN/routing.html")
-    parser.add_argument("--samples", type=int, default=200, help="images to make; default 200")
-    parser.add_argument("--classes", type=int, metavar="N", help="the first N only; default all")
-    parser.add_argument("--steps", type=int, default=50, help="sampler steps; default 50")
+    parser.add_argument("--samples", type=positive, default=200, help="images to make; default 200")
+    parser.add_argument(
+        "--classes", type=positive, metavar="N", help="the first N only; default all"
+    )
+    parser.add_argument("--steps", type=positive, default=50, help="sampler steps; default 50")
     parser.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
     parser.add_argument("--capacity", type=float, metavar="C", help="default: as in training")
     parser.add_argument("--data", metavar="DIR", help="shards for the predictor; default the run's")
-    parser.add_argument("--batch", type=int, default=50, help="images at a time; default 50")
+    parser.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
     return parser.parse_args()
@@ -48,8 +52,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     folder = locate(options.run)
+    out = Path(options.out or Path(options.run) / "routing.html")
+    writable(out.parent)
     weights = weights_of(folder, "ema")
-    snapshot = open_network(folder, weights, device=options.device)
+    snapshot = open_network(folder, weights, device=own_device(options.device))
     network, config = snapshot.network, snapshot.config
     turn_dial(network, folder, capacity=options.capacity, weights=weights)
 
@@ -66,14 +72,13 @@ def main() -> None:
         routing = sampling_routing(
             network,
             config,
-            autoencoder_of(snapshot.latents, options.device).decode,
+            autoencoder_of(snapshot.latents, own_device(options.device)).decode,
             labels,
             SamplingSettings(steps=options.steps, guidance=options.guidance, seed=options.seed),
             batch=options.batch,
             progress=lambda done: bar.update(round(done) - bar.n),
         )
     average = routing.capacity.average
-    out = Path(options.out or Path(options.run) / "routing.html")
     write_page(
         out,
         f"Experts of {options.run}",

@@ -13,16 +13,19 @@ which lists them with all that decides the images. Stopped at any moment, the sa
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
+from diffmoe.arguments import positive
 from diffmoe.checkpoints.network import Snapshot
-from diffmoe.conversion.opening import locate, open_network, weights_of
+from diffmoe.conversion.opening import locate, open_network, verify, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation.digits import digit_agreement
@@ -35,7 +38,7 @@ from diffmoe.inference.thresholds import turn_dial
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.device import default_device, own_device
 from diffmoe.parallel.topology import Topology, create_topology
-from diffmoe.resumable import Ranks
+from diffmoe.resumable import Ranks, writable
 
 
 def parse() -> argparse.Namespace:
@@ -49,10 +52,10 @@ def parse() -> argparse.Namespace:
         "--out", metavar="FILE|DIR", help="default grid.png; with --num-samples a folder"
     )
     parser.add_argument("--classes", help="comma-separated; default 0; all with --num-samples")
-    parser.add_argument("--per-class", type=int, default=10, help="of a picture; default 10")
+    parser.add_argument("--per-class", type=positive, default=10, help="of a picture; default 10")
     # torchrun takes a bare --num for the beginning of an option of its own.
     parser.add_argument(
-        "--num-samples", "--num", type=int, metavar="N", help="make N images in a folder"
+        "--num-samples", "--num", type=positive, metavar="N", help="make N images in a folder"
     )
     parser.add_argument(
         "--labels",
@@ -66,7 +69,9 @@ def parse() -> argparse.Namespace:
         default="npz",
         help="of --num-samples: also PNG files, or the one npz that ADM's evaluator reads",
     )
-    parser.add_argument("--shard-size", type=int, default=1000, help="images a shard; default 1000")
+    parser.add_argument(
+        "--shard-size", type=positive, default=1000, help="images a shard; default 1000"
+    )
     how = parser.add_argument_group("how to sample")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
@@ -90,10 +95,14 @@ def parse() -> argparse.Namespace:
         help="how experts choose; default the run's moe.inference, per_token",
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--batch", type=int, default=50, help="images at a time; default 50")
+    where.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
     where.add_argument("--device", default=default_device())
     where.add_argument(
-        "--expert-parallel", type=int, default=1, metavar="P", help="ranks that share the experts"
+        "--expert-parallel",
+        type=positive,
+        default=1,
+        metavar="P",
+        help="ranks that share the experts",
     )
     parser.add_argument(
         "--check-digits",
@@ -128,6 +137,8 @@ def main() -> None:
     weights = weights_of(folder, options.weights)
     snapshot = open_network(folder, weights, topology, device)
     settings.chosen_sampler(snapshot.config)
+    if options.num_samples and ranks.rank == 0:
+        verify(folder)
     turn_dial(snapshot.network, folder, options.routing, options.capacity, weights)
     decode = autoencoder_of(snapshot.latents, device).decode
     if options.num_samples is None:
@@ -142,6 +153,9 @@ def _picture(
     options: argparse.Namespace, snapshot: Snapshot, decode: Decode, settings: SamplingSettings
 ) -> None:
     out = Path(options.out or "grid.png")
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {out}: end it in .png or another kind of picture")
+    writable(out.parent)
     classes = _numbers(options.classes or "0", "--classes")
     labels = [label for label in classes for _ in range(options.per_class)]
     with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
@@ -155,7 +169,6 @@ def _picture(
             batch=options.batch,
             progress=lambda done: bar.update(round(done) - bar.n),
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     grid(images, options.per_class).save(out)
     print(f"{len(labels)} samples at {snapshot.clock['samples']} training samples: {out}")
     _tell_capacity(snapshot.network, capacity)
@@ -176,6 +189,11 @@ def _folder(
     classes = range(config.model.num_classes)
     if options.classes:
         classes = _numbers(options.classes, "--classes")
+    latents = snapshot.latents
+    if options.format == "adm" and (latents["autoencoder"], latents["shape"][0]) == ("identity", 1):
+        raise UserError(
+            "--format adm: ADM's evaluator takes RGB images, this model makes grey ones"
+        )
     made = generate(
         folder,
         network,
@@ -187,6 +205,7 @@ def _folder(
             **weights,
             "routing": options.routing or config.moe.inference,
             "capacity": options.capacity,
+            "thresholds_sha256": _hash_of_thresholds(network),
         },
         batch=options.batch,
         shard_size=options.shard_size,
@@ -206,6 +225,19 @@ def _folder(
         f"{options.num_samples} samples at {snapshot.clock['samples']} training samples: {written}"
     )
     _tell_capacity(network, made.capacity)
+
+
+def _hash_of_thresholds(network: DiT) -> str | None:
+    """Stands for the thresholds in use: calibrating again changes the images."""
+    if not network.has_thresholds:
+        return None
+    tensors = [
+        layer.capacity_predictor.thresholds
+        if layer.capacity_predictor.log_odds is None
+        else layer.capacity_predictor.log_odds
+        for layer in network.moe_layers
+    ]
+    return hashlib.sha256(torch.stack(tensors).cpu().numpy().tobytes()).hexdigest()
 
 
 def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:

@@ -189,7 +189,10 @@ class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
             else:
                 zeros = torch.Size([0] * value.dim())
                 chunks = [ChunkStorageMetadata(zeros, value.shape)]
-            items += create_read_items_for_chunk_list(name, stored, chunks)
+            found = create_read_items_for_chunk_list(name, stored, chunks)
+            if sum(item.lengths.numel() for item in found) < value.numel():
+                raise UserError(f"part of {name} is in no file of the checkpoint")
+            items += found
         return LoadPlan(items)
 
 

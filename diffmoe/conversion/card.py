@@ -63,7 +63,7 @@ def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | 
     if about.moe.type == "diffmoe":
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    capacity = f", capacity={capacities[0]}" if capacities else ""
+    capacity = ", capacity=1" if "1" in capacities else ""
     return f"""---
 library_name: diffmoe
 license: # fill in before you share this

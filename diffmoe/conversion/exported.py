@@ -22,7 +22,6 @@ from diffmoe.conversion.tensors import (
     fill,
     stored_dtype,
 )
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
@@ -58,6 +57,8 @@ class ExportedModel(StoredTensors):
 
         Raises UserError naming the first that is not as it was written.
         """
+        from diffmoe.data.manifest import sha256_of  # inference alone loads no module of data
+
         file = self.folder / CHECKSUMS
         try:
             listed = {name: entry["sha256"] for name, entry in read_json(file)["files"].items()}

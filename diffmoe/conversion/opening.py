@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffmoe.conversion.about import Clock
-from diffmoe.conversion.exported import is_exported, load_exported
+from diffmoe.conversion.exported import ExportedModel, is_exported, load_exported
 from diffmoe.conversion.tensors import cast_parameters
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
@@ -27,6 +27,18 @@ def locate(path: str | Path) -> Path:
     from diffmoe.checkpoints.folder import complete
 
     return complete(path)
+
+
+def verify(path: Path) -> None:
+    """Read every file of a located model; raises UserError naming one that is damaged."""
+    if is_exported(path):
+        ExportedModel(path).verify()
+        return
+    from diffmoe.checkpoints.folder import verify as problems_of
+
+    problems = problems_of(path)
+    if problems:
+        raise UserError(f"{problems[0]}; take another checkpoint")
 
 
 def weights_of(path: Path, asked: str) -> str:

@@ -166,7 +166,10 @@ def _finish(records: Records, shards: int, fields: dict[str, Any], max_bad: int)
     done = [records.read(shard) for shard in range(shards)]
     made = [record["shard"] for record in done if record["shard"] is not None]
     if not made:
-        raise UserError(f"no item could be used for {directory}: {skipped[0]}")
+        raise UserError(
+            f"no item could be used for {directory}: {skipped[0]}. Mend them and begin anew "
+            "(--overwrite)"
+        )
     manifest = Manifest(shards=made, skipped=skipped, **fields)
     manifest.save(directory)
     return manifest

@@ -110,14 +110,16 @@ def sampling_routing(
         progress=progress,
     )
     untaken: dict[float, list[Tensor]] = {}
+    looks: dict[float, int] = {}
     for seen in batches:
-        for time, share_L in seen.untaken:
-            untaken.setdefault(float(time), []).append(share_L.cpu() * seen.samples)
+        for time, share_L in ((float(time), share_L) for time, share_L in seen.untaken):
+            untaken.setdefault(time, []).append(share_L.cpu() * seen.samples)
+            looks[time] = looks.get(time, 0) + seen.samples
     together_LEE = sum(seen.together_LEE for seen in batches)
     own_LE = together_LEE.diagonal(dim1=1, dim2=2)
     return SamplingRouting(
         capacity=meter.read(),
-        untaken=torch.stack([sum(untaken[time]) for time in sorted(untaken)]) / len(labels),
+        untaken=torch.stack([sum(untaken[time]) / looks[time] for time in sorted(untaken)]),
         by_sample=torch.cat([seen.by_sample for seen in batches]),
         compute=torch.cat([seen.compute for seen in batches]),
         places=sum(seen.places * seen.samples for seen in batches) / len(labels),

@@ -24,9 +24,9 @@ from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
 from diffmoe.inference.capacity import CapacityByTime, merged
 from diffmoe.inference.images import Decode, sample_images
-from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.sampling import SamplingSettings, check_sampling
 from diffmoe.models.dit import DiT
-from diffmoe.resumable import Ranks, Records, remove_torn, temporary_name, write_json_once
+from diffmoe.resumable import Ranks, Records, remove_torn, temporary_name, writable, write_json_once
 from diffmoe.seeding import keyed_generator
 
 MANIFEST = "samples.json"
@@ -77,9 +77,10 @@ def generate(
     """Make what is missing of the images. Returns None while other ranks still work.
 
     model: whatever else decides the images: the checkpoint's identity, routing, capacity. A folder
-    of another model, order, settings or shard size is refused; batch and ranks may change.
+    of another model, order, settings or shard size is refused; batch and ranks may change, unless
+    an image depends on its batch (routing pooled or static, sampler dopri5).
     """
-    settings.chosen_sampler(config)
+    sampler = check_sampling(network, config, order.classes, settings)
     if order.number < 1 or batch < 1 or shard_size < 1:
         raise UserError(
             f"{order.number} images in shards of {shard_size}, {batch} at a time: all at least 1"
@@ -89,17 +90,20 @@ def generate(
     starts = range(0, order.number, shard_size)
     was_finished = (folder / MANIFEST).exists()
     plan = {**asdict(order), **asdict(settings), "shard_size": shard_size, "model": model}
+    if sampler == "dopri5" or network.shares_compute:
+        plan |= {"batch": batch, "expert_parallel": sharing}  # here an image depends on its batch
     records = Records(folder, ".sampling")
     _begin(folder, records, plan)
     mine = range(team, len(starts), teams)
-    missing = _agreed(
-        network,
-        [part for part in mine if not records.has(part) or not _file(folder, part).exists()],
-    )
+    done = {part for part in range(len(starts)) if _is_there(records, part)}
+    if len(done) < len(starts):  # where a shard has vanished, not all is there any more
+        (folder / MANIFEST).unlink(missing_ok=True)
+        was_finished = False
+    missing = _agreed(network, [part for part in mine if part not in done])
     sizes = [min(shard_size, order.number - start) for start in starts]
     with tqdm(
         total=sum(sizes[part] for part in mine),
-        initial=sum(sizes[part] for part in mine if part not in set(missing)),
+        initial=sum(sizes[part] for part in mine if part in done),
         unit="image",
         dynamic_ncols=True,
         disable=ranks.rank != 0 or None,  # None: where stderr is no terminal
@@ -125,8 +129,10 @@ def _begin(folder: Path, records: Records, plan: dict[str, Any]) -> None:
         raise UserError(
             f"{folder} holds files, but was not begun by this command; choose an empty --out"
         )
+    writable(folder)
     records.begin(plan, "use the same, or choose another folder (--out)")
     remove_torn(folder)
+    remove_torn(records.folder)
 
 
 def _agreed(network: DiT, missing: list[int]) -> list[int]:
@@ -181,6 +187,14 @@ def _file(folder: Path, part: int) -> Path:
     return folder / f"samples-{part:06d}.npz"
 
 
+def _is_there(records: Records, part: int) -> bool:
+    """Whether a shard has its record, and the file the size that this says."""
+    if not records.has(part):
+        return False
+    file = _file(records.directory, part)
+    return file.exists() and file.stat().st_size == records.read(part)["bytes"]
+
+
 def _save(
     folder: Path,
     part: int,
@@ -200,12 +214,17 @@ def _save(
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
-    return {"file": file.name, "samples": len(images), "sha256": sha256_of(file)}
+    return {
+        "file": file.name,
+        "samples": len(images),
+        "bytes": file.stat().st_size,
+        "sha256": sha256_of(file),
+    }
 
 
 def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) -> Made | None:
     """Write the manifest if every shard is there."""
-    if not all(records.has(part) for part in range(parts)):
+    if not all(_is_there(records, part) for part in range(parts)):
         return None
     shards = [records.read(part) for part in range(parts)]
     seen = []

@@ -1,6 +1,7 @@
 """Samples from a trained network: labels and numbers of images in, latents out."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -45,8 +46,25 @@ class SamplingSettings:
         sampler = self.sampler or fitting[0]
         if sampler not in fitting:
             raise UserError(f"sampler {sampler}: a {objective} model takes {', '.join(fitting)}")
+        for name in ("guidance", "shift", "eta"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name}={getattr(self, name)}: give a finite number")
+        least = 1 if objective == "flow" and sampler != "sde" else 2
+        most = 1000 if objective == "ddpm" else math.inf
+        if sampler != "dopri5" and not least <= self.steps <= most:
+            raise UserError(
+                f"{self.steps} sampling steps: {sampler} takes {least} or more"
+                + (", up to 1000" if objective == "ddpm" else "")
+            )
+        channels = config.model.in_channels
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= channels:
+            raise UserError(f"guided_channels={self.guided_channels}: choose 1 to {channels}")
         if self.shift != 1 and (objective == "ddpm" or sampler == "dopri5"):
             raise UserError(f"shift={self.shift} spaces the steps of euler, heun and sde alone")
+        if not 0 <= self.eta <= 1 or self.shift <= 0:
+            raise UserError(
+                f"eta={self.eta}, shift={self.shift}: eta is from 0 to 1, shift above 0"
+            )
         if self.eta and sampler != "ddim":
             raise UserError(f"eta={self.eta} belongs to the sampler ddim; {sampler} has none")
         interval = self.guidance_interval
@@ -78,6 +96,23 @@ def time_of(config: Config, t: Tensor) -> Tensor:
     return t if config.diffusion.objective == "flow" else 1 - t.float() / 1000
 
 
+def check_sampling(
+    network: DiT, config: Config, labels: Iterable[int], settings: SamplingSettings
+) -> Sampler:
+    """The sampler; raises UserError where settings or labels do not fit the network."""
+    sampler = settings.chosen_sampler(config)
+    if sampler == "dopri5" and network.topology.expert_parallel > 1:
+        raise UserError(
+            "dopri5 takes as many evaluations as its samples need, and ranks that share experts "
+            "must take equally many; choose heun, or expert parallelism 1"
+        )
+    classes = config.model.num_classes
+    wrong = next((label for label in labels if not 0 <= label < classes), None)
+    if wrong is not None:
+        raise UserError(f"class {wrong} is outside 0..{classes - 1} (model.num_classes={classes})")
+    return sampler
+
+
 @torch.inference_mode()
 def sample_latents(
     network: DiT,
@@ -94,18 +129,8 @@ def sample_latents(
     indices: numbers of the images. Image k has noise of its own, keyed (seed, k): with routing
     per_token it is the same in any batch, in any order and on any number of ranks.
     """
-    sampler = settings.chosen_sampler(config)
-    if sampler == "dopri5" and network.topology.expert_parallel > 1:
-        raise UserError(
-            "dopri5 takes as many evaluations as its samples need, and ranks that share experts "
-            "must take equally many; choose heun, or expert parallelism 1"
-        )
+    sampler = check_sampling(network, config, labels, settings)
     classes = config.model.num_classes
-    wrong = [label for label in labels if not 0 <= label < classes]
-    if wrong:
-        raise UserError(
-            f"class {wrong[0]} is outside 0..{classes - 1} (model.num_classes={classes})"
-        )
     device = network.positions.device
     channels, size = config.model.in_channels, config.model.input_size
     noise = SampleNoise(settings.seed, indices, (channels, size, size))

@@ -81,6 +81,9 @@ def turn_dial(
     """
     if routing is None:
         routing = network.moe_config.inference
+    experts = network.moe_config.experts
+    if capacity is not None and not 0 < capacity <= experts:
+        raise UserError(f"capacity {capacity:g}: choose one above 0, at most {experts} (experts)")
     network.route_by(routing, capacity)
     if network.has_thresholds:
         network.set_log_odds(None)

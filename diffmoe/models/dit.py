@@ -99,6 +99,11 @@ class DiT(nn.Module):
         """Whether a predictor decides at inference, so that capacity can be chosen."""
         return self.moe_config.type == "diffmoe" and bool(self.moe_layers)
 
+    @property
+    def shares_compute(self) -> bool:
+        """Whether a sample's routing depends on its batch mates, in evaluation."""
+        return self.has_thresholds and self.moe_layers[0].inference != "per_token"
+
     def set_log_odds(self, log_odds_LE: Tensor | None) -> None:
         """Put calibrated thresholds in the place of those that training tracked; None: undo."""
         for number, layer in enumerate(self.moe_layers):

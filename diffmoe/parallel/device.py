@@ -12,10 +12,22 @@ def default_device() -> str:
 
 
 def own_device(device: str) -> torch.device:
-    """`cuda` as this rank's GPU, by torchrun's or srun's local rank; anything else as it is."""
-    if device != "cuda":
-        return torch.device(device)
+    """A device by name; `cuda` alone is this rank's GPU, by torchrun's or srun's local rank.
+
+    On a GPU fp32 products take TF32, as in training. Raises UserError for one that is not there.
+    """
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: write cpu, cuda or cuda:0") from None
+    if chosen.type != "cuda":
+        return chosen
     if not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU; use --device cpu")
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    return torch.device("cuda", local % torch.cuda.device_count())
+        raise UserError(f"--device {device}, but torch sees no GPU; use --device cpu")
+    if chosen.index is None:
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        chosen = torch.device("cuda", local % torch.cuda.device_count())
+    if chosen.index >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
+    torch.set_float32_matmul_precision("high")
+    return chosen

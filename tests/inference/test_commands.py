@@ -1,6 +1,7 @@
 """The commands over a trained run: calibrate, sample, report."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_the_dial_from_calibration_to_samples_and_report(run, tmp_path):
         assert measured == pytest.approx(float(capacity), rel=0.05)
         assert Image.open(picture).size == (32, 32)
 
+    folder = ["tools/sample.py", run, *sampling, "--capacity", "0.5", "--num", "4"]
+    told(*folder, "--out", tmp_path / "folder")
+    told("tools/calibrate.py", run, "--capacity", "0.5", "--common", *steps)
+    refused = command(*folder, "--out", tmp_path / "folder")
+    assert refused.returncode == 2
+    assert "thresholds_sha256" in refused.stderr  # calibrated again: other images
+
     page = tmp_path / "routing.html"
     told("tools/report_routing.py", run, "--samples", "8", "--steps", "3", "--out", page)
     assert "The capacity predictor" in page.read_text()
@@ -79,6 +87,17 @@ def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
     assert manifest["model"]["checkpoint"] == (run / "latest").read_text()
     assert manifest["model"]["routing"] == "per_token"
 
+    # A checkpoint that a bit has flipped in gives no folder of samples.
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run / (run / "latest").read_text(), damaged)
+    file = damaged / "__0_0.distcp"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    refused = command("tools/sample.py", damaged, "--num", "4", "--out", tmp_path / "three")
+    assert refused.returncode == 2
+    assert "__0_0.distcp" in refused.stderr
+
     refused = command(*words, "--out", tmp_path / "one", "--guidance", "3")
     assert refused.returncode == 2
     assert "guidance: 1.5 there, 3.0 now" in refused.stderr
@@ -91,11 +110,15 @@ def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
         (["--guidance-interval", "a,b"], "--guidance-interval a,b: write numbers"),
         (["--sampler", "rk4"], "sampler rk4: a flow model takes euler"),
         (["--classes", "0,x"], "--classes 0,x: write numbers"),
+        (["--num", "4", "--classes", "99"], "class 99 is outside 0..4"),
         (["--num", "4", "--expert-parallel", "2"], "--expert-parallel 2 does not divide the 1"),
+        (["--batch", "-3"], "argument --batch: -3 is below 1"),
+        (["--device", "foo"], "--device foo: write cpu, cuda or cuda:0"),
+        (["--routing", "static", "--capacity", "nan"], "capacity nan: choose one above 0"),
     ],
 )
 def test_wrong_words_are_refused_before_any_work(run, tmp_path, words, message):
-    done = command("tools/sample.py", run, *words, "--out", tmp_path / "out")
+    done = command("tools/sample.py", run, *words, "--out", tmp_path / "out.png")
     assert done.returncode == 2
     assert message in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.png").exists()

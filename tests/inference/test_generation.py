@@ -188,6 +188,40 @@ def test_a_shard_that_vanished_is_made_again(whole, tmp_path):
     assert np.array_equal(images_of(folder), images_of(whole))
 
 
+def test_a_truncated_shard_is_made_again_and_the_manifest_follows(whole, tmp_path):
+    folder = tmp_path / "out"
+    make(folder)
+    file = folder / "samples-000001.npz"
+    file.write_bytes(file.read_bytes()[:100])
+    assert make(folder, batch=3) is not None
+    assert_same(images_of(folder), images_of(whole))  # their checksums are the new ones
+
+
+def test_where_an_image_depends_on_its_batch_the_batch_may_not_change(tmp_path):
+    network = network_of(RGB)
+    network.route_by("pooled")
+    decode = PixelAutoencoder().decode
+
+    def run(batch: int) -> None:
+        options = {"model": {}, "batch": batch, "shard_size": 4}
+        generate(tmp_path / "out", network, RGB, decode, ORDER, SETTINGS, **options)
+
+    run(4)
+    with pytest.raises(UserError, match="batch: 4 there, 2 now"):
+        run(2)
+
+
+def test_a_refused_command_does_not_claim_the_folder(tmp_path):
+    for order, settings in (
+        (Order(4, (99,)), SETTINGS),
+        (ORDER, SamplingSettings(steps=0)),
+        (ORDER, SamplingSettings(guided_channels=7)),
+    ):
+        with pytest.raises(UserError):
+            make(tmp_path / "out", order=order, settings=settings)
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_or_unfinished_folder_is_not_read(tmp_path):
     folder = tmp_path / "out"
     killed(lambda: make(folder), np, "savez", 2)

@@ -63,6 +63,13 @@ def test_every_figure_equals_a_count_over_all_pairs():
     assert list(by_class.values()) == sorted(by_class.values(), reverse=True)
 
 
+def test_shares_stay_shares_where_heun_looks_twice_at_a_time():
+    settings = SamplingSettings(steps=3, sampler="heun", seed=1)
+    found = sampling_routing(network_of(RGB), RGB, PixelAutoencoder().decode, LABELS, settings)
+    assert found.capacity.tokens.tolist() == [112, 224, 224, 112]
+    assert (found.untaken <= 1).all()
+
+
 def test_a_dead_expert_is_found_and_named(tmp_path):
     network = lively()
     assert report(network).dead_experts() == []

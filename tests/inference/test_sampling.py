@@ -147,6 +147,11 @@ def test_a_class_that_is_not_there_is_refused(label: int):
         (CONFIG, {"guidance_interval": (0.7, 0.2)}, "guidance interval 0.7,0.2: two rising times"),
         (CONFIG, {"guidance_interval": (0.2,)}, "guidance interval 0.2: two rising times"),
         (CONFIG, {"guided_channels": 3}, "guided_channels=3: choose 1 to 2"),
+        (CONFIG, {"guidance": float("nan")}, "guidance=nan: give a finite number"),
+        (CONFIG, {"steps": 0}, "0 sampling steps: euler takes 1 or more"),
+        (CONFIG, {"shift": -1.0}, "shift above 0"),
+        (DDPM, {"steps": 2000}, "2000 sampling steps: ddpm takes 2 or more, up to 1000"),
+        (DDPM, {"sampler": "ddim", "eta": 5.0}, "eta is from 0 to 1"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(config, settings, message):
