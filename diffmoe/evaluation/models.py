@@ -1,0 +1,95 @@
+"""A model's samples, made for their evaluation: the folder, and what to say of them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffmoe.checkpoints.folder import complete, names
+from diffmoe.conversion.opening import open_network, verify, weights_of
+from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.errors import UserError
+from diffmoe.inference.generation import Order, generate, identity
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.thresholds import hash_of, turn_dial
+from diffmoe.parallel.topology import Topology
+from diffmoe.resumable import Ranks
+
+
+class Sampled(NamedTuple):
+    """folder: of the finished samples. about: for the result, beside what samples.json tells."""
+
+    folder: Path
+    about: dict[str, Any]
+
+
+def sample_model(
+    model: Path,
+    out: Path,
+    number: int,
+    settings: SamplingSettings,
+    *,
+    weights: str = "ema",
+    routing: str | None = None,
+    capacity: float | None = None,
+    batch: int = 50,
+    device: str = "cpu",
+    ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
+    topology: Topology | None = None,
+    rgb: bool = False,
+) -> Sampled | None:
+    """Samples of a located checkpoint or converted model, of all classes in turn, below `out`.
+
+    The folder is named for the checkpoint and all that decides the images: other settings go to
+    another one, and what is there already is not made again. Returns None on all ranks but the one
+    that closes the work. rgb: a model of grey images is refused, before any is made.
+    """
+    if ranks.rank == 0:
+        verify(model)
+    weights = weights_of(model, weights)
+    snapshot = open_network(model, weights, topology, device)
+    network, config = snapshot.network, snapshot.config
+    if rgb and (snapshot.latents["autoencoder"], snapshot.latents["shape"][0]) == ("identity", 1):
+        raise UserError(
+            f"{model} makes grey images, and extractors take RGB; leave --reference out and give "
+            "--classifier digits, or one of your own"
+        )
+    turn_dial(network, model, routing, capacity, weights)
+    identified = {
+        **identity(model, weights),
+        "routing": routing or config.moe.inference,
+        "capacity": capacity,
+        "thresholds_sha256": hash_of(network),
+    }
+    plan = json.dumps([number, identified, vars(settings)], sort_keys=True)
+    folder = out / f"{model.name}-{hashlib.sha256(plan.encode()).hexdigest()[:12]}"
+    made = generate(
+        folder,
+        network,
+        config,
+        autoencoder_of(snapshot.latents, device).decode,
+        Order(number, tuple(range(config.model.num_classes))),
+        settings,
+        model=identified,
+        batch=batch,
+        ranks=ranks,
+    )
+    if made is None or not made.closes:
+        return None
+    about = {
+        "model": str(model),
+        "clock": snapshot.clock,
+        "sampler": settings.chosen_sampler(config),
+        "capacity_measured": made.capacity and made.capacity.average,
+        "sampling": {"batch": batch, "device": str(device), "ranks": ranks.world},
+    }
+    return Sampled(folder, about)
+
+
+def snapshots(run: Path) -> list[Path]:
+    """A run's averages, oldest first: of each step its ema-* folder, or else its checkpoint."""
+    by_step = {name.partition("-")[2]: run / name for name in names(run)}
+    by_step |= {path.name.partition("-")[2]: path for path in run.glob("ema-*")}
+    if not by_step:
+        raise UserError(f"{run} holds no snapshots ema-* or step-*; give a run's folder")
+    return [complete(by_step[step]) for step in sorted(by_step)]

@@ -1,0 +1,115 @@
+"""results.jsonl: one line for each evaluation, with everything that defines its figures."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffmoe.errors import UserError
+from diffmoe.evaluation.accuracy import Classify, class_accuracy
+from diffmoe.evaluation.extractors import Extractor
+from diffmoe.evaluation.figures import figures
+from diffmoe.evaluation.image_sets import ImageSet
+from diffmoe.evaluation.references import Reference
+from diffmoe.evaluation.summary import summarise
+
+FILE_NAME = "results.jsonl"
+
+
+def measure(
+    images: ImageSet, extractor: Extractor, reference: Reference, batch: int = 50
+) -> dict[str, Any]:
+    """A result: metrics by name, warnings, images, reference, extractor, cost, versions."""
+    found = summarise(images, extractor, batch)
+    values, warned = figures(found, reference, extractor)
+    return {
+        "metrics": values,
+        "warnings": warned,
+        "extractor": {
+            "name": extractor.name,
+            "sha256": extractor.checksum,
+            "device": str(extractor.device),
+            "batch": batch,
+        },
+        "reference": reference.about,
+        "duplicates": found.duplicates,
+        "images_per_second": round(found.number / found.seconds, 2),
+        "extractor_share": round(found.extracting / found.seconds, 4),
+        **_common(images),
+    }
+
+
+def measure_accuracy(
+    images: ImageSet, classifier: tuple[str, str | None, Classify], batch: int = 50
+) -> dict[str, Any]:
+    """A result whose one metric is accuracy-CLASSIFIER."""
+    name, checksum, classify = classifier
+    return {
+        "metrics": {f"accuracy-{name}": class_accuracy(images, classify, batch)},
+        "warnings": [],
+        "classifier": {"name": name, "sha256": checksum, "batch": batch},
+        **_common(images),
+    }
+
+
+def _common(images: ImageSet) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "number": images.number,
+        "images": images.about,
+        "peak_memory_mb": round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "diffmoe": importlib.metadata.version("diffmoe"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def append(file: Path, result: dict[str, Any]) -> None:
+    """Add a line, on the disk when this returns."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(result, allow_nan=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All results of a file, or of the files in a folder and below, which array jobs fill."""
+    files = sorted(path.rglob(FILE_NAME)) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} holds no {FILE_NAME}; give a folder that tools/evaluate.py filled")
+    return [result for file in files for result in _read(file)]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        results = [json.loads(line) for line in lines]
+        if all(isinstance(result["metrics"], dict) for result in results):
+            return results
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{file} holds a line that is no result of tools/evaluate.py; remove it")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The metrics for people, and what to beware of."""
+    width = max(map(len, result["metrics"]))
+    lines = [f"{name:{width}}  {value:.5g}" for name, value in result["metrics"].items()]
+    lines.append(f"of {result['number']} images: {result['images']['path']}")
+    if "reference" in result:
+        reference = result["reference"]
+        lines.append(f"against {reference['path']}, moments {reference['moments']}")
+    return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])

@@ -1,0 +1,96 @@
+"""Images in, all that the metrics need of them out, a batch at a time."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffmoe.errors import UserError
+from diffmoe.evaluation.extractors import Extractor
+from diffmoe.evaluation.image_sets import ImageSet, batches, require_rgb
+from diffmoe.evaluation.inception_score import InceptionScore
+from diffmoe.evaluation.moments import Gaussian, Moments
+
+
+class Summary(NamedTuple):
+    """Of a set of images. Besides `features`, its size does not grow with their number.
+
+    features: (k, d) float32 on the CPU, of all images or of some evenly spaced. spatial and
+    inception_score (mean, spread over splits): None where the extractor gives none. duplicates:
+    how many images equal an earlier one. seconds: it took, `extracting` of these in the network.
+    """
+
+    number: int
+    shape: tuple[int, int, int]
+    pooled: Gaussian
+    spatial: Gaussian | None
+    features: Tensor
+    inception_score: tuple[float, float] | None
+    duplicates: int
+    seconds: float
+    extracting: float
+
+
+def summarise(
+    images: ImageSet, extractor: Extractor, batch: int = 50, keep: int | None = None
+) -> Summary:
+    """Run all images through the extractor once.
+
+    keep: at most so many features are kept, of evenly spaced images; None keeps all.
+    Raises UserError for images that are not uint8 RGB of one size, and for features that are not
+    finite.
+    """
+    pooled, spatial, score = Moments(), Moments(), InceptionScore()
+    kept, seen, shape, extracting = [], set(), None, 0.0
+    wanted = _spaced(images.number, keep)
+    done, begun = 0, time.perf_counter()
+    for part in _shown(images, batch):
+        require_rgb(part.images, images.about["path"])
+        shape = part.images.shape[1:]
+        before = time.perf_counter()
+        try:
+            found = extractor(torch.from_numpy(part.images.copy()))
+        except UserError as error:
+            last = done + len(part.images) - 1
+            raise UserError(f"{images.about['path']}, images {done} to {last}: {error}") from None
+        found = found._replace(pooled=found.pooled.float().cpu())  # waits for the device
+        extracting += time.perf_counter() - before
+        pooled.add(found.pooled)
+        if found.spatial is not None:
+            spatial.add(found.spatial)
+        if found.probabilities is not None:
+            score.add(found.probabilities)
+        kept.append(found.pooled[wanted[done : done + len(part.images)]])
+        seen.update(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in part[0])
+        done += len(part.images)
+    return Summary(
+        number=images.number,
+        shape=shape,
+        pooled=pooled.gaussian(),
+        spatial=spatial.gaussian() if spatial.number else None,
+        features=torch.cat(kept),
+        inception_score=score.read() if found.probabilities is not None else None,
+        duplicates=images.number - len(seen),
+        seconds=time.perf_counter() - begun,
+        extracting=extracting,
+    )
+
+
+def _spaced(number: int, keep: int | None) -> Tensor:
+    """Which of the images are kept, (number,) bool."""
+    chosen = torch.ones(number, dtype=torch.bool)
+    if keep is not None and keep < number:
+        chosen.zero_()
+        chosen[torch.arange(keep) * number // keep] = True
+    return chosen
+
+
+def _shown(images: ImageSet, batch: int) -> Iterator:
+    with tqdm(total=images.number, unit="image", dynamic_ncols=True, disable=None) as bar:
+        for part in batches(images, batch):
+            yield part
+            bar.update(len(part.images))

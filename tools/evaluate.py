@@ -1,0 +1,197 @@
+"""Figures of a model, or of images: FD (FID), sFD, inception score, KID, precision, recall.
+
+  python tools/evaluate.py reference photos/test --out references/test.npz
+  python tools/evaluate.py runs/photos --num 10000 --steps 50 --reference references/test.npz
+  python tools/evaluate.py images samples/xl --num 50000 --reference VIRTUAL_imagenet256.npz
+  python tools/evaluate.py plot evaluation/photos --metric FD --against samples --out fd.png
+
+RUN is a run's folder, one checkpoint, or a converted model. Its samples and results.jsonl, a line
+for each evaluation with all that defines the figures, go to --out. Stopped at any moment, the same
+command goes on; done again, it gives the same figures.
+
+A reference is a file of `reference`, ADM's npz, a folder of our samples or of image files, or our
+shards of pixels; so are images. Every figure is named for its extractor (--extractor):
+efficientnet_lite0@224, whose weights come with diffmoe[eval]; a local inception-2015-12-05.pt, for
+FID; another TorchScript FILE.pt; or package.module:function. Nothing is downloaded.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from diffmoe.arguments import positive
+from diffmoe.conversion.opening import locate
+from diffmoe.errors import UserError, run_command
+from diffmoe.evaluation import results
+from diffmoe.evaluation.accuracy import load_classifier
+from diffmoe.evaluation.curves import AXES, plot
+from diffmoe.evaluation.extractors import DEFAULT, Extractor, load_extractor
+from diffmoe.evaluation.image_sets import ImageSet, open_images
+from diffmoe.evaluation.models import sample_model, snapshots
+from diffmoe.evaluation.references import (
+    Reference,
+    check_reference,
+    compute_reference,
+    load_reference,
+    store_reference,
+)
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.sharing import share_experts
+from diffmoe.parallel.device import default_device, own_device
+from diffmoe.resumable import Ranks
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="RUN | reference | images | plot", required=True)
+    model = commands.add_parser("model", help="RUN alone says the same")
+    model.set_defaults(command=evaluate_run)
+    model.add_argument("run", metavar="RUN")
+    model.add_argument(
+        "--num-samples", "--num", type=positive, required=True, metavar="N", help="images to make"
+    )
+    model.add_argument("--every-snapshot", action="store_true", help="all averages of a run")
+    model.add_argument("--out", metavar="DIR", help="default evaluation/ and the run's name")
+    how = model.add_argument_group("how to sample, see tools/sample.py --help")
+    how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
+    how.add_argument("--steps", type=positive, default=250, help="default 250")
+    how.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
+    how.add_argument("--guidance-interval", nargs=2, type=float, default=[0, 1], metavar="TIME")
+    how.add_argument("--guided-channels", type=positive)
+    how.add_argument("--shift", type=float, default=1.0)
+    how.add_argument("--eta", type=float, default=0.0)
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--weights", choices=["ema", "live"], default="ema")
+    how.add_argument("--capacity", type=float, metavar="C")
+    how.add_argument("--routing", choices=["per_token", "pooled", "static"])
+    how.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
+    how.add_argument("--expert-parallel", type=positive, default=1, metavar="P")
+    images = commands.add_parser("images", help="judge images that are there")
+    images.set_defaults(command=evaluate_images)
+    images.add_argument("images", metavar="IMAGES")
+    images.add_argument("--num", type=positive, metavar="N", help="refuse any other number")
+    images.add_argument("--out", default="evaluation", metavar="DIR", help="default evaluation")
+    for parser_ in (model, images):
+        parser_.add_argument("--reference", metavar="REF")
+        parser_.add_argument("--classifier", help="class accuracy: digits, FILE.pt or module:name")
+    reference = commands.add_parser("reference", help="compute and store a reference's statistics")
+    reference.set_defaults(command=make_reference)
+    reference.add_argument("images", metavar="IMAGES")
+    reference.add_argument("--out", required=True, metavar="FILE.npz")
+    for parser_ in (model, images, reference):
+        parser_.add_argument("--extractor", default=DEFAULT, help=f"default {DEFAULT}")
+        parser_.add_argument("--extractor-batch", type=positive, default=25, help="default 25")
+        parser_.add_argument("--device", default=default_device())
+    curve = commands.add_parser("plot", help="draw results of one or several runs")
+    curve.set_defaults(command=draw)
+    curve.add_argument("results", nargs="+", metavar="RESULTS", help="files, or folders of one")
+    curve.add_argument("--metric", default="FD", help="with or without the extractor; default FD")
+    curve.add_argument("--against", choices=AXES, default="samples")
+    curve.add_argument("--out", default="curve.png", metavar="FILE", help="default curve.png")
+    if words and words[0] not in (*commands.choices, "-h", "--help"):
+        words = ["model", *words]
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    options.command(options)
+
+
+def evaluate_run(options: argparse.Namespace) -> None:
+    judge = Judge(options)
+    device, ranks = own_device(options.device), Ranks.of_environment()
+    topology = share_experts(options.expert_parallel, ranks, device)
+    settings = SamplingSettings(
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=options.guidance,
+        guidance_interval=tuple(options.guidance_interval),
+        guided_channels=options.guided_channels,
+        shift=options.shift,
+        eta=options.eta,
+        seed=options.seed,
+    )
+    run = Path(options.run)
+    out = Path(options.out or Path("evaluation") / run.resolve().name)
+    for model in snapshots(run) if options.every_snapshot else [locate(run)]:
+        made = sample_model(
+            model,
+            out,
+            options.num_samples,
+            settings,
+            weights=options.weights,
+            routing=options.routing,
+            capacity=options.capacity,
+            batch=options.batch,
+            device=device,
+            ranks=ranks,
+            topology=topology,
+            rgb=bool(options.reference),
+        )
+        if made is not None:
+            images = open_images(made.folder).expect(options.num_samples)
+            print(f"{model}, {made.about['clock']['samples']} training samples")
+            judge.tell(images, out, made.about)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def evaluate_images(options: argparse.Namespace) -> None:
+    images = open_images(options.images).expect(options.num)
+    Judge(options).tell(images, Path(options.out), {})
+
+
+class Judge:
+    """Reference, extractor and classifier of a command, loaded once and when first needed."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        if not options.reference and not options.classifier:
+            raise UserError("nothing to judge by: give --reference REF, --classifier NAME or both")
+        self.options = options
+        self.device = own_device(options.device)
+        self.extractor: Extractor | None = None
+        self.reference: Reference | None = None
+        self.classifier: tuple[str, str | None, Any] | None = None
+        if options.reference and not Path(options.reference).exists():
+            raise UserError(f"--reference {options.reference} does not exist")
+        if options.reference:
+            self.extractor = load_extractor(options.extractor, self.device)
+            check_reference(options.reference, self.extractor)  # before any work
+        if options.classifier:
+            self.classifier = load_classifier(options.classifier, self.device)
+
+    def tell(self, images: ImageSet, out: Path, about: dict[str, Any]) -> None:
+        """Print the figures, and add them to out/results.jsonl."""
+        batch, found = self.options.extractor_batch, []
+        if self.extractor is not None:
+            if self.reference is None:
+                self.reference = load_reference(self.options.reference, self.extractor, batch)
+            found.append(results.measure(images, self.extractor, self.reference, batch))
+        if self.classifier is not None:
+            found.append(results.measure_accuracy(images, self.classifier, batch))
+        for result in found:
+            results.append(out / results.FILE_NAME, result | about)
+            print(results.table(result))
+
+
+def make_reference(options: argparse.Namespace) -> None:
+    extractor = load_extractor(options.extractor, own_device(options.device))
+    reference = compute_reference(options.images, extractor, options.extractor_batch)
+    store_reference(Path(options.out), reference)
+    print(f"{options.out}: {reference.about['number']} images by {extractor.name}")
+
+
+def draw(options: argparse.Namespace) -> None:
+    paths = [Path(path) for path in options.results]
+    name = plot(paths, options.metric, options.against, Path(options.out))
+    print(f"{name} against {options.against}: {options.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
