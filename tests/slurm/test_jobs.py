@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.evaluation.pictures import NAME as EXTRACTOR
 from tests.slurm.cluster import Cluster, Job
-from tests.training.runs import assert_identical, pack, tensors
+from tests.training.commands import ROOT
+from tests.training.runs import assert_identical, pack, run_config, tensors, train
 
 STEPS = 60
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
@@ -223,3 +225,26 @@ def test_a_job_encodes_images(cluster: Cluster, tmp_path: Path):
     assert job.end() == "COMPLETED", job.log
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
     assert sum(shard["samples"] for shard in manifest["shards"]) == 20
+
+
+def test_an_array_evaluates_the_averages_of_a_run(cluster: Cluster, tmp_path: Path):
+    pack(tmp_path / "data", shape=(3, 8, 8))
+    config = run_config(tmp_path, 4, model__in_channels=3, training__snapshot_samples=16)
+    train(config)
+    array = cluster.submit(
+        *("--num-samples", "10", "--steps", "2", "--extractor", EXTRACTOR, "--device", "cpu"),
+        script="evaluate.sh",
+        options=(*TWO_NODES, "--array=0-1"),
+        DIFFMOE_RUN=config.output,
+        DIFFMOE_REFERENCE=str(tmp_path / "data"),
+        DIFFMOE_OUT=str(tmp_path / "figures"),
+        PYTHONPATH=str(ROOT),
+    )
+    for task, samples in ((0, 16), (1, 32)):
+        job = Job(cluster, f"{array.number}_{task}")
+        assert job.end() == "COMPLETED", job.log
+        file = tmp_path / f"figures/ema-{samples // 8:08d}/results.jsonl"
+        (result,) = map(json.loads, file.read_text().splitlines())
+        assert result["clock"]["samples"] == samples
+        assert result["number"] == 10
+        assert result["metrics"][f"FD-{EXTRACTOR}"] > 0
