@@ -5,6 +5,7 @@ does not matter.
 """
 
 import contextlib
+import enum
 import hashlib
 import os
 import pickle
@@ -163,6 +164,8 @@ class IndexReader(dcp.FileSystemReader):
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = None
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # some Pythons pickle a member of an enumeration by its name
         if module in _INDEX_MODULES or (module, name) in _INDEX_NAMES:
             found = super().find_class(module, name)
         elif module == "torch":
@@ -171,6 +174,12 @@ class _IndexUnpickler(pickle.Unpickler):
         if found is None:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
         return found
+
+
+def _member(enumeration: Any, name: str) -> enum.Enum:
+    if not (isinstance(enumeration, type) and issubclass(enumeration, enum.Enum)):
+        raise pickle.UnpicklingError(f"an attribute {name!r} has no place in an index")
+    return enumeration[name]
 
 
 class _PieceLoadPlanner(dcp.DefaultLoadPlanner):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import pickle
 import random
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from diffmoe.checkpoints.network import load_network
+from diffmoe.checkpoints.pieces import _IndexUnpickler
 from diffmoe.conversion.foreign import Options
 from diffmoe.conversion.recognise import open_source
 from diffmoe.errors import UserError
@@ -175,6 +178,26 @@ def test_code_in_a_checkpoints_index_is_not_run(single_run, tmp_path):
         with pytest.raises(UserError, match=r"has no place in an index"):
             open_it(folder)
     assert not mark.exists()
+
+
+class ByName:
+    """Pickles as some Pythons (3.11.2 is one) pickle a member of an enumeration."""
+
+    def __init__(self, owner, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return (getattr, (self.owner, self.name))
+
+
+def test_an_index_may_name_members_of_enumerations_and_nothing_else():
+    found = _IndexUnpickler(
+        io.BytesIO(pickle.dumps(ByName(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))
+    )
+    assert found.load() is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    for owner, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            _IndexUnpickler(io.BytesIO(pickle.dumps(ByName(owner, name)))).load()
 
 
 class Payload:
