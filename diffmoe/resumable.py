@@ -10,6 +10,8 @@ import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from diffmoe.errors import UserError
 
 
@@ -82,8 +84,18 @@ def write_json(file: Path, value: Any) -> None:
     os.replace(_written(file, value), file)
 
 
+def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """The same, of arrays by name."""
+    temporary = temporary_name(file)
+    with open(temporary, "wb") as stream:
+        np.savez(stream, **arrays)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
 def write_json_once(file: Path, value: Any) -> bool:
-    """The same, but only if the file is not there; whether this process wrote it."""
+    """As write_json, but only if the file is not there; whether this process wrote it."""
     temporary = _written(file, value)
     try:
         os.link(temporary, file)

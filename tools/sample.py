@@ -15,6 +15,7 @@ which lists them with all that decides the images. Stopped at any moment, the sa
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from diffmoe.inference.generation import Order, generate, identity
 from diffmoe.inference.images import Decode, grid, sample_images
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.sharing import share_experts
-from diffmoe.inference.thresholds import hash_of, turn_dial
+from diffmoe.inference.thresholds import turn_dial
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.device import default_device, own_device
 from diffmoe.resumable import Ranks, writable
@@ -143,7 +144,8 @@ def main() -> None:
     if options.num_samples is None:
         _picture(options, snapshot, decode, settings)
     else:
-        _folder(options, snapshot, decode, settings, ranks, identity(folder, weights))
+        model = identity(folder, snapshot.network, weights, options.routing, options.capacity)
+        _folder(options, snapshot, decode, settings, ranks, model)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -182,7 +184,7 @@ def _folder(
     decode: Decode,
     settings: SamplingSettings,
     ranks: Ranks,
-    weights: dict[str, str],
+    model: dict[str, Any],
 ) -> None:
     folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
     classes = range(config.model.num_classes)
@@ -200,12 +202,7 @@ def _folder(
         decode,
         Order(options.num_samples, tuple(classes), options.labels),
         settings,
-        model={
-            **weights,
-            "routing": options.routing or config.moe.inference,
-            "capacity": options.capacity,
-            "thresholds_sha256": hash_of(network),
-        },
+        model=model,
         batch=options.batch,
         shard_size=options.shard_size,
         ranks=ranks,

@@ -11,7 +11,7 @@ from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
 from diffmoe.inference.generation import Order, generate, identity
 from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.inference.thresholds import hash_of, turn_dial
+from diffmoe.inference.thresholds import turn_dial
 from diffmoe.parallel.topology import Topology
 from diffmoe.resumable import Ranks
 
@@ -55,12 +55,7 @@ def sample_model(
             "--classifier digits, or one of your own"
         )
     turn_dial(network, model, routing, capacity, weights)
-    identified = {
-        **identity(model, weights),
-        "routing": routing or config.moe.inference,
-        "capacity": capacity,
-        "thresholds_sha256": hash_of(network),
-    }
+    identified = identity(model, network, weights, routing, capacity)
     plan = json.dumps([number, identified, vars(settings)], sort_keys=True)
     folder = out / f"{model.name}-{hashlib.sha256(plan.encode()).hexdigest()[:12]}"
     made = generate(

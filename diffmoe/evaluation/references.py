@@ -1,7 +1,6 @@
 """What samples are held against: statistics stored before, or images."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.moments import Gaussian
 from diffmoe.evaluation.npz_files import npz_header
 from diffmoe.evaluation.summary import summarise
-from diffmoe.resumable import temporary_name
+from diffmoe.resumable import write_npz
 
 # For precision, recall and KID; as many as the ImageNet reference of ADM holds.
 KEPT_FEATURES = 10_000
@@ -87,12 +86,7 @@ def store_reference(file: Path, reference: Reference) -> None:
     arrays["features"] = reference.features.numpy()
     arrays["about"] = np.array(json.dumps(reference.about))
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(file)
-    with open(temporary, "wb") as stream:
-        np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    write_npz(file, arrays)
 
 
 def _moments(suffix: str, gaussian: Gaussian) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@ process group, unless they share the experts: then each such group makes a shard
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from diffmoe.errors import UserError
 from diffmoe.inference.capacity import CapacityByTime, merged
 from diffmoe.inference.images import Decode, sample_images
 from diffmoe.inference.sampling import SamplingSettings, check_sampling
+from diffmoe.inference.thresholds import hash_of
 from diffmoe.models.dit import DiT
-from diffmoe.resumable import Ranks, Records, remove_torn, temporary_name, writable, write_json_once
+from diffmoe.resumable import Ranks, Records, remove_torn, writable, write_json_once, write_npz
 from diffmoe.seeding import keyed_generator
 
 MANIFEST = "samples.json"
@@ -76,9 +76,9 @@ def generate(
 ) -> Made | None:
     """Make what is missing of the images. Returns None while other ranks still work.
 
-    model: whatever else decides the images: the checkpoint's identity, routing, capacity. A folder
-    of another model, order, settings or shard size is refused; batch and ranks may change, unless
-    an image depends on its batch (routing pooled or static, sampler dopri5).
+    model: whatever else decides the images, see `identity`. A folder of another model,
+    order, settings or shard size is refused; batch and ranks may change, unless an image depends
+    on its batch (routing pooled or static, sampler dopri5).
     """
     sampler = check_sampling(network, config, order.classes, settings)
     if order.number < 1 or batch < 1 or shard_size < 1:
@@ -208,12 +208,7 @@ def _save(
     arrays = {"images": images, "labels": np.array(labels), "indices": np.array(indices)}
     if capacity is not None:
         arrays |= {name: tensor.numpy() for name, tensor in capacity._asdict().items()}
-    temporary = temporary_name(file)
-    with open(temporary, "wb") as stream:
-        np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    write_npz(file, arrays)
     return {
         "file": file.name,
         "samples": len(images),
@@ -245,13 +240,21 @@ def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) ->
     return Made(manifest, capacity, write_json_once(folder / MANIFEST, manifest))
 
 
-def identity(checkpoint: Path, weights: str) -> dict[str, str]:
-    """What tells a checkpoint's weights from others: the hash of all its hashes."""
-    listed = (checkpoint / "checksums.json").read_bytes()
+def identity(
+    folder: Path, network: DiT, weights: str, routing: str | None, capacity: float | None
+) -> dict[str, Any]:
+    """What decides the images beside order and settings, of a network that `turn_dial` has set.
+
+    sha256: of the checkpoint's or model's checksums.json, which holds those of all its files.
+    """
+    listed = (folder / "checksums.json").read_bytes()
     return {
-        "checkpoint": checkpoint.name,
+        "checkpoint": folder.name,
         "sha256": hashlib.sha256(listed).hexdigest(),
         "weights": weights,
+        "routing": routing or network.moe_config.inference,
+        "capacity": capacity,
+        "thresholds_sha256": hash_of(network),
     }
 
 
@@ -267,6 +270,6 @@ def shard_arrays(folder: Path, check: bool = False) -> Iterator[tuple[np.ndarray
     for shard in json.loads(file.read_text(encoding="utf-8"))["shards"]:
         path = folder / shard["file"]
         if not path.exists() or (check and sha256_of(path) != shard["sha256"]):
-            raise UserError(f"{path} is missing or damaged; sample into another folder")
+            raise UserError(f"{path} is missing or damaged; remove it and sample again")
         with np.load(path) as arrays:
             yield arrays["images"], arrays["labels"]
