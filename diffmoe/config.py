@@ -170,6 +170,9 @@ class TrainingConfig(_Section):
     label_dropout: float = Field(0.1, ge=0, le=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+    evaluate_every: int | None = Field(
+        None, ge=1, description="samples between two evaluations (section evaluation); none: never"
+    )
 
     @model_validator(mode="after")
     def _snapshots(self) -> "TrainingConfig":
@@ -188,6 +191,23 @@ class TrainingConfig(_Section):
                 "tools/checkpoint.py reconstruct any other"
             )
         return self
+
+
+class EvaluationConfig(_Section):
+    """What training.evaluate_every makes, and what it is held against: a small set, live.
+
+    Figures for a paper come from tools/evaluate.py.
+    """
+
+    num_samples: int = Field(1000, ge=2, description="images, of all classes in turn")
+    sampler: str | None = Field(None, description="none: euler of flow, ddpm of ddpm")
+    steps: int = Field(50, ge=1)
+    guidance: float = 1.0
+    seed: int = 0
+    batch: int = Field(50, ge=1, description="images that a rank makes at a time")
+    reference: str | None = Field(None, description="as of tools/evaluate.py --reference")
+    extractor: str | None = Field(None, description="none: the default of tools/evaluate.py")
+    classifier: str | None = Field(None, description="class accuracy: digits, FILE.pt, module:name")
 
 
 class ParallelConfig(_Section):
@@ -216,6 +236,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ParallelConfig = ParallelConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -251,6 +272,12 @@ class Config(_Section):
             raise ValueError(
                 f"parallel.zero_stage={stage}: DeepSpeed refuses or mis-reduces expert parameters "
                 "there; use stage 1 or 2, with more expert_parallel or offload if memory is short"
+            )
+        evaluation = self.evaluation
+        if self.training.evaluate_every and not (evaluation.reference or evaluation.classifier):
+            raise ValueError(
+                f"training.evaluate_every={self.training.evaluate_every} has nothing to judge by: "
+                "set evaluation.reference, evaluation.classifier or both"
             )
         batch, lanes = self.training.batch_size, self.data.lanes
         pieces = lanes * self.training.accumulation

@@ -24,6 +24,7 @@ from diffmoe.errors import UserError
 from diffmoe.inference.capacity import CapacityByTime, merged
 from diffmoe.inference.images import Decode, sample_images
 from diffmoe.inference.sampling import SamplingSettings, check_sampling
+from diffmoe.inference.sharing import equal_share
 from diffmoe.inference.thresholds import hash_of
 from diffmoe.models.dit import DiT
 from diffmoe.resumable import Ranks, Records, remove_torn, writable, write_json_once, write_npz
@@ -157,15 +158,7 @@ def _images(
 ) -> tuple[np.ndarray, CapacityByTime | None]:
     """The images `indices`; on all ranks that share the experts, each makes an equal share."""
     topology = network.topology
-    each = -(-len(indices) // topology.expert_parallel)
-    # The last ones make an image again where the share does not come out even.
-    mine = [
-        min(index, indices[-1])
-        for index in range(
-            indices.start + topology.expert_rank * each,
-            indices.start + (topology.expert_rank + 1) * each,
-        )
-    ]
+    mine = equal_share(indices, topology.expert_rank, topology.expert_parallel)
     begun = bar.n
 
     def progress(done: float) -> None:

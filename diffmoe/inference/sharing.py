@@ -1,11 +1,23 @@
 """Ranks of a tool that hold the experts together."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.resumable import Ranks
+
+
+def equal_share(indices: range, rank: int, size: int) -> list[int]:
+    """The part of one of `size` ranks: all are equally long, as ranks that share experts need.
+
+    The last ones repeat the last index where it does not come out even.
+    """
+    each = -(-len(indices) // size)
+    first = indices.start + rank * each
+    return [min(index, indices[-1]) for index in range(first, first + each)]
 
 
 def share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> Topology:
@@ -21,5 +33,7 @@ def share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> T
         return Topology()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Ranks wait while one of them judges what all have made.
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
     return create_topology(expert_parallel)

@@ -1,6 +1,7 @@
 """Moving averages of the weights, in fp32 over the ranges that this rank owns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -39,6 +40,23 @@ class EMA:
             new = 1 - self._keep[prefix](step)
             for average, master in zip(averages, self.masters, strict=True):
                 average.lerp_(master, new)
+
+    @contextmanager
+    def in_place_of_weights(self, engine: DeepSpeedEngine, prefix: str) -> Iterator[None]:
+        """Inside, the network computes with an average; nothing is copied, and no bit changes.
+
+        prefix: of `averages`; one that is not there changes nothing. Every rank enters and leaves;
+        an error inside ends the run, so nothing is put back then.
+        """
+
+        def swap() -> None:
+            for master, average in zip(self.masters, self.averages.get(prefix, []), strict=False):
+                master.data, average.data = average.data, master.data
+            engine.optimizer.update_lp_params()
+
+        swap()
+        yield
+        swap()
 
     def pieces(self, owned: OwnedRange) -> dict[str, Tensor]:
         """Each average of an owned range, a view, by its prefix in a checkpoint."""

@@ -22,6 +22,7 @@ from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training import checkpoint, initial
 from diffmoe.training.ema import EMA
+from diffmoe.training.evaluation import LiveEvaluation
 from diffmoe.training.report import RoutingReport
 from diffmoe.training.saver import Saver
 from diffmoe.training.signals import StopRequest
@@ -124,6 +125,9 @@ def train(
         report=telemetry.say if first_rank else None,
     )
     stream = iter(data)
+    evaluation = None
+    if training.evaluate_every:
+        evaluation = LiveEvaluation(config, manifest, network, engine, ema, device, stop, telemetry)
 
     while samples < training.total_samples:
         before, samples = samples, samples + training.batch_size
@@ -229,6 +233,8 @@ def train(
             saver.wait()
         if asked and not done:
             break
+        if evaluation is not None and (done or crossed(training.evaluate_every, before, samples)):
+            evaluation.run(clock)
 
     telemetry.close()
     engine.destroy()

@@ -14,7 +14,7 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
-from diffmoe.training import initial
+from diffmoe.training import evaluation, initial
 from diffmoe.training.loop import train
 from diffmoe.training.peers import Peers, join
 from diffmoe.training.resume import find_checkpoint, make_way
@@ -46,6 +46,7 @@ def start(
     engine_settings(config, settings, world)
     check_data(config)
     initial.check(config)
+    evaluation.check(config, Manifest.load(config.data.path))
     going_on = find_checkpoint(config, resume, allow_changed)
 
     topology = create_topology(config.parallel.expert_parallel)

@@ -8,10 +8,13 @@ import resource
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from diffmoe.config import Config
@@ -67,12 +70,18 @@ class Telemetry:
                 file.write(json.dumps(_strict(values), allow_nan=False) + "\n")
         except OSError as error:  # a full disk costs lines, not the run
             self.say(f"warning: {self.path} lacks the line of {samples} samples: {error}")
-        if self.wandb is not None:
-            try:
-                self.wandb.log(_flattened(values), step=samples)
-            except Exception as error:  # a failing wandb never stops a run
-                self.say(f"wandb failed and is off from here on: {error}")
-                self.wandb = None
+        self._to_wandb(samples, lambda _: _flattened(values))
+
+    def evaluated(
+        self, samples: int, values: dict[str, float], picture: Image.Image, seconds: float
+    ) -> None:
+        """Tell an evaluation's figures. seconds: it took; they do not count as training."""
+        if not self.active:
+            return
+        self._since += seconds
+        told = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+        self.say(f"evaluated at {samples} samples in {seconds:.1f} s: {told}")
+        self._to_wandb(samples, lambda wandb: {**values, "samples": wandb.Image(picture)})
 
     def close(self) -> None:
         if not self.active:
@@ -81,6 +90,18 @@ class Telemetry:
         if self.wandb is not None:
             with contextlib.suppress(Exception):
                 self.wandb.finish()
+
+    def _to_wandb(self, samples: int, values: Callable[[ModuleType], dict[str, Any]]) -> None:
+        """values: given the module, what to log."""
+        if self.wandb is None:
+            return
+        try:
+            import wandb
+
+            self.wandb.log(values(wandb), step=samples)
+        except Exception as error:  # a failing wandb never stops a run
+            self.say(f"wandb failed and is off from here on: {error}")
+            self.wandb = None
 
     def _forget_after(self, samples: int) -> None:
         """After a resume the steps past the checkpoint are done again, so drop their lines."""

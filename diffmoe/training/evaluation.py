@@ -1,0 +1,190 @@
+"""Figures of a live run: its ranks sample together, and the run is the same with and without."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from diffmoe.config import Config
+from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.data.manifest import Manifest
+from diffmoe.errors import UserError
+from diffmoe.evaluation import results
+from diffmoe.evaluation.accuracy import load_classifier
+from diffmoe.evaluation.extractors import DEFAULT, load_extractor
+from diffmoe.evaluation.image_sets import ImageSet, Part
+from diffmoe.evaluation.references import check_reference, load_reference
+from diffmoe.inference.capacity import CapacityByTime, merged
+from diffmoe.inference.generation import Order
+from diffmoe.inference.images import grid, sample_images
+from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.sharing import equal_share
+from diffmoe.models.dit import DiT
+from diffmoe.training.ema import EMA
+from diffmoe.training.signals import StopRequest
+from diffmoe.training.telemetry import Telemetry
+
+FOLDER = "evaluation"
+# How many of the images are kept to look at.
+SHOWN = 64
+
+
+def check(config: Config, manifest: Manifest) -> None:
+    """Raise UserError for what an evaluation would fail on, before any work."""
+    if config.training.evaluate_every is None:
+        return
+    evaluation = config.evaluation
+    _settings(config).chosen_sampler(config)
+    autoencoder_of(manifest.model_dump())
+    if evaluation.classifier:
+        load_classifier(evaluation.classifier)
+    if not evaluation.reference:
+        return
+    if (manifest.autoencoder, manifest.shape[0]) == ("identity", 1):
+        raise UserError(
+            f"evaluation.reference={evaluation.reference}: the data is grey, and extractors take "
+            "RGB; set evaluation.classifier instead, such as digits"
+        )
+    if not Path(evaluation.reference).exists():
+        raise UserError(f"evaluation.reference={evaluation.reference} does not exist")
+    check_reference(evaluation.reference, load_extractor(evaluation.extractor or DEFAULT))
+
+
+class LiveEvaluation:
+    """Samples `evaluation.num_samples` images on all ranks of the run; rank 0 judges them.
+
+    The constant-decay EMA is what samples, else the first of ema_stds, else the weights themselves.
+    A line goes to RUN/evaluation/results.jsonl, as tools/evaluate.py writes it, and a picture of
+    the first images beside it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        network: DiT,
+        engine: deepspeed.DeepSpeedEngine,
+        ema: EMA,
+        device: torch.device,
+        stop: StopRequest,
+        telemetry: Telemetry,
+    ) -> None:
+        self.config, self.network, self.engine, self.ema = config, network, engine, ema
+        self.device, self.stop, self.telemetry = device, stop, telemetry
+        self.folder = Path(config.output) / FOLDER
+        self.settings = _settings(config)
+        self.order = Order(config.evaluation.num_samples, tuple(range(config.model.num_classes)))
+        self.decode = autoencoder_of(manifest.model_dump(), device).decode
+        self.weights = next(iter(reversed(ema.averages)), "live")
+        self._judges: list[Any] | None = None
+
+    def run(self, clock: dict[str, int]) -> None:
+        """Every rank calls it. Given up if any rank is asked to stop meanwhile."""
+        began = time.monotonic()
+        with self.ema.in_place_of_weights(self.engine, self.weights):
+            self.network.eval()
+            made = self._sample()
+            self.network.train()
+        if made is None:
+            self.telemetry.say("asked to stop: the evaluation under way is given up")
+        elif self.network.topology.rank == 0:
+            try:
+                self._judge(clock, *made, began)
+            except (UserError, OSError) as error:  # a figure less is no reason to end a run
+                self.telemetry.say(f"warning: no evaluation at {clock['samples']} samples: {error}")
+
+    def _sample(self) -> tuple[np.ndarray, CapacityByTime | None] | None:
+        """All images on rank 0, none on the others; None on all if any was asked to stop."""
+        topology, evaluation = self.network.topology, self.config.evaluation
+        images, capacity = [], []
+        for start in range(0, self.order.number, evaluation.batch * topology.world):
+            end = min(start + evaluation.batch * topology.world, self.order.number)
+            mine = equal_share(range(start, end), topology.rank, topology.world)
+            labels = [self.order.label(index, self.settings.seed) for index in mine]
+            told = sample_images(
+                self.network, self.config, self.decode, labels, mine, self.settings
+            )
+            everyone: list | None = [None] * topology.world if topology.rank == 0 else None
+            dist.gather_object(told, everyone)
+            asked = torch.tensor(float(self.stop.asked), device=self.device)
+            dist.all_reduce(asked)
+            if asked:
+                return None
+            if everyone is not None:
+                images.append(torch.cat([part for part, _ in everyone])[: end - start])
+                capacity += [seen for _, seen in everyone if seen is not None]
+        if not images:
+            return np.empty(0), None
+        return torch.cat(images).numpy(), merged(capacity) if capacity else None
+
+    def _judge(
+        self,
+        clock: dict[str, int],
+        images: np.ndarray,
+        capacity: CapacityByTime | None,
+        began: float,
+    ) -> None:
+        evaluation, network = self.config.evaluation, self.network
+        labels = np.array([self.order.label(k, self.settings.seed) for k in range(len(images))])
+        source = ImageSet(
+            len(images),
+            {
+                "kind": "training",
+                "path": self.config.output,
+                "number": len(images),
+                **vars(self.settings),
+                "model": {
+                    "weights": self.weights,
+                    "routing": network.moe_config.inference if network.moe_layers else None,
+                    "capacity": None,
+                },
+            },
+            lambda: iter([Part(images, labels)]),
+        )
+        about = {
+            "model": self.config.output,
+            "clock": clock,
+            "sampler": self.settings.chosen_sampler(self.config),
+            "capacity_measured": capacity and capacity.average,
+            "sampling": {
+                "batch": evaluation.batch,
+                "device": str(self.device),
+                "ranks": network.topology.world,
+            },
+        }
+        picture = grid(torch.from_numpy(images[:SHOWN]), columns=8)
+        self.folder.mkdir(exist_ok=True)
+        picture.save(self.folder / f"samples-{clock['step']:08d}.png")
+        found = [measure(source) | about for measure in self._measures()]
+        for result in found:
+            results.append(self.folder / results.FILE_NAME, result)
+        values = {name: value for result in found for name, value in result["metrics"].items()}
+        self.telemetry.evaluated(clock["samples"], values, picture, time.monotonic() - began)
+
+    def _measures(self) -> list[Any]:
+        """Functions of an ImageSet; what they need is loaded once, when it is first needed."""
+        if self._judges is None:
+            evaluation, judges = self.config.evaluation, []
+            if evaluation.reference:
+                extractor = load_extractor(evaluation.extractor or DEFAULT, self.device)
+                reference = load_reference(evaluation.reference, extractor)
+                judges.append(lambda images: results.measure(images, extractor, reference))
+            if evaluation.classifier:
+                classifier = load_classifier(evaluation.classifier, self.device)
+                judges.append(lambda images: results.measure_accuracy(images, classifier))
+            self._judges = judges
+        return self._judges
+
+
+def _settings(config: Config) -> SamplingSettings:
+    evaluation = config.evaluation
+    return SamplingSettings(
+        sampler=evaluation.sampler,
+        steps=evaluation.steps,
+        guidance=evaluation.guidance,
+        seed=evaluation.seed,
+    )
