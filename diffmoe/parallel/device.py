@@ -1,5 +1,6 @@
 """The device of this process among those of one machine."""
 
+import ctypes
 import os
 
 import torch
@@ -14,13 +15,15 @@ def default_device() -> str:
 def own_device(device: str) -> torch.device:
     """A device by name; `cuda` alone is this rank's GPU, by torchrun's or srun's local rank.
 
-    On a GPU fp32 products take TF32, as in training. Raises UserError for one that is not there.
+    On a GPU fp32 products take TF32, as the paper trains; on a CPU freed memory is kept for the
+    next tensors. Raises UserError for a device that is not there.
     """
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: write cpu, cuda or cuda:0") from None
     if chosen.type != "cuda":
+        _keep_freed_memory()
         return chosen
     if not torch.cuda.is_available():
         raise UserError(f"--device {device}, but torch sees no GPU; use --device cpu")
@@ -31,3 +34,16 @@ def own_device(device: str) -> torch.device:
         raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
     torch.set_float32_matmul_precision("high")
     return chosen
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc not to give freed memory back, and to map no large tensor on its own.
+
+    A step frees what the next one asks for: pages that come anew from the system are zeroed and
+    mapped each time. Another C library is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_max, trim_threshold = -4, -1  # of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)

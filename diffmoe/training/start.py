@@ -1,6 +1,5 @@
 """From the command line to the loop: process group, checks, output folder, resume."""
 
-import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from diffmoe.checkpoints.folder import write_atomically
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.parallel.device import default_device, own_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
 from diffmoe.training import evaluation, initial
@@ -77,17 +77,11 @@ def check_data(config: Config) -> None:
 
 def _connect(device: str | None) -> tuple[torch.device, Peers]:
     """Join the launcher's process group (or make one of a single process), and pick the device."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU; use --device cpu")
-    chosen = torch.device(device)
-    if device == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = own_device(device or default_device())
+    if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32, as the paper trains
     # gloo beside nccl: checkpoints gather their plans on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     peers = join(backend, timedelta(minutes=30))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return chosen, peers
