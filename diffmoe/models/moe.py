@@ -110,7 +110,9 @@ class MoEFeedForward(nn.Module):
         self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None
     ) -> Tensor:
         """Gather each expert's tokens, run the experts, add the gated results up. -> (S, D)."""
-        rows = tokens_SD[token_index]
+        # The backward of index_select adds rows; that of an index in brackets, numbers one by one.
+        rows = tokens_SD.index_select(0, token_index.flatten())
+        rows = rows.view(*token_index.shape, tokens_SD.shape[1])
         if counts_E is None:
             rows = self.dispatch.static(rows, self.experts)
         else:
