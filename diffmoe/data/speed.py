@@ -18,25 +18,33 @@ from diffmoe.data.shards import LatentStream
 LANES = 4
 
 
-def write_moments(directory: Path, shards: int, samples: int, flips: bool) -> Manifest:
-    """Shards like those of ImageNet at 256x256: moments of latents 4x32x32, float16."""
+def write_moments(
+    directory: Path,
+    shards: int,
+    samples: int,
+    flips: bool,
+    shape: tuple[int, int, int] = (4, 32, 32),
+    classes: int = 1000,
+) -> Manifest:
+    """Shards of float16 moments; unless told otherwise like those of ImageNet at 256x256."""
     writer = ShardWriter(
         directory,
         samples,
         content="mean_logvar",
         scaled=False,
         scale=0.18215,
-        shape=(4, 32, 32),
+        shape=shape,
         flips=flips,
-        classes=1000,
+        classes=classes,
         autoencoder="none",
         source="benchmark",
     )
     rng = np.random.default_rng(0)
     with writer:
+        channels, *size = shape
         for index in range(shards * samples):
-            arrays = rng.standard_normal((1 + flips, 8, 32, 32)).astype(np.float16)
-            writer.add(f"{index:08d}", index % 1000, *arrays)
+            arrays = rng.standard_normal((1 + flips, 2 * channels, *size)).astype(np.float16)
+            writer.add(f"{index:08d}", index % classes, *arrays)
     return writer.manifest
 
 

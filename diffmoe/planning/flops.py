@@ -39,24 +39,34 @@ def _dense_layers(layout: Layout) -> int:
 
 
 def _mixtures(layout: Layout) -> int:
+    return layout.moe_layers * mixture_flops(layout)
+
+
+def mixture_flops(layout: Layout) -> int:
+    """Of the experts of one MoE layer, the shared one included, forward."""
     moe, S, D = layout.config.moe, layout.tokens, layout.config.model.width
     matrices = 3 if moe.activation == "swiglu" else 2
     experts = matrices * 2 * layout.rows * D * int(D * moe.expert_ratio)
-    shared = 4 * S * D * int(D * moe.shared_expert_ratio)
-    return layout.moe_layers * (experts + shared)
+    return experts + 4 * S * D * int(D * moe.shared_expert_ratio)
+
+
+def router_products(layout: Layout) -> list[tuple[int, bool]]:
+    """Of router and capacity predictor of one MoE layer: (FLOPs, has its input a gradient)."""
+    moe, S, D = layout.config.moe, layout.tokens, layout.config.model.width
+    if moe.type == "dense":
+        return []
+    products = [(2 * S * D * moe.experts, True)]
+    if moe.type == "diffmoe":  # on detached tokens
+        products += [(2 * S * D * D, False), (2 * S * D * moe.experts, True)]
+    return products
 
 
 def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
     """(products as (operations, whether their input has a gradient), attention's two products)."""
-    model, moe = layout.config.model, layout.config.moe
+    model = layout.config.model
     S, B, D, T = layout.tokens, layout.micro_batch, model.width, layout.tokens_per_sample
     patch = model.patch_size**2 * model.in_channels
     out = patch * (2 if model.learn_sigma else 1)
-    per_moe = []
-    if moe.type != "dense":
-        per_moe.append((2 * S * D * moe.experts, True))
-    if moe.type == "diffmoe":  # on detached tokens
-        per_moe += [(2 * S * D * D, False), (2 * S * D * moe.experts, True)]
     products = [
         (2 * S * patch * D, False),
         (2 * B * 256 * D, False),
@@ -66,6 +76,6 @@ def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
         (_dense_layers(layout) + _mixtures(layout), True),
         (2 * B * D * 2 * D, True),
         (2 * S * D * out, True),
-        *((layout.moe_layers * flops, has_input) for flops, has_input in per_moe),
+        *((layout.moe_layers * work, has_input) for work, has_input in router_products(layout)),
     ]
     return products, model.depth * 4 * S * T * D

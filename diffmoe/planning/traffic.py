@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from diffmoe.planning.layouts import Layout
 from diffmoe.planning.memory import padded
 
-F32, INT64 = 4, 8
+F32, F64, INT64 = 4, 8, 8
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def _routing(layout: Layout) -> list[Collective]:
         return found
     ranks = {"micro_batch": 1, "expert_parallel": layout.expert_parallel, "global": layout.world}
     pool, steps = ranks[moe.token_pool], layout.accumulation
-    if pool < layout.world:
-        found.append(_ring(layout, "thresholds", 1, layout.world, L * moe.experts * F32, 2))
+    found.append(_ring(layout, "thresholds", 1, layout.world, L * moe.experts * F64, 2))
     if pool > 1:
         # A histogram of 256 bins for each of 4 bytes: for the scores, and for the thresholds.
         bins = 4 * 256 * INT64 * L * moe.experts * steps * 2

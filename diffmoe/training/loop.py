@@ -166,12 +166,21 @@ def train(
                 losses[name] = losses[name] + part if name in losses else part
 
         # One collective tells every rank the mean losses, whether any was asked to stop, whether
-        # a save has failed, and how many shards all of them could not read.
+        # a save has failed, how many shards all of them could not read, and how routing went.
         flags = [float(stop.asked), float(saver.failed), float(len(data.bad_shards))]
-        flags = torch.tensor(flags, device=device)
-        told = torch.cat([torch.stack(list(losses.values())), flags])
-        dist.all_reduce(told)
-        *means, asked, save_failed, bad_shards = told.tolist()
+        kth_LE = thresholds.seen()
+        told = [
+            torch.stack(list(losses.values())),
+            torch.tensor(flags),
+            kth_LE.flatten(),
+            report.flat() if report is not None else torch.empty(0),
+        ]
+        summed = torch.cat([part.to(device, torch.double) for part in told])
+        dist.all_reduce(summed)
+        means, flags, kth, routed = summed.split([len(part) for part in told])
+        kth_LE = (kth / topology.world).to(kth_LE.dtype).view_as(kth_LE)
+        # The only wait for the device in a step without metrics, but for the gradient norm.
+        *means, asked, save_failed, bad_shards = torch.cat([means, flags]).tolist()
         means = {name: mean / topology.world for name, mean in zip(losses, means, strict=True)}
         gradient_norm = float(engine.get_global_grad_norm())
         if bad_shards:  # several ranks may have met the same one
@@ -201,7 +210,7 @@ def train(
                 )
         else:
             skipped_in_a_row = 0
-            thresholds.step()
+            thresholds.step(kth_LE)
             ema.update(step + 1 - skipped)
         step += 1
 
@@ -217,7 +226,7 @@ def train(
                     "skipped_steps": skipped,
                     "bad_shards": int(bad_shards),
                     "data_wait_seconds": waited,
-                    **report.summary(),
+                    **report.summary(routed / topology.world),
                 },
             )
         done = samples >= training.total_samples

@@ -1,7 +1,6 @@
 """What the experts did in one training step, for the metrics."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.models.dit import DiT
@@ -9,7 +8,7 @@ from diffmoe.models.moe import LayerRouting
 
 
 class RoutingReport:
-    """Collects one step's routing; `summary` averages over micro-batches and ranks."""
+    """Collects one step's routing, the mean over micro-batches; the caller averages over ranks."""
 
     def __init__(self, network: DiT) -> None:
         self.network = network
@@ -38,14 +37,20 @@ class RoutingReport:
         values = values.double()
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
-    @torch.no_grad()
-    def summary(self) -> dict[str, list]:
-        """Nested lists by layer and expert; thresholds beside them. One collective."""
+    def flat(self) -> Tensor:
+        """The means over this rank's micro-batches, (N,), double; nothing without MoE layers."""
+        if not self._sums:
+            return torch.empty(0, dtype=torch.double)
+        flat = torch.cat([values.flatten() for values in self._sums.values()])
+        return flat / self._micro_batches
+
+    def summary(self, flat: Tensor) -> dict[str, list]:
+        """Nested lists by layer and expert; thresholds beside them.
+
+        flat: of this report, the mean over all ranks.
+        """
         if not self._sums:
             return {}
-        flat = torch.cat([values.flatten() for values in self._sums.values()])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size() * self._micro_batches
         parts = flat.split([values.numel() for values in self._sums.values()])
         summary = {
             name: part.view_as(values).tolist()

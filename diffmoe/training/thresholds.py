@@ -1,7 +1,6 @@
-"""Moves the capacity thresholds once per optimizer step, all layers in one collective."""
+"""Moves the capacity thresholds once per optimizer step, all layers at once."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.models.dit import DiT
@@ -13,7 +12,8 @@ class ThresholdTracker:
     """Collects the K-th largest predicted probabilities of a step's pools (Eq. 17).
 
     In the default pool the step's value is the mean over ranks and micro-batches of each pool's
-    own; in a wide pool it is the exact one of the pool, the mean over micro-batches.
+    own; in a wide pool it is the exact one of the pool, the mean over micro-batches. The caller
+    takes the mean over ranks, in the collective that it needs anyhow.
     """
 
     def __init__(self, model: DiT) -> None:
@@ -33,22 +33,18 @@ class ThresholdTracker:
         kth = self.pool.kth_largest(logits_LES.view(L * E, S), k)
         self._seen_LE.append(kth.view(L, E).sigmoid())
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Move the thresholds; call after each optimizer step that was taken."""
-        if not self._seen_LE:
-            return
-        kth_LE = self.seen()
-        topology = self.model.topology
-        if self.pool.ranks < topology.world:
-            dist.all_reduce(kth_LE, group=topology.world_group)
-            kth_LE /= topology.world
-        self.model.move_thresholds(kth_LE)
-        self.forget()
-
     def seen(self) -> Tensor:
-        """The mean over this step's micro-batches so far, (L, E)."""
-        return torch.stack(self._seen_LE).mean(dim=0)
+        """The mean over this step's micro-batches so far, (L, E); (0,) if there was none."""
+        return torch.stack(self._seen_LE).mean(dim=0) if self._seen_LE else torch.empty(0)
+
+    def step(self, kth_LE: Tensor) -> None:
+        """Move the thresholds; call after each optimizer step that was taken.
+
+        kth_LE: what was `seen`, the mean over all ranks.
+        """
+        if self._seen_LE:
+            self.model.move_thresholds(kth_LE)
+        self.forget()
 
     def forget(self) -> None:
         """Drop what was observed, as after a skipped step."""

@@ -77,7 +77,7 @@ def test_activation_checkpointing_changes_no_bit_and_routes_once(changes: dict, 
         output = network(*examples(4))
         tracker.observe(output.routing)
         loss_of(network, output).backward()
-        tracker.step()
+        tracker.step(tracker.seen())
         assert len(calls) == len(network.moe_layers)
         told.append([output.prediction.detach(), *gradients(network).values()])
         if network.moe_config.type == "diffmoe":
@@ -131,10 +131,10 @@ def test_thresholds_move_only_when_the_tracker_steps():
     tracker = ThresholdTracker(network)
     tracker.observe(network(*examples(4)).routing)
     assert (network.thresholds_LE == 0).all()
-    tracker.step()
+    tracker.step(tracker.seen())
     moved = network.thresholds_LE
     assert (moved > 0).all()
-    tracker.step()  # nothing observed since
+    tracker.step(tracker.seen())  # nothing observed since
     assert torch.equal(network.thresholds_LE, moved)
 
 
@@ -143,7 +143,7 @@ def calibrated(inference: str, samples: int = 32) -> DiT:
     network = tiny_network(moe__inference=inference, moe__threshold_ema=0.0)
     tracker = ThresholdTracker(network)
     tracker.observe(network(*examples(samples, seed=1)).routing)
-    tracker.step()
+    tracker.step(tracker.seen())
     return network.eval()
 
 

@@ -115,7 +115,7 @@ def test_thresholds_and_pooled_evaluation_equal_the_release(name: str):
     for forward, key in ((0, "buffers_after"), (40, "buffers_eval")):
         for _ in range(max(1, forward)):
             tracker.observe(release.forward().routing)
-            tracker.step()
+            tracker.step(tracker.seen())
         for buffer_name, expected in release.part(key).items():
             close(release.model.get_buffer(buffer_name), expected)
     release.model.eval()

@@ -95,8 +95,10 @@ def on_rank(config: Config) -> dict[str, Any]:
             engine.step()
             tracker.observe(output.routing)
             total += loss.detach() / config.training.accumulation
-        tracker.step()
+        kth_LE = tracker.seen()
         dist.all_reduce(total)
+        dist.all_reduce(kth_LE)
+        tracker.step(kth_LE / topology.world)
         told["losses"].append(total.item() / topology.world)
         told["norms"].append(float(engine.get_global_grad_norm()))
     experts = network.expert_parameters()

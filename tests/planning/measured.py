@@ -1,12 +1,13 @@
 """What a real step of the real engine holds and sends, to hold the planner against."""
 
-from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe.benchmarks.collectives import Collectives
+from diffmoe.benchmarks.memory import Saved
 from diffmoe.config import Config
 from diffmoe.data.examples import micro_batches
 from diffmoe.diffusion import create_objective
@@ -21,32 +22,6 @@ from tests.tiny import random_batch, randomize
 
 def size(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class Sent(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of every collective, below all wrappers: what the backend is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name()
-        if name.startswith("_c10d_functional::all_to_all_single"):
-            self.bytes["all_to_all"] += size([args[0]])
-        elif name.startswith("c10d::alltoall_base_"):
-            self.bytes["all_to_all"] += size([args[1]])
-        elif name.startswith("c10d::allreduce_"):
-            # DeepSpeed also reduces over groups of one rank: nothing moves.
-            if dist.ProcessGroup.unbox(args[1]).size() > 1:
-                self.bytes["all_reduce"] += size(args[0])
-        elif name.startswith("c10d::_allgather_base_"):
-            self.bytes["all_gather"] += size([args[0]])
-        elif name.startswith("c10d::allgather_"):
-            self.bytes["all_gather"] += size(args[0][0])
-        elif "c10d" in name and "wait_tensor" not in name and "autograd" not in name:
-            self.bytes[name] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def step_on_rank(config: Config) -> dict[str, Any]:
@@ -77,7 +52,7 @@ def step_on_rank(config: Config) -> dict[str, Any]:
     zero._optimizer_step = noting
     lanes = config.data.lanes // topology.world
     mine = range(topology.rank * lanes, (topology.rank + 1) * lanes)
-    with Sent() as sent:
+    with Collectives() as sent:
         for examples in micro_batches(random_batch(config, 0, mine), config, mine, 0, objective):
             output = engine(examples.x_t, examples.t, examples.labels)
             loss = objective.loss(
@@ -86,7 +61,8 @@ def step_on_rank(config: Config) -> dict[str, Any]:
             engine.backward(loss + routing_loss(output.routing, config.moe))
             engine.step()
             thresholds.observe(output.routing)
-        thresholds.step()
+        if config.moe.type == "diffmoe":
+            dist.all_reduce(thresholds.seen().double())  # beside the losses, which nobody counts
     moments = [
         zero.optimizer.state[part][key]
         for part in zero.single_partition_of_fp32_groups
@@ -109,26 +85,17 @@ def saved_bytes(config: Config) -> int:
     network.checkpoint_activations(config.training.activation_checkpointing)
     if config.training.precision == "bf16":
         network.bfloat16()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept: dict[int, tuple[int, Any]] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), storage)
-        return tensor
-
     lanes = range(config.data.lanes)
     examples = next(
         iter(micro_batches(random_batch(config, 0, lanes), config, lanes, 0, objective))
     )
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Saved(network.parameters()) as saved:
         output = network(examples.x_t, examples.t, examples.labels)
         loss = objective.loss(
             output.prediction, examples.x_t, examples.data, examples.noise, examples.t
         )["loss"].mean()
         loss = loss + routing_loss(output.routing, config.moe)
-    return sum(size for size, _ in kept.values())
+    return saved.bytes
 
 
 def step_in_pretence(config: Config, world: int) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""How fast the layer, the step and sampling are, beside what they are held against."""

@@ -1,0 +1,88 @@
+"""A process group for a benchmark: of this process alone, or of ranks that it starts."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+import diffmoe.parallel.zero  # noqa: F401  it keeps DeepSpeed from compiling an extension
+
+
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """This process as a world of one, as DeepSpeed wants it."""
+    _join(dist.HashStore(), 0, 1, device)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Call function(*args) on `world` new processes with one thread each; what rank 0 returned.
+
+    function: of a module, for the processes import it. A rank that fails raises here.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        receiver, sender = context.Pipe(duplex=False)
+        place = os.path.join(folder, "store")
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, place, sender, function, args))
+            for rank in range(world)
+        ]
+        for rank in ranks:
+            rank.start()
+        sender.close()
+        try:
+            ok, value = receiver.recv()
+        except EOFError:
+            raise RuntimeError("the ranks died without a word") from None
+        finally:
+            for rank in ranks:
+                rank.join(10)
+                rank.kill()
+    if not ok:
+        raise RuntimeError(value)
+    return value
+
+
+def rank_device() -> torch.device:
+    """A GPU of its own where there are enough, else the CPU."""
+    if torch.cuda.device_count() >= dist.get_world_size():
+        return torch.device("cuda", dist.get_rank())
+    return torch.device("cpu")
+
+
+def _join(store: dist.Store, rank: int, world: int, device: torch.device) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _rank(
+    rank: int, world: int, place: str, sender: Any, function: Callable[..., Any], args: tuple
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        on_gpus = torch.cuda.device_count() >= world
+        if on_gpus:
+            torch.cuda.set_device(rank)
+        _join(dist.FileStore(place, world), rank, world, torch.device("cuda" if on_gpus else "cpu"))
+        value = function(*args)
+        if rank == 0:
+            sender.send((True, value))
+        dist.barrier()
+    except BaseException:
+        sender.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+    finally:
+        sender.close()
+        os._exit(0)  # gloo may abort while the interpreter shuts down

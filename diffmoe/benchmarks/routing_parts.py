@@ -1,0 +1,74 @@
+"""The parts of one MoE layer, each alone, on the same tokens.
+
+They repeat what MoEFeedForward does line by line; a test holds their chain against the layer.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffmoe.benchmarks.timing import forward_backward
+from diffmoe.models import routing
+from diffmoe.models.capacity import capacity_loss
+from diffmoe.models.moe import MoEFeedForward
+from diffmoe.models.routing import Assignment
+
+
+def take(layer: MoEFeedForward, scores_SE: Tensor) -> tuple[Tensor, Assignment]:
+    """Which tokens every expert takes, as mask (E, S) and as static assignment."""
+    k = routing.expert_capacity(len(scores_SE), layer.moe.experts, layer.moe.capacity)
+    taken_ES = layer._take_from_pool(scores_SE.detach(), k)
+    return taken_ES, routing.static_assignment(taken_ES, scores_SE, k)
+
+
+def gather(tokens_SD: Tensor, index_EK: Tensor) -> Tensor:
+    return tokens_SD[index_EK]
+
+
+def combine(rows_EKD: Tensor, gates_EK: Tensor, index_EK: Tensor, tokens: int) -> Tensor:
+    gated = rows_EKD * gates_EK.unsqueeze(-1).to(rows_EKD.dtype)
+    base_SD = rows_EKD.new_zeros(tokens, rows_EKD.shape[-1])
+    return base_SD.index_add(0, index_EK.flatten(), gated.flatten(0, 1))
+
+
+def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[], object]]:
+    """Forward and backward of each part of a DiffMoE layer in training, by name.
+
+    tokens_SD must need a gradient.
+    """
+    S = len(tokens_SD)
+    scores_SE = routing.router_scores(tokens_SD, layer.router).detach()
+    taken_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
+    rows_EKD = gather(tokens_SD, index_EK).detach().requires_grad_()
+    gates_EK = gates_EK.detach().requires_grad_()
+    predictor = layer.capacity_predictor
+    logits_ES = predictor(tokens_SD).detach().t().contiguous()
+    k = index_EK.shape[1]
+    return {
+        "router": forward_backward(routing.router_scores, tokens_SD, layer.router),
+        "top-k": lambda: take(layer, scores_SE),
+        "gather": forward_backward(lambda tokens: gather(tokens, index_EK), tokens_SD),
+        "experts": forward_backward(
+            lambda rows, *_: layer.experts(rows, None), rows_EKD, *layer.experts.parameters()
+        ),
+        "combine": forward_backward(
+            lambda rows, gates: combine(rows, gates, index_EK, S), rows_EKD, gates_EK
+        ),
+        "predictor": forward_backward(
+            lambda *_: capacity_loss(predictor(tokens_SD), taken_ES), *predictor.parameters()
+        ),
+        "thresholds": lambda: layer.pool.kth_largest(logits_ES, k),
+    }
+
+
+ROUTING = ("router", "top-k", "gather", "combine", "predictor", "thresholds")
+
+
+def seeded_layer(layer: MoEFeedForward, device: torch.device, dtype: torch.dtype) -> MoEFeedForward:
+    """Fill a fresh layer with small noise, so that experts choose different tokens."""
+    with torch.no_grad():
+        for number, parameter in enumerate(layer.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return layer.to(device, dtype).train()

@@ -1,0 +1,53 @@
+"""What a smaller capacity saves when images are drawn."""
+
+import torch
+
+from diffmoe.benchmarks.report import Report
+from diffmoe.benchmarks.timing import take_turns
+from diffmoe.benchmarks.training import dense_twin
+from diffmoe.config import Config
+from diffmoe.inference.calibration import Passes, calibrate
+from diffmoe.inference.sampling import Observer, SamplingSettings, sample_latents
+from diffmoe.models.dit import DiT
+from diffmoe.planning.layouts import Layout
+
+CAPACITIES = (1.0, 0.5)
+
+
+def benchmark_sampling(
+    config: Config, steps: int, rounds: int, device: torch.device, report: Report
+) -> None:
+    """A batch of the recipe's network with random weights, thresholds calibrated for each C."""
+    images = config.training.batch_size
+    labels = [index % config.model.num_classes for index in range(images)]
+    settings = SamplingSettings(steps=steps)
+    network = DiT(config.model, config.moe).initialize(config.seed).to(device).eval()
+    network.route_by("per_token")
+    twin = dense_twin(config)
+    dense = DiT(twin.model, twin.moe).initialize(config.seed).to(device).eval()
+
+    def draw(observe: Observer | None = None) -> None:
+        sample_latents(network, config, labels, range(images), settings, observe=observe)
+
+    thresholds, measured = {}, {}
+    for capacity in CAPACITIES:
+        passes = Passes(steps, draw)
+        thresholds[capacity], measured[capacity] = calibrate(network, capacity, passes)
+
+    def at(capacity: float) -> None:
+        network.set_log_odds(thresholds[capacity])
+        draw()
+
+    works = {f"capacity {c:g}": lambda c=c: at(c) for c in CAPACITIES}
+    works["dense"] = lambda: sample_latents(dense, twin, labels, range(images), settings)
+    timed = take_turns(works, rounds, device)
+    for capacity in CAPACITIES:
+        name = f"capacity {capacity:g}"
+        report.add(f"{name}: measured", measured[capacity], "")
+        report.add(f"{name}: {steps} steps", timed.median(name), "s")
+        report.add(f"{name}: speed", images / timed.median(name), "images/s")
+        tokens = images * steps * Layout(config, 1, 1).tokens_per_sample
+        report.add(f"{name}: speed", tokens / timed.median(name), "tokens/s")
+    full, half = (f"capacity {c:g}" for c in CAPACITIES)
+    report.add(f"{half} to {full}", timed.median(half), "s", timed.ratio(half, full), at_most=0.75)
+    report.add(f"{full} to dense", timed.median("dense"), "s", timed.ratio(full, "dense"))

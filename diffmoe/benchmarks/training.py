@@ -1,0 +1,309 @@
+"""The whole training step, through the real engine, beside its dense twin."""
+
+import contextlib
+import io
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from diffmoe.benchmarks.ceiling import products
+from diffmoe.benchmarks.layer import DTYPES
+from diffmoe.benchmarks.memory import Saved, peak_bytes
+from diffmoe.benchmarks.report import Report
+from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
+from diffmoe.benchmarks.timing import forward_backward, synchronize, take_turns
+from diffmoe.config import Config
+from diffmoe.data.examples import Examples, micro_batches
+from diffmoe.data.shards import Batch, LatentStream
+from diffmoe.data.speed import LANES, write_moments
+from diffmoe.diffusion import create_objective
+from diffmoe.errors import UserError
+from diffmoe.models.blocks import MLP
+from diffmoe.models.dit import DiT
+from diffmoe.models.moe import LayerRouting, MoEFeedForward, routing_loss
+from diffmoe.parallel.topology import Topology, create_topology
+from diffmoe.parallel.zero import create_engine, engine_settings
+from diffmoe.planning.flops import step_flops
+from diffmoe.planning.layouts import Layout
+from diffmoe.training.ema import EMA
+from diffmoe.training.report import RoutingReport
+from diffmoe.training.telemetry import Telemetry
+from diffmoe.training.thresholds import ThresholdTracker
+
+
+def dense_twin(config: Config) -> Config:
+    """The dense model of equal activated size. Raises UserError where there is none."""
+    moe, model = config.moe, config.model
+    activated = moe.expert_ratio * moe.capacity + moe.shared_expert_ratio
+    if moe.type != "diffmoe" or moe.activation != "gelu" or activated != model.mlp_ratio:
+        raise UserError(
+            f"moe.type={moe.type}, moe.activation={moe.activation}, an activated ratio of "
+            f"{activated:g} and model.mlp_ratio={model.mlp_ratio:g}: the benchmark wants a diffmoe "
+            "recipe with gelu whose expert_ratio * capacity + shared_expert_ratio is mlp_ratio"
+        )
+    return config.replace({"moe.type": "dense"})
+
+
+class TrainingStep:
+    """One optimizer step as the loop does it; calling it does the next one.
+
+    history: of every step, the seconds of its phases; routing: what the last one decided.
+    """
+
+    def __init__(
+        self, config: Config, topology: Topology, device: torch.device, batches: Iterator[Batch]
+    ) -> None:
+        self.config, self.topology, self.device, self.batches = config, topology, device, batches
+        self.layout = Layout(config, 1, topology.world)
+        self.objective = create_objective(config.diffusion)
+        self.network = DiT(config.model, config.moe, topology).initialize(config.seed).to(device)
+        self.network.checkpoint_activations(config.training.activation_checkpointing)
+        self.network.train()
+        optimizer = config.optimizer
+        self.engine = create_engine(
+            self.network,
+            experts=self.network.expert_parameters(),
+            num_experts=config.moe.experts,
+            optimizer=torch.optim.AdamW,
+            optimizer_options={"lr": optimizer.learning_rate, "fused": True},
+            settings=engine_settings(config, {}, topology.world),
+            topology=topology,
+        )
+        self.ema = EMA(self.engine, config.training.ema_decay, config.training.ema_stds)
+        self.thresholds = ThresholdTracker(self.network)
+        self.history: list[Counter[str]] = []
+        self.routing: list[LayerRouting] = []
+        self._numbers = count(1)
+        lanes = LANES // topology.world
+        self._lanes = range(topology.rank * lanes, (topology.rank + 1) * lanes)
+
+    def __call__(self) -> None:
+        number = next(self._numbers)
+        self.history.append(Counter())
+        with self._phase("data wait"):
+            batch = next(self.batches)
+            clock = number * self.config.training.batch_size
+            examples = micro_batches(batch, self.config, self._lanes, clock, self.objective)
+        for one in examples:
+            one = type(one)(*(tensor.to(self.device) for tensor in one))
+            with self._phase("forward and backward"):
+                loss = self.loss(one)
+                self.engine.backward(loss)
+            with self._phase("optimizer"):
+                self.engine.step()
+            with self._phase("thresholds"):
+                self.thresholds.observe(self.routing)
+        with self._phase("losses read"):
+            kth_LE = self.thresholds.seen()
+            told = torch.cat([loss.detach()[None], kth_LE.flatten().to(self.device)]).double()
+            dist.all_reduce(told)
+            told[0].item()
+        with self._phase("thresholds"):
+            kth = told[1:] / self.topology.world
+            self.thresholds.step(kth.to(kth_LE.dtype).view_as(kth_LE))
+        with self._phase("EMA"):
+            self.ema.update(number)
+
+    def loss(self, examples: Examples) -> torch.Tensor:
+        output = self.engine(examples.x_t, examples.t, examples.labels)
+        self.routing = output.routing
+        parts = self.objective.loss(
+            output.prediction, examples.x_t, examples.data, examples.noise, examples.t
+        )
+        return parts["loss"].mean() + routing_loss(output.routing, self.config.moe)
+
+    def checkpointed(self) -> None:
+        """The same step with activation checkpointing; not in the history."""
+        self.network.checkpoint_activations(True)
+        self()
+        self.network.checkpoint_activations(False)
+        self.history.pop()
+
+    def saved_bytes(self) -> int:
+        """What a forward keeps for its backward."""
+        batch = next(self.batches)
+        examples = micro_batches(batch, self.config, self._lanes, 0, self.objective)[0]
+        examples = type(examples)(*(tensor.to(self.device) for tensor in examples))
+        with Saved(self.network.parameters()) as saved:
+            loss = self.loss(examples)
+        del loss
+        return saved.bytes
+
+    def phase(self, name: str, rounds: int) -> float:
+        """Median seconds of a phase in the last `rounds` steps."""
+        return median(seconds[name] for seconds in self.history[-rounds:])
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.history[-1][name] += time.perf_counter() - start
+
+
+@contextmanager
+def random_batches(config: Config, topology: Topology) -> Iterator[Iterator[Batch]]:
+    """What this rank's share of `LANES` lanes reads from shards of noise, by the run's workers."""
+    model = config.model
+    shape = (model.in_channels, model.input_size, model.input_size)
+    n = config.training.batch_size // LANES
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_moments(Path(folder), 2 * LANES, 8 * n, False, shape, model.num_classes)
+        mine = LANES // topology.world
+        yield iter(
+            LatentStream(
+                Path(folder),
+                manifest,
+                lanes=LANES,
+                my_lanes=range(topology.rank * mine, (topology.rank + 1) * mine),
+                samples_per_lane=n,
+                seed=config.seed,
+                workers=config.data.workers,
+            )
+        )
+
+
+def benchmark_training(config: Config, rounds: int, device: torch.device, report: Report) -> None:
+    """Figures of the recipe's step on one process, which must have a process group."""
+    steps_between_logs = config.logging.log_samples // config.training.batch_size
+    topology = create_topology(1)
+    layout, dense_layout = Layout(config, 1, 1), Layout(dense_twin(config), 1, 1)
+    bf16 = config.replace({"training.precision": "bf16"})
+    with random_batches(config, topology) as batches:
+        steps = {
+            "diffmoe fp32": TrainingStep(config, topology, device, batches),
+            "dense fp32": TrainingStep(dense_layout.config, topology, device, batches),
+            "diffmoe bf16": TrainingStep(bf16, topology, device, batches),
+        }
+        ours = steps["diffmoe fp32"]
+        gemms = {f"GEMM {name}": _gemm(layout, dtype, device) for name, dtype in DTYPES.items()}
+        timed = take_turns(
+            {
+                **{name: work for name, (work, _) in gemms.items()},
+                **steps,
+                "checkpointing": ours.checkpointed,
+                **_parts(config, device),
+            },
+            rounds,
+            device,
+        )
+        kept = ours.saved_bytes()
+        ours.network.checkpoint_activations(True)
+        kept_checkpointing = ours.saved_bytes()
+        logging = _logging_seconds(ours, steps_between_logs, device)
+
+    for name, (_, flops) in gemms.items():
+        report.add(f"{name} ceiling", flops / timed.median(name) / 1e9, "GFLOP/s")
+    for name, step in steps.items():
+        report.add(f"{name}: step", timed.median(name), "s")
+        images = config.training.batch_size / timed.median(name)
+        report.add(f"{name}: speed", images, "images/s")
+        report.add(f"{name}: speed", images * layout.tokens_per_sample, "tokens/s")
+        gemm = f"GEMM {step.config.training.precision}"
+        used = step_flops(step.layout) / gemms[gemm][1] * timed.ratio(gemm, name)
+        target = 0.82 if name == "diffmoe fp32" else None
+        report.add(f"{name}: share of the ceiling", used, "", at_least=target)
+    more = step_flops(layout) / step_flops(dense_layout)
+    report.add(
+        "diffmoe to dense, fp32 (target: 1.08 x their FLOPs)",
+        timed.median("diffmoe fp32"),
+        "s",
+        timed.ratio("diffmoe fp32", "dense fp32"),
+        at_most=1.08 * more,
+    )
+    report.add(
+        "fp32 to bf16",
+        timed.median("diffmoe bf16"),
+        "s",
+        timed.ratio("diffmoe fp32", "diffmoe bf16"),
+        at_least=1.7,
+    )
+    report.add(
+        "activation checkpointing: step",
+        timed.median("checkpointing"),
+        "s",
+        timed.ratio("checkpointing", "diffmoe fp32"),
+        at_most=1.35,
+    )
+    report.add(
+        "activation checkpointing: saved for backward",
+        kept_checkpointing / 2**20,
+        "MiB",
+        kept_checkpointing / kept,
+        at_most=0.35,
+    )
+    step = timed.median("diffmoe fp32")
+    for phase in ours.history[-1]:
+        seconds = ours.phase(phase, rounds)
+        report.add(f"phase of the step: {phase}", seconds * 1e3, "ms", seconds / step)
+    update = ours.phase("optimizer", rounds) + ours.phase("EMA", rounds)
+    report.add("optimizer and EMA", update * 1e3, "ms", update / step, at_most=0.05)
+    report.add("logging, a step's share", logging * 1e3, "ms", logging / step, at_most=0.01)
+    for name, times in _occurrences(config).items():
+        seconds = times * timed.median(name)
+        report.add(f"part of the step: {name} x {times}", seconds * 1e3, "ms", seconds / step)
+    for kind, size in peak_bytes(device).items():
+        report.add(f"peak memory, {kind}, all of the above", size / 2**30, "GiB")
+
+
+def _gemm(layout: Layout, dtype: torch.dtype, device: torch.device):
+    model = layout.config.model
+    return products(layout.tokens, model.width, int(model.width * model.mlp_ratio), dtype, device)
+
+
+def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Forward and backward of one of each part, by name, in the recipe's precision."""
+    dtype = DTYPES[config.training.precision]
+    layer = MoEFeedForward(config.model, config.moe, Topology())
+    layer = seeded_layer(layer, device, dtype)
+    # Two blocks are a dense one and a mixture.
+    network = DiT(config.model.model_copy(update={"depth": 2}), config.moe).initialize(0)
+    network = network.to(device, dtype).train()
+    attention, mlp = network.blocks[0].attention, network.blocks[0].feed_forward
+    shape = (config.training.batch_size, network.grid**2, config.model.width)
+    x = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+    parts = {
+        "attention": forward_backward(
+            lambda x, *_: attention(x, network.rotation), x, *attention.parameters()
+        ),
+        **parts_of(layer, x.detach().flatten(0, 1).requires_grad_()),
+    }
+    if isinstance(mlp, MLP):
+        parts["dense MLP"] = forward_backward(lambda x, *_: mlp(x), x, *mlp.parameters())
+    return parts
+
+
+def _occurrences(config: Config) -> dict[str, int]:
+    """How many of each part a step has."""
+    layout = Layout(config, 1, 1)
+    depth, mixtures = config.model.depth, layout.moe_layers
+    parts = dict.fromkeys((*ROUTING, "experts"), mixtures) | {"attention": depth}
+    return parts | ({"dense MLP": depth - mixtures} if mixtures < depth else {})
+
+
+def _logging_seconds(step: TrainingStep, steps_between: int, device: torch.device) -> float:
+    """What the bar at every step, and a line of metrics now and then, cost a step."""
+    samples = count(1)
+    quiet = step.config.replace({"logging.wandb": False})
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        telemetry = Telemetry(quiet, Path(folder), 0, active=True)
+
+        def write() -> None:
+            routing = RoutingReport(step.network)
+            routing.observe(step.routing)
+            telemetry.metrics(next(samples), routing.summary(routing.flat()))
+
+        timed = take_turns(
+            {"bar": lambda: telemetry.step(next(samples), 1.0, 1.0), "line": write}, 5, device
+        )
+        telemetry.close()
+    return timed.median("bar") + timed.median("line") / max(1, steps_between)

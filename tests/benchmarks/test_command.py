@@ -1,0 +1,80 @@
+"""tools/benchmark.py on a network of toy size: what it writes, never how fast."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_config
+from tests.training.commands import command
+
+COMMANDS = {
+    "train": (
+        ("--rounds", "1"),
+        [
+            "GEMM fp32 ceiling",
+            "diffmoe fp32: share of the ceiling",
+            "diffmoe to dense, fp32 (target: 1.08 x their FLOPs)",
+            "fp32 to bf16",
+            "activation checkpointing: saved for backward",
+            "phase of the step: data wait",
+            "optimizer and EMA",
+            "part of the step: attention x 4",
+            "logging, a step's share",
+        ],
+    ),
+    "layer": (
+        ("--rounds", "1"),
+        [
+            "E4 ratio 4: naive (ratio: ours to it)",
+            "E64 ratio 0.5: DeepSpeed (ratio: ours to it)",
+            "E64 ratio 0.5: routing, share of the layer",
+            "E4 ratio 4: ours, saved for backward",
+        ],
+    ),
+    "sample": (("--rounds", "1", "--steps", "2"), ["capacity 0.5 to capacity 1"]),
+    "ep": (("--rounds", "1"), ["P=2: step (ratio: to P=1)", "P=2: all_to_all, a step and rank"]),
+    "data": (("--samples", "160", "--rounds", "1", "--workers", "0"), []),
+}
+
+
+def run(part: str, folder: Path, *options: str) -> dict:
+    out, recipe = folder / "out.json", folder / "tiny.yaml"
+    recipe.write_text(tiny_config().to_yaml())
+    if part != "data":
+        options = ("--recipe", str(recipe), "--threads", "1", *options)
+    told = command(
+        sys.executable, "tools/benchmark.py", part, "--json", str(out), *options, timeout=300
+    )
+    assert told.returncode == 0, told.stderr
+    written = json.loads(out.read_text())
+    for figure in written["figures"]:
+        assert figure["name"] in told.stdout
+    return written
+
+
+@pytest.mark.parametrize("part", COMMANDS)
+def test_every_part_writes_its_figures(part: str, tmp_path: Path):
+    options, names = COMMANDS[part]
+    written = run(part, tmp_path, *options)
+    assert {"command", "settings", "machine", "figures", "points"} == written.keys()
+    assert {"threads", "load_average", "torch", "processor"} <= written["machine"].keys()
+    figures = {figure["name"]: figure for figure in written["figures"]}
+    assert set(names) <= figures.keys()
+    for figure in written["figures"]:
+        targets = figure["at_most"] is not None or figure["at_least"] is not None
+        assert (figure["met"] is not None) == targets
+
+
+def test_growth_writes_points_slopes_and_a_picture(tmp_path: Path):
+    picture = tmp_path / "growth.png"
+    options = ("--growth", "--rounds", "1", "--largest", "256", "--plot", str(picture))
+    written = run("layer", tmp_path, *options)
+    assert {point["axis"] for point in written["points"]} == {"E", "D"}
+    slopes = {figure["name"]: figure["value"] for figure in written["figures"]}
+    # Weights are not counted as saved; rows are as many whatever the number of experts.
+    assert 0 <= slopes["saved_bytes against E, slope on log axes"] < 1
+    assert 0 < slopes["saved_bytes against D, slope on log axes"] <= 1
+    assert "seconds against E, slope on log axes" in slopes
+    assert picture.stat().st_size > 10_000
