@@ -23,7 +23,8 @@ def take(layer: MoEFeedForward, scores_SE: Tensor) -> tuple[Tensor, Assignment]:
 
 
 def gather(tokens_SD: Tensor, index_EK: Tensor) -> Tensor:
-    return tokens_SD[index_EK]
+    rows = tokens_SD.index_select(0, index_EK.flatten())
+    return rows.view(*index_EK.shape, tokens_SD.shape[1])
 
 
 def combine(rows_EKD: Tensor, gates_EK: Tensor, index_EK: Tensor, tokens: int) -> Tensor:
