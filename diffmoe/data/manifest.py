@@ -32,6 +32,23 @@ class Shard(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class TextContent(BaseModel):
+    """What stands for a sample's captions (its `txt` member, one caption a line).
+
+    encoder: "bytes": the caption's UTF-8 bytes, no further members; else what made the features
+        of `text.npy` (N, D) float16, the true tokens of all captions one after another, with their
+        numbers in `text_lengths.npy` (captions,), and `text_pooled.npy` (captions, D_pool) if any.
+    length: tokens of a caption at most. width, pooled: D and D_pool; 0: none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: str = Field(min_length=1)
+    length: int = Field(ge=1)
+    width: int = Field(0, ge=0)
+    pooled: int = Field(0, ge=0)
+
+
 class Manifest(BaseModel):
     """What every shard of a folder holds.
 
@@ -49,6 +66,7 @@ class Manifest(BaseModel):
     skipped: what the packing left out, each with the reason.
     location: where the shards are, when they are not beside the manifest: a folder, or a URL with
         {} for the shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -".
+    text: of samples with captions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -69,6 +87,7 @@ class Manifest(BaseModel):
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     skipped: list[str] = []
     location: str | None = None
+    text: TextContent | None = None
 
     @field_validator("shape")
     @classmethod
