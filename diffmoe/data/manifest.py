@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -47,6 +48,12 @@ class TextContent(BaseModel):
     length: int = Field(ge=1)
     width: int = Field(0, ge=0)
     pooled: int = Field(0, ge=0)
+
+    @classmethod
+    def of(cls, text: TextConfig) -> "TextContent":
+        """What a model of this configuration takes."""
+        width = 0 if text.encoder == BYTES else text.width
+        return cls(encoder=text.encoder, length=text.length, width=width, pooled=text.pooled)
 
 
 class Manifest(BaseModel):
@@ -234,15 +241,15 @@ class Manifest(BaseModel):
                 f"{max(lanes, 1)} shards"
             )
 
-    def check_model(self, channels: int, size: int, classes: int) -> None:
-        """Compare with the model's in_channels, input_size and num_classes."""
+    def check_model(self, model: ModelConfig) -> None:
+        """Compare with the model's in_channels, input_size, and num_classes or text."""
         own_channels, height, width = self.shape
-        shape = "x".join(map(str, self.shape))
-        if channels != own_channels:
+        shape, size = "x".join(map(str, self.shape)), model.input_size
+        if model.in_channels != own_channels:
             raise UserError(
                 f"{FILE_NAME} of the data: shape={shape} has {own_channels} channels, but "
-                f"model.in_channels={channels}; set model.in_channels={own_channels}, or data.path "
-                "to other data"
+                f"model.in_channels={model.in_channels}; set model.in_channels={own_channels}, or "
+                "data.path to other data"
             )
         if (height, width) != (size, size):
             way_out = f"set model.input_size={height}" if height == width else "pack square latents"
@@ -250,11 +257,29 @@ class Manifest(BaseModel):
                 f"{FILE_NAME} of the data: shape={shape} is {height} high and {width} wide, but "
                 f"model.input_size={size}; {way_out}, or set data.path to other data"
             )
-        if classes != self.classes:
+        if model.text is not None:
+            self._check_text(model.text)
+        elif model.num_classes != self.classes:
             raise UserError(
-                f"{FILE_NAME} of the data: classes={self.classes}, but model.num_classes={classes};"
-                f" set model.num_classes={self.classes}, or data.path to other data"
+                f"{FILE_NAME} of the data: classes={self.classes}, but model.num_classes="
+                f"{model.num_classes}; set model.num_classes={self.classes}, or data.path to other "
+                "data"
             )
+
+    def _check_text(self, model: TextConfig) -> None:
+        if self.text is None:
+            raise UserError(
+                f"{FILE_NAME} of the data: there is no text, but model.text is set; set data.path "
+                "to data with captions, or model.text=null to train on classes"
+            )
+        wanted = TextContent.of(model)
+        for field in TextContent.model_fields:
+            there, here = getattr(self.text, field), getattr(wanted, field)
+            if there != here:
+                raise UserError(
+                    f"{FILE_NAME} of the data: text.{field}={there}, but model.text.{field}={here}"
+                    f"; set model.text.{field}={there}, or data.path to other data"
+                )
 
 
 def _problem(path: Path, shard: Shard) -> str | None:
