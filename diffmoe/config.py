@@ -2,7 +2,8 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,10 +11,52 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from diffmoe.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
+# Recipes of one file each; the others are put together from parts.
+_WHOLE = ("mnist", "t2i_s_e8", "t2i_l_e16")
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# The encoder that a text model trains itself; any other's features come with the shards.
+BYTES = "bytes"
+
+
+class TextConfig(_Section):
+    """The captions of a text model, and what encodes them."""
+
+    encoder: str = Field(BYTES, min_length=1, description="bytes: the model's own; else frozen")
+    length: int = Field(256, ge=1, description="tokens of a caption at most")
+    width: int = Field(ge=1, description="of a token's features")
+    pooled: int = Field(0, ge=0, description="width of a frozen encoder's pooled vector; 0: none")
+    depth: int = Field(0, ge=0, description="blocks of the encoder of bytes; 0 of a frozen one")
+
+    @model_validator(mode="after")
+    def _encoder(self) -> "TextConfig":
+        if self.encoder != BYTES:
+            if self.depth:
+                raise ValueError(
+                    f"model.text.depth={self.depth} belongs to model.text.encoder={BYTES}; "
+                    f"{self.encoder} is frozen and has made the shards' features, set it 0"
+                )
+            return self
+        if not self.depth:
+            raise ValueError(
+                f"model.text.depth=0, but model.text.encoder={BYTES} is trained with the model; "
+                "set its blocks, such as model.text.depth=4"
+            )
+        if self.pooled:
+            raise ValueError(
+                f"model.text.pooled={self.pooled} belongs to a frozen encoder; {BYTES} pools its "
+                "own tokens, set it 0"
+            )
+        if self.width > 64 and self.width % 64:
+            raise ValueError(
+                f"model.text.width={self.width} is not divisible by 64, the width of a head; "
+                f"choose {self.width // 64 * 64} or {(self.width // 64 + 1) * 64}"
+            )
+        return self
 
 
 class ModelConfig(_Section):
@@ -30,6 +73,7 @@ class ModelConfig(_Section):
     learn_sigma: bool = Field(False, description="twice the output channels, as published DiTs")
     qk_norm: bool = False
     rope: bool = Field(False, description="2-D rotary positions in attention")
+    text: TextConfig | None = Field(None, description="captions in the place of class labels")
 
     @model_validator(mode="after")
     def _shapes(self) -> "ModelConfig":
@@ -323,7 +367,7 @@ class Config(_Section):
 def recipe_names() -> list[str]:
     """All named runs, e.g. diffmoe_l_e16_flow."""
     sizes = {"s": [16], "b": [16], "l": [8, 16], "xl": [8, 16]}
-    names = ["mnist"]
+    names = list(_WHOLE)
     for objective in ("flow", "ddpm"):
         names += [f"dense_{size}_{objective}" for size in sizes]
         names += [
@@ -361,8 +405,8 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    if name == "mnist":
-        return _read_yaml(RECIPES / "mnist.yaml")
+    if name in _WHOLE:
+        return _read_yaml(RECIPES / f"{name}.yaml")
     match = re.fullmatch(r"(dense|tc|ec|diffmoe)_(s|b|l|xl)(?:_e(\d+))?_(flow|ddpm)", name)
     if not match or (match[1] == "dense") != (match[3] is None):
         raise UserError(
@@ -430,7 +474,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         section = Config
         for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            kind = section.model_fields[part].annotation
+            section = next((one for one in get_args(kind) if one is not NoneType), kind)
         return f"unknown key {key}={problem['input']!r}; known: {', '.join(section.model_fields)}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])

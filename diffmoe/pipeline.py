@@ -1,4 +1,4 @@
-"""Images from a path in three lines: diffmoe.Pipeline(path)(labels=[207, 360])."""
+"""Images from a path in three lines: diffmoe.Pipeline(path)(labels=[207, 360]), or (prompt=...)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
 from diffmoe.inference.images import sample_images
+from diffmoe.inference.prompts import asked, encoder_of
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import turn_dial
 from diffmoe.parallel.device import default_device
@@ -25,11 +26,13 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         weights: str = "ema",
+        text_encoder: str | Path | None = None,
     ) -> None:
         """path: an exported folder, a run's folder or a checkpoint.
 
         device: default the GPU where there is one. dtype: of the network's parameters. weights:
-        ema or live, of a run or checkpoint.
+        ema or live, of a run or checkpoint. text_encoder: the folder of the frozen one that a text
+        model was trained with; a model that reads bytes needs none.
         """
         device = torch.device(device or default_device())
         self.folder = locate(path)
@@ -38,25 +41,33 @@ class Pipeline:
         self.network, self.config = snapshot.network, snapshot.config
         self.class_names: Sequence[str] = snapshot.latents.get("class_names") or ()
         self.autoencoder = autoencoder_of(snapshot.latents, device)
+        self.encoder = encoder_of(self.config, text_encoder, device)
 
     def __call__(
         self,
-        labels: Sequence[int | str],
+        labels: Sequence[int | str] | None = None,
         seed: int = 0,
         steps: int = 50,
         guidance: float = 1.5,
         capacity: float | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         batch: int = 50,
         **settings: Any,
     ) -> list[Image.Image]:
-        """An image per label: a class number, or a name where the model knows the names.
+        """An image per label: a class number, or a name where the model knows the names; of a text
+        model an image per prompt.
 
         Image k of a seed is the same in any batch. capacity: experts that an average token meets;
         None: as in training; others must be calibrated (tools/calibrate.py). batch: at a time.
         settings: more fields of diffmoe.inference.sampling.SamplingSettings.
         """
-        numbers = [self._number(label) for label in labels]
+        captions = [prompt] if isinstance(prompt, str) else prompt or ()
+        prompts = asked(self.config, self.encoder, captions, negative_prompt)
+        if (prompts is None) == (labels is None):
+            raise UserError("give labels=[...] to a model of classes, prompt=... to a text model")
+        numbers = range(len(prompts)) if prompts else [self._number(label) for label in labels]
         turn_dial(self.network, self.folder, None, capacity, self.weights)
         chosen = SamplingSettings(steps=steps, guidance=guidance, seed=seed, **settings)
         images, _ = sample_images(
@@ -66,6 +77,7 @@ class Pipeline:
             numbers,
             range(len(numbers)),
             chosen,
+            prompts=prompts,
             batch=batch,
         )
         return [Image.fromarray(image.squeeze(-1).numpy()) for image in images]

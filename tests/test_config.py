@@ -7,6 +7,7 @@ import torch
 
 from diffmoe.config import Config, load_config, recipe_names
 from diffmoe.errors import UserError
+from diffmoe.inference.capacity import activated_parameters
 from diffmoe.models.dit import DiT
 
 # Counts of the paper's release, with MoE in every second block.
@@ -41,7 +42,7 @@ def refusal(*overrides: str, name: str = "mnist") -> str:
 
 def test_there_are_recipes_for_every_family_size_and_objective():
     names = recipe_names()
-    assert len(names) == len(set(names)) == 1 + 2 * (4 + 3 * 6)
+    assert len(names) == len(set(names)) == 3 + 2 * (4 + 3 * 6)
     assert {"mnist", "dense_xl_flow", "tc_b_e16_ddpm", "ec_l_e8_flow"} <= set(names)
 
 
@@ -51,6 +52,12 @@ def test_a_recipe_is_what_its_name_says(name: str):
     assert config.output == f"runs/{name}"
     if name == "mnist":
         assert (config.moe.type, config.moe.experts, config.model.in_channels) == ("diffmoe", 4, 1)
+        return
+    if name.startswith("t2i"):
+        assert (config.moe.type, f"e{config.moe.experts}") == ("diffmoe", name.split("_")[2])
+        assert config.diffusion.objective == "flow"
+        assert (config.model.input_size, config.model.in_channels) == (32, 4)
+        assert config.model.text is not None
         return
     family, size, *experts, objective = name.split("_")
     types = {"diffmoe": "diffmoe", "ec": "expert_choice", "tc": "token_choice", "dense": "dense"}
@@ -85,6 +92,37 @@ def test_parameter_counts_equal_the_release(arguments: tuple[str, ...]):
     # The release counts its fixed positions too; ours are a buffer.
     count = network.parameter_count() + network.positions.numel()
     assert count == PARAMETERS[arguments]
+
+
+# In billions: all, and those at work on an average token. The paper: 4.6 and 1.2.
+@pytest.mark.parametrize(
+    ("name", "total", "activated"), [("t2i_l_e16", 4.592, 1.260), ("t2i_s_e8", 0.098, 0.048)]
+)
+def test_sizes_of_the_text_recipes(name: str, total: float, activated: float):
+    config = load_config(name)
+    with torch.device("meta"):
+        network = DiT(config.model, config.moe)
+    assert network.parameter_count() / 1e9 == pytest.approx(total, abs=5e-4)
+    assert activated_parameters(network, 1.0) / 1e9 == pytest.approx(activated, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.text.depth=2", "model.text.depth=2 belongs to model.text.encoder=bytes; t5 is"),
+        ("model.text.encoder=bytes", "model.text.depth=0, but model.text.encoder=bytes is trained"),
+        ("model.text={encoder: t5}", "model.text.width={'encoder': 't5'}: Field required"),
+        (
+            "model.text={encoder: bytes, width: 64, depth: 1, pooled: 8}",
+            "model.text.pooled=8 belongs to a frozen encoder; bytes pools its own tokens",
+        ),
+        ("model.text={width: 100, depth: 1}", "model.text.width=100 is not divisible by 64"),
+        ("model.text.widht=4", "unknown key model.text.widht=4; known: encoder, length, width"),
+        ("model.text.length=0", "model.text.length=0: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_text_is_told(override: str, told: str):
+    assert told in refusal(override, name="t2i_l_e16")
 
 
 def test_experts_of_an_e16_recipe_are_16_in_the_network():

@@ -3,10 +3,16 @@
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config
+from diffmoe.config import Config, TextConfig
 from diffmoe.data.shards import Batch
+from diffmoe.models.conditioning import Text
 from diffmoe.models.dit import DiT
 from diffmoe.seeding import keyed_generator
+from diffmoe.tuples import joined
+
+BYTES = {"encoder": "bytes", "length": 6, "width": 8, "depth": 1}
+FROZEN = {"encoder": "frozen", "length": 6, "width": 8, "pooled": 4}
+WITHOUT_POOLED = {**FROZEN, "pooled": 0}
 
 
 def tiny_config(**changes) -> Config:
@@ -56,4 +62,17 @@ def random_batch(config: Config, step: int, lanes: range) -> Batch:
     return Batch(
         torch.cat([torch.randn(shape, generator=g) for g in generators]),
         torch.cat([torch.randint(model.num_classes, (n,), generator=g) for g in generators]),
+        model.text and joined([random_text(model.text, n, g) for g in generators]),
     )
+
+
+def random_text(text: TextConfig, samples: int, generator: torch.Generator) -> Text:
+    """Captions of one token and more; what lies behind them is no zero."""
+    lengths = torch.randint(1, text.length + 1, (samples, 1), generator=generator)
+    places = (samples, text.length)
+    if text.encoder == "bytes":
+        tokens = torch.randint(256, places, generator=generator)
+    else:
+        tokens = torch.randn(*places, text.width, generator=generator)
+    pooled = torch.randn(samples, text.pooled, generator=generator) if text.pooled else None
+    return Text(tokens, torch.arange(text.length) < lengths, pooled)

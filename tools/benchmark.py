@@ -68,6 +68,8 @@ def parse() -> argparse.Namespace:
 def read_config(options: argparse.Namespace) -> Config:
     if options.batch % LANES:
         raise UserError(f"--batch {options.batch} must be a multiple of {LANES} (lanes of data)")
+    if load_config(options.recipe, options.overrides).model.text is not None:
+        raise UserError(f"--recipe {options.recipe}: the benchmark's data has classes, no captions")
     changes = {"training.accumulation": 1, "parallel.expert_parallel": 1, "data.lanes": LANES}
     config = load_config(options.recipe, options.overrides).replace(changes)
     # Logging keeps its rhythm in steps, whatever the batch is here.

@@ -11,7 +11,7 @@ They are found along the sampling trajectory, with the steps and guidance given 
 
 import argparse
 
-from diffmoe.arguments import positive
+from diffmoe.arguments import add_prompts, positive, prompts_of
 from diffmoe.conversion.opening import locate, open_network, verify, weights_of
 from diffmoe.errors import run_command
 from diffmoe.inference.calibration import calibrate
@@ -44,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["ema", "live"], default="ema")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
+    add_prompts(parser)
     return parser.parse_args()
 
 
@@ -63,11 +64,13 @@ def main() -> None:
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
     else:
         over = f"trajectory: {options.steps} steps, guidance {options.guidance:g}"
-        labels = [k % config.model.num_classes for k in range(options.samples)]
+        prompts = prompts_of(options, config, options.device)
+        kinds = config.model.num_classes if prompts is None else len(prompts)
+        labels = [k % kinds for k in range(options.samples)]
         settings = SamplingSettings(
             steps=options.steps, guidance=options.guidance, seed=options.seed
         )
-        passes = trajectory_passes(network, config, labels, options.batch, settings)
+        passes = trajectory_passes(network, config, labels, options.batch, settings, prompts)
     for capacity in options.capacity:
         log_odds_LE, measured = calibrate(
             network, capacity, passes, common=options.common, report=print

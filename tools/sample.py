@@ -2,6 +2,7 @@
 
   python tools/sample.py runs/mnist --classes 0,1,2,3 --per-class 5 --guidance 2 --out grid.png
   torchrun --nproc_per_node 8 tools/sample.py runs/xl --num-samples 50000 --out samples/xl
+  python tools/sample.py runs/text --prompt "a red seven left of a blue two" --per-prompt 5
 
 RUN is a run's folder (its newest checkpoint is taken), one checkpoint, or a converted model. Image
 k of a seed has a noise of its own, and experts decide on each token alone, so that it depends
@@ -9,7 +10,8 @@ neither on --batch nor on the ranks. --capacity C takes the thresholds that tool
 for C: less is quicker, more is better up to a point.
 
 With --num-samples, DIR gets shards samples-*.npz (uint8 images, labels, indices) and samples.json,
-which lists them with all that decides the images. Stopped at any moment, the same command goes on.
+which lists them with all that decides the images, captions too. Stopped at any moment, the same
+command goes on.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from diffmoe.arguments import positive
+from diffmoe.arguments import add_prompts, positive, prompts_of
 from diffmoe.checkpoints.network import Snapshot
 from diffmoe.conversion.opening import locate, open_network, verify, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
@@ -33,6 +35,7 @@ from diffmoe.inference.capacity import CapacityByTime, activated_parameters
 from diffmoe.inference.formats import write_adm, write_png
 from diffmoe.inference.generation import Order, generate, identity
 from diffmoe.inference.images import Decode, grid, sample_images
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.sharing import share_experts
 from diffmoe.inference.thresholds import turn_dial
@@ -52,7 +55,14 @@ def parse() -> argparse.Namespace:
         "--out", metavar="FILE|DIR", help="default grid.png; with --num-samples a folder"
     )
     parser.add_argument("--classes", help="comma-separated; default 0; all with --num-samples")
-    parser.add_argument("--per-class", type=positive, default=10, help="of a picture; default 10")
+    parser.add_argument(
+        "--per-class",
+        "--per-prompt",
+        dest="each",
+        type=positive,
+        default=10,
+        help="of a picture; default 10",
+    )
     # torchrun takes a bare --num for the beginning of an option of its own.
     parser.add_argument(
         "--num-samples", "--num", type=positive, metavar="N", help="make N images in a folder"
@@ -61,7 +71,7 @@ def parse() -> argparse.Namespace:
         "--labels",
         choices=["balanced", "random"],
         default="balanced",
-        help="of --num-samples: the classes in turn, or drawn; default balanced",
+        help="of --num-samples: classes or captions in turn, or drawn; default balanced",
     )
     parser.add_argument(
         "--format",
@@ -72,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--shard-size", type=positive, default=1000, help="images a shard; default 1000"
     )
+    add_prompts(parser)
     how = parser.add_argument_group("how to sample")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
@@ -137,28 +148,35 @@ def main() -> None:
     weights = weights_of(folder, options.weights)
     snapshot = open_network(folder, weights, topology, device)
     settings.chosen_sampler(snapshot.config)
+    prompts = prompts_of(options, snapshot.config, options.device)
+    if prompts is not None and (options.classes or options.check_digits):
+        raise UserError("--classes and --check-digits are of models that draw classes; leave them")
     if options.num_samples and ranks.rank == 0:
         verify(folder)
     turn_dial(snapshot.network, folder, options.routing, options.capacity, weights)
     decode = autoencoder_of(snapshot.latents, device).decode
     if options.num_samples is None:
-        _picture(options, snapshot, decode, settings)
+        _picture(options, snapshot, decode, settings, prompts)
     else:
         model = identity(folder, snapshot.network, weights, options.routing, options.capacity)
-        _folder(options, snapshot, decode, settings, ranks, model)
+        _folder(options, snapshot, decode, settings, prompts, ranks, model)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _picture(
-    options: argparse.Namespace, snapshot: Snapshot, decode: Decode, settings: SamplingSettings
+    options: argparse.Namespace,
+    snapshot: Snapshot,
+    decode: Decode,
+    settings: SamplingSettings,
+    prompts: Prompts | None,
 ) -> None:
     out = Path(options.out or "grid.png")
     if out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {out}: end it in .png or another kind of picture")
     writable(out.parent)
-    classes = _numbers(options.classes or "0", "--classes")
-    labels = [label for label in classes for _ in range(options.per_class)]
+    classes = range(len(prompts)) if prompts else _numbers(options.classes or "0", "--classes")
+    labels = [label for label in classes for _ in range(options.each)]
     with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
         images, capacity = sample_images(
             snapshot.network,
@@ -167,10 +185,11 @@ def _picture(
             labels,
             range(len(labels)),
             settings,
+            prompts=prompts,
             batch=options.batch,
             progress=lambda done: bar.update(round(done) - bar.n),
         )
-    grid(images, options.per_class).save(out)
+    grid(images, options.each).save(out)
     print(f"{len(labels)} samples at {snapshot.clock['samples']} training samples: {out}")
     _tell_capacity(snapshot.network, capacity)
     if options.check_digits:
@@ -183,11 +202,12 @@ def _folder(
     snapshot: Snapshot,
     decode: Decode,
     settings: SamplingSettings,
+    prompts: Prompts | None,
     ranks: Ranks,
     model: dict[str, Any],
 ) -> None:
     folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
-    classes = range(config.model.num_classes)
+    classes = range(len(prompts) if prompts else config.model.num_classes)
     if options.classes:
         classes = _numbers(options.classes, "--classes")
     latents = snapshot.latents
@@ -203,6 +223,7 @@ def _folder(
         Order(options.num_samples, tuple(classes), options.labels),
         settings,
         model=model,
+        prompts=prompts,
         batch=options.batch,
         shard_size=options.shard_size,
         ranks=ranks,

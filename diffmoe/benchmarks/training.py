@@ -37,6 +37,7 @@ from diffmoe.training.ema import EMA
 from diffmoe.training.report import RoutingReport
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.tuples import mapped
 
 
 def dense_twin(config: Config) -> Config:
@@ -93,7 +94,7 @@ class TrainingStep:
             clock = number * self.config.training.batch_size
             examples = micro_batches(batch, self.config, self._lanes, clock, self.objective)
         for one in examples:
-            one = type(one)(*(tensor.to(self.device) for tensor in one))
+            one = mapped(self._to_device, one)
             with self._phase("forward and backward"):
                 loss = self.loss(one)
                 self.engine.backward(loss)
@@ -113,7 +114,7 @@ class TrainingStep:
             self.ema.update(number)
 
     def loss(self, examples: Examples) -> torch.Tensor:
-        output = self.engine(examples.x_t, examples.t, examples.labels)
+        output = self.engine(examples.x_t, examples.t, examples.condition)
         self.routing = output.routing
         parts = self.objective.loss(
             output.prediction, examples.x_t, examples.data, examples.noise, examples.t
@@ -131,11 +132,14 @@ class TrainingStep:
         """What a forward keeps for its backward."""
         batch = next(self.batches)
         examples = micro_batches(batch, self.config, self._lanes, 0, self.objective)[0]
-        examples = type(examples)(*(tensor.to(self.device) for tensor in examples))
+        examples = mapped(self._to_device, examples)
         with Saved(self.network.parameters()) as saved:
             loss = self.loss(examples)
         del loss
         return saved.bytes
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device)
 
     def phase(self, name: str, rounds: int) -> float:
         """Median seconds of a phase in the last `rounds` steps."""

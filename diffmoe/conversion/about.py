@@ -83,9 +83,11 @@ class About(_Part):
     @model_validator(mode="before")
     @classmethod
     def _sizes(cls, values: Any) -> Any:
-        for section in ("model", "moe"):
-            fields = values.get(section, {}) if isinstance(values, dict) else {}
-            for name, value in fields.items() if isinstance(fields, dict) else ():
+        model = _section(values, "model")
+        sections = {"model": model, "model.text": _section(model, "text")}
+        sections["moe"] = _section(values, "moe")
+        for section, fields in sections.items():
+            for name, value in fields.items():
                 if isinstance(value, int | float) and not -_LONGEST <= value <= _LONGEST:
                     raise ValueError(f"{section}.{name}={value} is no size of a network")
         return values
@@ -96,10 +98,10 @@ class About(_Part):
         shape = (model.in_channels, model.input_size, model.input_size)
         if self.latents.shape != shape:
             raise ValueError(f"latents.shape={self.latents.shape}, but the model takes {shape}")
-        if self.class_names is not None and len(self.class_names) != model.num_classes:
+        names = self.class_names
+        if names is not None and model.text is None and len(names) != model.num_classes:
             raise ValueError(
-                f"class_names has {len(self.class_names)} names, model.num_classes is "
-                f"{model.num_classes}"
+                f"class_names has {len(names)} names, model.num_classes is {model.num_classes}"
             )
         return self
 
@@ -116,6 +118,12 @@ class About(_Part):
     def replace(self, **changes: Any) -> "About":
         """A validated copy. changes: whole fields."""
         return About.model_validate(self.model_dump() | changes)
+
+
+def _section(values: Any, name: str) -> dict[str, Any]:
+    """A part of what may be anything."""
+    section = values.get(name) if isinstance(values, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def read_about(folder: Path) -> About:

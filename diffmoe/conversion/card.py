@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffmoe.config import MoEConfig
+from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.conversion.about import About
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
@@ -42,6 +42,13 @@ def family(moe: MoEConfig) -> str:
     return f"{name}, {moe.experts} experts in {where}"
 
 
+def conditioning(model: ModelConfig) -> str:
+    """What a model draws, in words."""
+    if model.text is None:
+        return f"{model.num_classes} classes"
+    return f"captions of up to {model.text.length} tokens, encoder {model.text.encoder}"
+
+
 def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | None) -> str:
     """capacities: names of calibrated thresholds. run: the folder whose results.jsonl is shown."""
     model, latents = about.model, about.latents
@@ -53,7 +60,7 @@ def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | 
                   f"{model.heads} heads, patch {model.patch_size}"),
         ("parameters", f"{total:,}, of which {active:,.0f} work on an average token"),
         ("trained with", objective),
-        ("data", f"{latents.source}; {model.num_classes} classes"),
+        ("data", f"{latents.source}; {conditioning(model)}"),
         ("latents", f"{shape}, autoencoder {latents.autoencoder}, scale {latents.scale}, "
                     f"shift {latents.shift}"),
         ("samples seen", f"{about.clock.samples:,}" if about.clock else "unknown"),
@@ -64,6 +71,7 @@ def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | 
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
+    wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
     return f"""---
 library_name: diffmoe
 license: # fill in before you share this
@@ -79,7 +87,7 @@ License: to be filled in by whoever shares this model.
 ```python
 import diffmoe
 pipeline = diffmoe.Pipeline("PATH OF THIS FOLDER")
-images = pipeline(labels=[0, 1], seed=0, steps=50, guidance=1.5{capacity})
+images = pipeline({wanted}, seed=0, steps=50, guidance=1.5{capacity})
 ```
 
 `config.json` says what the network and its latents are, `checksums.json` holds the SHA-256 of the

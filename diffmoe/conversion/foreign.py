@@ -182,6 +182,10 @@ def write_foreign(source: Source, target: Path, form: Format) -> None:
     """
     source = source.checked()
     model, moe = source.about.model, source.about.moe
+    if model.text is not None:
+        raise UserError(
+            f"{source.where} draws captions, {form} knows classes alone; choose our own"
+        )
     if form in ("dit", "sit") and moe.type != "dense":
         raise UserError(f"moe.type={moe.type}: {form} is dense; choose --to release")
     objective = source.about.diffusion.objective

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffmoe.checkpoints.folder import complete
 from diffmoe.checkpoints.inspect import open_checkpoint
 from diffmoe.config import ModelConfig, MoEConfig
-from diffmoe.conversion.card import family, parameter_counts
+from diffmoe.conversion.card import conditioning, family, parameter_counts
 from diffmoe.conversion.exported import ExportedModel, is_exported
 from diffmoe.conversion.foreign import Options, foreign_source
 from diffmoe.conversion.hugging_face import transformer_folder
@@ -132,7 +132,7 @@ def _network(
     total, active = parameter_counts(shapes, moe)
     lines = {
         "network": f"{family(moe)}; {model.depth} blocks of width {model.width}, patch "
-        f"{model.patch_size}, {model.num_classes} classes",
+        f"{model.patch_size}, {conditioning(model)}",
         "parameters": f"{total:,}, of which {active:,.0f} work on an average token"
         + (f" at capacity {moe.capacity:g}" if moe.type != "dense" else ""),
     }

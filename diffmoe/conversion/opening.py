@@ -80,7 +80,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> DiT:
-    """A model ready to run: model(x, t, labels).prediction.
+    """A model ready to run: model(x, t, labels).prediction, of a text model model(x, t, text).
 
     path: an exported folder, a run's folder or a checkpoint (their EMA weights). device: default
     the GPU where there is one. dtype: float32 or bfloat16, of the parameters.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffmoe.config import BYTES, TextConfig
 from diffmoe.conversion.about import FILE_NAME, About
 from diffmoe.conversion.card import model_card
 from diffmoe.conversion.exported import CARD, CHECKSUMS, load_exported
@@ -26,6 +27,7 @@ from diffmoe.conversion.tensors import (
 )
 from diffmoe.errors import UserError
 from diffmoe.inference.thresholds import store
+from diffmoe.models.conditioning import Text
 from diffmoe.models.dit import DiT
 from diffmoe.seeding import keyed_generator
 
@@ -153,16 +155,29 @@ def _compare(source: Source, folder: Path, kind: torch.dtype) -> int:
 def probe(network: DiT, about: About) -> dict[str, Tensor]:
     """Predictions for two fixed inputs, routed as the model is set, and with all experts at work.
 
-    The second input has the null label. -> {how it was routed: (2, C or 2C, H, W)}.
+    The second input has the null label, or no caption. -> {how it was routed: (2, C or 2C, H, W)}.
     """
     model, flow = about.model, about.diffusion.objective == "flow"
     shape = (2, model.in_channels, model.input_size, model.input_size)
     x = torch.randn(shape, generator=keyed_generator("conversion probe"))
     t = torch.tensor([0.3, 0.8]) if flow else torch.tensor([250.0, 800.0])
-    labels = torch.tensor([0, model.num_classes])
+    condition = torch.tensor([0, model.num_classes])
+    if model.text is not None:
+        condition = _probe_text(model.text)
     outputs = {}
     for routing in dict.fromkeys((about.moe.inference, "static")):
         network.route_by(routing)
-        outputs[routing] = network(x, t, labels).prediction
+        outputs[routing] = network(x, t, condition).prediction
     network.route_by(about.moe.inference)
     return outputs
+
+
+def _probe_text(text: TextConfig) -> Text:
+    """Two captions, of all places and of none."""
+    generator, places = keyed_generator("conversion probe text"), (2, text.length)
+    if text.encoder == BYTES:
+        tokens = torch.randint(256, places, generator=generator)
+    else:
+        tokens = torch.randn(*places, text.width, generator=generator)
+    pooled = torch.randn(2, text.pooled, generator=generator) if text.pooled else None
+    return Text(tokens, torch.tensor([[True], [False]]).expand(places), pooled)

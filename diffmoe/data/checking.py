@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from diffmoe.config import BYTES
 from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.data.captions import Captions
 from diffmoe.data.fetching import Unreadable, open_shard
 from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import Manifest
@@ -51,7 +53,8 @@ def check_data(directory: str | Path, sheet: str | Path | None, device: str = "c
     labels, dtypes, places = Counter(), Counter(), {}
     shown: list[Sample] = []
     of_each = max(1, _SHEET // manifest.classes) if manifest.classes > 0 else 1
-    for sample, address in _samples(directory, manifest, report):
+    lengths: list[list[int]] = []
+    for sample, captions, address in _samples(directory, manifest, report):
         if sample.key in places:
             report.problems.append(
                 f"sample key {sample.key} is in {places[sample.key]} and again in {address}"
@@ -60,6 +63,8 @@ def check_data(directory: str | Path, sheet: str | Path | None, device: str = "c
         labels[sample.label] += 1
         dtypes[str(sample.array.dtype)] += 1
         statistics.add(sample.array)
+        if captions is not None:
+            lengths.append(_lengths(captions, manifest))
         if len(shown) < _SHEET and labels[sample.label] <= of_each:
             shown.append(sample)
     shape = "x".join(map(str, manifest.shape))
@@ -70,6 +75,7 @@ def check_data(directory: str | Path, sheet: str | Path | None, device: str = "c
         f"{manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
         f"autoencoder {manifest.autoencoder}, pixels {manifest.pixel_range}; {manifest.source}",
         *_histogram(labels, manifest),
+        *_caption_lines(lengths, manifest),
     ]
     if labels:
         report.lines += statistics.lines()
@@ -81,8 +87,8 @@ def check_data(directory: str | Path, sheet: str | Path | None, device: str = "c
 
 def _samples(
     directory: str | Path, manifest: Manifest, report: Report
-) -> Iterator[tuple[Sample, str]]:
-    """Every good sample and its shard; what is not good goes to the report."""
+) -> Iterator[tuple[Sample, Captions | None, str]]:
+    """Every good sample, its captions and its shard; what is not good goes to the report."""
     for shard in tqdm(manifest.shards, unit="shard", dynamic_ncols=True, disable=None):
         address = manifest.address(directory, shard)
         try:
@@ -97,10 +103,11 @@ def _samples(
             for index in range(len(opened)):
                 try:
                     sample = opened.sample(index)
+                    captions = None if manifest.text is None else opened.captions(index)
                 except UserError as error:
                     report.problems.append(str(error))
                 else:
-                    yield sample, shard.name
+                    yield sample, captions, shard.name
 
 
 class _Statistics:
@@ -181,6 +188,27 @@ def _histogram(labels: Counter, manifest: Manifest) -> list[str]:
         for name, count in zip(names, counts, strict=True):
             lines.append(f"  {name:{widest}} {count:8} {'#' * round(40 * count / most)}")
     return lines
+
+
+def _lengths(captions: Captions, manifest: Manifest) -> list[int]:
+    """Tokens of each caption; of bytes those that there are, not only those that are read."""
+    if manifest.text.encoder == BYTES:
+        return [len(line.encode()) for line in captions.lines]
+    return captions.lengths.tolist()
+
+
+def _caption_lines(lengths: list[list[int]], manifest: Manifest) -> list[str]:
+    if not lengths:
+        return []
+    text, each = manifest.text, [len(of_sample) for of_sample in lengths]
+    every = [length for of_sample in lengths for length in of_sample]
+    full = sum(length >= text.length for length in every) / len(every)
+    return [
+        f"captions for {text.encoder}, at most {text.length} tokens, width {text.width}, pooled "
+        f"{text.pooled}",
+        f"  {min(each)} to {max(each)} a sample, {min(every)} to {max(every)} tokens each; "
+        f"{full:.1%} of them have {text.length} or more; what is beyond is cut off",
+    ]
 
 
 def _write_sheet(samples: list[Sample], manifest: Manifest, path: str | Path, device: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.data.packing import ShardFile, clear, shard_name, shard_sizes
 from diffmoe.errors import UserError
@@ -37,6 +38,7 @@ class Made(NamedTuple):
     label: int
     array: np.ndarray
     flip: np.ndarray | None = None
+    captions: Captions | None = None
 
 
 class Skipped(NamedTuple):

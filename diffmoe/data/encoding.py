@@ -4,14 +4,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from diffmoe.config import BYTES
 from diffmoe.data.autoencoder import KLAutoencoder, canonical_name
+from diffmoe.data.captions import CAPTION_BYTES, Captions
 from diffmoe.data.conversion import Made, Skipped, convert_items
-from diffmoe.data.images import ImageItem, find_images, load_image
-from diffmoe.data.manifest import Manifest
+from diffmoe.data.images import ImageItem, find_images, load_captions, load_image
+from diffmoe.data.manifest import Manifest, TextContent
 from diffmoe.data.numbers import stored
 from diffmoe.errors import UserError
 from diffmoe.resumable import Ranks
@@ -29,6 +32,7 @@ def encode_images(
     dtype: str = "float16",
     flips: bool = True,
     classes: int | None = None,
+    captions: bool = False,
     max_bad: int = 10,
     overwrite: bool = False,
     device: str = "cpu",
@@ -40,10 +44,13 @@ def encode_images(
     size: side of the square that is cut out of each image.
     batch: images per pass of the autoencoder. workers: threads that decode images.
     classes: their number, where tars leave it open.
+    captions: each image has some instead of a class, see `find_images`; they are packed as bytes.
     """
     if size < 1 or batch < 1 or workers < 1:
         raise UserError(f"--size {size}, --batch {batch}, --workers {workers} must be at least 1")
-    items, names = find_images(images)
+    items, names = find_images(images, captions)
+    if captions:
+        classes = 1
     if names is None and classes is None:
         raise UserError(
             f"the tars of {images} hold class numbers, but not how many classes there are; give "
@@ -68,27 +75,25 @@ def encode_images(
         "autoencoder": canonical_name(vae) if vae is not None else "identity",
         "source": f"images of {Path(images).resolve()}, {size}x{size}",
         "dtype": dtype,
+        "text": TextContent(encoder=BYTES, length=CAPTION_BYTES) if captions else None,
     }
 
     def convert(part: Sequence[ImageItem]) -> Iterator[Made | Skipped]:
-        for loaded in _loaded(part, size, batch, workers):
-            good = [(item, pixels) for item, pixels in loaded if isinstance(pixels, np.ndarray)]
-            yield from (
-                Skipped(item.name, f"{type(error).__name__}: {error}")
-                for item, error in loaded
-                if isinstance(error, Exception)
-            )
+        for loaded in _loaded(part, size, batch, workers, captions):
+            good = [found for found in loaded if isinstance(found, Loaded)]
+            yield from (found for found in loaded if isinstance(found, Skipped))
             if not good:
                 continue
-            pixels = np.stack([pixels for _, pixels in good])
+            pixels = np.stack([found.pixels for found in good])
             arrays = _arrays(pixels, autoencoder)
             mirrored = _arrays(pixels[:, :, ::-1].copy(), autoencoder) if flips else None
-            for index, (item, _) in enumerate(good):
+            for index, (item, _, told) in enumerate(good):
                 yield Made(
                     item.key,
                     item.label,
                     stored(arrays[index], dtype),
                     stored(mirrored[index], dtype) if flips else None,
+                    told,
                 )
 
     return convert_items(
@@ -111,16 +116,25 @@ def _arrays(pixels: np.ndarray, autoencoder: KLAutoencoder | None) -> np.ndarray
     return autoencoder.encode(torch.from_numpy(pixels)).numpy()
 
 
+class Loaded(NamedTuple):
+    """A decoded image, uint8 (size,size,3), and its captions."""
+
+    item: ImageItem
+    pixels: np.ndarray
+    captions: Captions | None
+
+
 def _loaded(
-    items: Sequence[ImageItem], size: int, batch: int, workers: int
-) -> Iterator[list[tuple[ImageItem, np.ndarray | Exception]]]:
+    items: Sequence[ImageItem], size: int, batch: int, workers: int, captions: bool
+) -> Iterator[list[Loaded | Skipped]]:
     """Batches of decoded images, or of why one cannot be; the next batch is read meanwhile."""
 
-    def load(item: ImageItem) -> tuple[ImageItem, np.ndarray | Exception]:
+    def load(item: ImageItem) -> Loaded | Skipped:
         try:
-            return item, load_image(item, size)
+            told = Captions(load_captions(item)) if captions else None
+            return Loaded(item, load_image(item, size), told)
         except (OSError, ValueError) as error:
-            return item, error
+            return Skipped(item.name, f"{type(error).__name__}: {error}")
 
     parts = [items[start : start + batch] for start in range(0, len(items), batch)]
     with ThreadPoolExecutor(workers) as pool:  # PIL decodes and resizes without Python's lock

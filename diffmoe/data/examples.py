@@ -1,5 +1,6 @@
 """The random part of a training batch: keyed by (seed, clock, lane), the same on any ranks."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 from diffmoe.config import Config
 from diffmoe.data.shards import Batch
 from diffmoe.diffusion import Objective
+from diffmoe.models.conditioning import Condition, unconditional
 from diffmoe.seeding import keyed_generator
+from diffmoe.tuples import mapped
 
 
 class Examples(NamedTuple):
@@ -18,13 +21,13 @@ class Examples(NamedTuple):
     noise: Tensor
     x_t: Tensor
     t: Tensor
-    labels: Tensor
+    condition: Condition
 
 
 def micro_batches(
     batch: Batch, config: Config, lanes: range, clock: int, objective: Objective
 ) -> list[Examples]:
-    """Draw timesteps, label dropout and noise for one rank's batch of one optimizer step.
+    """Draw timesteps, dropout of labels or captions, and noise for one rank's batch of one step.
 
     One generator per (seed, clock, lane) serves the lane's n samples. Micro-batch m of A takes the
     m-th part of every lane, so a pool over all ranks holds the same samples on any number of them.
@@ -37,15 +40,17 @@ def micro_batches(
         t.append(objective.sample_timesteps(n, generator))
         dropped.append(torch.rand(n, generator=generator) < config.training.label_dropout)
         noise.append(torch.randn(n, *shape, generator=generator))
-    labels = torch.where(torch.cat(dropped), config.model.num_classes, batch.labels)
+    condition = batch.labels if batch.text is None else batch.text
+    condition = unconditional(condition, torch.cat(dropped), config.model.num_classes)
 
-    def split(tensor: Tensor) -> list[Tensor]:
-        by_part = tensor.view(len(lanes), parts, n // parts, *tensor.shape[1:]).transpose(0, 1)
-        return list(by_part.flatten(1, 2))
+    def part(tensor: Tensor, m: int) -> Tensor:
+        by_part = tensor.view(len(lanes), parts, n // parts, *tensor.shape[1:])
+        return by_part[:, m].flatten(0, 1)
 
     examples = []
-    columns = (batch.latents, torch.cat(noise), torch.cat(t), labels)
-    for data, eps, times, classes in zip(*map(split, columns), strict=True):
+    columns = (batch.latents, torch.cat(noise), torch.cat(t), condition)
+    for m in range(parts):
+        data, eps, times, wanted = (mapped(partial(part, m=m), column) for column in columns)
         x_t = objective.corrupt(data, eps, times)
-        examples.append(Examples(data, eps, x_t, times, classes))
+        examples.append(Examples(data, eps, x_t, times, wanted))
     return examples

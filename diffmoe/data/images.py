@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from diffmoe.data.captions import caption_lines
 from diffmoe.data.tar_index import Entry, Member, read_member, tar_entries
 from diffmoe.errors import UserError
 
@@ -23,25 +24,33 @@ class ImageItem(NamedTuple):
     label: int
     key: str
     member: Member | None = None
+    txt: Member | None = None  # of a tar
 
 
-def find_images(root: str | Path) -> tuple[list[ImageItem], list[str] | None]:
+def find_images(
+    root: str | Path, captioned: bool = False
+) -> tuple[list[ImageItem], list[str] | None]:
     """All images of a folder, and the names of its classes (None for tars, which have numbers).
 
     root: class folders (names sorted, as torchvision's ImageFolder does it; subfolders count), or
         uncompressed tars of KEY.jpg (or .png, ...) with KEY.cls.
+    captioned: of images with captions, which need no classes (all have label 0, None is given):
+        NAME.txt beside NAME.jpg at any depth, or KEY.txt in the tars.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"--images {root} is no folder; give one of class folders or of tar shards")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     tars = sorted(file.name for file in root.glob("*.tar"))
+    if captioned and not tars:
+        items = [ImageItem(os.path.relpath(file, root), file, 0, "") for file in _files_below(root)]
+        return _numbered(items), None
     if bool(classes) == bool(tars):
         found = f"{len(classes)} subfolders and {len(tars)} .tar files"
         raise UserError(f"--images {root} holds {found}; it must hold the one or the other")
     items: list[ImageItem] = []
     for tar in tars:
-        items += _images_of_tar(root, tar)
+        items += _images_of_tar(root, tar, captioned)
     for label, name in enumerate(classes):
         files = _files_below(root / name)
         if not files:
@@ -50,9 +59,7 @@ def find_images(root: str | Path) -> tuple[list[ImageItem], list[str] | None]:
                 "there, or remove it: every folder counts as a class"
             )
         items += [ImageItem(os.path.relpath(file, root), file, label, "") for file in files]
-    # Keys are numbers, because names may hold dots and spaces, which keys may not.
-    items = [item._replace(key=f"{number:08d}") for number, item in enumerate(items)]
-    return items, classes or None
+    return _numbered(items), None if captioned else classes or None
 
 
 def load_image(item: ImageItem, size: int) -> np.ndarray:
@@ -66,6 +73,15 @@ def load_image(item: ImageItem, size: int) -> np.ndarray:
     # PIL raises SyntaxError for broken PNG chunks.
     except (SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
+
+
+def load_captions(item: ImageItem) -> list[str]:
+    """The captions of an image. Raises OSError or ValueError where there are none."""
+    if item.member is None:
+        return caption_lines(Path(item.path).with_suffix(".txt").read_bytes())
+    if item.txt is None:
+        raise ValueError("no txt with captions")
+    return caption_lines(member_bytes(item.path, item.txt))
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -113,18 +129,25 @@ def member_bytes(path: str | Path, member: Member) -> bytes:
         return read_member(stream.fileno(), member)
 
 
-def _images_of_tar(root: Path, tar: str) -> list[ImageItem]:
+def _numbered(items: list[ImageItem]) -> list[ImageItem]:
+    # Keys are numbers, because names may hold dots and spaces, which keys may not.
+    return [item._replace(key=f"{number:08d}") for number, item in enumerate(items)]
+
+
+def _images_of_tar(root: Path, tar: str, captioned: bool) -> list[ImageItem]:
     items = []
     for entry, text in zip(*index_tar(root / tar), strict=True):
         name = f"{tar}/{entry.key}"
         images = [m for kind, m in entry.members.items() if f".{kind}" in EXTENSIONS]
         if len(images) != 1:
+            beside = "txt" if captioned else "cls"
             raise UserError(
                 f"{root / name} has {len(images)} images, among {', '.join(entry.members)}; a "
-                f"sample must have one ({' '.join(EXTENSIONS)}) and a cls"
+                f"sample must have one ({' '.join(EXTENSIONS)}) and a {beside}"
             )
-        label = label_of(str(root / name), text)
-        items.append(ImageItem(name, str(root / tar), label, "", images[0]))
+        label = 0 if captioned else label_of(str(root / name), text)
+        txt = entry.members.get("txt")
+        items.append(ImageItem(name, str(root / tar), label, "", images[0], txt))
     return items
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -32,6 +33,29 @@ class Shard(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class TextContent(BaseModel):
+    """What stands for a sample's captions (its `txt` member, one caption a line).
+
+    encoder: "bytes": the caption's UTF-8 bytes, no further members; else what made the features
+        of `text.npy` (N, D) float16, the true tokens of all captions one after another, with their
+        numbers in `text_lengths.npy` (captions,), and `text_pooled.npy` (captions, D_pool) if any.
+    length: tokens of a caption at most. width, pooled: D and D_pool; 0: none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: str = Field(min_length=1)
+    length: int = Field(ge=1)
+    width: int = Field(0, ge=0)
+    pooled: int = Field(0, ge=0)
+
+    @classmethod
+    def of(cls, text: TextConfig) -> "TextContent":
+        """What a model of this configuration takes."""
+        width = 0 if text.encoder == BYTES else text.width
+        return cls(encoder=text.encoder, length=text.length, width=width, pooled=text.pooled)
+
+
 class Manifest(BaseModel):
     """What every shard of a folder holds.
 
@@ -49,6 +73,7 @@ class Manifest(BaseModel):
     skipped: what the packing left out, each with the reason.
     location: where the shards are, when they are not beside the manifest: a folder, or a URL with
         {} for the shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -".
+    text: of samples with captions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -69,6 +94,7 @@ class Manifest(BaseModel):
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     skipped: list[str] = []
     location: str | None = None
+    text: TextContent | None = None
 
     @field_validator("shape")
     @classmethod
@@ -215,15 +241,15 @@ class Manifest(BaseModel):
                 f"{max(lanes, 1)} shards"
             )
 
-    def check_model(self, channels: int, size: int, classes: int) -> None:
-        """Compare with the model's in_channels, input_size and num_classes."""
+    def check_model(self, model: ModelConfig) -> None:
+        """Compare with the model's in_channels, input_size, and num_classes or text."""
         own_channels, height, width = self.shape
-        shape = "x".join(map(str, self.shape))
-        if channels != own_channels:
+        shape, size = "x".join(map(str, self.shape)), model.input_size
+        if model.in_channels != own_channels:
             raise UserError(
                 f"{FILE_NAME} of the data: shape={shape} has {own_channels} channels, but "
-                f"model.in_channels={channels}; set model.in_channels={own_channels}, or data.path "
-                "to other data"
+                f"model.in_channels={model.in_channels}; set model.in_channels={own_channels}, or "
+                "data.path to other data"
             )
         if (height, width) != (size, size):
             way_out = f"set model.input_size={height}" if height == width else "pack square latents"
@@ -231,11 +257,29 @@ class Manifest(BaseModel):
                 f"{FILE_NAME} of the data: shape={shape} is {height} high and {width} wide, but "
                 f"model.input_size={size}; {way_out}, or set data.path to other data"
             )
-        if classes != self.classes:
+        if model.text is not None:
+            self._check_text(model.text)
+        elif model.num_classes != self.classes:
             raise UserError(
-                f"{FILE_NAME} of the data: classes={self.classes}, but model.num_classes={classes};"
-                f" set model.num_classes={self.classes}, or data.path to other data"
+                f"{FILE_NAME} of the data: classes={self.classes}, but model.num_classes="
+                f"{model.num_classes}; set model.num_classes={self.classes}, or data.path to other "
+                "data"
             )
+
+    def _check_text(self, model: TextConfig) -> None:
+        if self.text is None:
+            raise UserError(
+                f"{FILE_NAME} of the data: there is no text, but model.text is set; set data.path "
+                "to data with captions, or model.text=null to train on classes"
+            )
+        wanted = TextContent.of(model)
+        for field in TextContent.model_fields:
+            there, here = getattr(self.text, field), getattr(wanted, field)
+            if there != here:
+                raise UserError(
+                    f"{FILE_NAME} of the data: text.{field}={there}, but model.text.{field}={here}"
+                    f"; set model.text.{field}={there}, or data.path to other data"
+                )
 
 
 def _problem(path: Path, shard: Shard) -> str | None:

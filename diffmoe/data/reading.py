@@ -9,6 +9,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from diffmoe.config import BYTES
+from diffmoe.data.captions import Captions, caption_lines, check_captions
 from diffmoe.data.fetching import Unreadable, open_shard
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.data.numbers import numpy_types, restored
@@ -50,6 +52,7 @@ class OpenShard:
         self._names = [f"{manifest.member}.npy"]
         if manifest.flips:
             self._names.append(f"{manifest.member}_flip.npy")
+        self._text_names = _text_members(manifest)
         self.labels = [self._label(index) for index in range(len(entries))]
 
     def __len__(self) -> int:
@@ -79,6 +82,24 @@ class OpenShard:
             )
         return array
 
+    def captions(self, index: int) -> Captions:
+        """All captions of a sample, with their features, held against the manifest's text."""
+        raw = {
+            name: read_member(self._number, self._members[index][name]) for name in self._text_names
+        }
+        try:
+            arrays = {name: decode_npy(raw[name]) for name in self._text_names[1:]}
+            captions = Captions(
+                caption_lines(raw["txt"]),
+                arrays.get("text.npy"),
+                arrays.get("text_lengths.npy"),
+                arrays.get("text_pooled.npy"),
+            )
+            check_captions(captions, self.manifest.text)
+        except ValueError as error:
+            raise UserError(f"{self.where(index)}: {error}; pack the data again") from None
+        return captions
+
     def sample(self, index: int) -> Sample:
         """All of a sample, finite."""
         arrays = [self.array(index, mirrored) for mirrored in range(len(self._names))]
@@ -104,12 +125,16 @@ class OpenShard:
     def _label(self, index: int) -> int:
         members: dict[str, Member] = self._members[index]
         manifest = self.manifest
-        missing = [name for name in [*self._names, "cls"] if name not in members]
+        wanted = [*self._names, *self._text_names, "cls"]
+        missing = [name for name in wanted if name not in members]
         if missing:
+            told = f"content={manifest.content}, flips={manifest.flips}"
+            if manifest.text is not None:
+                told += f", text={manifest.text}"
             raise UserError(
                 f"{self.where(index)}: {missing[0]} is missing (there is "
-                f"{', '.join(sorted(members))}), while {FILE_NAME} says content="
-                f"{manifest.content}, flips={manifest.flips}; mend the manifest or pack again"
+                f"{', '.join(sorted(members))}), while {FILE_NAME} says {told}; mend the manifest "
+                "or pack again"
             )
         text = read_member(self._number, members["cls"])
         try:
@@ -126,6 +151,15 @@ class OpenShard:
                 "manifest or pack again"
             )
         return label
+
+
+def _text_members(manifest: Manifest) -> list[str]:
+    """The members that carry a sample's captions, `txt` first."""
+    text = manifest.text
+    if text is None:
+        return []
+    features = [] if text.encoder == BYTES else ["text.npy", "text_lengths.npy"]
+    return ["txt", *features, *(["text_pooled.npy"] if text.pooled else [])]
 
 
 def read_shard(path: str | Path, manifest: Manifest) -> list[Sample]:

@@ -1,9 +1,10 @@
-"""The samples of a data folder in another number of shards, mixed anew."""
+"""The samples of a data folder written anew: in another number of shards, or with new captions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from diffmoe.data.captions import FEATURES, Captions, caption_lines
 from diffmoe.data.conversion import Made, convert_items
 from diffmoe.data.fetching import Unreadable, open_shard
 from diffmoe.data.manifest import Manifest, is_url
@@ -29,9 +30,28 @@ def reshard(
     overwrite: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
 ) -> Manifest | None:
-    """Rewrite into `shards` equal shards; arrays and labels stay bit for bit.
+    """Rewrite into `shards` equal shards; arrays, labels and captions stay bit for bit.
 
     Returns the new manifest, or None while other ranks still work.
+    """
+    return rewrite(directory, out, iter, shards=shards, overwrite=overwrite, ranks=ranks)
+
+
+def rewrite(
+    directory: str | Path,
+    out: str | Path,
+    change: Callable[[Iterator[Made]], Iterator[Made]],
+    *,
+    changes: dict[str, Any] | None = None,
+    shards: int | None = None,
+    settings: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
+) -> Manifest | None:
+    """Write the samples, mixed anew, after `change`, which is given those of one new shard.
+
+    changes: to the manifest; if it has a `text` then, samples come with their captions.
+    shards: by default as many as there are. settings: see `convert_items`.
     """
     manifest = Manifest.load(directory)
     if Path(out).resolve() == Path(directory).resolve():
@@ -47,29 +67,41 @@ def reshard(
         except (Unreadable, ValueError) as error:
             raise UserError(unreadable(address, str(error))) from None
         items += [PackedItem(entry.key, address, entry.members) for entry in entries]
+    fields = manifest.model_dump(exclude={"version", "shards", "skipped", "location"})
+    fields |= changes or {}
     names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.flips
 
-    def convert(part: Sequence[PackedItem]) -> Iterator[Made]:
-        for item in part:
-            with open(item.path, "rb") as stream:
-                raw = {
-                    name: read_member(stream.fileno(), item.members[name])
-                    for name in [*names, "cls"]
-                    if name in item.members
-                }
-            try:
-                arrays = [decode_npy(raw[name]) for name in names]
-                made = Made(item.name, int(raw["cls"]), *arrays)
-            except (KeyError, ValueError) as error:
-                raise UserError(
-                    f"{item.path}, sample {item.name} is broken ({error}); see what "
-                    f"tools/check_data.py {directory} says"
-                ) from None
-            yield made
+    def sample(item: PackedItem) -> Made:
+        with open(item.path, "rb") as stream:
+            raw = {
+                name: read_member(stream.fileno(), member)
+                for name, member in item.members.items()
+                if name in (*names, *FEATURES, "txt", "cls")
+            }
+        try:
+            made = Made(item.name, int(raw["cls"]), *(decode_npy(raw[name]) for name in names))
+            if fields["text"] is None:
+                return made
+            features = (decode_npy(raw[name]) if name in raw else None for name in FEATURES)
+            return made._replace(captions=Captions(caption_lines(raw["txt"]), *features))
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{item.path}, sample {item.name} is broken ({error}); see what "
+                f"tools/check_data.py {directory} says"
+            ) from None
 
-    fields = manifest.model_dump(exclude={"version", "shards", "skipped", "location"})
+    def convert(part: Sequence[PackedItem]) -> Iterator[Made]:
+        return change(sample(item) for item in part)
+
     made = convert_items(
-        out, items, convert, fields=fields, shards=shards, overwrite=overwrite, ranks=ranks
+        out,
+        items,
+        convert,
+        fields=fields,
+        shards=len(manifest.shards) if shards is None else shards,
+        settings=settings,
+        overwrite=overwrite,
+        ranks=ranks,
     )
     if made is not None and made.skipped != manifest.skipped:
         made.skipped = manifest.skipped

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from diffmoe.data.conditions import chosen, padded
 from diffmoe.data.fetching import Fetch, end_commands
 from diffmoe.data.handover import made_ready
 from diffmoe.data.lane import Lane
@@ -24,7 +25,9 @@ from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.reading import unreadable
 from diffmoe.errors import UserError
+from diffmoe.models.conditioning import Text
 from diffmoe.seeding import keyed_generator
+from diffmoe.tuples import joined
 
 
 class Batch(NamedTuple):
@@ -32,13 +35,13 @@ class Batch(NamedTuple):
 
     latents: Tensor  # (samples,C,H,W) fp32
     labels: Tensor  # (samples,) int64
+    text: Text | None = None  # a caption of each, where the stream gives them
 
 
 class Chunk(NamedTuple):
     """A worker's part of a batch."""
 
-    latents: Tensor
-    labels: Tensor
+    batch: Batch
     bad_shards: dict[str, str]  # address to reason, of all that it has met so far
 
 
@@ -71,6 +74,7 @@ class LatentStream:
 
     workers: processes that read ahead, at most one per lane; 0 reads in this process.
     clock: samples that the whole run has seen; each lane continues at its (clock / V)-th.
+    captions: give one of each sample's captions, drawn for the sample, of manifest.text.
     max_bad_shards: how many different shards may be unreadable before the stream stops.
     report: told of every shard that is replaced; by default standard error is.
 
@@ -88,6 +92,7 @@ class LatentStream:
         seed: int,
         workers: int = 0,
         clock: int = 0,
+        captions: bool = False,
         max_bad_shards: int = 0,
         fetch: Fetch = Fetch(),  # noqa: B008 (a tuple)
         report: Callable[[str], None] | None = None,
@@ -106,29 +111,36 @@ class LatentStream:
         self.lanes, self.my_lanes = lanes, list(my_lanes)
         self.samples_per_lane, self.seed, self.clock = samples_per_lane, seed, clock
         self.workers = min(workers, len(self.my_lanes))
+        self.captions = captions
         self.max_bad_shards, self.fetch, self.report = max_bad_shards, fetch, report or _tell
         self.bad_shards: dict[str, str] = {}
 
     def chunks(self, block: list[int]) -> Iterator[Chunk]:
         """The batches of some of the lanes, read in this process."""
         n, clock, bad_shards = self.samples_per_lane, self.clock, {}
+        content = self.manifest.text
         streams = [Lane(self, lane, bad_shards).spots(clock // self.lanes) for lane in block]
         while True:
-            latents, labels = [], []
+            latents, labels, captions = [], [], []
             for lane, stream in zip(block, streams, strict=True):
                 generator = keyed_generator(self.seed, "latent", clock, lane)
                 mirrored = draw_mirrored(n, self.manifest, generator)
+                which = torch.rand(n, generator=keyed_generator(self.seed, "caption", clock, lane))
                 arrays, spots = [], []
-                for flip, spot in zip(mirrored, stream, strict=False):
+                for flip, draw, spot in zip(mirrored, which.tolist(), stream, strict=False):
                     arrays.append(spot.shard.array(spot.index, flip))
                     labels.append(spot.shard.labels[spot.index])
+                    if self.captions:  # now, since a shard's last sample closes it
+                        captions.append(chosen(spot.shard.captions(spot.index), draw, content))
                     spots.append(spot)
                 try:
                     latents.append(model_latents(arrays, self.manifest, generator))
                 except NotFinite as error:
                     shard, index = spots[error.index]
                     raise shard.not_finite(index) from None
-            yield Chunk(torch.cat(latents), torch.tensor(labels), dict(bad_shards))
+            text = padded(captions, content) if self.captions else None
+            batch = Batch(torch.cat(latents), torch.tensor(labels), text)
+            yield Chunk(batch, dict(bad_shards))
             clock += self.lanes * n
 
     def __iter__(self) -> Iterator[Batch]:
@@ -181,7 +193,7 @@ class LatentStream:
                 f"shard {address} cannot be read ({reason}): its lane's next one stands in for it; "
                 f"{len(self.bad_shards)} of data.max_bad_shards={self.max_bad_shards}"
             )
-        return Batch(chunk.latents, chunk.labels)
+        return chunk.batch
 
 
 def _steps(chunks: Iterator[Chunk | UserError], parts: int) -> Iterator[Chunk | UserError]:
@@ -192,12 +204,8 @@ def _steps(chunks: Iterator[Chunk | UserError], parts: int) -> Iterator[Chunk | 
         if errors:
             yield errors[0]
             return
-        latents, labels, bad_shards = zip(*step, strict=True)
-        yield Chunk(_joined(latents), _joined(labels), dict(ChainMap(*bad_shards)))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        batches, bad_shards = zip(*step, strict=True)
+        yield Chunk(joined(batches), dict(ChainMap(*bad_shards)))
 
 
 def _tell(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: one model of (x, t) out of a network and labels."""
+"""Classifier-free guidance: one model of (x, t) out of a network and what it is to draw."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,13 @@ from torch import Tensor
 
 from diffmoe.diffusion.samplers import Model
 from diffmoe.errors import UserError
+from diffmoe.models.conditioning import Condition
 
 
 def guided(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
-    labels: Tensor,
-    null_label: int,
+    network: Callable[[Tensor, Tensor, Condition], Tensor],
+    condition: Condition,
+    null: Condition,
     scale: float,
     channels: int,
     guided_channels: int | None = None,
@@ -22,9 +23,10 @@ def guided(
 ) -> Model:
     """Classifier-free guidance: unconditional + scale * (conditional - unconditional).
 
-    network: (x, t, labels) -> (n, channels or 2 * channels, ...). The two passes are two forwards,
-    so that they never share a token pool; at scale 1, and at times outside of `interval`, only the
-    conditional one runs.
+    network: (x, t, condition) -> (n, channels or 2 * channels, ...). The two passes are two
+    forwards, so that they never share a token pool; at scale 1, and at times outside of `interval`,
+    only the conditional one runs.
+    null: the condition of the unconditional pass: the null label, or caption, or a negative prompt.
     guided_channels: guide only the first ones, the others come from the conditional pass; the
     release's DDPM runs guide 3. None guides all.
     interval: lowest and highest t, as fed to the network, that are guided (arXiv 2404.07724).
@@ -36,13 +38,13 @@ def guided(
         raise UserError(f"guided_channels={last}: choose 1 to {channels}")
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        out = network(x, t, labels).float()
+        out = network(x, t, condition).float()
         if not keep_variance:
             out = out[:, :channels]
         if scale == 1 or (interval and not interval[0] <= float(t[0]) <= interval[1]):
             return out
         conditional = out[:, :last]
-        unconditional = network(x, t, torch.full_like(labels, null_label))[:, :last].float()
+        unconditional = network(x, t, null)[:, :last].float()
         steered = unconditional + scale * (conditional - unconditional)
         return torch.cat([steered, out[:, last:]], 1)
 

@@ -45,6 +45,15 @@ class ImageSet(NamedTuple):
             )
         return self
 
+    def captions(self) -> list[str]:
+        """The caption of each label. Raises UserError unless they are samples of captions."""
+        if "captions" not in self.about:
+            raise UserError(
+                f"{self.about['path']} tells of no captions; give a folder that tools/sample.py "
+                "filled from --prompts"
+            )
+        return self.about["captions"]
+
 
 def open_images(path: str | Path) -> ImageSet:
     """The images of a folder of our samples, an ADM npz, our shards of pixels, or image files.

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffmoe.checkpoints.folder import complete, names
+from diffmoe.config import Config
 from diffmoe.conversion.opening import open_network, verify, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
 from diffmoe.inference.generation import Order, generate, identity
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import turn_dial
 from diffmoe.parallel.topology import Topology
@@ -37,12 +40,15 @@ def sample_model(
     ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
     topology: Topology | None = None,
     rgb: bool = False,
+    prompts_for: Callable[[Config], Prompts | None] = lambda config: None,
 ) -> Sampled | None:
-    """Samples of a located checkpoint or converted model, of all classes in turn, below `out`.
+    """Samples of a located checkpoint or converted model, of all classes or prompts in turn.
 
-    The folder is named for the checkpoint and all that decides the images: other settings go to
-    another one, and what is there already is not made again. Returns None on all ranks but the one
-    that closes the work. rgb: a model of grey images is refused, before any is made.
+    The folder, below `out`, is named for the checkpoint and all that decides the images: other
+    settings go to another one, and what is there already is not made again. Returns None on all
+    ranks but the one that closes the work. rgb: a model of grey images is refused, before any is
+    made.
+    prompts_for: what a text model of a configuration is asked for.
     """
     if ranks.rank == 0:
         verify(model)
@@ -56,16 +62,21 @@ def sample_model(
         )
     turn_dial(network, model, routing, capacity, weights)
     identified = identity(model, network, weights, routing, capacity)
-    plan = json.dumps([number, identified, vars(settings)], sort_keys=True)
+    prompts = prompts_for(config)
+    plan = [number, identified, vars(settings)]
+    if prompts is not None:
+        plan += [prompts.captions, prompts.negative]
+    plan = json.dumps(plan, sort_keys=True)
     folder = out / f"{model.name}-{hashlib.sha256(plan.encode()).hexdigest()[:12]}"
     made = generate(
         folder,
         network,
         config,
         autoencoder_of(snapshot.latents, device).decode,
-        Order(number, tuple(range(config.model.num_classes))),
+        Order(number, tuple(range(len(prompts) if prompts else config.model.num_classes))),
         settings,
         model=identified,
+        prompts=prompts,
         batch=batch,
         ranks=ranks,
     )

@@ -14,13 +14,16 @@ import torch
 
 from diffmoe.errors import UserError
 from diffmoe.evaluation.accuracy import Classify, class_accuracy
+from diffmoe.evaluation.clip_score import Clip, clip_score
 from diffmoe.evaluation.extractors import Extractor
 from diffmoe.evaluation.figures import figures
 from diffmoe.evaluation.image_sets import ImageSet
 from diffmoe.evaluation.references import Reference
+from diffmoe.evaluation.scenes import Scene, SceneReader, real_accuracy, scene_accuracy
 from diffmoe.evaluation.summary import summarise
 
 FILE_NAME = "results.jsonl"
+_WELL_READ = 0.97  # of real scenes; a reader that is worse says little of a model
 
 
 def measure(
@@ -55,6 +58,36 @@ def measure_accuracy(
         "metrics": {f"accuracy-{name}": class_accuracy(images, classify, batch)},
         "warnings": [],
         "classifier": {"name": name, "sha256": checksum, "batch": batch},
+        **_common(images),
+    }
+
+
+def measure_scenes(
+    images: ImageSet, truth: dict[str, Scene], read: SceneReader, batch: int = 50
+) -> dict[str, Any]:
+    """A result: what of the scenes is as was asked for, beside how well real ones are read.
+
+    truth: what each caption asks for.
+    """
+    real = real_accuracy(truth, read)
+    found = scene_accuracy(images, truth, read, batch)
+    warned = []
+    if real["scenes"] < _WELL_READ:
+        warned.append(f"the classifiers themselves read {real['scenes']:.3f} of real scenes")
+    return {
+        "metrics": {f"{kind} right": share for kind, share in found.items()}
+        | {f"of real ones, {kind} right": share for kind, share in real.items()},
+        "warnings": warned,
+        **_common(images),
+    }
+
+
+def measure_clip(images: ImageSet, clip: Clip, batch: int = 50) -> dict[str, Any]:
+    """A result whose one metric is CLIP-score-FOLDER."""
+    return {
+        "metrics": {f"CLIP-score-{clip.name}": clip_score(images, clip, batch)},
+        "warnings": [],
+        "extractor": {"name": clip.name, "sha256": clip.checksum, "batch": batch},
         **_common(images),
     }
 

@@ -16,6 +16,7 @@ from diffmoe.errors import UserError
 from diffmoe.inference.capacity import CapacityByTime, CapacityMeter
 from diffmoe.inference.images import Decode, sample_images
 from diffmoe.inference.passes import Passes
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import Forward, SamplingSettings
 from diffmoe.models.dit import DiT
 
@@ -79,10 +80,14 @@ def sampling_routing(
     labels: Sequence[int],
     settings: SamplingSettings,
     *,
+    prompts: Prompts | None = None,
     batch: int = 50,
     progress: Progress | None = None,
 ) -> SamplingRouting:
-    """Sample images of `labels` and look at every evaluation. progress: of images done."""
+    """Sample images of `labels` and look at every evaluation.
+
+    prompts: of a text model, whose labels are numbers of its captions. progress: of images done.
+    """
     if not network.moe_layers:
         raise UserError("a dense model routes nothing; there is no report to write")
     meter, batches = CapacityMeter(), []
@@ -105,6 +110,7 @@ def sampling_routing(
         labels,
         range(len(labels)),
         settings,
+        prompts=prompts,
         batch=batch,
         watch=watch,
         progress=progress,

@@ -102,7 +102,7 @@ def classes(
             _show(axes[2 * row, column], routing.images[sample])
             compute = routing.compute[sample].view(grid, grid)
             axes[2 * row + 1, column].imshow(compute, vmin=0, vmax=top, cmap=COLOURS)
-        axes[0, column].set_title(f"{name(label)[:14]}\nC {mean:.2f}", fontsize=8)
+        axes[0, column].set_title(f"{name(label)[:14]}\nC {mean:.2f}", fontsize=8, parse_math=False)
     return figure
 
 

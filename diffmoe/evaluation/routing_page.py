@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffmoe.evaluation import routing_figures as figures
@@ -20,11 +20,12 @@ def write_page(
     facts: dict[str, str],
     routing: SamplingRouting,
     accuracy: PredictorAccuracy | None,
-    class_name: Callable[[int], str] = str,
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Write the page. facts: what to say of the model and the run, by name.
 
     accuracy: None leaves the part on the predictor out (no data at hand, or no predictor).
+    captions: of a text model, by number; they stand in the place of classes.
     """
     sections = [
         (
@@ -37,7 +38,7 @@ def write_page(
             "The same for each expert (Fig. 12).",
             figures.capacity_by_expert(routing),
         ),
-        *_classes(routing, class_name),
+        *_classes(routing, captions),
         (
             "Where each expert works",
             "The share of samples and times in which the expert takes the token at this place.",
@@ -87,24 +88,29 @@ def write_page(
     )
 
 
-def _classes(routing: SamplingRouting, class_name: Callable[[int], str]) -> list[tuple]:
-    """One section for up to ten classes, else the hardest and the easiest ten."""
+def _classes(routing: SamplingRouting, captions: Sequence[str] | None) -> list[tuple]:
+    """One section for up to ten classes or captions, else the hardest and the easiest ten."""
     means = list(routing.by_class().items())
+    kind = "classes" if captions is None else "captions"
     text = "Two samples of each; below a sample the number of experts at work on each token"
+
+    def section(heading: str, text: str, chosen: list[tuple[int, float]]) -> tuple:
+        name = str
+        if captions is not None:
+            name = captions.__getitem__
+            rows = (f"<li>C {mean:.2f}: {html.escape(name(label))}</li>" for label, mean in chosen)
+            text += f"</p><ul>{''.join(rows)}</ul><p>"
+        return heading, text, figures.classes(routing, chosen, name)
+
     if len(means) <= 10:
-        heading = "Classes, those that take most compute first"
-        return [(heading, f"{text}.", figures.classes(routing, means, class_name))]
+        return [section(f"{kind.title()}, those that take most compute first", f"{text}.", means)]
     return [
-        (
-            "The hardest classes",
+        section(
+            f"The hardest {kind}",
             f"Those that take most compute. {text} (Fig. 13).",
-            figures.classes(routing, means[:10], class_name),
+            means[:10],
         ),
-        (
-            "The easiest classes",
-            "Those that take least (Fig. 14).",
-            figures.classes(routing, means[:-11:-1], class_name),
-        ),
+        section(f"The easiest {kind}", "Those that take least (Fig. 14).", means[:-11:-1]),
     ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffmoe.config import Config
 from diffmoe.inference.calibration import EVERY_TOKEN, calibrate
 from diffmoe.inference.passes import trajectory_passes
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import stored
 from diffmoe.models.dit import DiT
@@ -39,6 +40,7 @@ class Dial:
         folder: Path,
         weights: str = "ema",
         report: Callable[[str], None] | None = None,
+        prompts: Prompts | None = None,
     ) -> "Dial":
         """From the capacities stored in a model's folder, else calibrated now, in memory."""
         found = {
@@ -47,8 +49,9 @@ class Dial:
             if entry.weights == weights and min(map(min, entry.log_odds)) > EVERY_TOKEN
         }
         if len(found) < 2:
-            labels = [k % config.model.num_classes for k in range(16)]
-            passes = trajectory_passes(network, config, labels, 16, SETTINGS)
+            kinds = config.model.num_classes if prompts is None else len(prompts)
+            labels = [k % kinds for k in range(16)]
+            passes = trajectory_passes(network, config, labels, 16, SETTINGS, prompts)
             for capacity in CAPACITIES:
                 if capacity < config.moe.experts:
                     if report is not None:

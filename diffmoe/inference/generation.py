@@ -23,6 +23,7 @@ from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
 from diffmoe.inference.capacity import CapacityByTime, merged
 from diffmoe.inference.images import Decode, sample_images
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings, check_sampling
 from diffmoe.inference.sharing import equal_share
 from diffmoe.inference.thresholds import hash_of
@@ -37,7 +38,8 @@ MANIFEST = "samples.json"
 class Order:
     """Which images to make: their number and labels. Image k has label `label(k)`.
 
-    classes: to choose from. labels: "balanced" takes them in turn, "random" draws each.
+    classes: to choose from; of a text model the numbers of its captions. labels: "balanced" takes
+    them in turn, "random" draws each.
     """
 
     number: int
@@ -71,17 +73,18 @@ def generate(
     settings: SamplingSettings,
     *,
     model: dict[str, Any],
+    prompts: Prompts | None = None,
     batch: int = 50,
     shard_size: int = 1000,
     ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
 ) -> Made | None:
     """Make what is missing of the images. Returns None while other ranks still work.
 
-    model: whatever else decides the images, see `identity`. A folder of another model,
-    order, settings or shard size is refused; batch and ranks may change, unless an image depends
+    model: whatever else decides the images, see `identity`. A folder of another model, order,
+    settings, prompts or shard size is refused; batch and ranks may change, unless an image depends
     on its batch (routing pooled or static, sampler dopri5).
     """
-    sampler = check_sampling(network, config, order.classes, settings)
+    sampler = check_sampling(network, config, order.classes, settings, prompts)
     if order.number < 1 or batch < 1 or shard_size < 1:
         raise UserError(
             f"{order.number} images in shards of {shard_size}, {batch} at a time: all at least 1"
@@ -91,6 +94,8 @@ def generate(
     starts = range(0, order.number, shard_size)
     was_finished = (folder / MANIFEST).exists()
     plan = {**asdict(order), **asdict(settings), "shard_size": shard_size, "model": model}
+    if prompts is not None:
+        plan |= {"captions": prompts.captions, "negative_prompt": prompts.negative}
     if sampler == "dopri5" or network.shares_compute:
         plan |= {"batch": batch, "expert_parallel": sharing}  # here an image depends on its batch
     records = Records(folder, ".sampling")
@@ -112,7 +117,7 @@ def generate(
         for part in missing:
             indices = range(starts[part], starts[part] + sizes[part])
             images, capacity = _images(
-                network, config, decode, order, settings, indices, batch, bar
+                network, config, decode, order, settings, prompts, indices, batch, bar
             )
             if network.topology.expert_rank == 0:
                 labels = [order.label(index, settings.seed) for index in indices]
@@ -152,6 +157,7 @@ def _images(
     decode: Decode,
     order: Order,
     settings: SamplingSettings,
+    prompts: Prompts | None,
     indices: range,
     batch: int,
     bar: tqdm,
@@ -166,7 +172,15 @@ def _images(
 
     labels = [order.label(index, settings.seed) for index in mine]
     images, capacity = sample_images(
-        network, config, decode, labels, mine, settings, batch=batch, progress=progress
+        network,
+        config,
+        decode,
+        labels,
+        mine,
+        settings,
+        prompts=prompts,
+        batch=batch,
+        progress=progress,
     )
     if topology.expert_parallel > 1:
         told: list[Any] = [None] * topology.expert_parallel

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffmoe.config import Config
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.inference.capacity import CapacityByTime, CapacityMeter
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import Forward, Observer, SamplingSettings, sample_latents
 from diffmoe.models.dit import DiT
 
@@ -24,12 +25,14 @@ def sample_images(
     indices: Sequence[int],
     settings: SamplingSettings,
     *,
+    prompts: Prompts | None = None,
     batch: int = 50,
     watch: Callable[[int], Observer] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, CapacityByTime | None]:
     """uint8 images (n, H, W, C) on the CPU, and C by time (None without experts).
 
+    prompts: of a text model, whose labels are numbers of its captions.
     watch: called with each batch's size, gives an observer of its evaluations.
     progress: called with the number of images done; a batch counts by its finished steps.
     """
@@ -53,6 +56,7 @@ def sample_images(
             labels[start : start + batch],
             some,
             settings,
+            prompts=prompts,
             observe=observe,
             progress=part_done,
         )

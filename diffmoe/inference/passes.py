@@ -1,6 +1,7 @@
 """What a network is looked at with: real data at training's noise levels, or its own sampling."""
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 
 from diffmoe.config import Config
 from diffmoe.data.examples import Examples, micro_batches
@@ -8,8 +9,10 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.data.shards import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.inference.calibration import Passes
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import Forward, Observer, SamplingSettings, sample_latents, time_of
 from diffmoe.models.dit import DiT
+from diffmoe.tuples import mapped
 
 
 def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: int) -> Passes:
@@ -18,8 +21,8 @@ def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: i
 
     def run(observe: Observer) -> None:
         for part in parts:
-            part = Examples(*(tensor.to(network.positions.device) for tensor in part))
-            out = network(part.x_t, part.t, part.labels)
+            part = mapped(lambda tensor: tensor.to(network.positions.device), part)
+            out = network(part.x_t, part.t, part.condition)
             # One pass holds many times; it counts for their mean.
             observe(Forward(time_of(config, part.t).mean(), False, out.routing))
 
@@ -29,9 +32,7 @@ def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: i
 def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterator[Examples]:
     """`samples` training examples of data.path, at most `batch` at a time, keyed by the seed."""
     manifest = Manifest.load(config.data.path)
-    manifest.check_model(
-        config.model.in_channels, config.model.input_size, config.model.num_classes
-    )
+    manifest.check_model(config.model)
     config = config.replace({"seed": seed, "training.accumulation": 1})
     objective, lanes = create_objective(config.diffusion), range(config.data.lanes)
     stream = LatentStream(
@@ -42,22 +43,28 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
         samples_per_lane=config.samples_per_lane,
         seed=seed,
         workers=0,
-        clock=0,
+        captions=config.model.text is not None,
     )
     clock, missing = 0, samples
     for latents in stream:
         (examples,) = micro_batches(latents, config, lanes, clock, objective)
         clock += len(examples.t)
-        whole = Examples(*(tensor[:missing] for tensor in examples))
-        missing -= len(whole.t)
-        for part in zip(*(tensor.split(batch) for tensor in whole), strict=True):
-            yield Examples(*part)
+        number = min(missing, len(examples.t))
+        missing -= number
+        for start in range(0, number, batch):
+            some = slice(start, min(start + batch, number))
+            yield mapped(itemgetter(some), examples)
         if not missing:
             return
 
 
 def trajectory_passes(
-    network: DiT, config: Config, labels: Sequence[int], batch: int, settings: SamplingSettings
+    network: DiT,
+    config: Config,
+    labels: Sequence[int],
+    batch: int,
+    settings: SamplingSettings,
+    prompts: Prompts | None = None,
 ) -> Passes:
     """The passes of sampling images of `labels`."""
     starts = range(0, len(labels), batch)
@@ -66,7 +73,9 @@ def trajectory_passes(
         for start in starts:
             some = labels[start : start + batch]
             indices = range(start, start + len(some))
-            sample_latents(network, config, some, indices, settings, observe=observe)
+            sample_latents(
+                network, config, some, indices, settings, prompts=prompts, observe=observe
+            )
 
     # Guidance and Heun take up to two passes a step each.
     return Passes(len(starts) * settings.steps * 2, run)

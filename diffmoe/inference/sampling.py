@@ -1,4 +1,7 @@
-"""Samples from a trained network: labels and numbers of images in, latents out."""
+"""Samples from a trained network: labels and numbers of images in, latents out.
+
+The labels of a text model are numbers of its captions (prompts.Prompts).
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +16,8 @@ from diffmoe.diffusion.ddpm import GaussianDiffusion
 from diffmoe.diffusion.guidance import guided
 from diffmoe.diffusion.samplers import Progress, SampleNoise, sample_ddpm, sample_flow
 from diffmoe.errors import UserError
+from diffmoe.inference.prompts import NO_PROMPT, Prompts, conditions
+from diffmoe.models.conditioning import Condition
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting
 
@@ -97,15 +102,25 @@ def time_of(config: Config, t: Tensor) -> Tensor:
 
 
 def check_sampling(
-    network: DiT, config: Config, labels: Iterable[int], settings: SamplingSettings
+    network: DiT,
+    config: Config,
+    labels: Iterable[int],
+    settings: SamplingSettings,
+    prompts: Prompts | None = None,
 ) -> Sampler:
-    """The sampler; raises UserError where settings or labels do not fit the network."""
+    """The sampler; raises UserError where settings, labels or prompts do not fit the network."""
     sampler = settings.chosen_sampler(config)
     if sampler == "dopri5" and network.topology.expert_parallel > 1:
         raise UserError(
             "dopri5 takes as many evaluations as its samples need, and ranks that share experts "
             "must take equally many; choose heun, or expert parallelism 1"
         )
+    if config.model.text is not None:
+        if prompts is None:
+            raise UserError(NO_PROMPT)
+        if prompts.negative is not None and settings.guidance == 1:
+            raise UserError("a negative prompt acts through guidance; set it above 1")
+        return sampler
     classes = config.model.num_classes
     wrong = next((label for label in labels if not 0 <= label < classes), None)
     if wrong is not None:
@@ -121,36 +136,36 @@ def sample_latents(
     indices: Sequence[int],
     settings: SamplingSettings,
     *,
+    prompts: Prompts | None = None,
     observe: Observer | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents (n, C, H, W), fp32 on the network's device, of the given classes.
+    """Latents (n, C, H, W), fp32 on the network's device, of the given classes or captions.
 
     indices: numbers of the images. Image k has noise of its own, keyed (seed, k): with routing
     per_token it is the same in any batch, in any order and on any number of ranks.
     """
-    sampler = check_sampling(network, config, labels, settings)
-    classes = config.model.num_classes
+    sampler = check_sampling(network, config, labels, settings, prompts)
     device = network.positions.device
     channels, size = config.model.in_channels, config.model.input_size
     noise = SampleNoise(settings.seed, indices, (channels, size, size))
     is_flow = config.diffusion.objective == "flow"
     diffusion = GaussianDiffusion()
-    wanted = torch.tensor(labels, device=device)
+    wanted, null = conditions(labels, config, prompts, device)
     low, high = settings.guidance_interval
     if not is_flow:  # the inverse of time_of
         low, high = (diffusion.steps * (1 - end) for end in (high, low))
 
-    def evaluate(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        out = network(x, t, labels)
+    def evaluate(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        out = network(x, t, condition)
         if observe is not None:
-            observe(Forward(time_of(config, t)[0], labels is not wanted, out.routing))
+            observe(Forward(time_of(config, t)[0], condition is not wanted, out.routing))
         return out.prediction
 
     model = guided(
         evaluate,
         wanted,
-        null_label=classes,
+        null,
         scale=settings.guidance,
         channels=channels,
         guided_channels=settings.guided_channels,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +38,47 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rotation: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotation: Tensor | None, mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """mask_BT: the tokens to look at; none may be without any."""
         B, T, D = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head width)
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mask = None if mask_BT is None else mask_BT[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, mask)
+        return self.proj(mixed.transpose(1, 2).reshape(B, T, D))
+
+
+class Context(NamedTuple):
+    """What image tokens look at beside themselves: tokens_BLD, where mask_BL (B, L) is True."""
+
+    tokens_BLD: Tensor
+    mask_BL: Tensor
+
+
+class CrossAttention(nn.Module):
+    """Queries of the image tokens over keys and values of the context."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        (B, T, D), L = x_BTD.shape, tokens_BLD.shape[1]
+        query = self.q(x_BTD).view(B, T, self.heads, D // self.heads).transpose(1, 2)
+        kv = self.kv(tokens_BLD).view(B, L, 2, self.heads, D // self.heads)
+        key, value = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head width)
+        query, key = self.q_norm(query), self.k_norm(key)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask_BL[:, None, None])
         return self.proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 
@@ -100,23 +133,44 @@ def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero)."""
+    """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero).
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, feed_forward: nn.Module) -> None:
+    cross_attention: between them, to a context. Its output starts at zero (DiT.initialize), so it
+    has no gate: behind a gate of zero neither would ever learn.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool,
+        feed_forward: nn.Module,
+        cross_attention: bool = False,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = Attention(width, heads, qk_norm)
+        self.norm_cross = self.cross_attention = None
+        if cross_attention:
+            self.norm_cross = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+            self.cross_attention = CrossAttention(width, heads, qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.feed_forward = feed_forward
         self.adaln = nn.Linear(width, 6 * width)
         self.checkpointing = False
 
     def forward(
-        self, x_BTD: Tensor, condition_BD: Tensor, rotation: Tensor | None
+        self,
+        x_BTD: Tensor,
+        condition_BD: Tensor,
+        rotation: Tensor | None,
+        context: Context | None = None,
     ) -> tuple[Tensor, Any]:
         """-> the new tokens, and what the feed-forward decided (None when it is dense)."""
         modulation = self.adaln(F.silu(condition_BD)).chunk(6, dim=-1)
         x_BTD = maybe_checkpoint(self.checkpointing, self._attend, x_BTD, *modulation[:3], rotation)
+        if context is not None:
+            x_BTD = maybe_checkpoint(self.checkpointing, self._look, x_BTD, *context)
         shift, scale, gate = modulation[3:]
         h_BTD = modulate(self.norm2(x_BTD), shift, scale)
         if isinstance(self.feed_forward, MLP):
@@ -130,3 +184,6 @@ class Block(nn.Module):
     ) -> Tensor:
         h_BTD = modulate(self.norm1(x_BTD), shift, scale)
         return x_BTD + gate[:, None] * self.attention(h_BTD, rotation)
+
+    def _look(self, x_BTD: Tensor, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        return x_BTD + self.cross_attention(self.norm_cross(x_BTD), tokens_BLD, mask_BL)

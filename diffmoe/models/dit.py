@@ -15,10 +15,23 @@ from diffmoe.models.blocks import (
     modulate,
     rotary_angles,
 )
+from diffmoe.models.conditioning import Condition, TextEmbedder
 from diffmoe.models.experts import Experts
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.parallel.topology import Topology
 from diffmoe.seeding import keyed_generator
+
+# Zero at the start: the output, and all that captions add, so that a text model starts as one
+# without text.
+_AT_ZERO = ("final", "text_embed.pooled_embed.", "text_embed.null_pooled")
+_PARTS_AT_ZERO = (".adaln.", ".cross_attention.proj.")
+_EMBEDDINGS = (
+    "timestep_embed",
+    "label_embed",
+    "text_embed.null_token",
+    "text_embed.encoder.embed",
+    "text_embed.encoder.places",
+)
 
 
 class DiTOutput(NamedTuple):
@@ -44,10 +57,20 @@ class DiT(nn.Module):
             model.in_channels, model.width, model.patch_size, stride=model.patch_size
         )
         self.timestep_embed = TimestepEmbedder(model.width)
-        # One row more than classes: the null label that guidance and label dropout use.
-        self.label_embed = nn.Embedding(model.num_classes + 1, model.width)
+        self.label_embed = self.text_embed = None
+        if model.text is None:
+            # One row more than classes: the null label that guidance and label dropout use.
+            self.label_embed = nn.Embedding(model.num_classes + 1, model.width)
+        else:
+            self.text_embed = TextEmbedder(model.text, model.width)
         self.blocks = nn.ModuleList(
-            Block(model.width, model.heads, model.qk_norm, self._feed_forward(index))
+            Block(
+                model.width,
+                model.heads,
+                model.qk_norm,
+                self._feed_forward(index),
+                cross_attention=model.text is not None,
+            )
             for index in range(model.depth)
         )
         self.final_norm = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
@@ -63,17 +86,24 @@ class DiT(nn.Module):
             return MoEFeedForward(self.config, self.moe_config, self.topology)
         return MLP(self.config.width, int(self.config.width * self.config.mlp_ratio))
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> DiTOutput:
-        """x (B, C, H, W) noisy latents, t (B,), labels (B,); num_classes is the null label."""
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> DiTOutput:
+        """x (B, C, H, W) noisy latents, t (B,).
+
+        condition: labels (B,), num_classes being the null one; of a text model its captions.
+        """
         x_BTD = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         x_BTD = x_BTD + self.positions.to(x_BTD.dtype)
-        condition = self.timestep_embed(t) + self.label_embed(labels)
+        if self.text_embed is None:
+            context, vector = None, self.label_embed(condition)
+        else:
+            context, vector = self.text_embed(condition)
+        condition_BD = self.timestep_embed(t) + vector
         routing = []
         for block in self.blocks:
-            x_BTD, decided = block(x_BTD, condition, self.rotation)
+            x_BTD, decided = block(x_BTD, condition_BD, self.rotation, context)
             if decided is not None:
                 routing.append(decided)
-        shift, scale = self.final_adaln(F.silu(condition)).chunk(2, dim=-1)
+        shift, scale = self.final_adaln(F.silu(condition_BD)).chunk(2, dim=-1)
         patches = self.final(modulate(self.final_norm(x_BTD), shift, scale))
         return DiTOutput(self._unpatchify(patches), routing)
 
@@ -167,11 +197,15 @@ class DiT(nn.Module):
         leaf = name.rsplit(".", 1)[-1]
         if "_norm." in name:
             tensor.fill_(1.0)
-        elif leaf in ("bias", "b_in", "b_out") or ".adaln." in name or name.startswith("final"):
+        elif (
+            leaf in ("bias", "b_in", "b_out")
+            or name.startswith(_AT_ZERO)
+            or any(part in name for part in _PARTS_AT_ZERO)
+        ):
             tensor.zero_()
         elif leaf == "router":
             _fill_normal(tensor, self.moe_config.router_init_std, generator)
-        elif name.startswith(("timestep_embed", "label_embed")):
+        elif name.startswith(_EMBEDDINGS):
             _fill_normal(tensor, 0.02, generator)
         else:
             rows, columns = tensor.flatten(1).shape

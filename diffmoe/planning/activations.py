@@ -4,6 +4,7 @@ Counted along diffmoe.models: each line is one tensor that autograd saves, each 
 S tokens, D width, N token-expert pairs, H hidden width, E experts, B samples; `a` bytes an element.
 """
 
+from diffmoe.planning import text
 from diffmoe.planning.layouts import Layout
 
 F32, INT64 = 4, 8
@@ -32,21 +33,24 @@ def kept_bytes(layout: Layout) -> int:
     kept = model.depth * block + ends
     if moe_layers:
         kept += moe_layers * _decided(layout)
+    if model.text is not None:  # between attention and feed-forward: tokens before and after
+        kept += text.embedding_bytes(layout) + model.depth * S * D * a
     if config.training.activation_checkpointing:
         return kept
-    attention, dense, mixture = _checkpointed(layout)
-    return kept + model.depth * attention + dense_layers * dense + moe_layers * mixture
+    attention, cross, dense, mixture = _checkpointed(layout)
+    return kept + model.depth * (attention + cross) + dense_layers * dense + moe_layers * mixture
 
 
-def _checkpointed(layout: Layout) -> tuple[int, int, int]:
-    """What attention, a dense and an MoE feed-forward save, or compute again."""
+def _checkpointed(layout: Layout) -> tuple[int, int, int, int]:
+    """What self- and cross-attention, a dense and an MoE feed-forward save, or compute again."""
     model, moe = layout.config.model, layout.config.moe
     S, D, a = layout.tokens, model.width, layout.element
     dense = 2 * S * int(D * model.mlp_ratio) * a if layout.moe_layers < model.depth else 0
     mixture = 0
     if layout.moe_layers:
         mixture = _mixture(layout) + 2 * S * int(D * moe.shared_expert_ratio) * a
-    return _attention(layout), dense, mixture
+    cross = 0 if model.text is None else text.cross_attention_bytes(layout)
+    return _attention(layout), cross, dense, mixture
 
 
 def _attention(layout: Layout) -> int:

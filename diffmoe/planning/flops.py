@@ -1,5 +1,6 @@
 """Floating-point operations of products; a multiply-add counts as two."""
 
+from diffmoe.planning import text
 from diffmoe.planning.layouts import Layout
 
 
@@ -28,6 +29,8 @@ def _computed_again(layout: Layout) -> int:
     model = layout.config.model
     S, D, T = layout.tokens, model.width, layout.tokens_per_sample
     attention = model.depth * (2 * S * D * 4 * D + 4 * S * T * D)
+    if model.text is not None:
+        attention += model.depth * text.cross_attention_again(layout)
     # torch stops when it has all that was saved: the dense MLP's second product is not among it.
     return attention + _dense_layers(layout) // 2 + _mixtures(layout)
 
@@ -78,4 +81,10 @@ def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
         (2 * S * D * out, True),
         *((layout.moe_layers * work, has_input) for work, has_input in router_products(layout)),
     ]
-    return products, model.depth * 4 * S * T * D
+    attention = model.depth * 4 * S * T * D
+    if model.text is not None:
+        cross, looks = text.cross_attention_flops(layout)
+        embedding, reads = text.embedding_flops(layout)
+        products += [(model.depth * cross, True), *embedding]
+        attention += model.depth * looks + reads
+    return products, attention

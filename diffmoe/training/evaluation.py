@@ -38,6 +38,11 @@ def check(config: Config, manifest: Manifest) -> None:
     if config.training.evaluate_every is None:
         return
     evaluation = config.evaluation
+    if config.model.text is not None:
+        raise UserError(
+            "training.evaluate_every asks for classes, and model.text takes captions: set it null, "
+            "and evaluate checkpoints by tools/evaluate.py RUN --prompts FILE"
+        )
     _settings(config).chosen_sampler(config)
     autoencoder_of(manifest.model_dump())
     if evaluation.classifier:

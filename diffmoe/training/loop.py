@@ -28,6 +28,7 @@ from diffmoe.training.saver import Saver
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.tuples import mapped
 
 # Steps in a row without a finite loss and gradient norm before the run gives up.
 PATIENCE = 10
@@ -69,9 +70,7 @@ def train(
 
     manifest = Manifest.load(config.data.path)
     manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
-    manifest.check_model(
-        config.model.in_channels, config.model.input_size, config.model.num_classes
-    )
+    manifest.check_model(config.model)
     lanes_per_rank = config.data.lanes // topology.world
     my_lanes = range(topology.rank * lanes_per_rank, (topology.rank + 1) * lanes_per_rank)
 
@@ -120,6 +119,7 @@ def train(
         seed=config.seed,
         workers=config.data.workers,
         clock=samples,
+        captions=config.model.text is not None,
         max_bad_shards=config.data.max_bad_shards,
         fetch=Fetch(config.data.cache, config.data.cache_gib, config.data.stall_seconds),
         report=telemetry.say if first_rank else None,
@@ -144,8 +144,8 @@ def train(
 
         losses: dict[str, Tensor] = {}
         for examples in micro_batches(batch, config, my_lanes, before, objective):
-            examples = type(examples)(*(tensor.to(device) for tensor in examples))
-            output = engine(examples.x_t, examples.t, examples.labels)
+            examples = mapped(lambda tensor: tensor.to(device), examples)
+            output = engine(examples.x_t, examples.t, examples.condition)
             parts = objective.loss(
                 output.prediction, examples.x_t, examples.data, examples.noise, examples.t
             )

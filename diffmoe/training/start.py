@@ -71,8 +71,7 @@ def check_data(config: Config) -> None:
         )
     manifest = Manifest.load(config.data.path)
     manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
-    model = config.model
-    manifest.check_model(model.in_channels, model.input_size, model.num_classes)
+    manifest.check_model(config.model)
 
 
 def _connect(device: str | None) -> tuple[torch.device, Peers]:

@@ -23,7 +23,7 @@ from diffmoe.errors import UserError
 from diffmoe.inference.thresholds import Calibrated, store, stored
 from diffmoe.parallel.topology import Topology
 from tests.conversion.models import exported, source_of
-from tests.tiny import tiny_config
+from tests.tiny import BYTES, tiny_config
 from tests.training.runs import newest, tensors
 
 
@@ -302,6 +302,8 @@ def test_what_a_kill_left_is_no_hindrance(tmp_path: Path):
         ({"modle": {}}, "config.json: modle is unknown"),
         ({"version": 2}, "config.json: version=2"),
         ({"model": {"width": 10**15}}, "model.width=1000000000000000 is no size"),
+        ({"model": {"text": {"length": 10**15}}}, "model.text.length=1000000000000000 is no size"),
+        ({"model": {"text": BYTES}}, "text_embed.null_token is missing"),
         ({"model": {"heads": 3}}, "model.width=16 is not divisible by model.heads=3"),
         ({"model": {"depth": 5}}, "blocks.4.attention.qkv.weight is missing"),
         ({"latents": {"shape": [4, 8, 8]}}, r"latents.shape=\(4, 8, 8\), but the model takes"),

@@ -28,7 +28,7 @@ from tests.conversion.models import (
     source_of,
 )
 from tests.inference.networks import network_of
-from tests.tiny import tiny_config
+from tests.tiny import BYTES, tiny_config
 
 FLOW = Options(objective="flow", heads=4)
 KIND = {"ecdit": "ECDiT", "tcdit": "TCDiT", "dense": "DiT"}
@@ -306,6 +306,7 @@ def test_a_diffusers_model_whose_blocks_embed_otherwise_is_refused(
         ("sit", {}, "sit is dense; choose --to release"),
         ("release", {"model__rope": True}, "model.rope=true: the release's networks know no"),
         ("diffusers", {"moe__type": "dense"}, "a flow model is no diffusers"),
+        ("release", {"model__text": BYTES}, "draws captions, release knows classes alone"),
     ],
 )
 def test_a_network_that_the_other_side_cannot_hold_is_refused(

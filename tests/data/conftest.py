@@ -5,6 +5,7 @@ photographs as files, an autoencoder with random weights.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from diffmoe.data import fetching
+from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import Manifest, sha256_of
 from diffmoe.data.packing import ShardWriter
 
@@ -33,14 +35,19 @@ def array_of(index: int, shape: tuple[int, ...], sign: int = 1) -> np.ndarray:
     return array
 
 
-def pack(directory: Path, counts: list[int], **changes) -> Manifest:
+def pack(
+    directory: Path,
+    counts: list[int],
+    captions_of: Callable[[int], Captions | None] = lambda index: None,
+    **changes,
+) -> Manifest:
     """Shards of these counts; the mirrored array of sample i, if wanted, begins with -i."""
     writer = ShardWriter(directory, counts, **{**FIELDS, **changes})
     with writer:
         for i in range(sum(counts)):
             shape = writer.manifest.array_shape
             flip = array_of(i, shape, sign=-1) if writer.manifest.flips else None
-            writer.add(f"{i:05d}", i % 7, array_of(i, shape), flip)
+            writer.add(f"{i:05d}", i % 7, array_of(i, shape), flip, captions_of(i))
     return writer.manifest
 
 

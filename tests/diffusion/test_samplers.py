@@ -293,7 +293,7 @@ class Network:
         return value.view(-1, 8, 1, 1).expand(-1, 8, 4, 4)
 
 
-LABELS, NULL = torch.tensor([1, 2, 3, 4]), 9
+LABELS, NULL = torch.tensor([1, 2, 3, 4]), torch.tensor([9, 9, 9, 9])
 
 
 def first_pixel(network: Network, scale: float, **settings) -> Tensor:
@@ -334,7 +334,7 @@ def test_outside_of_its_interval_guidance_costs_nothing_and_does_nothing():
     model = guided(network, LABELS, NULL, 2.0, 4, interval=(0.25, 0.5), keep_variance=False)
     for t in (0.0, 0.25, 0.4, 0.5, 0.75):
         model(initial(), torch.full((4,), t))
-    conditional, unconditional = LABELS.tolist(), [NULL] * 4
+    conditional, unconditional = LABELS.tolist(), NULL.tolist()
     both = [conditional, unconditional]
     assert network.calls == [conditional, *both, *both, *both, conditional]
     out = model(initial(), torch.full((4,), 0.75))[:, 0, 0, 0]

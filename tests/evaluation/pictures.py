@@ -37,14 +37,16 @@ def pictures(number: int, seed: int = 0, channels: int = 3, size: int = 8) -> np
     return (colour + noise).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def write_samples(folder: Path, images: np.ndarray, shard: int = 7, **changes) -> Path:
-    """As diffmoe.inference.generation leaves them."""
+def write_samples(
+    folder: Path, images: np.ndarray, shard: int = 7, classes: int = 5, **changes
+) -> Path:
+    """As diffmoe.inference.generation leaves them, of the classes in turn."""
     folder.mkdir(parents=True)
     shards = []
     for part, start in enumerate(range(0, len(images), shard)):
         file, some = folder / f"samples-{part:06d}.npz", images[start : start + shard]
         indices = np.arange(start, start + len(some))
-        np.savez(file, images=some, labels=indices % 5, indices=indices)
+        np.savez(file, images=some, labels=indices % classes, indices=indices)
         shards.append({"file": file.name, "samples": len(some), "sha256": sha256_of(file)})
     manifest = {"number": len(images), "steps": 3, "guidance": 1.5, "shards": shards}
     (folder / "samples.json").write_text(json.dumps(manifest | changes))

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffmoe.data.manifest import TextContent
+from tests.tiny import BYTES
 from tests.training.runs import pack, run_config, train
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +24,17 @@ def run(tmp_path_factory) -> Path:
     pack(folder / "data", shape=(3, 8, 8))
     config = run_config(folder, 4, model__in_channels=3, parallel__expert_parallel=2)
     train(config, world=2)
+    return Path(config.output)
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory) -> Path:
+    """A run that reads captions."""
+    folder = tmp_path_factory.mktemp("text")
+    content = TextContent(encoder="bytes", length=BYTES["length"])
+    pack(folder / "data", shape=(3, 8, 8), text=content)
+    config = run_config(folder, 2, model__in_channels=3, model__text=BYTES)
+    train(config)
     return Path(config.output)
 
 
@@ -122,3 +135,57 @@ def test_wrong_words_are_refused_before_any_work(run, tmp_path, words, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "out.png").exists()
+
+
+def test_prompts_from_the_line_and_a_file_are_drawn_calibrated_and_reported(text_run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("no 1\n\n no 2 \n")
+    asked, quick = ["--prompt", "7", "--prompts", file], ["--steps", "2"]
+    picture = tmp_path / "grid.png"
+    negative = ["--negative-prompt", "9"]
+    output = told(
+        "tools/sample.py",
+        text_run,
+        *asked,
+        *quick,
+        *negative,
+        "--per-prompt",
+        "2",
+        "--out",
+        picture,
+    )
+    assert output.startswith("6 samples")
+    assert Image.open(picture).size == (16, 24)  # a row for each of three captions
+    out = tmp_path / "out"
+    told("tools/sample.py", text_run, *asked, *quick, *negative, "--num", "4", "--out", out)
+    listed = json.loads((out / "samples.json").read_text())
+    assert listed["captions"] == ["7", "no 1", "no 2"]
+    assert listed["negative_prompt"] == "9"
+    assert np.load(out / "samples-000000.npz")["labels"].tolist() == [0, 1, 2, 0]
+    calibrated = [*asked, "--capacity", "0.5", "--samples", "6", *quick]
+    assert "stored as 0.5" in told("tools/calibrate.py", text_run, *calibrated)
+    page = tmp_path / "routing.html"
+    told("tools/report_routing.py", text_run, *asked, *quick, "--samples", "6", "--out", page)
+    assert "Captions, those that take most compute first" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "draws captions, not classes: give at least one prompt"),
+        (["--prompt", "7", "--classes", "1"], "--classes and --check-digits are of models that"),
+        (["--prompt", "7", "--text-encoder", "t5"], "t5: the model reads bytes by itself"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
+    ],
+    ids=["no prompt", "classes", "encoder", "no file"],
+)
+def test_words_for_other_models_are_refused_by_a_text_model(text_run, words, message):
+    done = command("tools/sample.py", text_run, *words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+
+
+def test_a_prompt_for_a_class_model_is_refused(run):
+    done = command("tools/sample.py", run, "--prompt", "7")
+    assert done.returncode == 2
+    assert "draws classes (model.num_classes=5) and takes no prompts; give classes" in done.stderr

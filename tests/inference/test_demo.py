@@ -1,5 +1,6 @@
 """The page to try a model, in a real browser."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -7,17 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from diffmoe.data.manifest import TextContent
 from diffmoe.inference.capacity import CapacityMeter
 from diffmoe.inference.dial import Dial
 from diffmoe.inference.passes import trajectory_passes
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import stored
 from tests.inference.networks import CONFIG, network_of
+from tests.tiny import BYTES
 from tests.training.runs import pack, run_config, train
 
 ROOT = Path(__file__).parents[2]
@@ -48,33 +52,52 @@ def test_the_dial_takes_any_capacity_between_calibrated_ones(tmp_path):
         assert closer(between, end).all()
 
 
-@pytest.fixture
-def page(tmp_path):
+@contextlib.contextmanager
+def served(folder: Path, *words: str, text: TextContent | None = None, **changes) -> Iterator[str]:
     """The address of the page on a run of a few steps."""
     pytest.importorskip("gradio", reason="the page needs gradio")
-    pack(tmp_path / "data", shape=(3, 8, 8))
-    config = run_config(tmp_path, 3, model__in_channels=3)
+    pack(folder / "data", shape=(3, 8, 8), **({} if text is None else {"text": text}))
+    config = run_config(folder, 3, model__in_channels=3, **changes)
     train(config)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "tools/demo.py", config.output, "--port", str(port)],
+        [sys.executable, "tools/demo.py", config.output, "--port", str(port), *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    for _ in range(120):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.5)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(20)
+    try:
+        for _ in range(120):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture
+def page(tmp_path):
+    with served(tmp_path) as address:
+        yield address
+
+
+def test_a_text_model_draws_the_caption_in_its_box(tmp_path):
+    client = pytest.importorskip("gradio_client", reason="the page needs gradio")
+    content = TextContent(encoder="bytes", length=BYTES["length"])
+    with served(tmp_path, "--prompt", "no 7", text=content, model__text=BYTES) as address:
+        view = client.Client(address, verbose=False, download_files=False)
+        boxes = [part["props"] for part in view.config["components"] if part["type"] == "textbox"]
+        assert ("Caption", "no 7") in [(box.get("label"), box.get("value")) for box in boxes]
+        told = view.predict("7", 0, 3, 1.5, 1.0, fn_index=0)[-1]
+    assert re.fullmatch(r"capacity [\d.]+: .* work on an average token", told)
 
 
 def test_the_slider_changes_the_picture_and_the_capacity(page):

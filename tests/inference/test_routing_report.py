@@ -90,9 +90,17 @@ def test_more_than_ten_classes_show_the_hardest_and_the_easiest(tmp_path):
     many = tiny_config(model__in_channels=3, model__num_classes=12)
     found = sampling_routing(network_of(many), many, PixelAutoencoder().decode, range(12), SETTINGS)
     page = tmp_path / "page.html"
-    write_page(page, "Many", {}, found, None, class_name=lambda label: f"class {label}")
+    write_page(page, "Many", {}, found, None)
     assert "The hardest classes" in page.read_text()
     assert "The easiest classes" in page.read_text()
+    captions = [f"<{'$' * label}> {label}" for label in range(12)]
+    write_page(page, "Many", {}, found, None, captions)
+    text = page.read_text()
+    hardest, easiest = text.index("The hardest captions"), text.index("The easiest captions")
+    told = re.findall(r"<li>C (\d\.\d\d): &lt;\$*&gt; (\d+)</li>", text)
+    ordered = [(f"{mean:.2f}", str(label)) for label, mean in found.by_class().items()]
+    assert told == ordered[:10] + ordered[:-11:-1]
+    assert hardest < text.index("<li>") < easiest < text.rindex("<li>")
 
 
 def test_the_predictor_is_held_against_the_selection_of_training(tmp_path):

@@ -16,7 +16,7 @@ from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training.thresholds import ThresholdTracker
 from tests.ranks import run_ranks
-from tests.tiny import random_batch, randomize, tiny_config
+from tests.tiny import BYTES, FROZEN, random_batch, randomize, tiny_config
 
 STEPS, LR, CLIP = 3, 0.5, 0.3
 LAYOUTS = [
@@ -48,7 +48,7 @@ def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
             mine = range(part * lanes, (part + 1) * lanes)
             batch = random_batch(config, step, mine)
             for examples in micro_batches(batch, config, mine, step, objective):
-                output = network(examples.x_t, examples.t, examples.labels)
+                output = network(examples.x_t, examples.t, examples.condition)
                 loss = loss_of(output, examples, config, objective)
                 loss = loss / pools / config.training.accumulation
                 loss.backward()
@@ -89,7 +89,7 @@ def on_rank(config: Config) -> dict[str, Any]:
         for examples in micro_batches(
             random_batch(config, step, mine), config, mine, step, objective
         ):
-            output = engine(examples.x_t, examples.t, examples.labels)
+            output = engine(examples.x_t, examples.t, examples.condition)
             loss = loss_of(output, examples, config, objective)
             engine.backward(loss)
             engine.step()
@@ -163,3 +163,19 @@ def test_baselines_equal_one_process(family: str):
         parallel__expert_parallel=2,
     )
     compare(run_ranks(2, on_rank, config), one_process(config))
+
+
+@pytest.mark.parametrize(("world", "ranks", "stage"), [(2, 1, 1), (2, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize("text", [BYTES, FROZEN], ids=lambda text: text["encoder"])
+def test_a_text_model_equals_one_process(text: dict, world: int, ranks: int, stage: int):
+    config = tiny_config(
+        model__text=text,
+        moe__token_pool="global",
+        training__label_dropout=0.5,
+        optimizer__gradient_clipping=CLIP,
+        parallel__expert_parallel=ranks,
+        parallel__zero_stage=stage,
+    )
+    expected = one_process(config)
+    assert min(expected["norms"]) > CLIP
+    compare(run_ranks(world, on_rank, config), expected)

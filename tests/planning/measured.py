@@ -54,7 +54,7 @@ def step_on_rank(config: Config) -> dict[str, Any]:
     mine = range(topology.rank * lanes, (topology.rank + 1) * lanes)
     with Collectives() as sent:
         for examples in micro_batches(random_batch(config, 0, mine), config, mine, 0, objective):
-            output = engine(examples.x_t, examples.t, examples.labels)
+            output = engine(examples.x_t, examples.t, examples.condition)
             loss = objective.loss(
                 output.prediction, examples.x_t, examples.data, examples.noise, examples.t
             )["loss"].mean()
@@ -90,7 +90,7 @@ def saved_bytes(config: Config) -> int:
         iter(micro_batches(random_batch(config, 0, lanes), config, lanes, 0, objective))
     )
     with Saved(network.parameters()) as saved:
-        output = network(examples.x_t, examples.t, examples.labels)
+        output = network(examples.x_t, examples.t, examples.condition)
         loss = objective.loss(
             output.prediction, examples.x_t, examples.data, examples.noise, examples.t
         )["loss"].mean()

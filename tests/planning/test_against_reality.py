@@ -18,7 +18,7 @@ from diffmoe.planning.memory import memory, partition
 from diffmoe.planning.traffic import traffic
 from tests.planning.measured import saved_bytes, step_in_pretence, step_on_rank
 from tests.ranks import run_ranks
-from tests.tiny import random_batch, randomize, tiny_config
+from tests.tiny import BYTES, random_batch, randomize, tiny_config
 
 # Ranks, P, stage, precision, micro-batches, more.
 LAYOUTS = [
@@ -29,6 +29,7 @@ LAYOUTS = [
     (4, 2, 1, "fp32", 1, {"moe__activation": "swiglu", "model__num_classes": 6}),
     (4, 4, 2, "bf16", 1, {"moe__every_block": True}),
     (4, 1, 1, "fp32", 1, {"moe__type": "dense"}),
+    (2, 2, 1, "fp32", 1, {"model__text": BYTES}),
 ]
 
 
@@ -105,6 +106,8 @@ FAMILIES = {
         "moe__shared_expert_ratio": 1.0,
         "moe__capacity": 2.0,
     },
+    "bytes": {"model__text": {"encoder": "bytes", "length": 96, "width": 128, "depth": 2}},
+    "frozen": {"model__text": {"encoder": "t5", "length": 128, "width": 512, "pooled": 256}},
 }
 
 
@@ -151,7 +154,7 @@ def counted_flops(config: Config) -> tuple[int, int]:
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        output = network(examples.x_t, examples.t, examples.labels)
+        output = network(examples.x_t, examples.t, examples.condition)
         forward = counter.get_total_flops()
         loss = objective.loss(
             output.prediction, examples.x_t, examples.data, examples.noise, examples.t

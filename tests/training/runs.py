@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from diffmoe.config import Config
+from diffmoe.data.captions import Captions
 from diffmoe.data.packing import ShardWriter
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
@@ -27,7 +28,10 @@ def pack(
     wrong_label: tuple[int, int] | None = None,
     **changes: Any,
 ) -> Path:
-    """A data folder that fits `tiny_config`. wrong_label: (sample, the label it gets)."""
+    """A data folder that fits `tiny_config`; with `text` of bytes two captions a sample.
+
+    wrong_label: (sample, the label it gets).
+    """
     counts = counts or SAMPLES
     fields: dict[str, Any] = {
         "content": "sample",
@@ -42,7 +46,8 @@ def pack(
         for i in range(sum(counts)):
             array = np.random.default_rng(i).standard_normal(writer.manifest.array_shape)
             label = wrong_label[1] if wrong_label and i == wrong_label[0] else i % 5
-            writer.add(f"{i:05d}", label, array.astype(np.float32))
+            captions = Captions([f"{i}", f"no {i}"]) if "text" in changes else None
+            writer.add(f"{i:05d}", label, array.astype(np.float32), captions=captions)
     return folder
 
 

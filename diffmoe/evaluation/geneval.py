@@ -1,0 +1,61 @@
+"""Samples in the folders that GenEval's evaluator reads (arXiv 2310.11513, djghosh13/geneval)."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from diffmoe.errors import UserError
+from diffmoe.evaluation.image_sets import ImageSet, batches
+
+
+def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> int:
+    """Write OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png, ... for each prompt.
+
+    metadata: GenEval's evaluation_metadata.jsonl, whose prompts are the captions of the samples,
+    in this order. Returns the number of images for each prompt. Raises UserError where the prompts
+    differ, prompts have different numbers of images, or `out` is not empty.
+    """
+    lines, captions, out = _lines(Path(metadata)), images.captions(), Path(out)
+    for number, (line, caption) in enumerate(zip(lines, captions, strict=False)):
+        if json.loads(line)["prompt"] != caption:
+            raise UserError(
+                f"{metadata}, line {number + 1}: {json.loads(line)['prompt']!r}, but caption "
+                f"{number} of {images.about['path']} is {caption!r}; sample from the same prompts"
+            )
+    if len(lines) != len(captions) or images.number % len(lines):
+        raise UserError(
+            f"{metadata} has {len(lines)} prompts, {images.about['path']} {images.number} images "
+            f"of {len(captions)} captions; sample the same number of each prompt"
+        )
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; choose another folder")
+    for number, line in enumerate(lines):
+        (out / f"{number:05d}" / "samples").mkdir(parents=True)
+        (out / f"{number:05d}" / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
+    written: Counter[int] = Counter()
+    for part in batches(images, 50):
+        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+            file = out / f"{label:05d}" / "samples" / f"{written[label]:04d}.png"
+            Image.fromarray(image).save(file)
+            written[label] += 1
+    each = images.number // len(lines)
+    if any(written[number] != each for number in range(len(lines))):
+        raise UserError(
+            f"{images.about['path']} holds {min(written.values())} to {max(written.values())} "
+            "images of a prompt; sample with --labels balanced"
+        )
+    return each
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a prompts file. Raises UserError unless each has a prompt."""
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if lines and all(isinstance(json.loads(line)["prompt"], str) for line in lines):
+            return lines
+        reason = "a line has no prompt" if lines else "it is empty"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise UserError(f"{file} is not GenEval's evaluation_metadata.jsonl ({reason})")

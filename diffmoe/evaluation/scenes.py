@@ -1,0 +1,115 @@
+"""Do pictures of coloured digits show what was asked? Classifiers fitted on real ones answer."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffmoe.data.captioned_digits import COLOURS, SIZE, Digits, Scene, all_scenes, halves
+from diffmoe.errors import UserError
+from diffmoe.evaluation.digit_network import fit_digits
+from diffmoe.evaluation.image_sets import ImageSet, batches
+
+_REAL = 10  # held-out canvases of each scene
+
+
+class SceneReader:
+    """Reads the colour and the digit at the two places of a relation."""
+
+    def __init__(self) -> None:
+        real = Digits()
+        self._digits = fit_digits(real.shapes, real.labels)
+        rng, scenes = np.random.default_rng(0), all_scenes()[::12]
+        self._colours = _mean_colours([(scene, real.draw(scene, rng)) for scene in scenes])
+
+    def __call__(self, canvases: np.ndarray, relations: Sequence[str]) -> list[Scene]:
+        """uint8 canvases (n,32,32,3) to what each shows where its relation looks."""
+        places = np.concatenate(  # (2n,16,16,3)
+            [
+                place
+                for pair in zip(canvases[:, None], relations, strict=True)
+                for place in halves(*pair)
+            ]
+        )
+        distances = np.linalg.norm(_hues(places)[:, None] - self._colours, axis=-1)
+        colours = np.array(list(COLOURS))[distances.argmin(1)].reshape(-1, 2).tolist()
+        digits = self._digits(places.max(-1)).reshape(-1, 2).tolist()
+        return [
+            Scene(relation, tuple(names), tuple(numbers))
+            for relation, names, numbers in zip(relations, colours, digits, strict=True)
+        ]
+
+
+def load_truth(file: str | Path) -> dict[str, Scene]:
+    """What each caption of an unseen.json asks for. Raises UserError for another file."""
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+        return {
+            entry["prompt"]: Scene(
+                entry["relation"], tuple(entry["colours"]), tuple(entry["digits"])
+            )
+            for entry in entries
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--truth {file} cannot be read ({type(error).__name__}: {error}); give the "
+            "unseen.json of captioned-digits"
+        ) from None
+
+
+def scene_accuracy(
+    images: ImageSet, truth: dict[str, Scene], read: SceneReader, batch: int = 50
+) -> dict[str, float]:
+    """Shares of digits, of colours, and of whole scenes that are as their captions say.
+
+    Raises UserError unless the images are samples of ours whose captions `truth` knows.
+    """
+    captions = images.captions()
+    unknown = sorted(set(captions) - truth.keys())
+    if unknown:
+        raise UserError(f"{images.about['path']}: the truth does not tell of {unknown[0]!r}")
+    wanted, shown = [], []
+    for part in batches(images, batch):
+        if part.images.shape[1:] != (SIZE, SIZE, 3):
+            raise UserError(f"{images.about['path']}: {part.images.shape[1:]} is no canvas")
+        scenes = [truth[captions[label]] for label in part.labels]
+        wanted += scenes
+        shown += read(part.images, [scene.relation for scene in scenes])
+    return _shares(shown, wanted)
+
+
+def real_accuracy(truth: dict[str, Scene], read: SceneReader) -> dict[str, float]:
+    """The same of real canvases of these scenes, of digits that the reader has not seen."""
+    digits, rng = Digits(held_out=True), np.random.default_rng(0)
+    wanted = [scene for scene in truth.values() for _ in range(_REAL)]
+    canvases = np.stack([digits.draw(scene, rng) for scene in wanted])
+    return _shares(read(canvases, [scene.relation for scene in wanted]), wanted)
+
+
+def _shares(shown: Sequence[Scene], wanted: Sequence[Scene]) -> dict[str, float]:
+    def share(found: Any, asked: Any) -> float:
+        return float((np.array(found) == np.array(asked)).mean())
+
+    return {
+        "digits": share([s.digits for s in shown], [s.digits for s in wanted]),
+        "colours": share([s.colours for s in shown], [s.colours for s in wanted]),
+        "scenes": float(np.mean([s == w for s, w in zip(shown, wanted, strict=True)])),
+    }
+
+
+def _hues(places: np.ndarray) -> np.ndarray:
+    """The mean colour (n,3) of each place, of length 1: a thin digit is as red as a thick one."""
+    means = places.astype(np.float64).mean((1, 2))
+    return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
+
+
+def _mean_colours(drawn: list[tuple[Scene, np.ndarray]]) -> np.ndarray:
+    """The mean of each colour's hues (6,3), over all the places where it stands."""
+    of: dict[str, list[np.ndarray]] = {name: [] for name in COLOURS}
+    for scene, canvas in drawn:
+        hues = _hues(np.concatenate(halves(canvas[None], scene.relation)))
+        for name, hue in zip(scene.colours, hues, strict=True):
+            of[name].append(hue)
+    return np.stack([np.mean(hues, axis=0) for hues in of.values()])
