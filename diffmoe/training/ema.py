@@ -50,7 +50,8 @@ class EMA:
         """
 
         def swap() -> None:
-            for master, average in zip(self.masters, self.averages.get(prefix, []), strict=False):
+            averages = self.averages.get(prefix, self.masters)
+            for master, average in zip(self.masters, averages, strict=True):
                 master.data, average.data = average.data, master.data
             engine.optimizer.update_lp_params()
 

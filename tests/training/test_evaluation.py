@@ -46,15 +46,23 @@ def _told(config: Config) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "stage", "stds"), [("fp32", 1, []), ("bf16", 2, []), ("fp32", 2, [0.1])]
+    ("precision", "stage", "decay", "stds", "weights"),
+    [
+        ("fp32", 1, 0.8, [], "ema"),
+        ("bf16", 2, 0.8, [], "ema"),
+        ("fp32", 2, None, [0.1], "ema-0.1"),
+        ("fp32", 1, None, [], "live"),
+    ],
 )
-def test_the_run_is_the_same_with_and_without(tmp_path: Path, precision, stage, stds):
+def test_the_run_is_the_same_with_and_without(
+    tmp_path: Path, precision, stage, decay, stds, weights
+):
     shared = {
         "training__precision": precision,
         "parallel__zero_stage": stage,
         "parallel__expert_parallel": 2,
         "training__ema_stds": stds,
-        "training__ema_decay": None if stds else 0.8,
+        "training__ema_decay": decay,
     }
     config = _config(tmp_path, output=str(tmp_path / "with"), **shared)
     plain = _config(
@@ -65,8 +73,8 @@ def test_the_run_is_the_same_with_and_without(tmp_path: Path, precision, stage, 
     assert_identical(tensors(newest(config)), tensors(newest(plain)))
     for key in ("loss", "gradient_norm", "thresholds"):
         assert [line[key] for line in metrics(config)] == [line[key] for line in metrics(plain)]
-    weights = [result["images"]["model"]["weights"] for result in _told(config)]
-    assert weights == ["ema-0.1" if stds else "ema"] * 4  # two measures, twice
+    told = [result["images"]["model"]["weights"] for result in _told(config)]
+    assert told == [weights] * 4  # two measures, twice
 
 
 def test_figures_are_those_of_the_checkpoint_of_the_same_moment(tmp_path: Path):
