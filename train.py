@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffmoe.config import load_config
+    from diffmoe.recipes import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.device:

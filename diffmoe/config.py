@@ -1,7 +1,5 @@
-"""One typed, validated configuration: a recipe's YAML plus overrides; unknown keys are errors."""
+"""One typed, validated configuration of a run; unknown keys are errors."""
 
-import re
-from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,10 +7,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffmoe.errors import UserError
-
-RECIPES = Path(__file__).parent / "recipes"
-# Recipes of one file each; the others are put together from parts.
-_WHOLE = ("mnist", "t2i_s_e8", "t2i_l_e16")
 
 
 class _Section(BaseModel):
@@ -140,14 +134,18 @@ class DiffusionConfig(_Section):
 
     objective: Literal["flow", "ddpm"] = "flow"
     timesteps: Literal["uniform", "logit_normal"] = Field("uniform", description="flow only")
+    timestep_shift: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="more trains more at high noise; flow only"
+    )
 
     @model_validator(mode="after")
     def _timesteps(self) -> "DiffusionConfig":
-        if self.objective == "ddpm" and self.timesteps != "uniform":
-            raise ValueError(
-                f"diffusion.timesteps={self.timesteps} belongs to diffusion.objective=flow; "
-                "ddpm draws its timesteps uniformly"
-            )
+        for name, plain in (("timesteps", "uniform"), ("timestep_shift", 1.0)):
+            if self.objective == "ddpm" and getattr(self, name) != plain:
+                raise ValueError(
+                    f"diffusion.{name}={getattr(self, name)} belongs to diffusion.objective=flow; "
+                    "ddpm draws its timesteps uniformly"
+                )
         return self
 
 
@@ -360,89 +358,11 @@ class Config(_Section):
         """A validated copy with dotted keys changed, e.g. {"training.precision": "bf16"}."""
         values = self.model_dump(exclude_unset=True)
         for key, value in changes.items():
-            _set(values, key, value)
-        return _validated(values, "the configuration")
+            set_value(values, key, value)
+        return validated(values, "the configuration")
 
 
-def recipe_names() -> list[str]:
-    """All named runs, e.g. diffmoe_l_e16_flow."""
-    sizes = {"s": [16], "b": [16], "l": [8, 16], "xl": [8, 16]}
-    names = list(_WHOLE)
-    for objective in ("flow", "ddpm"):
-        names += [f"dense_{size}_{objective}" for size in sizes]
-        names += [
-            f"{family}_{size}_e{experts}_{objective}"
-            for family in ("diffmoe", "ec", "tc")
-            for size, counts in sizes.items()
-            for experts in counts
-        ]
-    return names
-
-
-def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a recipe by name or a YAML file, then apply overrides such as `model.depth=6`.
-
-    The name of an ImageNet recipe is what it holds, FAMILY_SIZE[_eEXPERTS]_OBJECTIVE, and each part
-    but the number of experts is a file in diffmoe/recipes/.
-    Raises UserError naming the key, its value and the way out.
-    """
-    if name_or_path.endswith((".yaml", ".yml")):
-        values = _read_yaml(Path(name_or_path))
-        source = name_or_path
-    else:
-        values = _recipe(name_or_path)
-        source = f"recipe {name_or_path}"
-    values.setdefault("output", f"runs/{Path(name_or_path).stem}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"override {override!r} has no '='; write it as section.key=value")
-        try:
-            _set(values, key, yaml.load(text, Loader=_NumbersLoader))
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r} is not valid YAML: {error}") from None
-    return _validated(values, source)
-
-
-def _recipe(name: str) -> dict[str, Any]:
-    if name in _WHOLE:
-        return _read_yaml(RECIPES / f"{name}.yaml")
-    match = re.fullmatch(r"(dense|tc|ec|diffmoe)_(s|b|l|xl)(?:_e(\d+))?_(flow|ddpm)", name)
-    if not match or (match[1] == "dense") != (match[3] is None):
-        raise UserError(
-            f"no recipe {name!r}; give a YAML file's path (ending in .yaml) or one of:\n  "
-            + "\n  ".join(recipe_names())
-        )
-    values: dict[str, Any] = {}
-    for part in ("imagenet", match[2], match[1], match[4]):
-        values = _merged(values, _read_yaml(RECIPES / f"{part}.yaml"))
-    if match[3]:
-        _set(values, "moe.experts", int(match[3]))
-    return values
-
-
-class _NumbersLoader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as people mean it (YAML 1.1 wants 1.0e-4)."""
-
-
-_NumbersLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(), Loader=_NumbersLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold sections such as 'model:', it holds {values!r}")
-    return values
-
-
-def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
+def set_value(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     *sections, key = dotted_key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -451,16 +371,7 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     values[key] = value
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _merged(base.get(key, {}), over[key])
-        if isinstance(over.get(key), dict)
-        else over.get(key, base.get(key))
-        for key in base | over
-    }
-
-
-def _validated(values: dict[str, Any], source: str) -> Config:
+def validated(values: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmoe.config import Config, load_config, recipe_names
+from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.inference.capacity import activated_parameters
 from diffmoe.models.dit import DiT
+from diffmoe.recipes import load_config, recipe_names
 
 # Counts of the paper's release, with MoE in every second block.
 PARAMETERS = {
@@ -42,8 +43,10 @@ def refusal(*overrides: str, name: str = "mnist") -> str:
 
 def test_there_are_recipes_for_every_family_size_and_objective():
     names = recipe_names()
-    assert len(names) == len(set(names)) == 3 + 2 * (4 + 3 * 6)
-    assert {"mnist", "dense_xl_flow", "tc_b_e16_ddpm", "ec_l_e8_flow"} <= set(names)
+    assert len(names) == len(set(names)) == 4 + 2 * (4 + 3 * 6)
+    assert {"mnist", "captioned_digits", "dense_xl_flow", "tc_b_e16_ddpm", "ec_l_e8_flow"} <= set(
+        names
+    )
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -52,6 +55,10 @@ def test_a_recipe_is_what_its_name_says(name: str):
     assert config.output == f"runs/{name}"
     if name == "mnist":
         assert (config.moe.type, config.moe.experts, config.model.in_channels) == ("diffmoe", 4, 1)
+        return
+    if name == "captioned_digits":
+        assert (config.moe.type, config.moe.experts, config.model.in_channels) == ("diffmoe", 8, 3)
+        assert (config.model.text.encoder, config.model.input_size) == ("bytes", 32)
         return
     if name.startswith("t2i"):
         assert (config.moe.type, f"e{config.moe.experts}") == ("diffmoe", name.split("_")[2])
@@ -335,6 +342,14 @@ def test_replace_changes_validates_and_keeps_the_rest():
             ["diffusion.objective=ddpm"],
             "diffusion.timesteps=logit_normal belongs to diffusion.objective=flow; "
             "ddpm draws its timesteps uniformly",
+        ),
+        (
+            [
+                "diffusion.objective=ddpm",
+                "diffusion.timesteps=uniform",
+                "diffusion.timestep_shift=3",
+            ],
+            "diffusion.timestep_shift=3.0 belongs to diffusion.objective=flow",
         ),
     ],
 )

@@ -30,10 +30,11 @@ from diffmoe.benchmarks.ranks import alone
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.sampling import benchmark_sampling
 from diffmoe.benchmarks.training import benchmark_training
-from diffmoe.config import Config, load_config
+from diffmoe.config import Config
 from diffmoe.data.speed import LANES, reading_speeds, waiting_share, write_moments
 from diffmoe.errors import UserError, run_command
 from diffmoe.parallel.device import default_device, own_device
+from diffmoe.recipes import load_config
 
 NARROW = {"moe.experts": 64, "moe.expert_ratio": 0.5}
 

@@ -12,11 +12,11 @@ written as for train.py.
 import argparse
 import re
 
-from diffmoe.config import load_config
 from diffmoe.errors import run_command
 from diffmoe.planning.estimate import Machine, plan, recommended
 from diffmoe.planning.layouts import layouts
 from diffmoe.planning.telling import detail, table
+from diffmoe.recipes import load_config
 
 
 def parse() -> argparse.Namespace:

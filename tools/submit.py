@@ -15,11 +15,11 @@ import subprocess
 import time
 from pathlib import Path
 
-from diffmoe.config import load_config
 from diffmoe.errors import UserError, run_command
 from diffmoe.planning.estimate import Machine
 from diffmoe.planning.submission import check, script, template_settings
 from diffmoe.planning.telling import detail
+from diffmoe.recipes import load_config
 
 HOME = Path(__file__).resolve().parents[1]
 RECIPES = {size: f"diffmoe_{size}_e16_flow" for size in ("s", "b", "l", "xl")}

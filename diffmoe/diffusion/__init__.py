@@ -10,4 +10,4 @@ Objective = FlowMatching | GaussianDiffusion
 def create_objective(config: DiffusionConfig) -> Objective:
     if config.objective == "ddpm":
         return GaussianDiffusion()
-    return FlowMatching(config.timesteps)
+    return FlowMatching(config.timesteps, config.timestep_shift)

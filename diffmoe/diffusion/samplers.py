@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.diffusion.ddpm import GaussianDiffusion
+from diffmoe.diffusion.flow import shifted
 from diffmoe.errors import UserError
 from diffmoe.seeding import keyed_generator
 
@@ -82,13 +83,12 @@ def sample_flow(
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """steps + 1 times from 0 (noise) to 1 (data).
 
-    shift: 1 spaces them equally; more takes more of the steps at high noise: the noise share
-    s = 1 - t becomes shift * s / (1 + (shift - 1) * s) (arXiv 2403.03206, Eq. 23).
+    shift: 1 spaces them equally; more takes more of the steps at high noise (flow.shifted).
     """
     if not shift > 0:
         raise UserError(f"shift={shift}: must be above 0; 1 spaces the steps equally")
     shares = [1 - i / steps for i in range(steps + 1)]
-    return [1 - shift * share / (1 + (shift - 1) * share) for share in shares]
+    return [1 - shifted(share, shift) for share in shares]
 
 
 def _euler_maruyama(

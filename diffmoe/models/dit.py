@@ -29,9 +29,9 @@ _EMBEDDINGS = (
     "timestep_embed",
     "label_embed",
     "text_embed.null_token",
-    "text_embed.encoder.embed",
-    "text_embed.encoder.places",
 )
+# At the scale of what their blocks add: smaller ones are lost in it, and words lose their order.
+_TEXT_EMBEDDINGS = ("text_embed.encoder.embed", "text_embed.encoder.places")
 
 
 class DiTOutput(NamedTuple):
@@ -207,6 +207,8 @@ class DiT(nn.Module):
             _fill_normal(tensor, self.moe_config.router_init_std, generator)
         elif name.startswith(_EMBEDDINGS):
             _fill_normal(tensor, 0.02, generator)
+        elif name.startswith(_TEXT_EMBEDDINGS):
+            _fill_normal(tensor, 1.0, generator)
         else:
             rows, columns = tensor.flatten(1).shape
             bound = (6 / (rows + columns)) ** 0.5

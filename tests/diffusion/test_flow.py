@@ -81,6 +81,24 @@ def test_logit_normal_timesteps_follow_their_distribution():
     assert (uniform - rank).abs().max() < 1.63 / 20_000**0.5
 
 
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
+def test_a_shift_moves_every_timestep_towards_noise(timesteps):
+    plain, moved = (
+        FlowMatching(timesteps, shift).sample_timesteps(1000, torch.Generator().manual_seed(0))
+        for shift in (1.0, 3.0)
+    )
+    noise = 1 - plain.double()
+    assert_close(moved.double(), 1 - 3 * noise / (1 + 2 * noise), atol=1e-6, rtol=0)
+    assert (moved < plain).all()
+
+
+def test_a_shift_of_one_changes_no_bit():
+    t = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        FlowMatching(shift=1.0).sample_timesteps(1000, torch.Generator().manual_seed(0)), t
+    )
+
+
 def test_unknown_timestep_density_is_refused():
     with pytest.raises(UserError, match="'uniform' or 'logit_normal'"):
         FlowMatching("cosine")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from diffmoe.config import load_config
 from diffmoe.inference.capacity import CapacityMeter, activated_parameters, merged
 from diffmoe.inference.sampling import Forward
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting
+from diffmoe.recipes import load_config
 from tests.inference.networks import CONFIG, network_of
 from tests.tiny import tiny_config
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from diffmoe.config import Config, load_config
+from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
+from diffmoe.recipes import load_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "deepspeed_configs").glob("*.json"))
 

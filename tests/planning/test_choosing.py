@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from diffmoe.config import load_config
 from diffmoe.errors import UserError
 from diffmoe.planning.estimate import Machine, plan, recommended
 from diffmoe.planning.layouts import Layout, layouts
 from diffmoe.planning.traffic import traffic
+from diffmoe.recipes import load_config
 from tests.training.commands import ROOT, command
 
 XL = load_config("diffmoe_xl_e16_flow")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.config import load_config
 from diffmoe.planning.estimate import Machine, plan
 from diffmoe.planning.layouts import Layout
 from diffmoe.planning.submission import template_settings
+from diffmoe.recipes import load_config
 from tests.training.commands import ROOT
 
 TEMPLATES = {"s": 1, "b": 1, "l": 1, "xl": 4}
