@@ -212,6 +212,7 @@ class TrainingConfig(_Section):
     label_dropout: float = Field(0.1, ge=0, le=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile each block: a minute at the start")
     evaluate_every: int | None = Field(
         None, ge=1, description="samples between two evaluations (section evaluation); none: never"
     )

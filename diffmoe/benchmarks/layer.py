@@ -9,7 +9,7 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from diffmoe.benchmarks.ceiling import products
+from diffmoe.benchmarks.ceiling import expert_products, products
 from diffmoe.benchmarks.memory import Saved, peak_growth
 from diffmoe.benchmarks.naive import NaiveMoE
 from diffmoe.benchmarks.report import Report
@@ -18,6 +18,7 @@ from diffmoe.benchmarks.timing import Rounds, forward_backward, take_turns
 from diffmoe.config import Config
 from diffmoe.models.blocks import MLP
 from diffmoe.models.moe import MoEFeedForward
+from diffmoe.models.routing import expert_capacity
 from diffmoe.parallel.topology import Topology
 from diffmoe.planning.flops import mixture_flops, router_products
 from diffmoe.planning.layouts import Layout
@@ -119,7 +120,9 @@ def benchmark_layer(config: Config, rounds: int, device: torch.device, report: R
     gemm, gemm_flops = products(layout.tokens, config.model.width, hidden, dtype, device)
     works = {one: work_of(candidate, tokens) for one, candidate in compared.items()}
     parts = parts_of(compared["ours"].module, tokens.detach()[0].requires_grad_())
-    timed = take_turns({"GEMM": gemm, **works, **parts}, rounds, device)
+    k = expert_capacity(layout.tokens, config.moe.experts, config.moe.capacity)
+    bare = expert_products(config.moe.experts, k, config.model.width, hidden, dtype, device)
+    timed = take_turns({"GEMM": gemm, "products": bare, **works, **parts}, rounds, device)
 
     rate = gemm_flops / timed.median("GEMM")
     report.add(f"{name}: GEMM ceiling", rate / 1e9, "GFLOP/s")
@@ -130,6 +133,9 @@ def benchmark_layer(config: Config, rounds: int, device: torch.device, report: R
     utilisation = layer_flops(layout) / gemm_flops * timed.ratio("GEMM", "ours")
     report.add(f"{name}: ours, share of the ceiling", utilisation, "")
     report.add(f"{name}: ours, tokens", layout.tokens / timed.median("ours"), "tokens/s")
+    bound = timed.median("products")
+    ratio = timed.ratio("ours", "products")
+    report.add(f"{name}: its experts' bare products (ratio: ours to it)", bound * 1e3, "ms", ratio)
     _add_parts(report, name, timed, parts)
     for one, candidate in compared.items():
         saved = saved_bytes(candidate, tokens)

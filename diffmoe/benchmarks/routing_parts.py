@@ -1,7 +1,4 @@
-"""The parts of one MoE layer, each alone, on the same tokens.
-
-They repeat what MoEFeedForward does line by line; a test holds their chain against the layer.
-"""
+"""The parts of one MoE layer, each alone, on the same tokens; a test chains them into the layer."""
 
 from collections.abc import Callable
 
@@ -22,26 +19,14 @@ def take(layer: MoEFeedForward, scores_SE: Tensor) -> tuple[Tensor, Assignment]:
     return taken_ES, routing.static_assignment(taken_ES, scores_SE, k)
 
 
-def gather(tokens_SD: Tensor, index_EK: Tensor) -> Tensor:
-    rows = tokens_SD.index_select(0, index_EK.flatten())
-    return rows.view(*index_EK.shape, tokens_SD.shape[1])
-
-
-def combine(rows_EKD: Tensor, gates_EK: Tensor, index_EK: Tensor, tokens: int) -> Tensor:
-    gated = rows_EKD * gates_EK.unsqueeze(-1).to(rows_EKD.dtype)
-    base_SD = rows_EKD.new_zeros(tokens, rows_EKD.shape[-1])
-    return base_SD.index_add(0, index_EK.flatten(), gated.flatten(0, 1))
-
-
 def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[], object]]:
     """Forward and backward of each part of a DiffMoE layer in training, by name.
 
     tokens_SD must need a gradient.
     """
-    S = len(tokens_SD)
     scores_SE = routing.router_scores(tokens_SD, layer.router).detach()
     taken_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
-    rows_EKD = gather(tokens_SD, index_EK).detach().requires_grad_()
+    rows_EKD = routing.gather(tokens_SD, index_EK).detach().requires_grad_()
     gates_EK = gates_EK.detach().requires_grad_()
     predictor = layer.capacity_predictor
     logits_ES = predictor(tokens_SD).detach().t().contiguous()
@@ -49,12 +34,14 @@ def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[],
     return {
         "router": forward_backward(routing.router_scores, tokens_SD, layer.router),
         "top-k": lambda: take(layer, scores_SE),
-        "gather": forward_backward(lambda tokens: gather(tokens, index_EK), tokens_SD),
+        "gather": forward_backward(lambda tokens: routing.gather(tokens, index_EK), tokens_SD),
         "experts": forward_backward(
             lambda rows, *_: layer.experts(rows, None), rows_EKD, *layer.experts.parameters()
         ),
         "combine": forward_backward(
-            lambda rows, gates: combine(rows, gates, index_EK, S), rows_EKD, gates_EK
+            lambda rows, gates: routing.combine(torch.zeros_like(tokens_SD), rows, gates, index_EK),
+            rows_EKD,
+            gates_EK,
         ),
         "predictor": forward_backward(
             lambda *_: capacity_loss(predictor(tokens_SD), taken_ES), *predictor.parameters()

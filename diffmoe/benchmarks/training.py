@@ -19,7 +19,7 @@ from diffmoe.benchmarks.layer import DTYPES
 from diffmoe.benchmarks.memory import Saved, peak_bytes
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
-from diffmoe.benchmarks.timing import forward_backward, synchronize, take_turns
+from diffmoe.benchmarks.timing import forward_backward, seconds_of, synchronize, take_turns
 from diffmoe.config import Config
 from diffmoe.data.examples import Examples, micro_batches
 from diffmoe.data.shards import Batch, LatentStream
@@ -28,13 +28,13 @@ from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
 from diffmoe.models.blocks import MLP
 from diffmoe.models.dit import DiT
-from diffmoe.models.moe import LayerRouting, MoEFeedForward, routing_loss
+from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.parallel.topology import Topology, create_topology
-from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.planning.flops import step_flops
 from diffmoe.planning.layouts import Layout
 from diffmoe.training.ema import EMA
 from diffmoe.training.report import RoutingReport
+from diffmoe.training.step import build, losses_of
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
 from diffmoe.tuples import mapped
@@ -65,19 +65,7 @@ class TrainingStep:
         self.config, self.topology, self.device, self.batches = config, topology, device, batches
         self.layout = Layout(config, 1, topology.world)
         self.objective = create_objective(config.diffusion)
-        self.network = DiT(config.model, config.moe, topology).initialize(config.seed).to(device)
-        self.network.checkpoint_activations(config.training.activation_checkpointing)
-        self.network.train()
-        optimizer = config.optimizer
-        self.engine = create_engine(
-            self.network,
-            experts=self.network.expert_parameters(),
-            num_experts=config.moe.experts,
-            optimizer=torch.optim.AdamW,
-            optimizer_options={"lr": optimizer.learning_rate, "fused": True},
-            settings=engine_settings(config, {}, topology.world),
-            topology=topology,
-        )
+        self.network, self.engine = build(config, {}, topology, device)
         self.ema = EMA(self.engine, config.training.ema_decay, config.training.ema_stds)
         self.thresholds = ThresholdTracker(self.network)
         self.history: list[Counter[str]] = []
@@ -114,12 +102,8 @@ class TrainingStep:
             self.ema.update(number)
 
     def loss(self, examples: Examples) -> torch.Tensor:
-        output = self.engine(examples.x_t, examples.t, examples.condition)
-        self.routing = output.routing
-        parts = self.objective.loss(
-            output.prediction, examples.x_t, examples.data, examples.noise, examples.t
-        )
-        return parts["loss"].mean() + routing_loss(output.routing, self.config.moe)
+        loss, _, self.routing = losses_of(self.engine, self.objective, examples, self.config)
+        return loss
 
     def checkpointed(self) -> None:
         """The same step with activation checkpointing; not in the history."""
@@ -182,12 +166,15 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
     topology = create_topology(1)
     layout, dense_layout = Layout(config, 1, 1), Layout(dense_twin(config), 1, 1)
     bf16 = config.replace({"training.precision": "bf16"})
+    compiled = config.replace({"training.compile": True})
     with random_batches(config, topology) as batches:
         steps = {
             "diffmoe fp32": TrainingStep(config, topology, device, batches),
             "dense fp32": TrainingStep(dense_layout.config, topology, device, batches),
             "diffmoe bf16": TrainingStep(bf16, topology, device, batches),
+            "diffmoe compiled": TrainingStep(compiled, topology, device, batches),
         }
+        compiling = seconds_of(steps["diffmoe compiled"], device)
         ours = steps["diffmoe fp32"]
         gemms = {f"GEMM {name}": _gemm(layout, dtype, device) for name, dtype in DTYPES.items()}
         timed = take_turns(
@@ -231,6 +218,9 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         timed.ratio("diffmoe fp32", "diffmoe bf16"),
         at_least=1.7,
     )
+    ratio = timed.ratio("diffmoe compiled", "diffmoe fp32")
+    report.add("compiled (ratio: to not compiled)", timed.median("diffmoe compiled"), "s", ratio)
+    report.add("compiled: its first step", compiling, "s")
     report.add(
         "activation checkpointing: step",
         timed.median("checkpointing"),

@@ -110,20 +110,17 @@ class MoEFeedForward(nn.Module):
         self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None
     ) -> Tensor:
         """Gather each expert's tokens, run the experts, add the gated results up. -> (S, D)."""
-        # The backward of index_select adds rows; that of an index in brackets, numbers one by one.
-        rows = tokens_SD.index_select(0, token_index.flatten())
-        rows = rows.view(*token_index.shape, tokens_SD.shape[1])
+        rows = routing.gather(tokens_SD, token_index)
         if counts_E is None:
             rows = self.dispatch.static(rows, self.experts)
         else:
             rows = self.dispatch.ragged(rows, counts_E, self.experts)
-        gated = rows * gates.unsqueeze(-1).to(rows.dtype)
         base_SD = (
             torch.zeros_like(tokens_SD)
             if self.shared_expert is None
             else self.shared_expert(tokens_SD)
         )
-        return base_SD.index_add(0, token_index.flatten(), gated.reshape(-1, gated.shape[-1]))
+        return routing.combine(base_SD, rows, gates, token_index)
 
 
 def routing_loss(routings: list[LayerRouting], moe: MoEConfig) -> Tensor | float:

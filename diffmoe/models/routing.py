@@ -63,6 +63,19 @@ def ragged_assignment(taken_ES: Tensor, scores_SE: Tensor) -> Assignment:
     return Assignment(token_N, scores_SE[token_N, expert_N], taken_ES.sum(dim=1))
 
 
+def gather(tokens_SD: Tensor, token_index: Tensor) -> Tensor:
+    """The chosen tokens, (*token_index.shape, D)."""
+    # The backward of index_select adds rows; that of an index in brackets, numbers one by one.
+    rows = tokens_SD.index_select(0, token_index.flatten())
+    return rows.view(*token_index.shape, tokens_SD.shape[1])
+
+
+def combine(base_SD: Tensor, rows: Tensor, gates: Tensor, token_index: Tensor) -> Tensor:
+    """base_SD plus every row times its gate, at the row's token. rows: (*gates.shape, D)."""
+    gated = rows * gates.unsqueeze(-1).to(rows.dtype)
+    return base_SD.index_add(0, token_index.flatten(), gated.reshape(-1, gated.shape[-1]))
+
+
 def expert_choice_mask(scores_SE: Tensor, tokens_per_sample: int, capacity: float) -> Tensor:
     """Every expert takes its best K = int(T / E * C) tokens of each sample (EC-DiT). -> (E, S)."""
     experts = scores_SE.shape[1]

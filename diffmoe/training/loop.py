@@ -16,16 +16,14 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.data.shards import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
-from diffmoe.models.dit import DiT
-from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import Topology
-from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training import checkpoint, initial
 from diffmoe.training.ema import EMA
 from diffmoe.training.evaluation import LiveEvaluation
 from diffmoe.training.report import RoutingReport
 from diffmoe.training.saver import Saver
 from diffmoe.training.signals import StopRequest
+from diffmoe.training.step import build, losses_of
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
 from diffmoe.tuples import mapped
@@ -75,24 +73,7 @@ def train(
     my_lanes = range(topology.rank * lanes_per_rank, (topology.rank + 1) * lanes_per_rank)
 
     objective = create_objective(config.diffusion)
-    network = DiT(config.model, config.moe, topology).initialize(config.seed).to(device)
-    network.checkpoint_activations(training.activation_checkpointing)
-    network.train()
-    engine = create_engine(
-        network,
-        experts=network.expert_parameters(),
-        num_experts=config.moe.experts,
-        optimizer=torch.optim.AdamW,
-        optimizer_options={
-            "lr": config.optimizer.learning_rate,
-            "betas": config.optimizer.betas,
-            "eps": config.optimizer.eps,
-            "weight_decay": config.optimizer.weight_decay,
-            "fused": True,
-        },
-        settings=engine_settings(config, ds_settings, topology.world),
-        topology=topology,
-    )
+    network, engine = build(config, ds_settings, topology, device)
     if training.init and resume_from is None:
         initial.load(Path(training.init), engine, network)
     ema = EMA(engine, training.ema_decay, training.ema_stds)
@@ -145,22 +126,15 @@ def train(
         losses: dict[str, Tensor] = {}
         for examples in micro_batches(batch, config, my_lanes, before, objective):
             examples = mapped(lambda tensor: tensor.to(device), examples)
-            output = engine(examples.x_t, examples.t, examples.condition)
-            parts = objective.loss(
-                output.prediction, examples.x_t, examples.data, examples.noise, examples.t
-            )
-            parts = {name: part.mean() for name, part in parts.items()}
-            auxiliary = routing_loss(output.routing, config.moe)
-            loss = parts["loss"] + auxiliary
+            loss, parts, routing = losses_of(engine, objective, examples, config)
             # A loss can overflow while its gradient is finite. NaN makes all gradients NaN, so that
             # the engine skips the step on every rank.
             engine.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
             engine.step()  # acts at the last micro-batch only
 
-            thresholds.observe(output.routing)
+            thresholds.observe(routing)
             if report is not None:
-                report.observe(output.routing)
-            parts["routing_loss"] = torch.as_tensor(auxiliary, device=device)
+                report.observe(routing)
             for name, part in parts.items():
                 part = part.detach().double() / training.accumulation
                 losses[name] = losses[name] + part if name in losses else part

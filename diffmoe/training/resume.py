@@ -39,6 +39,7 @@ _HARMLESS = (
     "training.snapshot_precision",
     "training.save_failure",
     "training.activation_checkpointing",
+    "training.compile",
     "training.evaluate_every",
     "evaluation",
     "training.init",  # a start is behind a run that goes on

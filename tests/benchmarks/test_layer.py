@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry
 
 from diffmoe.benchmarks.layer import layer_flops, mixture_of, random_tokens
 from diffmoe.benchmarks.naive import NaiveMoE
-from diffmoe.benchmarks.routing_parts import combine, gather, parts_of, take
+from diffmoe.benchmarks.routing_parts import parts_of, take
 from diffmoe.config import Config
 from diffmoe.models import routing
 from diffmoe.models.moe import MoEFeedForward
@@ -48,8 +48,8 @@ def test_the_parts_in_a_chain_are_the_layer():
     layer, tokens = candidate.module, random_tokens(config, CPU)
     scores_SE = routing.router_scores(tokens[0], layer.router)
     taken_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
-    rows_EKD = layer.experts(gather(tokens[0], index_EK), None)
-    mixed_SD = combine(rows_EKD, gates_EK, index_EK, len(tokens[0]))
+    rows_EKD = layer.experts(routing.gather(tokens[0], index_EK), None)
+    mixed_SD = routing.combine(torch.zeros_like(tokens[0]), rows_EKD, gates_EK, index_EK)
     mixed, decided = layer(tokens)
     assert torch.equal(taken_ES, decided.taken_ES)
     assert torch.equal(mixed_SD, mixed[0])

@@ -123,11 +123,11 @@ def break_steps(rank: int) -> None:
     That loss has finite gradients. Under accumulation only the first micro-batch breaks.
     """
     from diffmoe.diffusion.flow import FlowMatching
-    from diffmoe.training import loop
+    from diffmoe.training import step as making
     from diffmoe.training.telemetry import Telemetry
 
     step, seen = [1], [0]
-    show, loss, create = Telemetry.step, FlowMatching.loss, loop.create_engine
+    show, loss, create = Telemetry.step, FlowMatching.loss, making.create_engine
 
     def next_step(telemetry, *values):
         step[0], seen[0] = step[0] + 1, 0
@@ -154,7 +154,7 @@ def break_steps(rank: int) -> None:
         return create(network, **values)
 
     Telemetry.step, Telemetry.say = next_step, note
-    FlowMatching.loss, loop.create_engine = infinite_loss, hooked_engine
+    FlowMatching.loss, making.create_engine = infinite_loss, hooked_engine
 
 
 @pytest.mark.parametrize("pool", ["micro_batch", "global"])

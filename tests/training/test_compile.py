@@ -1,0 +1,53 @@
+"""training.compile: the same run to rounding, and nothing that breaks a block's graph."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe.models.dit import DiT
+from tests.tiny import FROZEN, random_batch, randomize, tiny_config
+from tests.training.runs import metrics, newest, pack, run_config, tensors, train
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moe__activation": "swiglu", "moe__shared_expert_ratio": 2.0, "model__rope": True},
+        {"model__text": FROZEN},
+    ],
+)
+def test_a_block_is_one_graph_in_training(changes: dict):
+    config = tiny_config(**changes)
+    network = randomize(DiT(config.model, config.moe)).train()
+    batch = random_batch(config, 0, range(config.data.lanes))
+    inputs = batch.latents, torch.rand(len(batch.latents)), batch.text or batch.labels
+    expected = network(*inputs).prediction
+    for block in network.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(network(*inputs).prediction, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_run_is_the_same_to_rounding(tmp_path: Path, checkpointing: bool):
+    pack(tmp_path / "data")
+    results = []
+    for compiled in (False, True):
+        config = run_config(
+            tmp_path,
+            3,
+            output=str(tmp_path / f"compiled-{compiled}"),
+            model__depth=2,
+            parallel__expert_parallel=2,
+            training__activation_checkpointing=checkpointing,
+            training__compile=compiled,
+            # With eps far above the gradients AdamW is momentum SGD, and rounding stays small.
+            optimizer__eps=1.0,
+        )
+        train(config, world=2)
+        results.append(([line["loss"] for line in metrics(config)], tensors(newest(config))))
+    (losses, state), (compiled_losses, compiled_state) = results
+    assert compiled_losses == pytest.approx(losses, rel=1e-6)
+    for name, tensor in state.items():
+        torch.testing.assert_close(compiled_state[name], tensor, atol=1e-6, rtol=1e-5)
