@@ -1,11 +1,9 @@
 """Command-line arguments that several tools share."""
 
 import argparse
-from pathlib import Path
 
 from diffmoe.config import Config
-from diffmoe.errors import UserError
-from diffmoe.inference.prompts import Prompts, asked, encoder_of
+from diffmoe.inference.prompts import Prompts, asked, encoder_of, read_captions
 
 
 def positive(text: str) -> int:
@@ -39,10 +37,6 @@ def prompts_of(options: argparse.Namespace, config: Config, device: str) -> Prom
     """
     captions = list(options.prompt)
     if options.prompts:
-        try:
-            text = Path(options.prompts).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {options.prompts} cannot be read: {error}") from None
-        captions += [line.strip() for line in text.splitlines() if line.strip()]
+        captions += read_captions(options.prompts)
     encoder = encoder_of(config, options.text_encoder, device)
     return asked(config, encoder, captions, options.negative_prompt)

@@ -242,7 +242,7 @@ class EvaluationConfig(_Section):
     Figures for a paper come from tools/evaluate.py.
     """
 
-    num_samples: int = Field(1000, ge=2, description="images, of all classes in turn")
+    num_samples: int = Field(1000, ge=2, description="images, of all classes or prompts in turn")
     sampler: str | None = Field(None, description="none: euler of flow, ddpm of ddpm")
     steps: int = Field(50, ge=1)
     guidance: float = 1.0
@@ -251,6 +251,9 @@ class EvaluationConfig(_Section):
     reference: str | None = Field(None, description="as of tools/evaluate.py --reference")
     extractor: str | None = Field(None, description="none: the default of tools/evaluate.py")
     classifier: str | None = Field(None, description="class accuracy: digits, FILE.pt, module:name")
+    prompts: str | None = Field(None, description="of a text model: file of captions, one a line")
+    text_encoder: str | None = Field(None, description="its folder; bytes need none")
+    truth: str | None = Field(None, description="as of tools/evaluate.py --truth")
 
 
 class ParallelConfig(_Section):
@@ -317,10 +320,11 @@ class Config(_Section):
                 "there; use stage 1 or 2, with more expert_parallel or offload if memory is short"
             )
         evaluation = self.evaluation
-        if self.training.evaluate_every and not (evaluation.reference or evaluation.classifier):
+        judges = (evaluation.reference, evaluation.classifier, evaluation.truth)
+        if self.training.evaluate_every and not any(judges):
             raise ValueError(
                 f"training.evaluate_every={self.training.evaluate_every} has nothing to judge by: "
-                "set evaluation.reference, evaluation.classifier or both"
+                "set evaluation.reference, evaluation.classifier or evaluation.truth"
             )
         batch, lanes = self.training.batch_size, self.data.lanes
         pieces = lanes * self.training.accumulation

@@ -69,6 +69,9 @@ def main() -> None:
         wanted = gradio.Dropdown(list(names), value=names[0], type="index", label="Class")
     else:
         wanted = gradio.Textbox(prompts.captions[0], label="Caption")
+    away = gradio.Textbox(
+        (prompts and prompts.negative) or "", label="Not this", visible=prompts is not None
+    )
     least, most = dial.capacities[0], dial.capacities[-1]
 
     with gradio.Blocks(title=f"DiffMoE: {options.run}", analytics_enabled=False) as page:
@@ -77,6 +80,7 @@ def main() -> None:
             with gradio.Column(scale=1):
                 inputs = [
                     wanted.render(),
+                    away.render(),
                     gradio.Number(0, precision=0, label="Seed"),
                     gradio.Slider(2, 250, value=50, step=1, label="Steps"),
                     gradio.Slider(1, 5, value=1.5, step=0.1, label="Guidance"),
@@ -121,6 +125,7 @@ def answer(
     dial: Dial,
     prompts: Prompts | None,
     wanted: int | str,
+    away: str,
     seed: int,
     steps: int,
     guidance: float,
@@ -129,6 +134,7 @@ def answer(
     """The image, where its compute went, C by time, and both in words.
 
     wanted: a class's number; of a text model, which has prompts, a caption.
+    away: of a text model a caption that guidance leads away from; empty: the null caption.
     """
     from diffmoe.evaluation.routing_figures import capacity_by_time, compute_map, picture
 
@@ -136,7 +142,7 @@ def answer(
     settings = SamplingSettings(steps=int(steps), guidance=guidance, seed=int(seed or 0))
     label = wanted
     if prompts is not None:
-        label, prompts = 0, replace(prompts, captions=(wanted,))
+        label, prompts = 0, replace(prompts, captions=(wanted,), negative=away.strip() or None)
     found = sampling_routing(network, config, decode, [label], settings, prompts=prompts)
     average = found.capacity.average
     active, total = activated_parameters(network, average), network.parameter_count()

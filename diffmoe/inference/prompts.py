@@ -45,6 +45,15 @@ def encoder_of(
     return None
 
 
+def read_captions(file: str | Path) -> list[str]:
+    """The lines of a file, empty ones left out. Raises UserError if it cannot be read."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts {file} cannot be read: {error}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def asked(
     config: Config,
     encoder: TextEncoder | None,

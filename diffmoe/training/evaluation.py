@@ -18,9 +18,11 @@ from diffmoe.evaluation.accuracy import load_classifier
 from diffmoe.evaluation.extractors import DEFAULT, load_extractor
 from diffmoe.evaluation.image_sets import ImageSet, Part
 from diffmoe.evaluation.references import check_reference, load_reference
+from diffmoe.evaluation.scenes import SceneReader, load_truth
 from diffmoe.inference.capacity import CapacityByTime, merged
 from diffmoe.inference.generation import Order
 from diffmoe.inference.images import grid, sample_images
+from diffmoe.inference.prompts import Prompts, asked, encoder_of, read_captions
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.sharing import equal_share
 from diffmoe.models.dit import DiT
@@ -38,11 +40,21 @@ def check(config: Config, manifest: Manifest) -> None:
     if config.training.evaluate_every is None:
         return
     evaluation = config.evaluation
-    if config.model.text is not None:
+    prompts = _prompts(config)
+    if prompts is not None and evaluation.classifier:
         raise UserError(
-            "training.evaluate_every asks for classes, and model.text takes captions: set it null, "
-            "and evaluate checkpoints by tools/evaluate.py RUN --prompts FILE"
+            f"evaluation.classifier={evaluation.classifier} judges classes, and model.text takes "
+            "captions: set it null, and evaluation.reference or evaluation.truth"
         )
+    if evaluation.truth:
+        known = load_truth(evaluation.truth)
+        unknown = sorted(set(prompts.captions if prompts else ()) - known.keys())
+        if prompts is None or unknown:
+            what = unknown[0] if unknown else "no captions, but classes"
+            raise UserError(
+                f"evaluation.truth={evaluation.truth} tells of captions, and the model is asked "
+                f"for {what!r}"
+            )
     _settings(config).chosen_sampler(config)
     autoencoder_of(manifest.model_dump())
     if evaluation.classifier:
@@ -82,7 +94,9 @@ class LiveEvaluation:
         self.device, self.stop, self.telemetry = device, stop, telemetry
         self.folder = Path(config.output) / FOLDER
         self.settings = _settings(config)
-        self.order = Order(config.evaluation.num_samples, tuple(range(config.model.num_classes)))
+        self.prompts = _prompts(config, device)
+        choices = config.model.num_classes if self.prompts is None else len(self.prompts)
+        self.order = Order(config.evaluation.num_samples, tuple(range(choices)))
         self.decode = autoencoder_of(manifest.model_dump(), device).decode
         self.weights = next(iter(reversed(ema.averages)), "live")
         self._judges: list[Any] | None = None
@@ -111,7 +125,13 @@ class LiveEvaluation:
             mine = equal_share(range(start, end), topology.rank, topology.world)
             labels = [self.order.label(index, self.settings.seed) for index in mine]
             told = sample_images(
-                self.network, self.config, self.decode, labels, mine, self.settings
+                self.network,
+                self.config,
+                self.decode,
+                labels,
+                mine,
+                self.settings,
+                prompts=self.prompts,
             )
             everyone: list | None = [None] * topology.world if topology.rank == 0 else None
             dist.gather_object(told, everyone)
@@ -142,6 +162,7 @@ class LiveEvaluation:
                 "path": self.config.output,
                 "number": len(images),
                 **vars(self.settings),
+                **({} if self.prompts is None else {"captions": self.prompts.captions}),
                 "model": {
                     "weights": self.weights,
                     "routing": network.moe_config.inference if network.moe_layers else None,
@@ -181,8 +202,23 @@ class LiveEvaluation:
             if evaluation.classifier:
                 classifier = load_classifier(evaluation.classifier, self.device)
                 judges.append(lambda images: results.measure_accuracy(images, classifier))
+            if evaluation.truth:
+                truth, read = load_truth(evaluation.truth), SceneReader()
+                judges.append(lambda images: results.measure_scenes(images, truth, read))
             self._judges = judges
         return self._judges
+
+
+def _prompts(config: Config, device: str | torch.device = "cpu") -> Prompts | None:
+    """What a text model is asked for. Raises UserError where it does not fit the model."""
+    evaluation = config.evaluation
+    captions = read_captions(evaluation.prompts) if evaluation.prompts else []
+    if config.model.text is not None and not captions:
+        raise UserError(
+            "training.evaluate_every of a text model needs captions: set evaluation.prompts to a "
+            f"file of them, one a line (it is {evaluation.prompts})"
+        )
+    return asked(config, encoder_of(config, evaluation.text_encoder, device), captions)
 
 
 def _settings(config: Config) -> SamplingSettings:

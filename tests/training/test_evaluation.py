@@ -9,13 +9,16 @@ import pytest
 from PIL import Image
 
 from diffmoe.config import Config
+from diffmoe.data.manifest import TextContent
 from diffmoe.errors import UserError
 from diffmoe.evaluation import results
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.models import sample_model
 from diffmoe.evaluation.references import load_reference
+from diffmoe.inference.prompts import asked, encoder_of
 from diffmoe.inference.sampling import SamplingSettings
 from tests.evaluation.pictures import NAME, extractor, pictures, write_files
+from tests.tiny import BYTES
 from tests.training.runs import assert_identical, metrics, newest, pack, run_config, tensors, train
 
 CLASSIFIER = "tests.evaluation.pictures:brightest_channel"
@@ -37,6 +40,7 @@ def _config(folder: Path, steps: int = 4, **changes: Any) -> Config:
     }
     if not (folder / "data").exists():
         pack(folder / "data", shape=(3, 8, 8))
+    if not (folder / "real").exists():
         write_files(folder / "real", pictures(20))
     return run_config(folder, steps, **{**values, **changes})
 
@@ -100,6 +104,54 @@ def test_figures_are_those_of_the_checkpoint_of_the_same_moment(tmp_path: Path):
     assert set(found[1]["metrics"]) == {f"accuracy-{CLASSIFIER}"}
     with Image.open(Path(config.output) / "evaluation" / "samples-00000004.png") as picture:
         assert picture.size == (8 * 8, 2 * 8)
+
+
+def _captioned(folder: Path, **changes: Any) -> Config:
+    pack(folder / "data", shape=(3, 8, 8), text=TextContent(encoder="bytes", length=6))
+    (folder / "prompts.txt").write_text("one\n\ntwo\nthree\n")
+    values = {
+        "model__text": BYTES,
+        "evaluation__classifier": None,
+        "evaluation__prompts": str(folder / "prompts.txt"),
+    }
+    return _config(folder, **{**values, **changes})
+
+
+def test_a_text_model_is_judged_on_its_prompts(tmp_path: Path):
+    config = _captioned(tmp_path, parallel__expert_parallel=2)
+    train(config, world=2)
+    live = _told(config)[-1]
+    made = sample_model(
+        newest(config),
+        tmp_path / "offline",
+        13,
+        SamplingSettings(steps=3, guidance=1.5),
+        prompts_for=lambda config: asked(config, encoder_of(config), ["one", "two", "three"]),
+    )
+    offline = results.measure(
+        open_images(made.folder), extractor(), load_reference(tmp_path / "real", extractor())
+    )
+    assert live["metrics"] == pytest.approx(offline["metrics"], rel=2e-3, abs=1e-3)
+    assert live["images"]["captions"] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation__prompts": None}, "set evaluation.prompts to a file"),
+        ({"evaluation__prompts": "absent.txt"}, "prompts absent.txt cannot be read"),
+        ({"evaluation__classifier": CLASSIFIER}, "judges classes, and model.text takes captions"),
+        ({"evaluation__truth": "truth.json"}, "truth.json tells of captions, .* asked for 'one'"),
+        ({"evaluation__text_encoder": "t5"}, "the model reads bytes by itself"),
+    ],
+)
+def test_what_captions_would_fail_on_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "truth.json").write_text("[]")
+    with pytest.raises(AssertionError, match=message):
+        train(_captioned(tmp_path, **changes))
 
 
 def test_the_number_of_ranks_does_not_change_the_figures(tmp_path: Path):
