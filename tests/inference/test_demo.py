@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -96,8 +97,12 @@ def test_a_text_model_draws_the_caption_in_its_box(tmp_path):
         view = client.Client(address, verbose=False, download_files=False)
         boxes = [part["props"] for part in view.config["components"] if part["type"] == "textbox"]
         assert ("Caption", "no 7") in [(box.get("label"), box.get("value")) for box in boxes]
-        told = view.predict("7", 0, 3, 1.5, 1.0, fn_index=0)[-1]
-    assert re.fullmatch(r"capacity [\d.]+: .* work on an average token", told)
+        images = []
+        for away in ("", "no 3"):
+            image, *_, told = view.predict("7", away, 0, 3, 4.0, 1.0, fn_index=0)
+            assert re.fullmatch(r"capacity [\d.]+: .* work on an average token", told)
+            images.append(urlopen(image["url"]).read())
+    assert images[0] != images[1]
 
 
 def test_the_slider_changes_the_picture_and_the_capacity(page):
