@@ -3,7 +3,7 @@
 from typing import Any
 
 from diffmoe.benchmarks.collectives import Collectives
-from diffmoe.benchmarks.ranks import on_ranks, rank_device
+from diffmoe.benchmarks.ranks import forget_groups, on_ranks, rank_device
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.timing import Rounds, take_turns
 from diffmoe.benchmarks.training import TrainingStep, random_batches
@@ -30,9 +30,7 @@ def measured_on_rank(config: Config, rounds: int) -> tuple[Rounds, dict[str, Any
         with random_batches(changed, topology) as batches:
             stored = [next(batches) for _ in range(2)]
         steps[name] = TrainingStep(changed, topology, device, _again(stored))
-        from megatron.core import parallel_state  # create_topology imports it without its noise
-
-        parallel_state.destroy_model_parallel()  # forgets the groups, which stay usable
+        forget_groups()
     timed = take_turns(steps, rounds, device)
     for name, step in steps.items():
         with Collectives() as counted:

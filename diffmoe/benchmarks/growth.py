@@ -1,4 +1,4 @@
-"""How the layer's time and memory grow with experts, tokens and width."""
+"""How the layer's time and memory grow with experts, tokens, width, and ranks that share them."""
 
 from typing import Any
 
@@ -7,22 +7,26 @@ import torch
 
 from diffmoe.benchmarks.layer import mixture_of, saved_bytes, work_of
 from diffmoe.benchmarks.memory import peak_growth
+from diffmoe.benchmarks.ranks import forget_groups, on_ranks, rank_device
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.timing import take_turns
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.models.moe import MoEFeedForward
+from diffmoe.parallel.topology import Topology, create_topology
 
-AXES = ("E", "S", "D")
+AXES = ("E", "S", "D", "P")
+WORLD = 4  # ranks of one thread each, along P
 
 
 def sweeps(config: Config) -> dict[str, list[int]]:
-    """The values along each axis; the other two stay at E = 16, S = 2048 and the recipe's D."""
+    """The values along each axis; the others stay at E = 16, S = 2048, the recipe's D, P = 1."""
     width = config.model.width
     return {
         "E": [4, 8, 16, 32, 64],
         "S": [1024, 4096, 16384, 65536],
         "D": [width // 2, width, 2 * width],
+        "P": [1, 2, 4],
     }
 
 
@@ -35,12 +39,13 @@ def benchmark_growth(
     """
     usual = {"E": 16, "S": min(2048, largest), "D": config.model.width}
     for axis, values in sweeps(config).items():
-        along = []
-        for value in values:
-            shape = usual | {axis: value}
-            if shape["S"] <= largest:
-                along.append({"axis": axis, **shape, **_measured(config, shape, rounds, device)})
-        for quantity in ("seconds", "saved_bytes", "peak_bytes"):
+        if axis == "P":
+            along = on_ranks(WORLD, _points_of_ranks, config, usual, values, rounds)
+        else:
+            shapes = [usual | {axis: value} for value in values]
+            shapes = [shape for shape in shapes if shape["S"] <= largest]
+            along = [{"axis": axis} | _point(config, shape, rounds, device) for shape in shapes]
+        for quantity in ("seconds", "saved_bytes", "weight_bytes", "peak_bytes"):
             known = [(one[axis], one[quantity]) for one in along if one[quantity]]
             if len(known) > 1:
                 slope = float(np.polyfit(*np.log(np.array(known, float)).T, 1)[0])
@@ -48,18 +53,39 @@ def benchmark_growth(
         report.points.extend(along)
 
 
-def _measured(
-    config: Config, shape: dict[str, int], rounds: int, device: torch.device
-) -> dict[str, float | None]:
+def _points_of_ranks(
+    config: Config, shape: dict[str, int], values: list[int], rounds: int
+) -> list[dict[str, Any]]:
+    """shape: of the tokens of every rank; P experts' owners send them to each other."""
+    points = []
+    for value in values:
+        topology = create_topology(value)
+        points.append(
+            {"axis": "P", "P": value} | _point(config, shape, rounds, rank_device(), topology)
+        )
+        forget_groups()
+    return points
+
+
+def _point(
+    config: Config,
+    shape: dict[str, int],
+    rounds: int,
+    device: torch.device,
+    topology: Topology = Topology(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
     # The layer has no heads; the configuration wants some that divide the width.
     changes = {"model.width": shape["D"], "model.heads": 1, "moe.experts": shape["E"]}
-    candidate = mixture_of(config.replace(changes), MoEFeedForward, device)
-    dtype = next(candidate.module.parameters()).dtype
-    tokens = torch.randn(1, shape["S"], shape["D"], dtype=dtype, device=device).requires_grad_()
+    candidate = mixture_of(config.replace(changes), MoEFeedForward, device, topology)
+    parameters = list(candidate.module.parameters())
+    tokens = torch.randn(1, shape["S"], shape["D"], dtype=parameters[0].dtype, device=device)
+    tokens.requires_grad_()
     work = work_of(candidate, tokens)
     return {
+        **shape,
         "seconds": take_turns({"layer": work}, rounds, device).median("layer"),
         "saved_bytes": saved_bytes(candidate, tokens),
+        "weight_bytes": sum(one.nbytes for one in parameters),
         "peak_bytes": peak_growth(work, device),
     }
 
@@ -70,14 +96,18 @@ def draw(points: list[dict[str, Any]], path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('--plot needs matplotlib: pip install -e ".[eval]"') from None
-    figure = Figure((4 * len(AXES), 6), layout="constrained")
-    axes = figure.subplots(2, len(AXES))
+    quantities = {
+        "seconds": ("forward and backward, s", 1),
+        "saved_bytes": ("saved for backward, MiB", 2**20),
+        "weight_bytes": ("weights of a rank, MiB", 2**20),
+    }
+    figure = Figure((4 * len(AXES), 9), layout="constrained")
+    axes = figure.subplots(len(quantities), len(AXES))
     for column, axis in enumerate(AXES):
         along = [one for one in points if one["axis"] == axis]
         x = [one[axis] for one in along]
-        axes[0, column].loglog(x, [one["seconds"] for one in along], "o-")
-        axes[1, column].loglog(x, [one["saved_bytes"] / 2**20 for one in along], "o-")
-        axes[1, column].set_xlabel(axis)
-    axes[0, 0].set_ylabel("forward and backward, s")
-    axes[1, 0].set_ylabel("saved for backward, MiB")
+        for row, (quantity, (label, unit)) in enumerate(quantities.items()):
+            axes[row, column].loglog(x, [one[quantity] / unit for one in along], "o-")
+            axes[row, 0].set_ylabel(label)
+        axes[-1, column].set_xlabel(axis)
     figure.savefig(path, dpi=120)

@@ -39,9 +39,14 @@ def layer_flops(layout: Layout) -> int:
     return sum(flops * (2 + has_input) for flops, has_input in products)
 
 
-def mixture_of(config: Config, kind: type[MoEFeedForward], device: torch.device) -> Candidate:
+def mixture_of(
+    config: Config,
+    kind: type[MoEFeedForward],
+    device: torch.device,
+    topology: Topology = Topology(),  # noqa: B008 (frozen)
+) -> Candidate:
     """Our layer, or its naive form; the same weights under the same configuration."""
-    layer = kind(config.model, config.moe, Topology())
+    layer = kind(config.model, config.moe, topology)
     layer = seeded_layer(layer, device, DTYPES[config.training.precision])
 
     def function(tokens: Tensor) -> tuple[Tensor, ...]:

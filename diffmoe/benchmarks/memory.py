@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -22,7 +23,9 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        # What an all-to-all is still filling only stands for the tensor that has the storage.
+        own = tensor.elem if isinstance(tensor, AsyncCollectiveTensor) else tensor
+        storage = own.untyped_storage()
         if storage.data_ptr() not in self._parameters:
             self._kept[storage.data_ptr()] = storage
         return tensor

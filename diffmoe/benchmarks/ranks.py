@@ -62,6 +62,13 @@ def rank_device() -> torch.device:
     return own_device("cpu")
 
 
+def forget_groups() -> None:
+    """Make way for another `create_topology`; the groups of the last one stay usable."""
+    from megatron.core import parallel_state  # create_topology imports it without its noise
+
+    parallel_state.destroy_model_parallel()
+
+
 def _join(store: dist.Store, rank: int, world: int, device: torch.device) -> None:
     os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

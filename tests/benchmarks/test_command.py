@@ -71,10 +71,12 @@ def test_growth_writes_points_slopes_and_a_picture(tmp_path: Path):
     picture = tmp_path / "growth.png"
     options = ("--growth", "--rounds", "1", "--largest", "256", "--plot", str(picture))
     written = run("layer", tmp_path, *options)
-    assert {point["axis"] for point in written["points"]} == {"E", "D"}
+    assert {point["axis"] for point in written["points"]} == {"E", "D", "P"}
     slopes = {figure["name"]: figure["value"] for figure in written["figures"]}
     # Weights are not counted as saved; rows are as many whatever the number of experts.
     assert 0 <= slopes["saved_bytes against E, slope on log axes"] < 1
     assert 0 < slopes["saved_bytes against D, slope on log axes"] <= 1
+    assert slopes["saved_bytes against P, slope on log axes"] == pytest.approx(0, abs=0.2)
+    assert -1 < slopes["weight_bytes against P, slope on log axes"] < 0
     assert "seconds against E, slope on log axes" in slopes
     assert picture.stat().st_size > 10_000
