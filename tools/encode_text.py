@@ -63,7 +63,7 @@ def main() -> None:
         print(f"rank {ranks.rank} of {ranks.world} is done; others still work", file=sys.stderr)
         return
     print(manifest.summary(options.out))
-    print(f"text: {manifest.text.encoder}, {manifest.text.length} tokens at most")
+    print(f"a model of it wants {manifest.text.override()}")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,13 @@ class TextContent(BaseModel):
         width = 0 if text.encoder == BYTES else text.width
         return cls(encoder=text.encoder, length=text.length, width=width, pooled=text.pooled)
 
+    def override(self) -> str:
+        """What to give to train.py. A model of bytes still has its own width and depth."""
+        if self.encoder == BYTES:
+            return f"model.text.encoder={BYTES} model.text.length={self.length}"
+        fields = ", ".join(f"{name}: {value}" for name, value in self.model_dump().items())
+        return f"'model.text={{{fields}}}'"
+
 
 class Manifest(BaseModel):
     """What every shard of a folder holds.

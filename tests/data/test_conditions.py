@@ -1,5 +1,7 @@
 """Captions in the stream of samples: which one is drawn, how it is padded, what it leaves alone."""
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffmoe.data.manifest import TextContent
 from diffmoe.data.reading import read_shard
 from diffmoe.data.shards import Batch, LatentStream
 from diffmoe.errors import UserError
+from diffmoe.recipes import load_config
 from diffmoe.seeding import keyed_generator
 from diffmoe.tuples import joined, mapped
 
@@ -123,6 +126,15 @@ def test_captions_move_no_other_draw_of_posteriors_either(tmp_path, pack):
         for latent, eps in zip(latents, noise, strict=True):
             off = (mean + (log_variance / 2).exp() * eps - latent).abs().amax((1, 2, 3))
             assert off.min() < 1e-5
+
+
+@pytest.mark.parametrize("encoder", CONTENTS)
+def test_the_override_that_a_manifest_tells_fits_it(encoder: str):
+    content = CONTENTS[encoder]
+    overrides = shlex.split(content.override())
+    if encoder == BYTES:  # the model's encoder has a shape of its own
+        overrides += ["model.text.width=8", "model.text.depth=1"]
+    assert TextContent.of(load_config("mnist", overrides).model.text) == content
 
 
 def test_a_model_of_other_features_is_refused_with_both_values(stored):

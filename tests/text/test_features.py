@@ -185,7 +185,7 @@ def test_the_command_on_two_ranks(packed, folders, tmp_path):
     ]
     assert "rank 0 of 2 is done; others still work" in ranks[0].stderr
     assert "17 samples of 7 classes in 2 shards" in ranks[1].stdout, ranks[1].stderr
-    assert "text: t5-" in ranks[1].stdout
+    assert "a model of it wants 'model.text={encoder: t5-" in ranks[1].stdout
     wrong = tool("encode_text", packed, tmp_path, "--encoder", "bytes")
     assert wrong.returncode == 2
     assert "begun with other settings" in wrong.stderr
