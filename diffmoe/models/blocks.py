@@ -44,7 +44,7 @@ class Attention(nn.Module):
         """mask_BT: the tokens to look at; none may be without any."""
         B, T, D = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head width)
+        query, key, value = (one.transpose(1, 2) for one in qkv.unbind(2))  # (B, heads, T, ...)
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
@@ -76,7 +76,7 @@ class CrossAttention(nn.Module):
         (B, T, D), L = x_BTD.shape, tokens_BLD.shape[1]
         query = self.q(x_BTD).view(B, T, self.heads, D // self.heads).transpose(1, 2)
         kv = self.kv(tokens_BLD).view(B, L, 2, self.heads, D // self.heads)
-        key, value = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head width)
+        key, value = (one.transpose(1, 2) for one in kv.unbind(2))  # (B, heads, L, ...)
         query, key = self.q_norm(query), self.k_norm(key)
         mixed = F.scaled_dot_product_attention(query, key, value, mask_BL[:, None, None])
         return self.proj(mixed.transpose(1, 2).reshape(B, T, D))

@@ -91,8 +91,9 @@ class DiT(nn.Module):
 
         condition: labels (B,), num_classes being the null one; of a text model its captions.
         """
-        x_BTD = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
-        x_BTD = x_BTD + self.positions.to(x_BTD.dtype)
+        x_BDT = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2)
+        # Sums keep the layout of their first term: all blocks would go on in that of the patches.
+        x_BTD = x_BDT.transpose(1, 2).contiguous() + self.positions.to(x_BDT.dtype)
         if self.text_embed is None:
             context, vector = None, self.label_embed(condition)
         else:
