@@ -135,7 +135,7 @@ class DiffusionConfig(_Section):
     objective: Literal["flow", "ddpm"] = "flow"
     timesteps: Literal["uniform", "logit_normal"] = Field("uniform", description="flow only")
     timestep_shift: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="more trains more at high noise; flow only"
+        1.0, ge=1e-3, le=1e3, description="above 1 trains more at high noise; flow only"
     )
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ What is compared takes turns: figures are medians over rounds, ratios medians of
 import argparse
 import os
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,7 +36,15 @@ from diffmoe.data.speed import LANES, reading_speeds, waiting_share, write_momen
 from diffmoe.errors import UserError, run_command
 from diffmoe.parallel.device import default_device, own_device
 from diffmoe.recipes import load_config
+from diffmoe.resumable import writable
 
+WHAT = {
+    "train": "whole steps beside the dense model of equal activated size, and their parts",
+    "layer": "one MoE layer beside a loop over experts, DeepSpeed's and a dense MLP",
+    "sample": "images at half the capacity beside the full one",
+    "ep": "experts shared by two ranks beside none shared",
+    "data": "how fast moments come from shards",
+}
 NARROW = {"moe.experts": 64, "moe.expert_ratio": 0.5}
 
 
@@ -45,39 +54,72 @@ def parse() -> argparse.Namespace:
     )
     parts = parser.add_subparsers(dest="part", required=True)
     for name in ("train", "layer", "sample", "ep"):
-        part = parts.add_parser(name)
-        part.add_argument("--recipe", default="diffmoe_s_e16_flow", help="name or YAML")
-        part.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+        part = parts.add_parser(name, help=WHAT[name], description=WHAT[name])
+        part.add_argument(
+            "--recipe", default="diffmoe_s_e16_flow", help="name or YAML of a diffmoe"
+        )
+        part.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, as in train.py"
+        )
         part.add_argument("--batch", type=positive, default=8, help="images of a step; default 8")
-        part.add_argument("--rounds", type=positive, default=5)
+        part.add_argument("--rounds", type=positive, default=5, help="default 5")
         part.add_argument("--device", default=default_device())
-        part.add_argument("--threads", type=positive, default=os.cpu_count(), help="ep: one a rank")
-    parts.choices["layer"].add_argument("--growth", action="store_true")
-    parts.choices["layer"].add_argument("--largest", type=positive, default=16384, help="S")
-    parts.choices["layer"].add_argument("--plot", metavar="PNG", help="of --growth")
-    parts.choices["sample"].add_argument("--steps", type=positive, default=4)
-    data = parts.add_parser("data")
+        part.add_argument(
+            "--threads",
+            type=positive,
+            default=os.cpu_count(),
+            help="default all cores; ep: 1 a rank",
+        )
+    parts.choices["layer"].add_argument(
+        "--growth", action="store_true", help="time and memory against E, S, D and P instead"
+    )
+    parts.choices["layer"].add_argument(
+        "--largest", type=positive, default=16384, help="most tokens of --growth; default 16384"
+    )
+    parts.choices["layer"].add_argument("--plot", type=Path, metavar="PNG", help="of --growth")
+    parts.choices["sample"].add_argument("--steps", type=positive, default=4, help="default 4")
+    data = parts.add_parser("data", help=WHAT["data"], description=WHAT["data"])
     data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     data.add_argument("--rounds", type=positive, default=3, help="the best counts; default 3")
     data.add_argument("--samples", type=positive, default=4000, help="in the shards; default 4000")
     data.add_argument("--rate", type=float, default=5000, help="samples/s; default 5000")
     for part in parts.choices.values():
-        part.add_argument("--json", type=Path, metavar="OUT")
+        part.add_argument("--json", type=Path, metavar="OUT", help="figures and machine, for tools")
     return parser.parse_args()
 
 
 def read_config(options: argparse.Namespace) -> Config:
     if options.batch % LANES:
         raise UserError(f"--batch {options.batch} must be a multiple of {LANES} (lanes of data)")
-    if load_config(options.recipe, options.overrides).model.text is not None:
+    config = load_config(options.recipe, options.overrides)
+    if config.model.text is not None:
         raise UserError(f"--recipe {options.recipe}: the benchmark's data has classes, no captions")
+    if config.moe.type != "diffmoe":
+        raise UserError(
+            f"--recipe {options.recipe}: moe.type={config.moe.type}; the benchmark is of diffmoe"
+        )
     changes = {"training.accumulation": 1, "parallel.expert_parallel": 1, "data.lanes": LANES}
-    config = load_config(options.recipe, options.overrides).replace(changes)
+    config = config.replace(changes)
     # Logging keeps its rhythm in steps, whatever the batch is here.
     steps = max(1, config.logging.log_samples // config.training.batch_size)
     return config.replace(
         {"training.batch_size": options.batch, "logging.log_samples": steps * options.batch}
     )
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise UserError for what could not be written after minutes of measuring."""
+    plot = getattr(options, "plot", None)
+    if plot is not None:
+        if not options.growth:
+            raise UserError(f"--plot {plot} draws --growth; give both")
+        if plot.suffix != ".png":
+            raise UserError(f"--plot {plot}: the name must end in .png")
+        if find_spec("matplotlib") is None:
+            raise UserError('--plot needs matplotlib: pip install -e ".[eval]"')
+    for file in (plot, options.json):
+        if file is not None:
+            writable(file.parent)
 
 
 def measure_reading(options: argparse.Namespace, report: Report) -> None:
@@ -98,8 +140,11 @@ def measure_reading(options: argparse.Namespace, report: Report) -> None:
 
 def main() -> None:
     options = parse()
+    check_outputs(options)
     torch.set_num_threads(1 if options.part in ("data", "ep") else options.threads)
-    told = {key: value for key, value in vars(options).items() if key not in ("json", "threads")}
+    told = {
+        key: value for key, value in vars(options).items() if key not in ("json", "plot", "threads")
+    }
     report = Report(f"benchmark {options.part}", told)
     if options.part == "data":
         measure_reading(options, report)
@@ -114,8 +159,6 @@ def main() -> None:
                 benchmark_training(config, options.rounds, device, report)
         elif options.growth:
             benchmark_growth(config, options.largest, options.rounds, device, report)
-            if options.plot:
-                draw(report.points, options.plot)
         else:
             with alone(device):
                 benchmark_layer(config, options.rounds, device, report)
@@ -123,6 +166,8 @@ def main() -> None:
     print(report.table())
     if options.json:
         report.write(options.json)
+    if getattr(options, "plot", None):
+        draw(report.points, options.plot)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
         "--shards",
         type=int,
         metavar="N",
-        help="tar files; default one per 1,000 images, at least 16 (a run needs one per lane)",
+        help="tar files; default one per 1,000 images, at least 32 (a run needs one per lane)",
     )
     parser.add_argument("--classes", type=int, metavar="N", help="number of classes, for tars")
     parser.add_argument(

@@ -30,6 +30,7 @@ from typing import Any
 import torch.distributed as dist
 
 from diffmoe.arguments import add_prompts, positive, prompts_of
+from diffmoe.config import Config
 from diffmoe.conversion.opening import locate
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation import results
@@ -38,7 +39,7 @@ from diffmoe.evaluation.clip_score import Clip
 from diffmoe.evaluation.curves import AXES, plot
 from diffmoe.evaluation.extractors import DEFAULT, Extractor, load_extractor
 from diffmoe.evaluation.image_sets import ImageSet, open_images
-from diffmoe.evaluation.models import sample_model, snapshots
+from diffmoe.evaluation.models import check_judges, sample_model, snapshots
 from diffmoe.evaluation.references import (
     Reference,
     check_reference,
@@ -47,6 +48,7 @@ from diffmoe.evaluation.references import (
     store_reference,
 )
 from diffmoe.evaluation.scenes import Scene, SceneReader, load_truth
+from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.sharing import share_experts
 from diffmoe.parallel.device import default_device, own_device
@@ -131,6 +133,12 @@ def evaluate_run(options: argparse.Namespace) -> None:
         eta=options.eta,
         seed=options.seed,
     )
+
+    def asked_for(config: Config) -> Prompts | None:
+        prompts = prompts_of(options, config, options.device)
+        check_judges(prompts, options.classifier, options.truth, options.clip)
+        return prompts
+
     run = Path(options.run)
     out = Path(options.out or Path("evaluation") / run.resolve().name)
     for model in snapshots(run) if options.every_snapshot else [locate(run)]:
@@ -147,7 +155,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
             ranks=ranks,
             topology=topology,
             rgb=bool(options.reference),
-            prompts_for=lambda config: prompts_of(options, config, options.device),
+            prompts_for=asked_for,
         )
         if made is not None:
             images = open_images(made.folder).expect(options.num_samples)

@@ -31,7 +31,7 @@ def measured_on_rank(config: Config, rounds: int) -> tuple[Rounds, dict[str, Any
             stored = [next(batches) for _ in range(2)]
         steps[name] = TrainingStep(changed, topology, device, _again(stored))
         forget_groups()
-    timed = take_turns(steps, rounds, device)
+    timed = take_turns(steps, rounds, device, calls=2)
     for name, step in steps.items():
         with Collectives() as counted:
             step()

@@ -1,5 +1,6 @@
 """How the layer's time and memory grow with experts, tokens, width, and ranks that share them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from diffmoe.benchmarks.ranks import forget_groups, on_ranks, rank_device
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.timing import take_turns
 from diffmoe.config import Config
-from diffmoe.errors import UserError
 from diffmoe.models.moe import MoEFeedForward
 from diffmoe.parallel.topology import Topology, create_topology
 
@@ -90,12 +90,10 @@ def _point(
     }
 
 
-def draw(points: list[dict[str, Any]], path: str) -> None:
-    """Time and memory against each axis. Raises UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('--plot needs matplotlib: pip install -e ".[eval]"') from None
+def draw(points: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory against each axis."""
+    from matplotlib.figure import Figure  # of the extra `eval`
+
     quantities = {
         "seconds": ("forward and backward, s", 1),
         "saved_bytes": ("saved for backward, MiB", 2**20),
@@ -107,7 +105,12 @@ def draw(points: list[dict[str, Any]], path: str) -> None:
         along = [one for one in points if one["axis"] == axis]
         x = [one[axis] for one in along]
         for row, (quantity, (label, unit)) in enumerate(quantities.items()):
-            axes[row, column].loglog(x, [one[quantity] / unit for one in along], "o-")
+            y = [one[quantity] / unit for one in along]
+            part = axes[row, column]
+            part.loglog(x, y, "o-")
+            part.set_xticks(x, map(str, x))
+            part.minorticks_off()
+            part.set_ylim(min(y) / 4, max(y) * 4)  # so that what hardly grows looks flat
             axes[row, 0].set_ylabel(label)
         axes[-1, column].set_xlabel(axis)
     figure.savefig(path, dpi=120)

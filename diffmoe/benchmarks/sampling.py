@@ -11,13 +11,15 @@ from diffmoe.inference.sampling import Observer, SamplingSettings, sample_latent
 from diffmoe.models.dit import DiT
 from diffmoe.planning.layouts import Layout
 
-CAPACITIES = (1.0, 0.5)
-
 
 def benchmark_sampling(
     config: Config, steps: int, rounds: int, device: torch.device, report: Report
 ) -> None:
-    """A batch of the recipe's network with random weights, thresholds calibrated for each C."""
+    """A batch of the recipe's network with random weights, at its capacity and at the half.
+
+    Thresholds are calibrated for each.
+    """
+    capacities = (config.moe.capacity, config.moe.capacity / 2)
     images = config.training.batch_size
     labels = [index % config.model.num_classes for index in range(images)]
     settings = SamplingSettings(steps=steps)
@@ -30,7 +32,7 @@ def benchmark_sampling(
         sample_latents(network, config, labels, range(images), settings, observe=observe)
 
     thresholds, measured = {}, {}
-    for capacity in CAPACITIES:
+    for capacity in capacities:
         passes = Passes(steps, draw)
         thresholds[capacity], measured[capacity] = calibrate(network, capacity, passes)
 
@@ -38,16 +40,16 @@ def benchmark_sampling(
         network.set_log_odds(thresholds[capacity])
         draw()
 
-    works = {f"capacity {c:g}": lambda c=c: at(c) for c in CAPACITIES}
+    works = {f"capacity {c:g}": lambda c=c: at(c) for c in capacities}
     works["dense"] = lambda: sample_latents(dense, twin, labels, range(images), settings)
     timed = take_turns(works, rounds, device)
-    for capacity in CAPACITIES:
+    for capacity in capacities:
         name = f"capacity {capacity:g}"
         report.add(f"{name}: measured", measured[capacity], "")
         report.add(f"{name}: {steps} steps", timed.median(name), "s")
         report.add(f"{name}: speed", images / timed.median(name), "images/s")
         tokens = images * steps * Layout(config, 1, 1).tokens_per_sample
         report.add(f"{name}: speed", tokens / timed.median(name), "tokens/s")
-    full, half = (f"capacity {c:g}" for c in CAPACITIES)
+    full, half = (f"capacity {c:g}" for c in capacities)
     report.add(f"{half} to {full}", timed.median(half), "s", timed.ratio(half, full), at_most=0.75)
     report.add(f"{full} to dense", timed.median("dense"), "s", timed.ratio(full, "dense"))

@@ -74,7 +74,12 @@ def check_captions(captions: Captions, content: TextContent) -> None:
 
 
 def _lengths(captions: Captions, content: TextContent) -> list[int]:
-    lengths = [] if captions.lengths is None else captions.lengths.tolist()
+    if captions.lengths is None:
+        return []
+    if captions.lengths.ndim != 1 or captions.lengths.dtype.kind != "i":
+        array = captions.lengths
+        raise ValueError(f"text_lengths.npy is {array.dtype} {array.shape}; it is int32, one row")
+    lengths = captions.lengths.tolist()
     if not all(0 < length <= content.length for length in lengths):
         raise ValueError(f"text_lengths.npy holds {lengths}; a caption has 1..{content.length}")
     return lengths

@@ -54,7 +54,7 @@ Convert = Callable[[Sequence[Any]], Iterator[Made | Skipped]]
 
 def default_shards(items: int) -> int:
     """One shard per 1,000 samples, but enough for the lanes of a run."""
-    return max(1, min(items, max(16, -(-items // 1000))))
+    return max(1, min(items, max(32, -(-items // 1000))))
 
 
 def convert_items(

@@ -142,10 +142,9 @@ class Manifest(BaseModel):
     def summary(self, directory: str | Path) -> str:
         """What a packing tool says at its end."""
         size = sum(shard.bytes for shard in self.shards) / 1e6
-        text = (
-            f"{directory}: {self.samples} samples of {self.classes} classes in "
-            f"{len(self.shards)} shards, {size:.1f} MB"
-        )
+        kind = f"of {self.classes} classes" if self.text is None else "with captions"
+        shards = f"{len(self.shards)} shards, {size:.1f} MB"
+        text = f"{directory}: {self.samples} samples {kind} in {shards}"
         if self.skipped:
             text += f"; {len(self.skipped)} skipped, see skipped in {FILE_NAME}"
         return text
@@ -283,9 +282,12 @@ class Manifest(BaseModel):
         for field in TextContent.model_fields:
             there, here = getattr(self.text, field), getattr(wanted, field)
             if there != here:
+                way_out = f"model.text.{field}={there}"
+                if field == "encoder":  # the other fields belong to it
+                    way_out = self.text.override()
                 raise UserError(
                     f"{FILE_NAME} of the data: text.{field}={there}, but model.text.{field}={here}"
-                    f"; set model.text.{field}={there}, or data.path to other data"
+                    f"; set {way_out}, or data.path to other data"
                 )
 
 

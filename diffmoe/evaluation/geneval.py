@@ -29,6 +29,12 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
             f"{metadata} has {len(lines)} prompts, {images.about['path']} {images.number} images "
             f"of {len(captions)} captions; sample the same number of each prompt"
         )
+    counts = Counter(label for part in images.parts() for label in part.labels.tolist())
+    if len({counts[number] for number in range(len(lines))}) > 1:
+        raise UserError(
+            f"{images.about['path']} holds {min(counts.values())} to {max(counts.values())} "
+            "images of a prompt; sample with --labels balanced"
+        )
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder")
     for number, line in enumerate(lines):
@@ -40,19 +46,13 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
             file = out / f"{label:05d}" / "samples" / f"{written[label]:04d}.png"
             Image.fromarray(image).save(file)
             written[label] += 1
-    each = images.number // len(lines)
-    if any(written[number] != each for number in range(len(lines))):
-        raise UserError(
-            f"{images.about['path']} holds {min(written.values())} to {max(written.values())} "
-            "images of a prompt; sample with --labels balanced"
-        )
-    return each
+    return images.number // len(lines)
 
 
 def _lines(file: Path) -> list[str]:
     """The lines of a prompts file. Raises UserError unless each has a prompt."""
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if lines and all(isinstance(json.loads(line)["prompt"], str) for line in lines):
             return lines
         reason = "a line has no prompt" if lines else "it is empty"

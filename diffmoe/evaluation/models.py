@@ -11,6 +11,7 @@ from diffmoe.config import Config
 from diffmoe.conversion.opening import open_network, verify, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
+from diffmoe.evaluation.scenes import load_truth
 from diffmoe.inference.generation import Order, generate, identity
 from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings
@@ -90,6 +91,27 @@ def sample_model(
         "sampling": {"batch": batch, "device": str(device), "ranks": ranks.world},
     }
     return Sampled(folder, about)
+
+
+def check_judges(
+    prompts: Prompts | None,
+    classifier: str | None = None,
+    truth: str | None = None,
+    clip: str | None = None,
+) -> None:
+    """Raise UserError where what judges images does not fit what the model is asked for."""
+    if prompts is not None and classifier:
+        raise UserError(
+            f"classifier {classifier} judges classes, and the model takes captions: judge by a "
+            "reference, or by the captions"
+        )
+    for name, judge in (("truth", truth), ("clip", clip)):
+        if prompts is None and judge:
+            raise UserError(f"{name} {judge} judges captions, and the model takes classes")
+    if truth:
+        unknown = sorted(set(prompts.captions) - load_truth(truth).keys())
+        if unknown:
+            raise UserError(f"truth {truth} does not tell of {unknown[0]!r}, which is asked for")
 
 
 def snapshots(run: Path) -> list[Path]:

@@ -45,13 +45,16 @@ class SceneReader:
 def load_truth(file: str | Path) -> dict[str, Scene]:
     """What each caption of an unseen.json asks for. Raises UserError for another file."""
     try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
-        return {
+        entries = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        truth = {
             entry["prompt"]: Scene(
                 entry["relation"], tuple(entry["colours"]), tuple(entry["digits"])
             )
             for entry in entries
         }
+        if unknown := sorted(map(str, set(truth.values()) - set(all_scenes()))):
+            raise ValueError(f"there is no {unknown[0]}")
+        return truth
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--truth {file} cannot be read ({type(error).__name__}: {error}); give the "

@@ -13,7 +13,9 @@ from diffmoe.models.conditioning import Condition, unconditional
 from diffmoe.text.encoders import TextEncoder, open_encoder
 from diffmoe.tuples import mapped
 
-NO_PROMPT = "this model draws captions, not classes: give at least one prompt"
+NO_PROMPT = (
+    "this model draws captions, not classes: give at least one prompt (--prompt, --prompts FILE)"
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def encoder_of(
 def read_captions(file: str | Path) -> list[str]:
     """The lines of a file, empty ones left out. Raises UserError if it cannot be read."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts {file} cannot be read: {error}") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -62,11 +64,16 @@ def asked(
 ) -> Prompts | None:
     """Prompts for a text model, None for one of classes. encoder: of `encoder_of`.
 
-    Raises UserError where the model takes the other kind.
+    Raises UserError where the model takes the other kind, and for text that no UTF-8 can write.
     """
     if encoder is not None:
         if not captions:
             raise UserError(NO_PROMPT)
+        for caption in (*captions, negative or ""):
+            try:
+                caption.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"prompt {caption!a} is not UTF-8") from None
         return Prompts(encoder, tuple(captions), negative)
     if captions or negative is not None:
         raise UserError(

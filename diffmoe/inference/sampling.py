@@ -66,9 +66,9 @@ class SamplingSettings:
             raise UserError(f"guided_channels={self.guided_channels}: choose 1 to {channels}")
         if self.shift != 1 and (objective == "ddpm" or sampler == "dopri5"):
             raise UserError(f"shift={self.shift} spaces the steps of euler, heun and sde alone")
-        if not 0 <= self.eta <= 1 or self.shift <= 0:
+        if not 0 <= self.eta <= 1 or not 1e-3 <= self.shift <= 1e3:
             raise UserError(
-                f"eta={self.eta}, shift={self.shift}: eta is from 0 to 1, shift above 0"
+                f"eta={self.eta}, shift={self.shift}: eta is from 0 to 1, shift from 0.001 to 1000"
             )
         if self.eta and sampler != "ddim":
             raise UserError(f"eta={self.eta} belongs to the sampler ddim; {sampler} has none")

@@ -96,7 +96,7 @@ def open_encoder(
     if path is None:
         raise UserError(
             f"captions need the text encoder {content.encoder} that the model was trained with; "
-            "give its folder"
+            "give its folder (--text-encoder DIR, evaluation.text_encoder=DIR)"
         )
     encoder = TransformersEncoder(path, content.length, device)
     if encoder.content != content:

@@ -17,6 +17,7 @@ from diffmoe.evaluation import results
 from diffmoe.evaluation.accuracy import load_classifier
 from diffmoe.evaluation.extractors import DEFAULT, load_extractor
 from diffmoe.evaluation.image_sets import ImageSet, Part
+from diffmoe.evaluation.models import check_judges
 from diffmoe.evaluation.references import check_reference, load_reference
 from diffmoe.evaluation.scenes import SceneReader, load_truth
 from diffmoe.inference.capacity import CapacityByTime, merged
@@ -41,20 +42,7 @@ def check(config: Config, manifest: Manifest) -> None:
         return
     evaluation = config.evaluation
     prompts = _prompts(config)
-    if prompts is not None and evaluation.classifier:
-        raise UserError(
-            f"evaluation.classifier={evaluation.classifier} judges classes, and model.text takes "
-            "captions: set it null, and evaluation.reference or evaluation.truth"
-        )
-    if evaluation.truth:
-        known = load_truth(evaluation.truth)
-        unknown = sorted(set(prompts.captions if prompts else ()) - known.keys())
-        if prompts is None or unknown:
-            what = unknown[0] if unknown else "no captions, but classes"
-            raise UserError(
-                f"evaluation.truth={evaluation.truth} tells of captions, and the model is asked "
-                f"for {what!r}"
-            )
+    check_judges(prompts, evaluation.classifier, evaluation.truth)
     _settings(config).chosen_sampler(config)
     autoencoder_of(manifest.model_dump())
     if evaluation.classifier:

@@ -90,6 +90,8 @@ def train(
         telemetry.say(checkpoint.restored(resume_from, network, state))
     elif training.init:
         telemetry.say(f"starts from the weights of {training.init}")
+    if training.compile:
+        telemetry.say("compiling the blocks: the first step takes a minute or more")
     saver = Saver(engine, network, ema, config, manifest, telemetry.say)
     data = LatentStream(
         config.data.path,

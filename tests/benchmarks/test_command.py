@@ -13,9 +13,11 @@ COMMANDS = {
     "train": (
         ("--rounds", "1"),
         [
-            "GEMM fp32 ceiling",
+            "diffmoe fp32: GEMM ceiling",
+            "compiled: step",
+            "compiled: its first step",
             "diffmoe fp32: share of the ceiling",
-            "diffmoe to dense, fp32 (target: 1.08 x their FLOPs)",
+            "diffmoe to dense (target: 1.08 x their FLOPs)",
             "fp32 to bf16",
             "activation checkpointing: saved for backward",
             "phase of the step: data wait",
@@ -65,6 +67,24 @@ def test_every_part_writes_its_figures(part: str, tmp_path: Path):
     for figure in written["figures"]:
         targets = figure["at_most"] is not None or figure["at_least"] is not None
         assert (figure["met"] is not None) == targets
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layer", "--recipe", "ec_s_e16_flow"], "moe.type=expert_choice; the benchmark is of"),
+        (["train", "--recipe", "captioned_digits"], "has classes, no captions"),
+        (["layer", "--plot", "x.png"], "draws --growth; give both"),
+        (["layer", "--growth", "--plot", "x.txt"], "must end in .png"),
+        (["layer", "--json", "/proc/nowhere/x.json"], "/proc/nowhere cannot be written"),
+        (["ep", "--batch", "7"], "--batch 7 must be a multiple"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_refused_at_once(words: list[str], message: str):
+    told = command(sys.executable, "tools/benchmark.py", *words)
+    assert told.returncode == 2
+    assert message in told.stderr
+    assert "Traceback" not in told.stderr
 
 
 def test_growth_writes_points_slopes_and_a_picture(tmp_path: Path):

@@ -92,4 +92,4 @@ def test_an_image_without_captions_is_skipped_and_told(folder, tmp_path):
 def test_the_command(folder, tmp_path, tool):
     arguments = ["--images", folder, "--pixels", "--size", 16, "--shards", 2, "--captions"]
     done = tool("encode_latents", *arguments, "--out", tmp_path / "out")
-    assert "6 samples of 1 classes in 2 shards" in done.stdout, done.stderr
+    assert "6 samples with captions in 2 shards" in done.stdout, done.stderr

@@ -60,6 +60,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, metad
         folder = samples(tmp_path / name, images, captions)
         with pytest.raises(UserError, match=message):
             export_geneval(open_images(folder), metadata, tmp_path / "out")
+    uneven = write_samples(tmp_path / "random", IMAGES, classes=4, captions=PROMPTS)
+    with pytest.raises(UserError, match="0 to 5 images of a prompt; sample with --labels balanced"):
+        export_geneval(open_images(uneven), metadata, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     full = samples(tmp_path / "samples")
     with pytest.raises(UserError, match="is not empty"):

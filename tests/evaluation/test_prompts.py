@@ -5,12 +5,13 @@ import pytest
 from diffmoe.conversion.opening import locate
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
-from diffmoe.evaluation.models import sample_model
+from diffmoe.evaluation.models import check_judges, sample_model
 from diffmoe.inference.prompts import asked, encoder_of
 from diffmoe.inference.sampling import SamplingSettings
 from tests.conversion.models import exported
 from tests.tiny import BYTES, tiny_config
 
+TEXT = tiny_config(model__in_channels=3, model__text=BYTES)
 SETTINGS = SamplingSettings(steps=2)
 
 
@@ -24,8 +25,23 @@ def sampled(model, out, *captions: str):
     )
 
 
+def test_judges_that_do_not_fit_are_refused(tmp_path):
+    prompts = asked(TEXT, encoder_of(TEXT), ["red", "blue two"])
+    (tmp_path / "truth.json").write_text("[]")
+    check_judges(prompts)
+    check_judges(None, classifier="digits")
+    for asked_for, judges, message in [
+        (prompts, {"classifier": "digits"}, "judges classes, and the model takes captions"),
+        (None, {"truth": "t.json"}, "truth t.json judges captions, and the model takes classes"),
+        (None, {"clip": "models/clip"}, "clip models/clip judges captions"),
+        (prompts, {"truth": str(tmp_path / "truth.json")}, "does not tell of 'blue two'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check_judges(asked_for, **judges)
+
+
 def test_other_prompts_go_to_another_folder(tmp_path):
-    model = exported(tmp_path / "model", tiny_config(model__in_channels=3, model__text=BYTES))
+    model = exported(tmp_path / "model", TEXT)
     first = sampled(model, tmp_path / "out", "red", "blue two")
     other = sampled(model, tmp_path / "out", "red", "blue one")
     assert first.folder != other.folder

@@ -49,6 +49,16 @@ def test_truth_comes_back(truth):
     assert truth == dict(zip(CAPTIONS, SCENES, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("relation", "beside"), ("colours", ["red"]), ("digits", [1, 10])]
+)
+def test_a_truth_of_scenes_that_cannot_be_is_refused(field, value, tmp_path):
+    entry = {"prompt": CAPTIONS[0], **SCENES[0]._asdict()} | {field: value}
+    (tmp_path / "unseen.json").write_text(json.dumps([entry]))
+    with pytest.raises(UserError, match=r"there is no .*; give the unseen\.json"):
+        load_truth(tmp_path / "unseen.json")
+
+
 def test_real_scenes_are_read(reader, truth, tmp_path):
     found = scene_accuracy(samples(tmp_path / "samples", canvases()), truth, reader)
     assert found["colours"] == 1.0

@@ -176,8 +176,9 @@ def test_prompts_from_the_line_and_a_file_are_drawn_calibrated_and_reported(text
         (["--prompt", "7", "--classes", "1"], "--classes and --check-digits are of models that"),
         (["--prompt", "7", "--text-encoder", "t5"], "t5: the model reads bytes by itself"),
         (["--prompts", "nowhere.txt"], "prompts nowhere.txt cannot be read"),
+        (["--prompt", "\udcff"], "is not UTF-8"),
     ],
-    ids=["no prompt", "classes", "encoder", "no file"],
+    ids=["no prompt", "classes", "encoder", "no file", "bytes"],
 )
 def test_words_for_other_models_are_refused_by_a_text_model(text_run, words, message):
     done = command("tools/sample.py", text_run, *words)

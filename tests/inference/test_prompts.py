@@ -12,7 +12,7 @@ from diffmoe.conversion.opening import open_network
 from diffmoe.data.autoencoder import PixelAutoencoder
 from diffmoe.errors import UserError
 from diffmoe.inference.generation import Order, generate, shard_arrays
-from diffmoe.inference.prompts import Prompts, asked, encoder_of
+from diffmoe.inference.prompts import Prompts, asked, encoder_of, read_captions
 from diffmoe.inference.sampling import Forward, SamplingSettings, sample_latents
 from diffmoe.models.conditioning import Text
 from tests.conversion.models import exported
@@ -116,6 +116,11 @@ def test_an_exported_text_model_makes_images_of_prompts(tmp_path):
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
+
+
+def test_a_file_of_prompts_is_read_as_any_editor_writes_it(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa r\u00e9d two\r\n\r\n  blue one \n".encode())
+    assert read_captions(tmp_path / "prompts.txt") == ["a r\u00e9d two", "blue one"]
 
 
 def test_prompts_and_classes_are_not_taken_for_each_other(tmp_path):

@@ -149,7 +149,7 @@ def test_a_class_that_is_not_there_is_refused(label: int):
         (CONFIG, {"guided_channels": 3}, "guided_channels=3: choose 1 to 2"),
         (CONFIG, {"guidance": float("nan")}, "guidance=nan: give a finite number"),
         (CONFIG, {"steps": 0}, "0 sampling steps: euler takes 1 or more"),
-        (CONFIG, {"shift": -1.0}, "shift above 0"),
+        (CONFIG, {"shift": -1.0}, "shift from 0.001 to 1000"),
         (DDPM, {"steps": 2000}, "2000 sampling steps: ddpm takes 2 or more, up to 1000"),
         (DDPM, {"sampler": "ddim", "eta": 5.0}, "eta is from 0 to 1"),
     ],

@@ -82,6 +82,12 @@ def test_bytes_that_are_cut_off_are_counted(tmp_path):
         ("text.npy", of_array(with_nan), "text.npy holds NaN"),
         ("text.npy", lambda content: content[:-3], "instead of"),
         ("text_lengths.npy", of_array(lambda a: a * 0), r"a caption has 1\.\.8"),
+        (
+            "text_lengths.npy",
+            of_array(lambda a: a[:, None]),
+            "text_lengths.npy is int32 .* one row",
+        ),
+        ("text_lengths.npy", of_array(lambda a: a.astype("U4")), "text_lengths.npy is <U4"),
         ("text_lengths.npy", of_array(lambda a: a - 1), "text.npy is float16"),
         ("text_pooled.npy", of_array(lambda a: a[:, :4]), "text_pooled.npy is float16"),
     ],

@@ -184,7 +184,7 @@ def test_the_command_on_two_ranks(packed, folders, tmp_path):
         for r in (0, 1)
     ]
     assert "rank 0 of 2 is done; others still work" in ranks[0].stderr
-    assert "17 samples of 7 classes in 2 shards" in ranks[1].stdout, ranks[1].stderr
+    assert "17 samples with captions in 2 shards" in ranks[1].stdout, ranks[1].stderr
     assert "a model of it wants 'model.text={encoder: t5-" in ranks[1].stdout
     wrong = tool("encode_text", packed, tmp_path, "--encoder", "bytes")
     assert wrong.returncode == 2

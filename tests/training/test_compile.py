@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffmoe.models.dit import DiT
+from diffmoe.models.moe import routing_loss
 from tests.tiny import FROZEN, random_batch, randomize, tiny_config
 from tests.training.runs import metrics, newest, pack, run_config, tensors, train
 
@@ -27,6 +28,27 @@ def test_a_block_is_one_graph_in_training(changes: dict):
     for block in network.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(network(*inputs).prediction, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_bf16_gradients_are_those_of_bf16():
+    config = tiny_config(model__width=64, model__depth=2)
+    network = randomize(DiT(config.model, config.moe)).bfloat16().train()
+    batch = random_batch(config, 0, range(config.data.lanes))
+    inputs = batch.latents, torch.rand(len(batch.latents)), batch.labels
+    parameters = [one for one in network.parameters() if one.requires_grad]
+
+    def gradients() -> list[torch.Tensor]:
+        output = network(*inputs)
+        loss = output.prediction.square().mean() + routing_loss(output.routing, config.moe)
+        return torch.autograd.grad(loss, parameters)
+
+    expected = gradients()
+    for block in network.blocks:
+        block.compile()
+    for one, other in zip(gradients(), expected, strict=True):
+        scale = other.float().norm()
+        assert scale > 0
+        assert (one.float() - other.float()).norm() < 0.05 * scale
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
