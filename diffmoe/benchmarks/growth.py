@@ -99,9 +99,10 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         "saved_bytes": ("saved for backward, MiB", 2**20),
         "weight_bytes": ("weights of a rank, MiB", 2**20),
     }
-    figure = Figure((4 * len(AXES), 9), layout="constrained")
-    axes = figure.subplots(len(quantities), len(AXES))
-    for column, axis in enumerate(AXES):
+    drawn = [axis for axis in AXES if any(one["axis"] == axis for one in points)]
+    figure = Figure((4 * len(drawn), 9), layout="constrained")
+    axes = figure.subplots(len(quantities), len(drawn))
+    for column, axis in enumerate(drawn):
         along = [one for one in points if one["axis"] == axis]
         x = [one[axis] for one in along]
         for row, (quantity, (label, unit)) in enumerate(quantities.items()):

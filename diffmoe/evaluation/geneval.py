@@ -30,9 +30,10 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
             f"of {len(captions)} captions; sample the same number of each prompt"
         )
     counts = Counter(label for part in images.parts() for label in part.labels.tolist())
-    if len({counts[number] for number in range(len(lines))}) > 1:
+    each = [counts[number] for number in range(len(lines))]
+    if min(each) < max(each):
         raise UserError(
-            f"{images.about['path']} holds {min(counts.values())} to {max(counts.values())} "
+            f"{images.about['path']} holds {min(each)} to {max(each)} "
             "images of a prompt; sample with --labels balanced"
         )
     if out.is_dir() and any(out.iterdir()):
@@ -46,7 +47,7 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
             file = out / f"{label:05d}" / "samples" / f"{written[label]:04d}.png"
             Image.fromarray(image).save(file)
             written[label] += 1
-    return images.number // len(lines)
+    return each[0]
 
 
 def _lines(file: Path) -> list[str]:

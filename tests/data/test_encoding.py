@@ -258,7 +258,7 @@ def test_what_float16_cannot_hold_is_told(photos, tmp_path, tiny_vae, monkeypatc
 
 
 def test_the_default_number_of_shards_serves_the_lanes():
-    assert [default_shards(n) for n in (5, 16, 3000, 16000, 1281167)] == [5, 16, 16, 16, 1282]
+    assert [default_shards(n) for n in (5, 32, 3000, 32000, 1281167)] == [5, 32, 32, 32, 1282]
 
 
 def test_the_command_on_two_ranks(photos, tmp_path, tool, tiny_vae):

@@ -140,7 +140,7 @@ def test_a_text_model_is_judged_on_its_prompts(tmp_path: Path):
     [
         ({"evaluation__prompts": None}, "set evaluation.prompts to a file"),
         ({"evaluation__prompts": "absent.txt"}, "prompts absent.txt cannot be read"),
-        ({"evaluation__classifier": CLASSIFIER}, "judges classes, and model.text takes captions"),
+        ({"evaluation__classifier": CLASSIFIER}, "judges classes, and the model takes captions"),
         ({"evaluation__truth": "truth.json"}, "truth truth.json does not tell of 'one'"),
         ({"evaluation__text_encoder": "t5"}, "the model reads bytes by itself"),
     ],
