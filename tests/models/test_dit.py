@@ -279,6 +279,17 @@ def initialized(topology: Topology | None = None, **changes) -> DiT:
     return DiT(config.model, config.moe, topology).initialize(seed=3)
 
 
+def test_tokens_reach_every_block_row_by_row():
+    """Sums keep their first term's layout: that of the patches would slow all blocks down."""
+    config = tiny_config()
+    network = randomize(DiT(config.model, config.moe)).train()
+    seen = []
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    network(torch.randn(4, 2, 8, 8), torch.rand(4), torch.arange(4))
+    assert seen == [True] * config.model.depth
+
+
 def test_initialisation_is_that_of_dit_and_of_the_release():
     network = initialized(moe__shared_expert_ratio=2.0)
     expert_names = network.expert_parameters()

@@ -52,6 +52,17 @@ def test_a_text_model_starts_as_one_without_text(text: dict):
         assert torch.equal(network(x, t, other).prediction, expected)
 
 
+def test_bytes_and_places_start_at_the_scale_of_what_blocks_add():
+    config = config_of({"encoder": "bytes", "length": 64, "width": 64, "depth": 1})
+    embed = DiT(config.model, config.moe).initialize(0).text_embed
+    for one, std in (
+        (embed.encoder.embed.weight, 1.0),
+        (embed.encoder.places, 1.0),
+        (embed.null_token, 0.02),
+    ):
+        assert one.std().item() == pytest.approx(std, rel=4 * one.numel() ** -0.5)
+
+
 @KINDS
 def test_what_lies_behind_a_caption_changes_no_bit(text: dict):
     network = network_of(text)
