@@ -7,7 +7,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from diffmoe.checkpoints.folder import write_atomically
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
@@ -15,6 +14,7 @@ from diffmoe.parallel.device import default_device, own_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
 from diffmoe.training import evaluation, initial
+from diffmoe.training.lease import hold
 from diffmoe.training.loop import train
 from diffmoe.training.peers import Peers, join
 from diffmoe.training.resume import find_checkpoint, make_way
@@ -47,16 +47,14 @@ def start(
     check_data(config)
     initial.check(config)
     evaluation.check(config, Manifest.load(config.data.path))
-    going_on = find_checkpoint(config, resume, allow_changed)
-
-    topology = create_topology(config.parallel.expert_parallel)
-    stop = StopRequest()
-    dist.barrier()  # every rank has looked at the output before the first one writes there
-    if topology.rank == 0:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        make_way(config, going_on)
-        write_atomically(Path(config.output) / "config.yaml", config.to_yaml())
-    finished = train(config, topology, chosen, settings, going_on.checkpoint, stop)
+    with hold(Path(config.output)) as lease:
+        going_on = find_checkpoint(config, resume, allow_changed)
+        topology = create_topology(config.parallel.expert_parallel)
+        stop = StopRequest()
+        dist.barrier()  # every rank has looked at the output before the first one writes there
+        if topology.rank == 0:
+            make_way(config, going_on)
+        finished = train(config, topology, chosen, settings, going_on, stop, lease)
     peers.close()
     dist.destroy_process_group()
     return finished
