@@ -76,7 +76,7 @@ class Saver:
         self._problem = None
         if not all_finite(self.ema):
             raise UserError(
-                f"weights or averages are not finite after step {clock['step']}, which is therefore "
+                f"weights or averages are not finite after step {clock['step']}, so this step is "
                 f"not saved. Look at {self.folder / 'metrics.jsonl'} for when the loss or the "
                 "gradient norm grew; lower optimizer.learning_rate or set "
                 "optimizer.gradient_clipping, and resume an earlier checkpoint"
