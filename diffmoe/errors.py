@@ -1,5 +1,6 @@
 """The one exception for input that a user can mend, and how commands tell it."""
 
+import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,8 +16,12 @@ class UserError(Exception):
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a tool. A UserError is printed alone, without a traceback, and exits with code 2.
 
-    Ctrl-C exits with 130: every tool goes on where it was, or has changed nothing.
+    Ctrl-C exits with 130: every tool goes on where it was, or has changed nothing. What is no text,
+    as the names of files may be, is printed as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:

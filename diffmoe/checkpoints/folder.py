@@ -8,6 +8,7 @@ step-best, are read where they are asked for and else left alone.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -123,7 +124,7 @@ def complete(path: str | Path) -> Path:
 
 
 def wrong_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """Files that checksums.json lists and that are missing or of another size.
+    """Files that checksums.json lists and that are missing, of another size, or not readable.
 
     part, parts: ranks share the files, so that their looks do not grow with world squared.
     """
@@ -146,6 +147,8 @@ def wrong_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
             problems.append(f"{file} is no regular file")
         elif found.st_size != entry["bytes"]:
             problems.append(f"{file} has {found.st_size} bytes, not {entry['bytes']}")
+        elif not os.access(file, os.R_OK):
+            problems.append(f"{file} cannot be read: {os.strerror(errno.EACCES)}")
     return problems
 
 

@@ -176,8 +176,9 @@ def hold(output: Path) -> Iterator[Lease]:
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             lease = Lease(output)
-        except OSError as error:
-            problem = f"output={output} cannot be written: {error.strerror}; choose another output"
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            problem = f"output={output} cannot be written: {reason}; choose another output"
         except UserError as error:
             problem = str(error)
     problem = from_first_rank(problem)
