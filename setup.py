@@ -32,7 +32,8 @@ setup(
         "megatron-core==0.16.1",
         "webdataset>=1.0.2,<1.1",
         "pyyaml>=6,<7",
-        "wandb>=0.22,<0.32",
+        "wandb>=0.31,<0.32",  # its `finish_timeout`
+        "psutil>=5.9,<8",
         "pydantic>=2.7,<3",
         "safetensors>=0.5,<0.9",
         "numpy>=1.26,<3",

@@ -65,9 +65,11 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from diffmoe import scratch
     from diffmoe.recipes import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    scratch.enter(keep_compiled=config.training.compile)
     if arguments.device:
         os.environ["DS_ACCELERATOR"] = arguments.device  # read while DeepSpeed is imported
     from diffmoe.training.start import start
@@ -91,8 +93,9 @@ def fail(message: str, code: int, may_be_a_peer: bool = False) -> NoReturn:
     # Before that, a wrong setting is told once a machine, a crash by each rank.
     if code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)
+    from diffmoe.scratch import exit_now
+
+    exit_now(code)
 
 
 if __name__ == "__main__":

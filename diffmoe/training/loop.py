@@ -57,6 +57,7 @@ def train(
     ds_settings: dict[str, Any],
     resume_from: Path | None,
     stop: StopRequest,
+    telemetry: Telemetry,
 ) -> bool:
     """Train until the clock reaches training.total_samples. Returns False if asked to stop before.
 
@@ -84,7 +85,7 @@ def train(
         clock = checkpoint.load(resume_from, engine, network, ema)
         samples, step, skipped = clock["samples"], clock["step"], clock["skipped"]
 
-    telemetry = Telemetry(config, folder, samples, active=first_rank)
+    telemetry.begin(samples)
     if resume_from is not None:
         state = checkpoint.pieces(engine, network, ema)
         telemetry.say(checkpoint.restored(resume_from, network, state))

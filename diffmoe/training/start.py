@@ -19,6 +19,7 @@ from diffmoe.training.loop import train
 from diffmoe.training.peers import Peers, join
 from diffmoe.training.resume import find_checkpoint, make_way
 from diffmoe.training.signals import StopRequest
+from diffmoe.training.telemetry import Telemetry
 
 
 def start(
@@ -56,9 +57,11 @@ def start(
         Path(config.output).mkdir(parents=True, exist_ok=True)
         make_way(config, going_on)
         write_atomically(Path(config.output) / "config.yaml", config.to_yaml())
-    finished = train(config, topology, chosen, settings, going_on.checkpoint, stop)
+    telemetry = Telemetry(config, active=topology.rank == 0)
+    finished = train(config, topology, chosen, settings, going_on.checkpoint, stop, telemetry)
     peers.close()
     dist.destroy_process_group()
+    telemetry.finish()  # no rank waits for it, and the exit code is decided
     return finished
 
 
