@@ -132,7 +132,6 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
     import wandb
 
     monkeypatch.setattr(wandb_run, "START_SECONDS", 8.0)
-    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 2.0)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -170,6 +169,7 @@ def test_a_server_that_does_not_answer_makes_the_start_an_offline_one(
 def test_a_server_that_vanishes_holds_up_the_end_for_a_bounded_time(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 2.0)
     with Server() as server:
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
