@@ -19,6 +19,8 @@ DEMO = ["gradio>=6.31,<7", "matplotlib>=3.8,<4"]
 setup(
     name="diffmoe",
     version="0.1.0",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     description="Mixture-of-Experts diffusion transformers with dynamic token selection",
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
