@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffmoe.config import Config
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of, sync, write_atomically
 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
 
@@ -157,7 +156,7 @@ def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, A
     write_atomically(torn / CHECKSUMS, json.dumps({"files": files}, indent=1))
     set_aside(checkpoint)
     torn.rename(checkpoint)
-    _sync(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def set_aside(checkpoint: Path) -> Path | None:
@@ -216,22 +215,3 @@ def _delete(checkpoint: Path) -> bool:
         checkpoint.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return True
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole, on the disk before it gets its name."""
-    new = path.with_name(f".{path.name}.tmp")
-    with open(new, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

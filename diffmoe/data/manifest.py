@@ -1,11 +1,8 @@
 """manifest.json: what the shards of a folder hold, said explicitly, never guessed from shapes."""
 
-import hashlib
-import json
 import math
 import os
 import re
-import socket
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError
+from diffmoe.files import read_json, replacing
 
 FILE_NAME = "manifest.json"
 
@@ -184,31 +182,22 @@ class Manifest(BaseModel):
                 f"data folder {directory} does not exist; set data.path to a folder of shards, or "
                 "make one, for example: python tools/prepare_data.py mnist --out data/mnist"
             )
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not file.exists():
             raise UserError(
                 f"{file} is missing: {directory} is no data folder, or its packing was cut short; "
                 "pack the data again (tools/prepare_data.py --help)"
-            ) from None
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON ({error}); pack the data again") from None
+            )
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate(read_json(file))
         except ValidationError as error:
             problems = "; ".join(describe(problem) for problem in error.errors())
             raise UserError(f"{file}: {problems}. Mend these or pack the data again") from None
 
     def save(self, directory: str | Path) -> None:
         """Write `directory`/manifest.json: whole or not at all."""
-        file = Path(directory) / FILE_NAME
         # Several ranks may finish a packing together: equal contents, but files of their own.
-        temporary = file.with_name(f"{FILE_NAME}.{socket.gethostname()}-{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(self.model_dump_json(indent=1) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        with replacing(Path(directory) / FILE_NAME) as stream:
+            stream.write(self.model_dump_json(indent=1).encode() + b"\n")
 
     def check(
         self, directory: str | Path, lanes: int | None = None, max_bad_shards: int = 0
@@ -312,15 +301,6 @@ def _problem(path: Path, shard: Shard) -> str | None:
 def is_url(address: str) -> bool:
     """Whether a shard's address must be opened by webdataset, and not as a file."""
     return _URL.match(address) is not None
-
-
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def describe(problem: dict) -> str:

@@ -7,10 +7,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from diffmoe.checkpoints.folder import write_atomically
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.files import write_atomically
 from diffmoe.parallel.device import default_device, own_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile

@@ -11,7 +11,8 @@ import pytest
 
 from diffmoe.data import fetching
 from diffmoe.data.fetching import Fetch, ReadAhead, Unreadable, open_shard
-from diffmoe.data.manifest import Shard, sha256_of
+from diffmoe.data.manifest import Shard
+from diffmoe.files import sha256_of
 
 CONTENT = os.urandom(3_000_000)
 

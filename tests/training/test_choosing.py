@@ -208,7 +208,7 @@ def test_the_end_of_a_cosine_alters_the_run(run: Config):
 
 
 def _sum_again(checkpoint: Path) -> None:
-    from diffmoe.data.manifest import sha256_of
+    from diffmoe.files import sha256_of
 
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
