@@ -91,7 +91,7 @@ def _flip(file: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {"cut": _cut, "flip": _flip, "remove": Path.unlink}
-FILES = ["checksums.json", "run.json", ".metadata", "__0_0.distcp", "__1_0.distcp"]
+FILES = ["checksums.json", "run.json", "index.json", "__0_0.distcp", "__1_0.distcp"]
 
 
 @pytest.mark.parametrize("file", FILES)
