@@ -138,9 +138,10 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
 
 
 def stored_config(checkpoint: Path, about: dict[str, Any]) -> Config:
-    """The run's configuration out of `read_about`."""
+    """The run's configuration out of `read_about`, without any permission to run commands."""
     try:
-        return Config.model_validate(about["config"])
+        config = Config.model_validate(about["config"])
+        return config.replace({"data.allow_commands": False})
     except ValidationError as error:
         file = checkpoint / ABOUT
         raise UserError(f"{file} holds a configuration of another version: {error}") from None

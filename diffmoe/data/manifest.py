@@ -14,13 +14,16 @@ from diffmoe.files import read_json, replacing
 
 FILE_NAME = "manifest.json"
 
-# "pipe:..." runs a command; "file:" is a path; http:, gs:, hf: ... are opened by webdataset.
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:")
+# "pipe:..." is a command, gs:, hf:, scp: and all others may start one: these two do not.
+_HTTP = re.compile(r"https?:")
+# What a command may get in the place of {}: nothing that a shell or an option parser reads.
+_SAFE_NAME = re.compile(r"(?!-)[\w./+=@%,-]+", re.ASCII)
 
 
 class Shard(BaseModel):
-    """One tar file: its name (a path relative to the manifest's folder, or a URL), counts and
-    checksum.
+    """One tar file: its name (a path relative to the manifest's folder, or an http URL), counts
+    and checksum.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,7 +80,8 @@ class Manifest(BaseModel):
     pixel_range: the numbers that the autoencoder takes for black and white.
     skipped: what the packing left out, each with the reason.
     location: where the shards are, when they are not beside the manifest: a folder, or a URL with
-        {} for the shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -".
+        {} for the shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -". What starts a
+        program is read only where the command line allows it (data.allow_commands=true).
     text: of samples with captions.
     """
 
@@ -159,8 +163,17 @@ class Manifest(BaseModel):
         return (channels if self.content == "sample" else 2 * channels, height, width)
 
     def address(self, directory: str | Path, shard: Shard) -> str:
-        """The path or URL of a shard; paths are absolute, `file:` URLs become paths."""
+        """The path or URL of a shard; paths are absolute, `file:` URLs become paths.
+
+        Raises UserError for a name that is a command, or that would become part of one.
+        """
         place = shard.name
+        in_command = self.location is not None and starts_program(self.location)
+        if starts_program(place) or (in_command and not _SAFE_NAME.fullmatch(place)):
+            raise UserError(
+                f"{Path(directory) / FILE_NAME}: the shard name {place!r} would run as a command; "
+                "names are plain, and what starts a program stands in location alone"
+            )
         if self.location is not None and not _URL.match(place):
             place = (
                 self.location.replace("{}", place)
@@ -299,8 +312,13 @@ def _problem(path: Path, shard: Shard) -> str | None:
 
 
 def is_url(address: str) -> bool:
-    """Whether a shard's address must be opened by webdataset, and not as a file."""
+    """Whether a shard's address is not a file's."""
     return _URL.match(address) is not None
+
+
+def starts_program(address: str) -> bool:
+    """Whether reading a shard there may start a program on this machine."""
+    return is_url(address) and not address.startswith("file:") and not _HTTP.match(address)
 
 
 def describe(problem: dict) -> str:
