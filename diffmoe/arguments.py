@@ -17,6 +17,16 @@ def positive(text: str) -> int:
     return number
 
 
+def add_allow_commands(parser: argparse.ArgumentParser) -> None:
+    """The permission that data alone can never give."""
+    parser.add_argument(
+        "--allow-commands",
+        action="store_true",
+        help="let the manifest's addresses start programs (pipe:, gs:, hf:, ...): only for data "
+        "whose maker you trust",
+    )
+
+
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     """What a text model is asked for, and how it is read."""
     group = parser.add_argument_group("of a text model")

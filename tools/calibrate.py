@@ -11,7 +11,7 @@ They are found along the sampling trajectory, with the steps and guidance given 
 
 import argparse
 
-from diffmoe.arguments import add_prompts, positive, prompts_of
+from diffmoe.arguments import add_allow_commands, add_prompts, positive, prompts_of
 from diffmoe.conversion.opening import locate, open_network, verify, weights_of
 from diffmoe.errors import run_command
 from diffmoe.inference.calibration import calibrate
@@ -44,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["ema", "live"], default="ema")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
+    add_allow_commands(parser)
     add_prompts(parser)
     return parser.parse_args()
 
@@ -61,6 +62,7 @@ def main() -> None:
         over = "noise"
         if options.data:
             config = config.replace({"data.path": options.data})
+        config = config.replace({"data.allow_commands": options.allow_commands})
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
     else:
         over = f"trajectory: {options.steps} steps, guidance {options.guidance:g}"

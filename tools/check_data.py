@@ -16,7 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from diffmoe.arguments import add_allow_commands
 from diffmoe.data.checking import check_data
+from diffmoe.data.fetching import Fetch
 from diffmoe.data.resharding import reshard
 from diffmoe.errors import UserError, run_command
 from diffmoe.parallel.device import default_device
@@ -36,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reshard", type=int, metavar="N", help="rewrite into N shards, in --out")
     parser.add_argument("--out", metavar="DIR", help="the new folder of --reshard")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    add_allow_commands(parser)
     options = parser.parse_args()
     if (options.reshard is None) != (options.out is None):
         parser.error("--reshard N and --out DIR belong together")
@@ -57,7 +60,12 @@ def main() -> None:
         return
     sheet = options.sheet or Path(options.data) / "contact_sheet.png"
     try:
-        report = check_data(options.data, None if options.no_sheet else sheet, options.device)
+        report = check_data(
+            options.data,
+            None if options.no_sheet else sheet,
+            options.device,
+            Fetch(allow_commands=options.allow_commands),
+        )
     except UserError as error:
         print(f"problem: {error}")
         sys.exit(1)

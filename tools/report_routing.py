@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffmoe.arguments import add_prompts, positive, prompts_of
+from diffmoe.arguments import add_allow_commands, add_prompts, positive, prompts_of
 from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import run_command
@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
+    add_allow_commands(parser)
     add_prompts(parser)
     return parser.parse_args()
 
@@ -63,7 +64,7 @@ def main() -> None:
     accuracy = None
     data = options.data or config.data.path
     if network.has_thresholds and (options.data or Path(data).is_dir()):
-        config = config.replace({"data.path": data})
+        config = config.replace({"data.path": data, "data.allow_commands": options.allow_commands})
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
         accuracy = predictor_accuracy(network, passes)
 

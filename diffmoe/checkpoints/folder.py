@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffmoe.config import Config
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of, sync, write_atomically
 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
 
@@ -139,9 +138,10 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
 
 
 def stored_config(checkpoint: Path, about: dict[str, Any]) -> Config:
-    """The run's configuration out of `read_about`."""
+    """The run's configuration out of `read_about`, without any permission to run commands."""
     try:
-        return Config.model_validate(about["config"])
+        config = Config.model_validate(about["config"])
+        return config.replace({"data.allow_commands": False})
     except ValidationError as error:
         file = checkpoint / ABOUT
         raise UserError(f"{file} holds a configuration of another version: {error}") from None
@@ -157,7 +157,7 @@ def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, A
     write_atomically(torn / CHECKSUMS, json.dumps({"files": files}, indent=1))
     set_aside(checkpoint)
     torn.rename(checkpoint)
-    _sync(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def set_aside(checkpoint: Path) -> Path | None:
@@ -216,22 +216,3 @@ def _delete(checkpoint: Path) -> bool:
         checkpoint.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return True
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole, on the disk before it gets its name."""
-    new = path.with_name(f".{path.name}.tmp")
-    with open(new, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

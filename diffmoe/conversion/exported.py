@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from diffmoe.conversion.about import FILE_NAME, About, read_about, read_json
+from diffmoe.conversion.about import FILE_NAME, About, read_about
 from diffmoe.conversion.stored_tensors import StoredTensors
 from diffmoe.conversion.tensors import (
     DTYPE_NAMES,
@@ -23,6 +23,7 @@ from diffmoe.conversion.tensors import (
     stored_dtype,
 )
 from diffmoe.errors import UserError
+from diffmoe.files import read_json, sha256_of
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
 
@@ -57,8 +58,6 @@ class ExportedModel(StoredTensors):
 
         Raises UserError naming the first that is not as it was written.
         """
-        from diffmoe.data.manifest import sha256_of  # inference alone loads no module of data
-
         file = self.folder / CHECKSUMS
         try:
             listed = {name: entry["sha256"] for name, entry in read_json(file)["files"].items()}

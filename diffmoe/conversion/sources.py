@@ -18,8 +18,8 @@ from diffmoe.checkpoints.posthoc import combined
 from diffmoe.conversion.about import About, parse_about
 from diffmoe.conversion.exported import ExportedModel
 from diffmoe.conversion.tensors import Read, Shapes, account, finite
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 from diffmoe.inference.thresholds import Calibrated, stored
 
 _LATENTS = ("shape", "scale", "shift", "autoencoder", "pixel_range", "source")

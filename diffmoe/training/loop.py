@@ -105,7 +105,7 @@ def train(
         clock=samples,
         captions=config.model.text is not None,
         max_bad_shards=config.data.max_bad_shards,
-        fetch=Fetch(config.data.cache, config.data.cache_gib, config.data.stall_seconds),
+        fetch=Fetch.of(config.data),
         report=telemetry.say if first_rank else None,
     )
     stream = iter(data)

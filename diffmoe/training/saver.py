@@ -18,6 +18,7 @@ from diffmoe.checkpoints.pieces import Hashes, HostCopy, write
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.files import write_atomically
 from diffmoe.models.dit import DiT
 from diffmoe.training.checkpoint import describe, for_sampling, pieces
 from diffmoe.training.ema import EMA
@@ -170,7 +171,7 @@ class Saver:
         """`latest` and retention: the checkpoint is complete whether these succeed or not."""
         training = self.config.training
         try:
-            folder.write_atomically(self.folder / "latest", newest.name)
+            write_atomically(self.folder / "latest", newest.name)
             folder.prune(self.folder, training.keep_last, training.keep_samples)
         except (OSError, UserError) as error:
             self.say(f"warning: {newest} is complete, but tidying {self.folder} failed: {error}")

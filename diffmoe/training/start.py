@@ -7,10 +7,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from diffmoe.checkpoints.folder import write_atomically
 from diffmoe.config import Config
+from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.files import write_atomically
 from diffmoe.parallel.device import default_device, own_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
@@ -73,6 +74,7 @@ def check_data(config: Config) -> None:
             "(python tools/prepare_data.py --help makes one)"
         )
     manifest = Manifest.load(config.data.path)
+    check_addresses(config.data.path, manifest, Fetch.of(config.data))
     manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
     manifest.check_model(config.model)
 
