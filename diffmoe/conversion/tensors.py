@@ -49,7 +49,7 @@ def empty_network(
     network.to_empty(device=device)
     network.positions.copy_(grid_positions(model.width, network.grid))
     if network.rotation is not None:
-        network.rotation.copy_(rotary_angles(network.grid, model.width // model.heads))
+        network.rotation.copy_(rotary_angles(network.grid, model.width_of_head))
     return network.eval()
 
 
