@@ -62,7 +62,9 @@ class ModelConfig(_Section):
     width: int = Field(384, ge=2)
     depth: int = Field(12, ge=1)
     heads: int = Field(6, ge=1)
+    head_width: int | None = Field(None, ge=1, description="of one head; none: width / heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden size of dense MLPs over width")
+    mlp_activation: Literal["gelu", "swiglu"] = Field("gelu", description="of dense MLPs")
     num_classes: int = Field(1000, ge=1)
     learn_sigma: bool = Field(False, description="twice the output channels, as published DiTs")
     qk_norm: bool = False
@@ -76,19 +78,26 @@ class ModelConfig(_Section):
                 f"model.input_size={self.input_size} is not divisible by "
                 f"model.patch_size={self.patch_size}; choose {_divisors(self.input_size)}"
             )
-        if self.width % self.heads:
+        if self.head_width is None and self.width % self.heads:
             raise ValueError(
                 f"model.width={self.width} is not divisible by model.heads={self.heads}; "
                 f"choose {_divisors(self.width)}"
             )
-        if self.rope and (self.width // self.heads) % 4:
+        if self.rope and self.width_of_head % 4:
+            head = f"model.head_width={self.head_width}"
+            if self.head_width is None:
+                head = f"model.width={self.width} / model.heads={self.heads}"
             raise ValueError(
-                f"model.rope needs a head width divisible by 4, and model.width={self.width} / "
-                f"model.heads={self.heads} is {self.width // self.heads}"
+                f"model.rope needs a head width divisible by 4, and {head} is {self.width_of_head}"
             )
         if self.width % 4:
             raise ValueError(f"model.width={self.width} must be divisible by 4 (2-D positions)")
         return self
+
+    @property
+    def width_of_head(self) -> int:
+        """Channels of one attention head."""
+        return self.head_width or self.width // self.heads
 
 
 class MoEConfig(_Section):
@@ -103,7 +112,11 @@ class MoEConfig(_Section):
     shared_expert_ratio: float = Field(
         0.0, ge=0, description="hidden size over width of an expert that sees every token; 0: none"
     )
+    shared_expert_activation: Literal["gelu", "swiglu"] = "gelu"
     router_init_std: float = Field(0.006, gt=0)
+    expert_init_std: float | None = Field(
+        None, gt=0, description="of experts' normal start, such as 0.006; none: Xavier's uniform"
+    )
     token_pool: Literal["micro_batch", "expert_parallel", "global"] = "micro_batch"
     inference: Literal["per_token", "pooled", "static"] = "per_token"
     capacity_loss_weight: float = Field(1.0, ge=0)

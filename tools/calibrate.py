@@ -12,7 +12,7 @@ They are found along the sampling trajectory, with the steps and guidance given 
 import argparse
 
 from diffmoe.arguments import add_allow_commands, add_prompts, positive, prompts_of
-from diffmoe.conversion.opening import locate, open_network, verify, weights_of
+from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.errors import run_command
 from diffmoe.inference.calibration import calibrate
 from diffmoe.inference.passes import noise_passes, trajectory_passes
@@ -53,7 +53,6 @@ def main() -> None:
     options = parse()
     folder = locate(options.run)
     weights = weights_of(folder, options.weights)
-    verify(folder)
     writable(folder)
     snapshot = open_network(folder, weights, device=own_device(options.device))
     network, config = snapshot.network, snapshot.config

@@ -79,6 +79,12 @@ def parse() -> argparse.Namespace:
     foreign.add_argument("--format", choices=FORMATS, help="of FROM; default detected, and said")
     foreign.add_argument("--objective", choices=["flow", "ddpm"])
     foreign.add_argument("--heads", type=int, help="default: those of the published widths")
+    foreign.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="without the null one; default as the file says, or 1000 of 1001 rows of labels",
+    )
     foreign.add_argument("--input-size", type=int, help="default: from pos_embed")
     foreign.add_argument("--top-k", type=int, default=1, help="of token choice; default 1")
     foreign.add_argument(
@@ -128,6 +134,7 @@ def main() -> None:
     unsaid = Options(
         objective=options.objective,
         heads=options.heads,
+        num_classes=options.num_classes,
         input_size=options.input_size,
         capacity=1.0 if options.capacity is None else options.capacity,
         top_k=options.top_k,

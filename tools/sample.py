@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from diffmoe.arguments import add_prompts, positive, prompts_of
 from diffmoe.checkpoints.network import Snapshot
-from diffmoe.conversion.opening import locate, open_network, verify, weights_of
+from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation.digits import digit_agreement
@@ -151,8 +151,6 @@ def main() -> None:
     prompts = prompts_of(options, snapshot.config, options.device)
     if prompts is not None and (options.classes or options.check_digits):
         raise UserError("--classes and --check-digits are of models that draw classes; leave them")
-    if options.num_samples and ranks.rank == 0:
-        verify(folder)
     turn_dial(snapshot.network, folder, options.routing, options.capacity, weights)
     decode = autoencoder_of(snapshot.latents, device).decode
     if options.num_samples is None:

@@ -66,7 +66,11 @@ class Provenance(_Part):
 
 
 class About(_Part):
-    """All of an exported model that is no tensor. weights: ema, live, or ema:STD."""
+    """All of an exported model that is no tensor.
+
+    weights: ema, live, or ema:STD. label_dropout: of its training, None where it is not known; with
+    0 the null label was never trained, and guidance has nothing to lead away from.
+    """
 
     format: Literal["diffmoe"] = "diffmoe"
     version: Literal[1] = 1
@@ -77,6 +81,7 @@ class About(_Part):
     diffusion: DiffusionConfig
     latents: Latents
     class_names: tuple[str, ...] | None = None
+    label_dropout: float | None = Field(None, ge=0, le=1)
     clock: Clock | None = None
     provenance: Provenance
 
@@ -108,7 +113,10 @@ class About(_Part):
     @property
     def config(self) -> Config:
         """A run's configuration with these sections, the others at their defaults."""
-        return Config(model=self.model, moe=self.moe, diffusion=self.diffusion)
+        config = Config(model=self.model, moe=self.moe, diffusion=self.diffusion)
+        if self.label_dropout is None:
+            return config
+        return config.replace({"training.label_dropout": self.label_dropout})
 
     @property
     def calibrated_for(self) -> str:

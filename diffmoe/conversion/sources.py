@@ -109,6 +109,7 @@ def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Te
         "diffusion": about["config"]["diffusion"],
         "latents": {key: latents[key] for key in _LATENTS if key in latents},
         "class_names": latents.get("class_names"),
+        "label_dropout": about["config"].get("training", {}).get("label_dropout"),
         "clock": about["clock"],
         "provenance": {
             "kind": "training checkpoint",

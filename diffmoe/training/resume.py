@@ -22,6 +22,7 @@ _SHAPE = (
     "moe.activation",
     "moe.expert_ratio",
     "moe.shared_expert_ratio",
+    "moe.shared_expert_activation",
 )
 # Where it runs and what it tells; the numbers stay (to rounding, on another layout).
 _HARMLESS = (

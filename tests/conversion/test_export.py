@@ -233,8 +233,8 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
 
 
 def test_a_result_that_computes_otherwise_is_not_kept(tmp_path: Path, monkeypatch):
-    def one_number_off(folder: Path):
-        network, about = load_exported(folder)
+    def one_number_off(folder: Path, **how):
+        network, about = load_exported(folder, **how)
         network.blocks[1].feed_forward.experts.w_out[3, 0, 0] += 1e-3
         return network, about
 

@@ -25,7 +25,7 @@ SECONDS = 20  # for one reading; the slowest takes a fraction of one
 
 def tensors(path: Path) -> dict[str, Tensor]:
     """All that a conversion would read."""
-    options = Options(objective="flow", heads=2)
+    options = Options(objective="flow", heads=2, num_classes=10)
     with open_source(path, options=options) as source:
         source = source.checked()
         return {name: source.read(name).clone() for name in source.shapes}
