@@ -43,7 +43,9 @@ class Report:
         return "\n".join([*self.lines, *(told or ["no problems"])])
 
 
-def check_data(directory: str | Path, sheet: str | Path | None, device: str = "cpu") -> Report:
+def check_data(
+    directory: str | Path, sheet: str | Path | None, device: str | torch.device = "cpu"
+) -> Report:
     """Read a data folder whole. Raises UserError only where there is no manifest to go by.
 
     sheet: where to write a PNG of up to 32 samples, each above its mirror image.
@@ -211,7 +213,9 @@ def _caption_lines(lengths: list[list[int]], manifest: Manifest) -> list[str]:
     ]
 
 
-def _write_sheet(samples: list[Sample], manifest: Manifest, path: str | Path, device: str) -> str:
+def _write_sheet(
+    samples: list[Sample], manifest: Manifest, path: str | Path, device: str | torch.device
+) -> str:
     """Returns a line that says where it is, or why it is not."""
     try:
         autoencoder = autoencoder_of(manifest.model_dump(), device)
