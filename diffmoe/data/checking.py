@@ -46,7 +46,7 @@ class Report:
 def check_data(
     directory: str | Path,
     sheet: str | Path | None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     fetch: Fetch = Fetch(),  # noqa: B008 (a tuple)
 ) -> Report:
     """Read a data folder whole. Raises UserError only where there is no manifest to go by.
@@ -218,7 +218,9 @@ def _caption_lines(lengths: list[list[int]], manifest: Manifest) -> list[str]:
     ]
 
 
-def _write_sheet(samples: list[Sample], manifest: Manifest, path: str | Path, device: str) -> str:
+def _write_sheet(
+    samples: list[Sample], manifest: Manifest, path: str | Path, device: str | torch.device
+) -> str:
     """Returns a line that says where it is, or why it is not."""
     try:
         autoencoder = autoencoder_of(manifest.model_dump(), device)

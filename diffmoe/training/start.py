@@ -12,7 +12,7 @@ from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.files import write_atomically
-from diffmoe.parallel.device import default_device, own_device
+from diffmoe.parallel.device import own_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
 from diffmoe.training import evaluation, initial
@@ -81,7 +81,7 @@ def check_data(config: Config) -> None:
 
 def _connect(device: str | None) -> tuple[torch.device, Peers]:
     """Join the launcher's process group (or make one of a single process), and pick the device."""
-    chosen = own_device(device or default_device())
+    chosen = own_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # gloo beside nccl: checkpoints gather their plans on the CPU.
