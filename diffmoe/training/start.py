@@ -14,7 +14,7 @@ from diffmoe.errors import UserError
 from diffmoe.parallel.device import default_device, own_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
-from diffmoe.training import evaluation, initial
+from diffmoe.training import agreement, evaluation, initial
 from diffmoe.training.loop import train
 from diffmoe.training.peers import Peers, join
 from diffmoe.training.resume import find_checkpoint, make_way
@@ -41,6 +41,13 @@ def start(
         return True
     # Before the checks: what machines find may differ, and joined ranks tell a failure once.
     chosen, peers = _connect(device)
+    options = {
+        "--resume": resume,
+        "--allow-changed": sorted(allow_changed or []),
+        "--device": chosen.type,
+    }
+    agreement.check_settings(config, settings, options)
+    agreement.check_folders(config, resume)
     world = dist.get_world_size()
     config.check_world(world)
     engine_settings(config, settings, world)
