@@ -1,5 +1,6 @@
 """Ranks of a tool that hold the experts together."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -36,6 +37,8 @@ def share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> T
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Ranks wait while one of them judges what all have made.
+    # srun sets names of its own.
+    os.environ |= {"RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.world)}
     store, rank, world = meet()
     timeout = timedelta(hours=12)
     store.set_timeout(timeout)

@@ -1,6 +1,5 @@
 """From the command line to the loop: process group, checks, output folder, resume."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -40,7 +39,7 @@ def start(
         print(config.to_yaml(), end="")
         return True
     # Before the checks: what machines find may differ, and joined ranks tell a failure once.
-    chosen, peers = _connect(device)
+    chosen, peers = _connect(device, config.parallel.timeout_seconds)
     options = {
         "--resume": resume,
         "--allow-changed": sorted(allow_changed or []),
@@ -81,13 +80,13 @@ def check_data(config: Config) -> None:
     manifest.check_model(config.model)
 
 
-def _connect(device: str | None) -> tuple[torch.device, Peers]:
+def _connect(device: str | None, timeout_seconds: float | None) -> tuple[torch.device, Peers]:
     """Join the launcher's process group (or make one of a single process), and pick the device."""
     chosen = own_device(device or default_device())
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # gloo beside nccl: checkpoints gather their plans on the CPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    peers = join(backend, timedelta(minutes=30))
+    peers = join(backend, timeout_seconds)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return chosen, peers
