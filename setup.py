@@ -39,6 +39,7 @@ setup(
         "pydantic>=2.7,<3",
         "safetensors>=0.5,<0.9",
         "numpy>=1.26,<3",
+        "psutil>=5.9,<8",
         "tqdm>=4.66,<5",
         "pillow>=10,<14",
     ],

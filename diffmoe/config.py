@@ -278,6 +278,13 @@ class ParallelConfig(_Section):
 
     expert_parallel: int = Field(1, ge=1, description="P: ranks that share one set of experts")
     zero_stage: int = Field(1, description="DeepSpeed ZeRO stage, 1 or 2")
+    timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of a step, before the rank that hangs is named and the run ends; none: 20 "
+        "usual steps, at least 300. Set it high for a debugger",
+    )
 
 
 class LoggingConfig(_Section):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
@@ -35,7 +35,7 @@ ATTEMPTS = 3
 BACK_OFF = 1.0  # seconds before the second attempt; four times as long before each next one
 _BLOCK = 1 << 20
 _commands: set[subprocess.Popen] | None = set()  # that run now; None when the process ends
-_commands_lock = threading.Lock()
+_commands_lock = threading.RLock()  # a signal may come while its own thread holds it
 
 
 class Unreadable(Exception):
@@ -294,16 +294,24 @@ def _http(address: str, stall_seconds: float) -> Iterator[bytes]:
 def end_commands() -> None:
     """End the `pipe:` commands that still run and start no more: this process ends."""
     global _commands
-    with _commands_lock:
-        running, _commands = _commands or set(), None
+    held = _commands_lock.acquire(timeout=2)  # a thread that hangs must not keep the process alive
+    running, _commands = _commands or set(), None
+    if held:
+        _commands_lock.release()
     for process in running:
         _end(process)
+
+
+def end_process(code: int) -> NoReturn:
+    """At once, without what an orderly end would do, but not without the commands."""
+    end_commands()
+    os._exit(code)
 
 
 def _forget_commands() -> None:
     """In a forked process: those of the parent are not its own."""
     global _commands, _commands_lock
-    _commands, _commands_lock = set(), threading.Lock()
+    _commands, _commands_lock = set(), threading.RLock()
 
 
 atexit.register(end_commands)

@@ -17,7 +17,7 @@ from diffmoe.data.shards import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import Topology
-from diffmoe.training import checkpoint, initial
+from diffmoe.training import checkpoint, initial, peers
 from diffmoe.training.ema import EMA
 from diffmoe.training.evaluation import LiveEvaluation
 from diffmoe.training.report import RoutingReport
@@ -114,6 +114,7 @@ def train(
         evaluation = LiveEvaluation(config, manifest, network, engine, ema, device, stop, telemetry)
 
     while samples < training.total_samples:
+        peers.step_begins(step + 1)
         before, samples = samples, samples + training.batch_size
         logging_now = crossed(config.logging.log_samples, before, samples)
         report = RoutingReport(network) if logging_now else None
@@ -220,7 +221,8 @@ def train(
         if asked and not done:
             break
         if evaluation is not None and (done or crossed(training.evaluate_every, before, samples)):
-            evaluation.run(clock)
+            with peers.busy("evaluating"):
+                evaluation.run(clock)
 
     telemetry.close()
     engine.destroy()

@@ -140,8 +140,8 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
     Returns what differs and is taken; raises UserError with all that is refused.
     """
     about = folder.read_about(checkpoint)
-    there, now = _dotted(about["config"]), _dotted(config.model_dump(mode="json"))
-    defaults = _dotted(Config().model_dump(mode="json"))
+    there, now = dotted(about["config"]), dotted(config.model_dump(mode="json"))
+    defaults = dotted(Config().model_dump(mode="json"))
     known = defaults.keys() | there.keys()
     unknown = [field for field in allowed if field not in known]
     if unknown:
@@ -210,11 +210,12 @@ def _within(field: str, keys: tuple[str, ...]) -> bool:
     return any(field == key or field.startswith(key + ".") for key in keys)
 
 
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one table: {"a": {"b": 1}} is {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= (
-            _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
 

@@ -4,7 +4,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from diffmoe.files import write_atomically
 from diffmoe.models.dit import DiT
 from diffmoe.training.checkpoint import describe, for_sampling, pieces
 from diffmoe.training.ema import EMA
+from diffmoe.training.peers import COLLECTIVES, busy
 
 
 class Saver:
@@ -45,7 +45,7 @@ class Saver:
         self.config, self.manifest, self.say = config, manifest, say
         self.folder = Path(config.output)
         self.first = dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        self.group = dist.new_group(backend="gloo", timeout=COLLECTIVES)
         snapshot_precision = {"fp32": torch.float32, "bf16": torch.bfloat16}
         self._copies = {
             "step": HostCopy(),
@@ -67,7 +67,8 @@ class Saver:
         """
         began = time.monotonic()
         if self._thread is not None:
-            self._thread.join()
+            with busy("waiting for a save"):
+                self._thread.join()
         if self.failed:
             self.wait()
         self._problem = None
@@ -90,7 +91,8 @@ class Saver:
     def wait(self) -> None:
         """Until nothing is under way. Raises UserError, on every rank, if the last save failed."""
         if self._thread is not None:
-            self._thread.join()
+            with busy("waiting for a save"):
+                self._thread.join()
             self._thread = None
         if self._problem is not None:
             raise UserError(self._problem)
