@@ -102,9 +102,10 @@ def fail(message: str, code: int, may_be_a_peer: bool = False) -> NoReturn:
     # Before that, a wrong setting is told once a machine, a crash by each rank.
     if code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
-    from diffmoe.scratch import exit_now
+    from diffmoe.ending import end_process
 
-    exit_now(code)
+    sys.stdout.flush()
+    end_process(code)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """This process's temporary files, torch's and wandb's too, in one folder that goes with it."""
 
-import atexit
 import getpass
 import os
 import shutil
-import sys
 import tempfile
-from typing import NoReturn
+
+from diffmoe.ending import at_any_end
 
 _folder: str | None = None
 _owner = 0  # forked readers inherit the name, not the duty
@@ -23,17 +22,9 @@ def enter(keep_compiled: bool) -> None:
     kernels = shared if keep_compiled else _folder
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{kernels}/torchinductor_{getpass.getuser()}")
     os.environ["TMPDIR"] = tempfile.tempdir = _folder
-    atexit.register(leave)
+    at_any_end(_remove)
 
 
-def leave() -> None:
+def _remove() -> None:
     if _folder is not None and os.getpid() == _owner:
         shutil.rmtree(_folder, ignore_errors=True)
-
-
-def exit_now(code: int) -> NoReturn:
-    """End this process without waiting for threads or for what was to run at its end."""
-    leave()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -5,7 +5,6 @@ an unnamed temporary file, one byte after another: object stores and pipes are q
 samples can then be read in any order without holding a shard in memory.
 """
 
-import atexit
 import hashlib
 import os
 import select
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
@@ -28,6 +27,7 @@ from webdataset.gopen import Pipe, gopen, rewrite_url
 
 from diffmoe.config import DataConfig
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard, is_url, starts_program
+from diffmoe.ending import at_any_end
 from diffmoe.errors import UserError
 from diffmoe.files import open_regular
 
@@ -302,19 +302,13 @@ def end_commands() -> None:
         _end(process)
 
 
-def end_process(code: int) -> NoReturn:
-    """At once, without what an orderly end would do, but not without the commands."""
-    end_commands()
-    os._exit(code)
-
-
 def _forget_commands() -> None:
     """In a forked process: those of the parent are not its own."""
     global _commands, _commands_lock
     _commands, _commands_lock = set(), threading.RLock()
 
 
-atexit.register(end_commands)
+at_any_end(end_commands)
 os.register_at_fork(after_in_child=_forget_commands)
 
 

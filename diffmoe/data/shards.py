@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from diffmoe.data.conditions import chosen, padded
-from diffmoe.data.fetching import Fetch, end_commands, end_process
+from diffmoe.data.fetching import Fetch, end_commands
 from diffmoe.data.handover import made_ready
 from diffmoe.data.lane import Lane
 from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.reading import unreadable
+from diffmoe.ending import end_process
 from diffmoe.errors import UserError
 from diffmoe.models.conditioning import Text
 from diffmoe.seeding import keyed_generator

@@ -31,6 +31,14 @@ def disagreements(values: dict[str, Any]) -> list[str]:
     return lines
 
 
+def from_first_rank(value: Any) -> Any:
+    """What rank 0 sees, where file systems may not show all ranks the same."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def ranks_named(ranks: list[int]) -> str:
     """`rank 3`, or `ranks 1, 2, 5`; at most eight by number."""
     if len(ranks) == 1:

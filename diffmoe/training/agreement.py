@@ -17,8 +17,9 @@ import torch.distributed as dist
 import diffmoe
 from diffmoe.checkpoints import folder
 from diffmoe.config import Config
-from diffmoe.data.manifest import Manifest, sha256_of
+from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 from diffmoe.parallel.agree import disagreements
 from diffmoe.training.resume import dotted
 

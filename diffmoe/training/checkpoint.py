@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.checkpoints.folder import read_about, reading
@@ -33,8 +34,9 @@ def describe(
     config: Config,
     manifest: Manifest,
     clock: dict[str, int],
+    origin: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """run.json: all that is no tensor."""
+    """run.json: all that is no tensor. origin: where --resume PATH began this run (resume.py)."""
     return {
         "clock": clock,
         "optimizer_steps": _optimizer_steps(engine),
@@ -48,6 +50,7 @@ def describe(
             "deepspeed": deepspeed.__version__,
             "python": platform.python_version(),
         },
+        **({} if origin is None else {"origin": origin}),
     }
 
 
@@ -88,6 +91,14 @@ def load(
     engine.optimizer.update_lp_params()
     engine.global_steps = about["clock"]["step"]
     return about["clock"]
+
+
+def all_finite(ema: EMA) -> bool:
+    """Whether the weights and averages of all ranks are finite; every rank calls it."""
+    tensors = [*ema.masters, *(part for average in ema.averages.values() for part in average)]
+    bad = torch.stack([~tensor.isfinite().all() for tensor in tensors]).any().double()
+    dist.all_reduce(bad)
+    return not bad.item()
 
 
 def restored(checkpoint: Path, network: DiT, state: dict[str, Tensor]) -> str:

@@ -26,7 +26,7 @@ import psutil
 import torch.distributed as dist
 
 from diffmoe import launcher
-from diffmoe.data.fetching import end_process
+from diffmoe.ending import end_process
 from diffmoe.parallel.rendezvous import meet
 from diffmoe.training import roll_call
 from diffmoe.training.progress import LONG, Progress

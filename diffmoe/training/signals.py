@@ -6,8 +6,10 @@ The loop answers at the end of a step.
 import signal
 from types import FrameType
 
+import torch.distributed as dist
+
 from diffmoe import launcher
-from diffmoe.data.fetching import end_process
+from diffmoe.ending import end_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -41,4 +43,15 @@ class StopRequest:
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             end_process(128 + signal.SIGINT)
-        self._received = number
+        self._received = self._received or number
+
+    def told(self) -> str:
+        """What stopped the run, such as `SIGTERM to rank 1`. Every rank calls it."""
+        everyone: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.reason)
+        parts = []
+        for reason in sorted({reason for reason in everyone if reason}):
+            ranks = [rank for rank, one in enumerate(everyone) if one == reason]
+            whom = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+            parts.append(reason if len(everyone) == 1 else f"{reason} to {whom}")
+        return " and ".join(parts)

@@ -10,11 +10,11 @@ from diffmoe.config import Config
 from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
-from diffmoe.files import write_atomically
 from diffmoe.parallel.device import own_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
 from diffmoe.training import agreement, evaluation, initial
+from diffmoe.training.lease import hold
 from diffmoe.training.loop import train
 from diffmoe.training.peers import Peers, join
 from diffmoe.training.resume import find_checkpoint, make_way
@@ -55,17 +55,15 @@ def start(
     check_data(config)
     initial.check(config)
     evaluation.check(config, Manifest.load(config.data.path))
-    going_on = find_checkpoint(config, resume, allow_changed)
-
-    topology = create_topology(config.parallel.expert_parallel)
-    stop = StopRequest()
-    dist.barrier()  # every rank has looked at the output before the first one writes there
-    if topology.rank == 0:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        make_way(config, going_on)
-        write_atomically(Path(config.output) / "config.yaml", config.to_yaml())
-    telemetry = Telemetry(config, active=topology.rank == 0)
-    finished = train(config, topology, chosen, settings, going_on.checkpoint, stop, telemetry)
+    with hold(Path(config.output)) as lease:
+        going_on = find_checkpoint(config, resume, allow_changed)
+        topology = create_topology(config.parallel.expert_parallel)
+        stop = StopRequest()
+        dist.barrier()  # every rank has looked at the output before the first one writes there
+        if topology.rank == 0:
+            make_way(config, going_on)
+        telemetry = Telemetry(config, active=topology.rank == 0)
+        finished = train(config, topology, chosen, settings, going_on, stop, lease, telemetry)
     peers.close()
     dist.destroy_process_group()
     telemetry.finish()  # no rank waits for it, and the exit code is decided

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffmoe.config import Config
+from diffmoe.training import history
 from diffmoe.training.wandb_run import WandbRun
 
 
@@ -101,16 +102,12 @@ class Telemetry:
 
     def _forget_after(self, samples: int) -> None:
         """After a resume the steps past the checkpoint are done again, so drop their lines."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line torn by a kill
-                if json.loads(line)["samples"] <= samples:
-                    kept.append(line + "\n")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
+
+        def before(line: Any) -> bool:
+            clock = line.get("samples") if isinstance(line, dict) else None
+            return isinstance(clock, (int, float)) and clock <= samples
+
+        history.keep(self.path, before)
 
 
 def _strict(value: Any) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from diffmoe.checkpoints.folder import write_atomically
 from diffmoe.config import Config
+from diffmoe.files import write_atomically
 
 # Given wandb's module, the fields of a line.
 Values = Callable[[ModuleType], dict[str, Any]]

@@ -87,6 +87,19 @@ def test_offline_starts_go_on_as_one_page_with_samples_for_its_axis(tmp_path: Pa
     assert ("*", "samples") in [(axis.glob_name, axis.step_metric) for axis in axes]
 
 
+def test_an_older_checkpoint_gets_a_page_of_its_own(tmp_path: Path):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 4, logging__wandb=True, training__checkpoint_samples=16)
+    train(config, prepare=Keyless(tmp_path))
+    first = (Path(config.output) / "wandb_id").read_text().split()[0]
+    train(config, resume=f"{config.output}/step-00000002", prepare=Keyless(tmp_path))
+    second = (Path(config.output) / "wandb_id").read_text().split()[0]
+    pages = history(Path(config.output))
+    assert first != second
+    assert [line["samples"] for line in pages[first]] == [8, 16, 24, 32]
+    assert [line["samples"] for line in pages[second]] == [24, 32]
+
+
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
 def test_a_failing_wandb_stops_no_run(tmp_path: Path, moment: str):
     pack(tmp_path / "data")
@@ -236,7 +249,7 @@ def test_a_run_ends_well_although_wandbs_process_hangs(tmp_path: Path):
     config = run_config(tmp_path, 200, logging__wandb=True)
     hooked = (
         "import runpy, sys\n"
-        "from diffmoe.training import wandb_run, peers\n"
+        "from diffmoe.training import peers, wandb_run\n"
         "wandb_run.FINISH_SECONDS, peers.SILENCE = 3.0, 3.0\n"
         f"sys.argv[0] = {TRAIN!r}\n"
         f"runpy.run_path({TRAIN!r}, run_name='__main__')"
