@@ -16,15 +16,15 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffmoe.config import Config
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of, sync, write_atomically
 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
 KINDS = ("step", "ema")
@@ -152,10 +152,15 @@ def wrong_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     return problems
 
 
-def verify(checkpoint: str | Path, part: int = 0, parts: int = 1) -> list[str]:
+def verify(
+    checkpoint: str | Path,
+    part: int = 0,
+    parts: int = 1,
+    digest: Callable[[Path], str] = sha256_of,
+) -> list[str]:
     """What is wrong with a checkpoint: sizes, then SHA-256; empty if it is whole.
 
-    part, parts: ranks share the files.
+    part, parts: ranks share the files. digest: gives a file's SHA-256; the default reads it.
     """
     checkpoint = Path(checkpoint)
     problems = wrong_sizes(checkpoint, part, parts)
@@ -163,7 +168,7 @@ def verify(checkpoint: str | Path, part: int = 0, parts: int = 1) -> list[str]:
         return problems
     for name, entry in sorted(_listed(checkpoint).items())[part::parts]:
         try:
-            found = sha256_of(checkpoint / name)
+            found = digest(checkpoint / name)
         except OSError as error:
             problems.append(f"{checkpoint / name} cannot be read: {error.strerror}")
             continue
@@ -215,9 +220,10 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
 
 
 def stored_config(checkpoint: Path, about: dict[str, Any]) -> Config:
-    """The run's configuration out of `read_about`."""
+    """The run's configuration out of `read_about`, without any permission to run commands."""
     try:
-        return Config.model_validate(about["config"])
+        config = Config.model_validate(about["config"])
+        return config.replace({"data.allow_commands": False})
     except ValidationError as error:
         file = checkpoint / ABOUT
         raise UserError(f"{file} holds a configuration of another version: {error}") from None
@@ -233,7 +239,7 @@ def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, A
     write_atomically(torn / CHECKSUMS, json.dumps({"files": files}, indent=1))
     set_aside(checkpoint)
     torn.rename(checkpoint)
-    _sync(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def set_aside(checkpoint: Path) -> Path | None:
@@ -318,22 +324,3 @@ def remove(path: Path) -> None:
 
 def _reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole, on the disk before it gets its name."""
-    new = path.with_name(f".{path.name}.tmp")
-    with open(new, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

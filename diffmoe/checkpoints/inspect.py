@@ -40,7 +40,7 @@ class StoredCheckpoint:
         self.about = read_about(path)
         self.config = stored_config(path, self.about)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        with self._damage_told(".metadata"):
+        with self._damage_told("its index"):
             self._reader = IndexReader(path)
             self._read_index()
 

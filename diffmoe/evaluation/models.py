@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from diffmoe.checkpoints.folder import complete, names
 from diffmoe.config import Config
-from diffmoe.conversion.opening import open_network, verify, weights_of
+from diffmoe.conversion.opening import open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scenes import load_truth
@@ -51,8 +51,6 @@ def sample_model(
     made.
     prompts_for: what a text model of a configuration is asked for.
     """
-    if ranks.rank == 0:
-        verify(model)
     weights = weights_of(model, weights)
     snapshot = open_network(model, weights, topology, device)
     network, config = snapshot.network, snapshot.config

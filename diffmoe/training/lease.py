@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from diffmoe.errors import UserError
-from diffmoe.training.resume import from_first_rank
+from diffmoe.parallel.agree import from_first_rank
 
 BEAT = 5.0  # seconds between two signs of life
 STALE = 120.0  # without any, before the holder counts as dead

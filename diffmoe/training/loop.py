@@ -17,7 +17,7 @@ from diffmoe.data.shards import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import Topology
-from diffmoe.training import checkpoint, initial
+from diffmoe.training import checkpoint, initial, peers
 from diffmoe.training.due import crossed, due
 from diffmoe.training.ema import EMA
 from diffmoe.training.evaluation import LiveEvaluation
@@ -56,6 +56,7 @@ def train(
     resume: Resume,
     stop: StopRequest,
     lease: Lease,
+    telemetry: Telemetry,
 ) -> bool:
     """Train until the clock reaches training.total_samples. Returns False if asked to stop before.
 
@@ -89,7 +90,7 @@ def train(
                 "checkpoint by its PATH"
             )
 
-    telemetry = Telemetry(config, folder, samples, active=first_rank)
+    telemetry.begin(samples, fork=bool(resume.aside))
     if resume_from is not None:
         state = checkpoint.pieces(engine, network, ema)
         telemetry.say(checkpoint.restored(resume_from, network, state))
@@ -109,7 +110,7 @@ def train(
         clock=samples,
         captions=config.model.text is not None,
         max_bad_shards=config.data.max_bad_shards,
-        fetch=Fetch(config.data.cache, config.data.cache_gib, config.data.stall_seconds),
+        fetch=Fetch.of(config.data),
         report=telemetry.say if first_rank else None,
     )
     stream = iter(data)
@@ -127,9 +128,11 @@ def train(
         saver.begin(clock, "ema")
         saver.wait()
     if "evaluation" in resume.missed:
-        evaluation.run(clock)
+        with peers.busy("evaluating"):
+            evaluation.run(clock)
 
     while samples < training.total_samples:
+        peers.step_begins(step + 1)
         before, samples = samples, samples + training.batch_size
         logging_now = crossed(config.logging.log_samples, before, samples)
         report = RoutingReport(network) if logging_now else None
@@ -239,7 +242,8 @@ def train(
             stopped_by = stop.told()
             break
         if "evaluation" in now_due:
-            evaluation.run(clock)
+            with peers.busy("evaluating"):
+                evaluation.run(clock)
 
     telemetry.close()
     engine.destroy()

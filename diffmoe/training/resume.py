@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from diffmoe.checkpoints import folder
-from diffmoe.checkpoints.folder import write_atomically
 from diffmoe.config import Config
-from diffmoe.data.manifest import Manifest, sha256_of
+from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of, write_atomically
+from diffmoe.parallel.agree import from_first_rank
 from diffmoe.training.checkpoint import shards_sha256
 from diffmoe.training.due import missed
 
@@ -24,6 +25,7 @@ _SHAPE = (
     "moe.activation",
     "moe.expert_ratio",
     "moe.shared_expert_ratio",
+    "moe.shared_expert_activation",
 )
 # Where it runs and what it tells; the numbers stay (to rounding, on another layout).
 _HARMLESS = (
@@ -119,16 +121,16 @@ def _trained_on(path: Path, output: Path, here: list[str], config: Config) -> bo
     """
     whole = (output / name for name in reversed(here) if not folder.wrong_sizes(output / name))
     newest = next(whole, None)
-    origin = folder.read_about(newest).get("origin") if newest else None
-    if not isinstance(origin, dict):
-        return False
-    if folder.is_checkpoint(path):
-        belongs = origin.get("sha256") == _identity(path)
-    else:
-        belongs = origin.get("path") == os.path.realpath(path)
     try:
+        origin = folder.read_about(newest).get("origin") if newest else None
+        if not isinstance(origin, dict):
+            return False
+        if folder.is_checkpoint(path):
+            belongs = origin.get("sha256") == _identity(path)
+        else:
+            belongs = origin.get("path") == os.path.realpath(path)
         check_configuration(newest, config, [])
-    except UserError:
+    except UserError:  # damaged, or of another configuration
         return False
     return belongs
 
@@ -210,8 +212,8 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
     Returns what differs and is taken; raises UserError with all that is refused.
     """
     about = folder.read_about(checkpoint)
-    there, now = _dotted(about["config"]), _dotted(config.model_dump(mode="json"))
-    defaults = _dotted(Config().model_dump(mode="json"))
+    there, now = dotted(about["config"]), dotted(config.model_dump(mode="json"))
+    defaults = dotted(Config().model_dump(mode="json"))
     known = defaults.keys() | there.keys()
     unknown = [field for field in allowed if field not in known]
     if unknown:
@@ -280,11 +282,12 @@ def _within(field: str, keys: tuple[str, ...]) -> bool:
     return any(field == key or field.startswith(key + ".") for key in keys)
 
 
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one table: {"a": {"b": 1}} is {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= (
-            _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
 
@@ -297,11 +300,3 @@ def _verified_together(checkpoint: Path) -> list[str]:
     everyone: list = [None] * world
     dist.all_gather_object(everyone, folder.verify(checkpoint, rank, world))
     return sorted({problem for problems in everyone for problem in problems})
-
-
-def from_first_rank(value: Any) -> Any:
-    """What rank 0 sees, where file systems may not show all ranks the same."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
-    return values[0]

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from diffmoe.checkpoints.pieces import Hashes, HostCopy, write
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.files import write_atomically
 from diffmoe.models.dit import DiT
 from diffmoe.training.checkpoint import all_finite, describe, for_sampling, pieces
 from diffmoe.training.ema import EMA
 from diffmoe.training.lease import Lease
+from diffmoe.training.peers import COLLECTIVES, busy
 
 
 class Saver:
@@ -47,7 +48,7 @@ class Saver:
         self.lease, self.origin = lease, origin
         self.folder = Path(config.output)
         self.first = dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        self.group = dist.new_group(backend="gloo", timeout=COLLECTIVES)
         snapshot_precision = {"fp32": torch.float32, "bf16": torch.bfloat16}
         self._copies = {
             "step": HostCopy(),
@@ -70,7 +71,8 @@ class Saver:
         """
         began = time.monotonic()
         if self._thread is not None:
-            self._thread.join()
+            with busy("waiting for a save"):
+                self._thread.join()
         if self.failed:
             self.wait()
         self._problem = None
@@ -100,7 +102,8 @@ class Saver:
     def wait(self) -> None:
         """Until nothing is under way. Raises UserError, on every rank, if the last save failed."""
         if self._thread is not None:
-            self._thread.join()
+            with busy("waiting for a save"):
+                self._thread.join()
             self._thread = None
         if self._problem is not None:
             raise UserError(self._problem)
@@ -184,7 +187,7 @@ class Saver:
         """`latest` and retention: the checkpoint is complete whether these succeed or not."""
         training = self.config.training
         try:
-            folder.write_atomically(self.folder / "latest", newest.name)
+            write_atomically(self.folder / "latest", newest.name)
             folder.prune(self.folder, training.keep_last, training.keep_samples)
         except (OSError, UserError) as error:
             self.say(f"warning: {newest} is complete, but tidying {self.folder} failed: {error}")

@@ -101,7 +101,7 @@ def _flip(file: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {"cut": _cut, "flip": _flip, "remove": Path.unlink}
-FILES = ["checksums.json", "run.json", ".metadata", "__0_0.distcp", "__1_0.distcp"]
+FILES = ["checksums.json", "run.json", "index.json", "__0_0.distcp", "__1_0.distcp"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -320,7 +320,7 @@ def test_the_end_of_a_cosine_alters_the_run(run: Config):
 
 
 def _sum_again(checkpoint: Path) -> None:
-    from diffmoe.data.manifest import sha256_of
+    from diffmoe.files import sha256_of
 
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
