@@ -115,7 +115,11 @@ def list_run(run: Path) -> None:
         if problems:
             print(f"{path.name}  not complete: {problems[0]}")
             continue
-        about = folder.read_about(path)
+        try:
+            about = folder.read_about(path)
+        except UserError as error:
+            print(f"{path.name}  {error}")
+            continue
         size = sum(file.stat().st_size for file in path.iterdir())
         print(
             f"{path.name}  {about['clock']['samples']:>12,} samples  "

@@ -8,14 +8,12 @@ step-best, are read where they are asked for and else left alone.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from pydantic import ValidationError
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.files import sha256_of, sync, write_atomically
+from diffmoe.files import open_regular, read_bytes, read_text, sha256_of, sync, write_atomically
 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
 KINDS = ("step", "ema")
@@ -63,11 +61,19 @@ def _step(name: str, kind: str = "step|ema") -> int | None:
 def _is_copy(checkpoint: Path) -> bool:
     """Whether the clock inside, undamaged, says another step than the name."""
     try:
-        about = (checkpoint / ABOUT).read_bytes()
+        about = read_bytes(checkpoint / ABOUT)
         undamaged = hashlib.sha256(about).hexdigest() == _listed(checkpoint)[ABOUT]["sha256"]
         return undamaged and read_about(checkpoint)["clock"]["step"] != _step(checkpoint.name)
     except (OSError, UserError):  # it counts, and whoever wants it is told what is wrong
         return False
+
+
+def _samples(checkpoint: Path) -> int | None:
+    """The clock inside; None if it is damaged."""
+    try:
+        return read_about(checkpoint)["clock"]["samples"]
+    except UserError:
+        return None
 
 
 def _listed_in(folder: Path) -> list[str]:
@@ -136,19 +142,15 @@ def wrong_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     for name, entry in sorted(listed.items())[part::parts]:
         file = checkpoint / name
         try:
-            found = file.stat()
+            with open_regular(file) as opened:
+                size = os.fstat(opened.fileno()).st_size
         except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{file} is missing")
-            continue
         except OSError as error:
             problems.append(f"{file} cannot be read: {error.strerror}")
-            continue
-        if not stat.S_ISREG(found.st_mode):
-            problems.append(f"{file} is no regular file")
-        elif found.st_size != entry["bytes"]:
-            problems.append(f"{file} has {found.st_size} bytes, not {entry['bytes']}")
-        elif not os.access(file, os.R_OK):
-            problems.append(f"{file} cannot be read: {os.strerror(errno.EACCES)}")
+        else:
+            if size != entry["bytes"]:
+                problems.append(f"{file} has {size} bytes, not {entry['bytes']}")
     return problems
 
 
@@ -180,7 +182,7 @@ def verify(
 def _listed(checkpoint: Path) -> dict[str, dict[str, Any]]:
     file = checkpoint / CHECKSUMS
     try:
-        listed = json.loads(file.read_bytes())["files"]
+        listed = json.loads(read_bytes(file))["files"]
         for name, entry in listed.items():
             os.fsencode(name)  # raises for what can be no file's name
             if name != Path(name).name or "\0" in name:
@@ -203,7 +205,7 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
     older = "take an older checkpoint by its PATH, step-XXXXXXXX"
     kinds = {"clock": dict, "optimizer_steps": int, "config": dict, "latents": dict}
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = json.loads(read_text(file))
         missing = kinds.keys() - set(about)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; {older}") from None
@@ -274,13 +276,15 @@ def prune(folder: Path, keep_last: int, keep_samples: int | None) -> list[str]:
     was set aside goes as soon as `keep_last` whole ones are not older than it.
     """
     keep_last = max(1, keep_last)
-    whole = [name for name in names(folder) if not wrong_sizes(folder / name)]
+    samples = {
+        name: _samples(folder / name) for name in names(folder) if not wrong_sizes(folder / name)
+    }
+    whole = [name for name, clock in samples.items() if clock is not None]
     kept, before = set(whole[-keep_last:]), 0
     for name in whole if keep_samples else []:
-        samples = read_about(folder / name)["clock"]["samples"]
-        if samples // keep_samples > before // keep_samples:
+        if samples[name] // keep_samples > before // keep_samples:
             kept.add(name)
-        before = samples
+        before = samples[name]
     gone = [name for name in whole if name not in kept]
     for name in _listed_in(folder) if len(whole) >= keep_last else []:
         step = _step(name.removeprefix(ABANDONED)) if name.startswith(ABANDONED) else None

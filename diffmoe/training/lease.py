@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from diffmoe.errors import UserError
+from diffmoe.files import read_bytes
 from diffmoe.parallel.agree import from_first_rank
 
 BEAT = 5.0  # seconds between two signs of life
@@ -256,7 +257,7 @@ def _beats(path: Path) -> int | None:
 def _read(path: Path) -> Holder | None:
     """None if it cannot be read, or not yet."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_bytes(path))
         kinds = Holder.__annotations__
         if all(isinstance(values[name], kind) for name, kind in kinds.items()):
             return Holder(*(values[name] for name in kinds))
