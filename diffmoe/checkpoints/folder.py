@@ -85,14 +85,17 @@ def _listed_in(folder: Path) -> list[str]:
         raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
 
 
-def temporary(checkpoint: Path) -> Path:
-    """Where a checkpoint is written until it is complete."""
-    return checkpoint.with_name(f".{checkpoint.name}.tmp")
+def temporary(checkpoint: Path, writer: str = "") -> Path:
+    """Where a checkpoint is written until it is complete. writer: a word that no other run uses."""
+    return checkpoint.with_name(f".{checkpoint.name}{writer and '.'}{writer}.tmp")
 
 
 def leftovers(folder: Path) -> list[Path]:
     """What kills left of unfinished saves and deletions."""
-    found = (re.fullmatch(r"\.(?:abandoned-)?(.*)\.tmp", name) for name in _listed_in(folder))
+    found = (
+        re.fullmatch(r"\.(?:abandoned-)?(.*?)(?:\.[0-9a-f]+)?\.tmp", name)
+        for name in _listed_in(folder)
+    )
     return sorted(folder / f[0] for f in found if f and _step(f[1]) is not None)
 
 
@@ -231,9 +234,10 @@ def stored_config(checkpoint: Path, about: dict[str, Any]) -> Config:
         raise UserError(f"{file} holds a configuration of another version: {error}") from None
 
 
-def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+def commit(
+    torn: Path, checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> None:
     """Turn the temporary folder, whose `files` are on the disk, into a complete checkpoint."""
-    torn = temporary(checkpoint)
     text = json.dumps(about, indent=1)
     write_atomically(torn / ABOUT, text)
     digest = hashlib.sha256(text.encode()).hexdigest()
