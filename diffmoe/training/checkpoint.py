@@ -41,8 +41,9 @@ def describe(
         "clock": clock,
         "optimizer_steps": _optimizer_steps(engine),
         "config": config.model_dump(mode="json"),
-        # What the latents are, so that samples can be decoded without the data.
-        "latents": manifest.model_dump(mode="json", exclude={"shards"}),
+        # What the latents are, so that samples can be decoded without the data. A location may hold
+        # passwords, and is of this machine.
+        "latents": manifest.model_dump(mode="json", exclude={"shards", "location"}),
         "shards_sha256": shards_sha256(manifest),
         "saved_by": {
             "world": network.topology.world,

@@ -1,10 +1,11 @@
 """What a run tells in metrics.jsonl."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.training.runs import metrics, pack, run_config, train
+from tests.training.runs import metrics, newest, pack, run_config, train
 
 
 def test_metrics_hold_what_the_run_did(tmp_path: Path):
@@ -74,3 +75,15 @@ def test_lines_after_the_resumed_clock_are_dropped(tmp_path: Path):
     train(config, resume=f"{config.output}/step-00000002")
     assert [line["samples"] for line in metrics(config)] == [8, 16, 24, 32]
     assert [line["loss"] for line in metrics(config)] == [line["loss"] for line in before]
+
+
+def test_what_a_run_keeps_does_not_tell_where_its_shards_lie(tmp_path: Path):
+    """The address may hold a password, and checkpoints are passed on."""
+    pack(tmp_path / "data")
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    manifest["location"] = f"file:{tmp_path}/data/../data/{{}}"
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    config = run_config(tmp_path, 1)
+    train(config)
+    for file in [newest(config) / "run.json", Path(config.output) / "config.yaml"]:
+        assert "data/../data" not in file.read_text()
