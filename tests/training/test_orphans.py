@@ -14,6 +14,7 @@ import pytest
 
 from diffmoe.config import Config
 from tests.training.commands import ROOT, TRAIN, environment, wait_for_metrics, write_config
+from tests.training.processes import ranks_of
 from tests.training.runs import clock, metrics, newest, pack, run_config
 from tests.training.test_launch import TORCHRUN, deepspeed
 
@@ -111,28 +112,35 @@ def test_a_closed_terminal_is_a_stop(tmp_path: Path):
     assert clock(newest(config))["samples"] == metrics(config)[-1]["samples"]
 
 
+def stuck_readers(rank: int) -> None:
+    """As on a file server that hangs: from the fourth step on no sample comes."""
+    from diffmoe.data import shards
+
+    seeded = shards.keyed_generator
+
+    def stuck(seed, purpose, clock, lane):
+        if clock == 3 * 8:
+            time.sleep(1000)
+        return seeded(seed, purpose, clock, lane)
+
+    shards.keyed_generator = stuck
+
+
 def test_a_second_ctrl_c_leaves_no_process_behind(tmp_path: Path):
     pack(tmp_path / "data")
     config = run_config(tmp_path, 10**6, data__workers=2)
-    process = started(config, sys.executable, TRAIN)
-    try:
-        wait_for_metrics(config)
-        readers = [one for one in of_run(config) if one.pid != process.pid]
-        assert len(readers) >= 2
-        os.kill(process.pid, signal.SIGSTOP)  # both signals come before the step can end
-        process.send_signal(signal.SIGINT)
-        os.kill(process.pid, signal.SIGCONT)
-        process.send_signal(signal.SIGINT)
-        process.wait(20)
-        deadline = time.monotonic() + 5
-        while any(map(alive, readers)) and time.monotonic() < deadline:
+    with ranks_of(config, 1, stuck_readers) as ranks:
+        while len(metrics(config) if (tmp_path / "run/metrics.jsonl").exists() else []) < 3:
             time.sleep(0.1)
-        assert not any(map(alive, readers))
-    finally:
-        left = all_end(config, 0)
-    assert process.returncode in (85, 130)
+        trainer = psutil.Process(ranks.processes[0].pid)
+        readers = trainer.children(recursive=True)
+        assert len(readers) == 2
+        trainer.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert trainer.status() != psutil.STATUS_ZOMBIE  # the step cannot end
+        trainer.send_signal(signal.SIGINT)
+        assert ranks.wait(10) == [130], ranks.told()
+        _, left = psutil.wait_procs(readers, timeout=8)
+    for reader in left:
+        reader.kill()
     assert left == []
-
-
-def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
