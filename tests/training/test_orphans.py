@@ -39,7 +39,14 @@ def of_run(config: Config) -> list[psutil.Process]:
                 found |= {process, *process.children(recursive=True)}
         except psutil.Error:
             pass
-    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in found if alive(process)]
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def all_end(config: Config, seconds: float = 40) -> list[psutil.Process]:
