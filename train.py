@@ -12,9 +12,10 @@ runs, a second one in the same output refuses. Ctrl-C, SIGTERM, SIGUSR1 or SIGHU
 the end of its launcher, finishes the step, saves and exits with code 85; a second Ctrl-C ends at
 once, with code 130. Other codes: 0 finished, 2 a wrong setting, file or folder, 1 a failure.
 
-On SIGTERM or Ctrl-C torchrun gives its ranks 30 seconds for that, or --shutdown-timeout; deepspeed
-always 30. A save that takes longer is cut, and the previous checkpoint stays: signal a rank itself,
-which has all the time it needs. SIGUSR2 prints the stacks of all threads of a rank.
+Signalled themselves, torchrun gives its ranks 30 seconds for that, or --shutdown-timeout, and
+deepspeed 30 after Ctrl-C. A save that takes longer is cut, and the previous checkpoint stays:
+signal a rank instead, which has all the time it needs. SIGUSR2 prints the stacks of all threads of
+a rank.
 """
 
 import argparse
