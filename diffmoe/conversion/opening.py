@@ -7,7 +7,7 @@ import torch
 
 from diffmoe.conversion.about import Clock
 from diffmoe.conversion.exported import is_exported, load_exported
-from diffmoe.conversion.tensors import cast_parameters
+from diffmoe.conversion.tensors import cast_parameters, parameter_dtype
 from diffmoe.errors import UserError
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
@@ -44,7 +44,7 @@ def open_network(
     weights: str = "ema",
     topology: Topology | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     verify: bool = True,
 ) -> "Snapshot":
     """The network, for evaluation, with what sampling from it needs.
@@ -56,7 +56,7 @@ def open_network(
     from diffmoe.checkpoints.folder import verify as problems_of
     from diffmoe.checkpoints.network import Snapshot, load_network
 
-    path = locate(path)
+    path, dtype = locate(path), parameter_dtype(dtype)
     if is_exported(path):
         network, about = load_exported(path, device, dtype, topology, verify)
         latents = about.latents.model_dump(mode="json") | {"class_names": about.class_names}
@@ -79,15 +79,13 @@ def load(
     """A model ready to run: model(x, t, labels).prediction, of a text model model(x, t, text).
 
     path: an exported folder, a run's folder or a checkpoint (their EMA weights). device: default
-    the GPU where there is one. dtype: float32 or bfloat16, of the parameters. verify: hold the
-    files against their checksums; each is read once per machine, and again when it changed.
+    the GPU where there is one. dtype: of the parameters, float32, bfloat16, float16 or float64;
+    scores of the router and what the capacity predictor says are in fp32 at least. verify: hold
+    the files against their checksums; each is read once per machine, and again when it changed.
     """
     from diffmoe.parallel.device import default_device
 
-    if isinstance(dtype, str):
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(f"dtype {dtype}: choose float32 or bfloat16")
+    dtype = parameter_dtype(dtype)
     device = device or default_device()
     if is_exported(Path(path)):  # on the way no module of training or checkpoints is loaded
         return load_exported(Path(path), device, dtype, verify=verify)[0]

@@ -53,6 +53,14 @@ def empty_network(
     return network.eval()
 
 
+def parameter_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The type of a network's parameters by its name. Raises UserError for one they cannot have."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise UserError(f"dtype {name}: choose float32, bfloat16, float16 or float64")
+    return getattr(torch, name)
+
+
 def cast_parameters(network: nn.Module, dtype: torch.dtype) -> None:
     """Thresholds and positions stay in fp32, as in training."""
     for parameter in network.parameters():
