@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffmoe.conversion.foreign import FORMATS, Options, write_foreign
+from diffmoe.conversion.foreign import AUTOENCODER, FORMATS, SCALE, Options, write_foreign
 from diffmoe.conversion.info import info
 from diffmoe.conversion.recognise import open_source
 from diffmoe.conversion.sources import Source
@@ -26,6 +26,7 @@ from diffmoe.conversion.tensors import MAX_SHARD_BYTES
 from diffmoe.conversion.upcycling import grow, upcycle
 from diffmoe.conversion.writing import refuse_existing, write_exported
 from diffmoe.errors import UserError, run_command
+from diffmoe.redaction import printable
 
 
 def parse() -> argparse.Namespace:
@@ -88,9 +89,15 @@ def parse() -> argparse.Namespace:
     foreign.add_argument("--input-size", type=int, help="default: from pos_embed")
     foreign.add_argument("--top-k", type=int, default=1, help="of token choice; default 1")
     foreign.add_argument(
-        "--vae", default=Options.autoencoder, help=f"default {Options.autoencoder}"
+        "--vae",
+        help="a hub id or a folder, which comes along; default a pipeline's own vae/, else "
+        f"{AUTOENCODER}",
     )
-    foreign.add_argument("--scale", type=float, default=Options.scale, help="of its latents")
+    foreign.add_argument(
+        "--scale",
+        type=float,
+        help=f"of its latents; default as the folder of --vae says, else {SCALE}",
+    )
     return parser.parse_args()
 
 
@@ -115,11 +122,16 @@ def with_experts(source: Source, options: argparse.Namespace) -> Source:
     )
 
 
+def tell(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        print(printable(note), file=sys.stderr)
+
+
 def show(path: Path) -> None:
     lines = info(path)
     width = max(map(len, lines))
     for key, value in lines.items():
-        print(f"{key:{width}}  {value}")
+        print(f"{key:{width}}  {printable(value)}")
 
 
 def main() -> None:
@@ -143,17 +155,17 @@ def main() -> None:
     )
     with open_source(options.source, options.weights, options.format, unsaid) as source:
         source = with_experts(source, options)
-        for note in source.notes:
-            print(note, file=sys.stderr)
+        tell(source.notes)
         if options.to != "diffmoe":
-            write_foreign(source, options.target, options.to)
-            print(f"{options.target}: {options.to} file of {source.where}")
+            tell(write_foreign(source, options.target, options.to))
+            print(printable(f"{options.target}: {options.to} file of {source.where}"))
             return
         limit = int(options.max_shard_gb * 1e9)
         written = write_exported(source, options.target, options.dtype, limit)
+    tell(written.notes)
     print(
-        f"{written.path}: {written.bytes / 1e6:.2f} MB of {options.dtype}; {written.compared} "
-        "numbers of its predictions equal the source's bit for bit"
+        f"{printable(str(written.path))}: {written.bytes / 1e6:.2f} MB of {options.dtype}; "
+        f"{written.compared} numbers of its predictions equal the source's bit for bit"
     )
 
 

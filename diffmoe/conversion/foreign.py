@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffmoe.conversion import hugging_face
 from diffmoe.conversion.about import About, parse_about
+from diffmoe.conversion.autoencoders import local_folder, own_config
 from diffmoe.conversion.layouts import Layout, account_theirs, reader, translated
 from diffmoe.conversion.release import (
     is_derived,
@@ -23,6 +24,7 @@ from diffmoe.conversion.state_dicts import StateDict, load_state
 from diffmoe.conversion.stored_tensors import StoredTensors
 from diffmoe.conversion.tensors import Shapes, expected_shapes
 from diffmoe.conversion.writing import new_file, new_folder
+from diffmoe.data.autoencoder import canonical_name
 from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
 from diffmoe.models.blocks import grid_positions
@@ -31,7 +33,7 @@ Format = Literal["release", "dit", "sit", "diffusers"]
 FORMATS: tuple[Format, ...] = ("release", "dit", "sit", "diffusers")
 _OBJECTIVES = {"dit": "ddpm", "diffusers": "ddpm", "sit": "flow"}
 # Latents of the published models: Stable Diffusion's f8 autoencoder.
-_AUTOENCODER, _SCALE = "stabilityai/sd-vae-ft-ema", 0.18215
+AUTOENCODER, SCALE = "stabilityai/sd-vae-ft-ema", 0.18215
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Options:
     """What foreign files do not say. None: derived, or an error that names the flag.
 
     objective: flow or ddpm. heads: of attention. num_classes: without the null one. capacity,
-    top_k: of training. autoencoder, scale: of 4-channel latents; others are taken for pixels.
+    top_k: of training. autoencoder, scale: of the latents; of None a pipeline's own vae/, else
+    Stable Diffusion's if there are 4 channels, others are taken for pixels.
     """
 
     objective: str | None = None
@@ -48,8 +51,8 @@ class Options:
     num_classes: int | None = None
     capacity: float = 1.0
     top_k: int = 1
-    autoencoder: str = _AUTOENCODER
-    scale: float = _SCALE
+    autoencoder: str | None = None
+    scale: float | None = None
 
 
 @contextlib.contextmanager
@@ -167,8 +170,8 @@ def _about(
     model, moe = sections
     size, channels = model["input_size"], model["in_channels"]
     latents: dict[str, Any] = {"shape": (channels, size, size)}
-    if channels == 4:
-        latents |= {"autoencoder": options.autoencoder, "scale": options.scale}
+    if channels == 4 or options.autoencoder is not None:
+        latents |= _autoencoder(options, channels)
     values = {
         "weights": weights,
         "model": model,
@@ -178,6 +181,21 @@ def _about(
         "provenance": {"kind": "foreign", "name": where.name},
     }
     return parse_about(values, where)
+
+
+def _autoencoder(options: Options, channels: int) -> dict[str, Any]:
+    """The fields of the latents. Raises UserError for a folder of other latents."""
+    name = canonical_name(options.autoencoder or AUTOENCODER)
+    folder, scale = local_folder(name), SCALE
+    if folder is not None:
+        own = own_config(folder)
+        scale = own.get("scaling_factor", SCALE)
+        if own.get("latent_channels", 4) != channels:
+            raise UserError(
+                f"the autoencoder {folder} makes latents of {own.get('latent_channels', 4)} "
+                f"channels, the model takes {channels}; give another one with --vae"
+            )
+    return {"autoencoder": name, "scale": scale if options.scale is None else options.scale}
 
 
 def _plausible(about: About, found: Shapes, path: Path) -> None:
