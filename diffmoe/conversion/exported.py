@@ -62,8 +62,7 @@ class ExportedModel(StoredTensors):
         digest: gives a file's SHA-256; the default reads it. Raises UserError naming the first that
         is not as it was written.
         """
-        needed = [FILE_NAME, *self._files.values()]
-        return hold_against(self.folder / CHECKSUMS, needed, digest)
+        return hold_against(self.folder / CHECKSUMS, [FILE_NAME, *self.files], digest)
 
 
 def load_exported(
