@@ -9,9 +9,9 @@
 
 FROM is a run's folder, a checkpoint step-XXXXXXXX or ema-XXXXXXXX of any number of ranks, an
 exported folder, a .pt file of the DiffMoE release, DiT or SiT, or a folder of diffusers'
-DiTTransformer2DModel. TO must not exist; it appears when it is whole, and has been held against
-FROM. No GPU, no process group, one tensor at a time. diffmoe.load(TO) and diffmoe.Pipeline(TO) take
-the result.
+DiTTransformer2DModel or of a pipeline with one (its vae/ and scheduler are used). TO must not
+exist; it appears when it is whole, and has been held against FROM. No GPU, no process group, one
+tensor at a time. diffmoe.load(TO) and diffmoe.Pipeline(TO) take the result.
 """
 
 import argparse

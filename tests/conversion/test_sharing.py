@@ -1,7 +1,10 @@
 """What an exported folder gives away: its autoencoder, and nothing of the machine that made it."""
 
+import contextlib
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 import torch
 
 import diffmoe
+from diffmoe.config import Config
 from diffmoe.conversion.about import read_about
-from diffmoe.conversion.sources import exported_source
+from diffmoe.conversion.opening import open_network
+from diffmoe.conversion.sources import checkpoint_source, exported_source
 from diffmoe.conversion.writing import Written, write_exported
 from diffmoe.data.autoencoder import KLAutoencoder
 from diffmoe.errors import UserError
@@ -144,3 +149,29 @@ def test_an_export_keeps_whether_labels_were_dropped(dropout: float, tmp_path: P
         write_exported(source, tmp_path / "again")
     about = read_about(tmp_path / "again")
     assert about.label_dropout == about.config.training.label_dropout == dropout
+
+
+ESCAPE = "\x1b]0;owned\x07"
+
+
+def test_names_cannot_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    names = [f"{ESCAPE}{i}" for i in range(5)]
+    made_from = {"kind": "training checkpoint", "name": ESCAPE}
+    folder = exported(tmp_path / f"a{ESCAPE}b", class_names=names, provenance=made_from)
+    tool = Path("tools/convert_checkpoint.py").resolve()
+    for arguments in (["info", folder], [folder, tmp_path / f"c{ESCAPE}d"], [folder, folder]):
+        monkeypatch.setattr(sys, "argv", [str(tool), *map(str, arguments)])
+        with contextlib.suppress(SystemExit):
+            runpy.run_path(str(tool), run_name="__main__")
+        out, err = capsys.readouterr()
+        assert r"\x1b]0;owned\x07" in out + err
+        assert not {"\x1b", "\x07"} & set(out + err)
+
+
+def test_a_checkpoint_says_whether_labels_were_dropped(single_run: Config, tmp_path: Path):
+    with checkpoint_source(Path(single_run.output)) as source:
+        assert source.about.label_dropout == single_run.training.label_dropout > 0
+        write_exported(source, tmp_path / "out")
+    assert open_network(tmp_path / "out").config.training.label_dropout == 0.1
