@@ -174,6 +174,10 @@ class DataConfig(_Section):
     stall_seconds: float = Field(60.0, gt=0, description="without data, before a shard is retried")
     cache: str | None = Field(None, description="folder that keeps shards read from URLs")
     cache_gib: float = Field(0.0, ge=0, description="its limit, the oldest shards go; 0: none")
+    # Never written: what allows this machine to run commands comes with no run and no file.
+    allow_commands: bool = Field(
+        False, exclude=True, description="shards may start programs (pipe:, gs:); command line only"
+    )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -274,6 +278,13 @@ class ParallelConfig(_Section):
 
     expert_parallel: int = Field(1, ge=1, description="P: ranks that share one set of experts")
     zero_stage: int = Field(1, description="DeepSpeed ZeRO stage, 1 or 2")
+    timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of a step, before the rank that hangs is named and the run ends; none: 20 "
+        "usual steps, at least 300. Set it high for a debugger",
+    )
 
 
 class LoggingConfig(_Section):
@@ -375,6 +386,8 @@ class Config(_Section):
     def replace(self, changes: dict[str, Any]) -> "Config":
         """A validated copy with dotted keys changed, e.g. {"training.precision": "bf16"}."""
         values = self.model_dump(exclude_unset=True)
+        if self.data.allow_commands:  # which no dump holds
+            set_value(values, "data.allow_commands", True)
         for key, value in changes.items():
             set_value(values, key, value)
         return validated(values, "the configuration")

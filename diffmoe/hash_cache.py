@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from diffmoe.data.manifest import sha256_of
+from diffmoe.files import sha256_of
 
 # Bytes of a file that is not worth an entry.
 _SMALL = 1 << 20

@@ -14,19 +14,20 @@ exist; it appears when it is whole, and has been held against FROM. No GPU, no p
 tensor at a time. diffmoe.load(TO) and diffmoe.Pipeline(TO) take the result.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffmoe.conversion.foreign import AUTOENCODER, FORMATS, SCALE, Options, write_foreign
-from diffmoe.conversion.info import info
-from diffmoe.conversion.recognise import open_source
-from diffmoe.conversion.sources import Source
-from diffmoe.conversion.tensors import MAX_SHARD_BYTES
-from diffmoe.conversion.upcycling import grow, upcycle
-from diffmoe.conversion.writing import refuse_existing, write_exported
 from diffmoe.errors import UserError, run_command
 from diffmoe.redaction import printable
+
+if TYPE_CHECKING:
+    from diffmoe.conversion.sources import Source
+
+FORMATS = ("release", "dit", "sit", "diffusers")
 
 
 def parse() -> argparse.Namespace:
@@ -41,16 +42,16 @@ def parse() -> argparse.Namespace:
         help="ema (default), live, or of a run with training.ema_stds ema:STD, such as ema:0.10; "
         "of a .pt file its entry `ema` or `model`",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32"
+    )
     parser.add_argument(
         "--to",
         choices=["diffmoe", *FORMATS],
         default="diffmoe",
         help="format of TO; default diffmoe, the folder for inference",
     )
-    parser.add_argument(
-        "--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="per file; default 5"
-    )
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="per file; default 5")
     parser.add_argument(
         "--capacity",
         type=float,
@@ -73,9 +74,12 @@ def parse() -> argparse.Namespace:
     more.add_argument("--experts", type=int, metavar="E", help="how many there will be")
     more.add_argument("--every-block", action="store_true", help="default: every second one")
     more.add_argument(
-        "--noise", type=float, default=0.0, help="on new experts, in their standard deviations"
+        "--noise",
+        type=float,
+        default=0.0,
+        help="on new experts, in their deviations; default 0",
     )
-    more.add_argument("--seed", type=int, default=0, help="of the noise and of new routers")
+    more.add_argument("--seed", type=int, default=0, help="of noise and new routers; default 0")
     foreign = parser.add_argument_group("what other projects' files do not say")
     foreign.add_argument("--format", choices=FORMATS, help="of FROM; default detected, and said")
     foreign.add_argument("--objective", choices=["flow", "ddpm"])
@@ -91,18 +95,20 @@ def parse() -> argparse.Namespace:
     foreign.add_argument(
         "--vae",
         help="a hub id or a folder, which comes along; default a pipeline's own vae/, else "
-        f"{AUTOENCODER}",
+        "stabilityai/sd-vae-ft-ema",
     )
     foreign.add_argument(
         "--scale",
         type=float,
-        help=f"of its latents; default as the folder of --vae says, else {SCALE}",
+        help="of its latents; default as the folder of --vae says, else 0.18215",
     )
     return parser.parse_args()
 
 
 def with_experts(source: Source, options: argparse.Namespace) -> Source:
     """What --upcycle or --grow make of it."""
+    from diffmoe.conversion.upcycling import grow, upcycle
+
     if options.upcycle is None and not options.grow:
         if options.experts is not None or options.every_block or options.noise:
             raise UserError("--experts, --every-block and --noise belong to --upcycle or --grow")
@@ -128,6 +134,8 @@ def tell(notes: tuple[str, ...]) -> None:
 
 
 def show(path: Path) -> None:
+    from diffmoe.conversion.info import info
+
     lines = info(path)
     width = max(map(len, lines))
     for key, value in lines.items():
@@ -137,11 +145,16 @@ def show(path: Path) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["info"]:
         parser = argparse.ArgumentParser(
-            prog="convert_checkpoint.py info", description=info.__doc__
+            prog="convert_checkpoint.py info",
+            description="what a model or its file is, by its path",
         )
         parser.add_argument("path", metavar="PATH", type=Path)
         return show(parser.parse_args(sys.argv[2:]).path)
     options = parse()
+    from diffmoe.conversion.foreign import Options, write_foreign
+    from diffmoe.conversion.recognise import open_source
+    from diffmoe.conversion.writing import refuse_existing, write_exported
+
     refuse_existing(options.target)
     unsaid = Options(
         objective=options.objective,

@@ -295,7 +295,8 @@ def _logging_seconds(step: TrainingStep, steps_between: int, device: torch.devic
     samples = count(1)
     quiet = step.config.replace({"logging.wandb": False})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        telemetry = Telemetry(quiet, Path(folder), 0, active=True)
+        telemetry = Telemetry(quiet.replace({"output": folder}), active=True)
+        telemetry.begin(0)
 
         def write() -> None:
             routing = RoutingReport(step.network)

@@ -1,6 +1,5 @@
 """config.json of an exported model: what the network is, what its latents are, whence it comes."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
+from diffmoe.files import read_json
 
 FILE_NAME = "config.json"
 DTypeName = Literal["float32", "bfloat16"]
@@ -146,16 +146,6 @@ def parse_about(values: Any, file: Path) -> About:
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
         raise UserError(f"{file}: {problems}; convert the model again") from None
-
-
-def read_json(file: Path) -> Any:
-    """A JSON file. Raises UserError if it cannot be read or is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error})") from None
 
 
 def _explain(problem: Any) -> str:

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffmoe.conversion.about import Latents, read_json
+from diffmoe.conversion.about import Latents
 from diffmoe.conversion.tensors import write_file
 from diffmoe.errors import UserError
+from diffmoe.files import read_json
 
 # Its name in an exported folder, and `latents.autoencoder` there.
 FOLDER = "vae"

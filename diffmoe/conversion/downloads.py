@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

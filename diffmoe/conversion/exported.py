@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from diffmoe.conversion.about import FILE_NAME, About, read_about, read_json
+from diffmoe.conversion.about import FILE_NAME, About, read_about
 from diffmoe.conversion.stored_tensors import StoredTensors, hold_against
 from diffmoe.conversion.tensors import (
     DTYPE_NAMES,
@@ -24,8 +24,8 @@ from diffmoe.conversion.tensors import (
     fill,
     stored_dtype,
 )
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import read_json, sha256_of
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology

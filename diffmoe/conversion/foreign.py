@@ -29,8 +29,8 @@ from diffmoe.conversion.stored_tensors import StoredTensors, hold_against
 from diffmoe.conversion.tensors import Shapes, expected_shapes
 from diffmoe.conversion.writing import new_file, new_folder
 from diffmoe.data.autoencoder import canonical_name
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 from diffmoe.models.blocks import grid_positions
 
 Format = Literal["release", "dit", "sit", "diffusers"]

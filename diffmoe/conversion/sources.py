@@ -19,8 +19,8 @@ from diffmoe.conversion.about import About, parse_about
 from diffmoe.conversion.autoencoders import opened_from
 from diffmoe.conversion.exported import ExportedModel
 from diffmoe.conversion.tensors import Read, Shapes, account, finite
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 from diffmoe.inference.thresholds import Calibrated, stored
 
 _LATENTS = ("shape", "scale", "shift", "autoencoder", "pixel_range", "source")

@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffmoe.conversion.about import read_json
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
+from diffmoe.files import read_json
 
 
 class StoredTensors:

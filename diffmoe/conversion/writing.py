@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from diffmoe.conversion.tensors import (
     write_tensors,
 )
 from diffmoe.errors import UserError
+from diffmoe.files import sync
 from diffmoe.inference.thresholds import store
 from diffmoe.models.conditioning import Text
 from diffmoe.models.dit import DiT
@@ -103,7 +103,7 @@ def new_folder(target: Path, needed: int = 0) -> Iterator[Path]:
         torn.mkdir()
         yield torn
         for file in torn.rglob("*"):
-            _sync(file)
+            sync(file)
 
 
 @contextlib.contextmanager
@@ -128,9 +128,9 @@ def _new(target: Path, needed: int) -> Iterator[Path]:
             )
         yield torn
         refuse_existing(target)
-        _sync(torn)
+        sync(torn)
         torn.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise UserError(f"{target} was not written: {error.strerror or error}") from error
     finally:
@@ -147,15 +147,6 @@ def _remove(path: Path) -> None:
 def refuse_existing(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; choose another name, or remove it first")
-
-
-def _sync(path: Path) -> None:
-    """A file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _compare(source: Source, folder: Path, kind: torch.dtype) -> int:

@@ -115,7 +115,7 @@ def check_judges(
 def snapshots(run: Path) -> list[Path]:
     """A run's averages, oldest first: of each step its ema-* folder, or else its checkpoint."""
     by_step = {name.partition("-")[2]: run / name for name in names(run)}
-    by_step |= {path.name.partition("-")[2]: path for path in run.glob("ema-*")}
+    by_step |= {name.partition("-")[2]: run / name for name in names(run, "ema")}
     if not by_step:
         raise UserError(f"{run} holds no snapshots ema-* or step-*; give a run's folder")
     return [complete(by_step[step]) for step in sorted(by_step)]
