@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from diffmoe.redaction import printable
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -28,6 +30,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = "\n".join(printable(line) for line in str(error).split("\n"))
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     sys.exit(0)

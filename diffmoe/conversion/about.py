@@ -25,7 +25,8 @@ class Latents(_Part):
     """What the network's numbers stand for, as a data folder's manifest says it.
 
     The model works on (z - shift) * scale of the autoencoder's latents z of `shape` (C, H, W).
-    autoencoder: "identity" where the latents are pixels. pixel_range: its black and white.
+    autoencoder: a hub id, "identity" where the latents are pixels, or "vae" where its folder lies
+    beside config.json. pixel_range: its black and white.
     source: the data, in words.
     """
 

@@ -8,6 +8,7 @@ from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.conversion.about import About
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
+from diffmoe.redaction import printable, redact, without_folders
 
 RESULTS = "results.jsonl"
 _FAMILIES = {
@@ -69,7 +70,7 @@ def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | 
     ]  # fmt: skip
     if about.moe.type == "diffmoe":
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
     wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
     return f"""---
@@ -133,5 +134,11 @@ def read_results(run: Path) -> list[dict[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "/").replace("\n", " ")[:200]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return _cell(redact(without_folders(str(value))))[:200]
+
+
+def _cell(text: str) -> str:
+    """For a table of Markdown: on one line."""
+    return printable(text.replace("|", "/"))

@@ -3,6 +3,7 @@
 model.safetensors      the tensors, or model-00001-of-00003.safetensors ... with
                        model.safetensors.index.json
 config.json            About
+vae/                   the autoencoder, where it was a folder of the machine that wrote this
 thresholds.json        calibrated capacities by name, where there are any
 checksums.json         sizes and SHA-256 of the tensors and config.json
 README.md              the model card
@@ -61,8 +62,7 @@ class ExportedModel(StoredTensors):
         digest: gives a file's SHA-256; the default reads it. Raises UserError naming the first that
         is not as it was written.
         """
-        needed = [FILE_NAME, *self._files.values()]
-        return hold_against(self.folder / CHECKSUMS, needed, digest)
+        return hold_against(self.folder / CHECKSUMS, [FILE_NAME, *self.files], digest)
 
 
 def load_exported(

@@ -40,6 +40,12 @@ class StoredTensors:
             name, file = sorted(set(listed.items()) ^ set(self._files.items()))[0]
             raise UserError(f"{self._index} and {file} do not agree on where {name} is")
 
+    @property
+    def files(self) -> list[str]:
+        """Of the folder: those that hold tensors, and their index."""
+        index = [self._index.name] if self._index.exists() else []
+        return [*index, *sorted(set(self._files.values()))]
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor as it is stored. rows: of dimension 0 alone."""
         with self._opened(self._files[name]) as stored:
