@@ -56,7 +56,6 @@ def main() -> None:
     writable(folder)
     snapshot = open_network(folder, weights, device=own_device(options.device))
     network, config = snapshot.network, snapshot.config
-    network.route_by("per_token")
     if options.over == "noise":
         over = "noise"
         if options.data:

@@ -60,7 +60,6 @@ def main() -> None:
     network, config = snapshot.network, snapshot.config
     if not network.has_thresholds:
         raise UserError(f"{folder} is a {config.moe.type} model; only diffmoe has a compute dial")
-    network.route_by("per_token")
     prompts = prompts_of(options, config, options.device)
     dial = Dial.of(network, config, folder, weights, report=print, prompts=prompts)
     decode = autoencoder_of(snapshot.latents, device).decode

@@ -158,7 +158,7 @@ def main() -> None:
     if options.num_samples is None:
         _picture(options, snapshot, decode, settings, prompts)
     else:
-        model = identity(folder, snapshot.network, weights, options.routing, options.capacity)
+        model = identity(folder, snapshot.network, weights, options.capacity)
         _folder(options, snapshot, decode, settings, prompts, ranks, model)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -62,7 +62,7 @@ def sample_model(
             "--classifier digits, or one of your own"
         )
     turn_dial(network, model, routing, capacity, weights)
-    identified = identity(model, network, weights, routing, capacity)
+    identified = identity(model, network, weights, capacity)
     prompts = prompts_for(config)
     plan = [number, identified, vars(settings)]
     if prompts is not None:

@@ -14,6 +14,7 @@ from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import stored
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode
 
 # What is calibrated where fewer than two capacities are stored, as far as there are experts.
 CAPACITIES = (0.25, 0.5, 1.0, 1.5, 2.0)
@@ -60,11 +61,13 @@ class Dial:
         return cls(found)
 
     def turn(self, network: DiT, capacity: float) -> None:
-        """Set the network's thresholds; a capacity outside of the range is taken at its end."""
+        """Route per token by the thresholds of a capacity, from the range or at its nearer end."""
         right = bisect_left(self.capacities, capacity)
         if right == 0 or right == len(self.capacities):
-            network.set_log_odds(self._log_odds[min(right, len(self.capacities) - 1)])
+            end = self._log_odds[min(right, len(self.capacities) - 1)]
+            network.routing = RoutingMode(log_odds_LE=end)
             return
         low, high = self.capacities[right - 1 : right + 1]
         weight = (capacity - low) / (high - low)
-        network.set_log_odds(torch.lerp(*self._log_odds[right - 1 : right + 1], weight))
+        between = torch.lerp(*self._log_odds[right - 1 : right + 1], weight)
+        network.routing = RoutingMode(log_odds_LE=between)

@@ -247,19 +247,18 @@ def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) ->
     return Made(manifest, capacity, write_json_once(folder / MANIFEST, manifest))
 
 
-def identity(
-    folder: Path, network: DiT, weights: str, routing: str | None, capacity: float | None
-) -> dict[str, Any]:
+def identity(folder: Path, network: DiT, weights: str, capacity: float | None) -> dict[str, Any]:
     """What decides the images beside order and settings, of a network that `turn_dial` has set.
 
     sha256: of the checkpoint's or model's checksums.json, which holds those of all its files.
+    routing: None where the model has no choice.
     """
     listed = (folder / "checksums.json").read_bytes()
     return {
         "checkpoint": folder.name,
         "sha256": hashlib.sha256(listed).hexdigest(),
         "weights": weights,
-        "routing": routing or network.moe_config.inference,
+        "routing": network.routing and network.routing.kind,
         "capacity": capacity,
         "thresholds_sha256": hash_of(network),
     }

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode, check_capacity
 from diffmoe.resumable import write_json
 
 FILE_NAME = "thresholds.json"
@@ -82,32 +83,37 @@ def turn_dial(
     routing: str | None = None,
     capacity: float | None = None,
     weights: str = "ema",
-) -> None:
+) -> Calibrated | None:
     """Choose how the network routes at inference, and how much it computes.
+
+    Returns the calibration that it goes by, if any.
 
     folder: of its checkpoint or exported model. routing: per_token, pooled or static; None: the
     model's own. capacity: C; None: the thresholds of training. With static, every expert takes its
-    share of C whatever the thresholds are.
+    share of C whatever the thresholds are. Raises UserError for what the model cannot do: one
+    without a capacity predictor has neither to choose.
     """
-    if routing is None:
-        routing = network.moe_config.inference
-    experts = network.moe_config.experts
-    if capacity is not None and not 0 < capacity <= experts:
-        raise UserError(f"capacity {capacity:g}: choose one above 0, at most {experts} (experts)")
-    network.route_by(routing, capacity)
-    if network.has_thresholds:
-        network.set_log_odds(None)
-    if capacity is not None and routing != "static":
-        _use_stored(network, folder, capacity, weights)
-
-
-def _use_stored(network: DiT, folder: Path, capacity: float, weights: str) -> None:
-    """Set the thresholds; raises UserError naming what is stored, and the way to get it."""
     if not network.has_thresholds:
-        raise UserError(
-            f"capacity {capacity:g}: a {network.moe_config.type} model has no capacity to choose; "
-            "leave it out"
-        )
+        for name, value in (("routing", routing), ("capacity", capacity)):
+            if value is not None:
+                raise UserError(
+                    f"{name} {value}: a {network.moe_config.type} model has no {name} to choose; "
+                    "leave it out"
+                )
+        return None
+    if capacity is not None:
+        check_capacity(capacity, network.moe_config.experts)
+    kind = routing or network.moe_config.inference
+    if kind == "static" or capacity is None:
+        network.routing = RoutingMode(kind, capacity)
+        return None
+    entry = _calibrated(network, folder, capacity, weights)
+    network.routing = RoutingMode(kind, log_odds_LE=torch.tensor(entry.log_odds))
+    return entry
+
+
+def _calibrated(network: DiT, folder: Path, capacity: float, weights: str) -> Calibrated:
+    """The entry; raises UserError naming what is stored, and the way to get it."""
     entries = {n: e for n, e in stored(folder).items() if e.weights == weights}
     name = name_of(capacity)
     if name not in entries:
@@ -123,4 +129,4 @@ def _use_stored(network: DiT, folder: Path, capacity: float, weights: str) -> No
             f"{folder / FILE_NAME}: {name} is for {len(log_odds)} layers of {len(log_odds[0])} "
             f"experts, the model {L} of {E}; run tools/calibrate.py again"
         )
-    network.set_log_odds(torch.tensor(log_odds))
+    return entries[name]

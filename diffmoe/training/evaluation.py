@@ -153,7 +153,7 @@ class LiveEvaluation:
                 **({} if self.prompts is None else {"captions": self.prompts.captions}),
                 "model": {
                     "weights": self.weights,
-                    "routing": network.moe_config.inference if network.moe_layers else None,
+                    "routing": network.routing and network.routing.kind,
                     "capacity": None,
                 },
             },

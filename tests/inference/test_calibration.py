@@ -9,6 +9,7 @@ import torch
 from diffmoe.errors import UserError
 from diffmoe.inference.calibration import EVERY_TOKEN, Passes, calibrate, threshold_of
 from diffmoe.inference.capacity import CapacityMeter
+from diffmoe.inference.generation import identity
 from diffmoe.inference.passes import noise_passes, real_examples, trajectory_passes
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import Calibrated, store, stored, turn_dial
@@ -161,8 +162,6 @@ def test_a_capacity_that_nobody_calibrated_names_the_command(tmp_path):
         turn_dial(network, tmp_path, capacity=0.7)
     with pytest.raises(UserError, match="live weights"):
         turn_dial(network, tmp_path, capacity=0.8, weights="live")
-    with pytest.raises(UserError, match="a dense model has no capacity to choose"):
-        turn_dial(network_of(tiny_config(moe__type="dense")), tmp_path, capacity=0.8)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"0.8": {"capacity": 1}}', '{"0.8": 3}'])
@@ -184,3 +183,24 @@ def test_static_routing_takes_its_capacity_without_thresholds(tmp_path):
     turn_dial(network, tmp_path, routing="static", capacity=0.5)
     by_expert = measured(network, trajectory(network, CONFIG))
     torch.testing.assert_close(by_expert, torch.full_like(by_expert, 0.5))
+
+
+@pytest.mark.parametrize("family", ["expert_choice", "token_choice", "dense"])
+def test_a_baseline_has_no_dial_and_records_none(tmp_path, family):
+    network = network_of(tiny_config(moe__type=family))
+    for name, value in (("routing", "static"), ("routing", "per_token"), ("capacity", 1.0)):
+        with pytest.raises(UserError, match=f"a {family} model has no {name} to choose"):
+            turn_dial(network, tmp_path, **{name: value})
+    turn_dial(network, tmp_path)
+    (tmp_path / "checksums.json").write_text("{}")
+    told = identity(tmp_path, network, "ema", None)
+    assert (told["routing"], told["capacity"], told["thresholds_sha256"]) == (None, None, None)
+
+
+def test_what_the_dial_did_is_what_is_recorded(tmp_path):
+    (tmp_path / "checksums.json").write_text("{}")
+    network = network_of(CONFIG)
+    for routing, capacity in ((None, None), ("pooled", None), ("static", 0.5)):
+        turn_dial(network, tmp_path, routing, capacity)
+        told = identity(tmp_path, network, "ema", capacity)
+        assert (told["routing"], told["capacity"]) == (routing or "per_token", capacity)

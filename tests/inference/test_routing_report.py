@@ -12,6 +12,7 @@ from diffmoe.evaluation.routing_page import write_page
 from diffmoe.inference.passes import noise_passes
 from diffmoe.inference.sampling import SamplingSettings, sample_latents
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode
 from tests.inference.networks import CONFIG, network_of
 from tests.tiny import tiny_config
 from tests.training.runs import pack
@@ -110,6 +111,9 @@ def test_the_predictor_is_held_against_the_selection_of_training(tmp_path):
     passes = noise_passes(network, config, 24, 8, seed=3)
     found = predictor_accuracy(network, passes)
     assert {layer.inference for layer in network.moe_layers} == {"per_token"}
+    with network.routed(RoutingMode("static", 0.5)):
+        predictor_accuracy(network, passes)
+        assert [layer.capacity for layer in network.moe_layers] == [0.5, 0.5]
 
     pairs = []
     network.route_by("static")
