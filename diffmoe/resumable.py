@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from diffmoe.errors import UserError
+from diffmoe.files import temporary_name, write_json
 
 # Moving a file takes far less: a claim that is older belongs to a process that is no more.
 CLAIM_SECONDS = 5.0
@@ -83,24 +82,10 @@ class Records:
         return self.folder / f"{part:06d}.json"
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Whole or not at all, and on the disk."""
-    os.replace(_written(file, value), file)
-
-
-def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """The same, of arrays by name."""
-    temporary = temporary_name(file)
-    with open(temporary, "wb") as stream:
-        np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
 def write_json_once(file: Path, value: Any) -> bool:
     """As write_json, but only if the file is not there; whether this process wrote it."""
-    temporary = _written(file, value)
+    temporary = temporary_name(file)
+    write_json(temporary, value)
     try:
         os.link(temporary, file)
     except FileExistsError:
@@ -140,20 +125,6 @@ def _moved(temporary: Path, file: Path) -> bool:
 
 def _claim(file: Path) -> Path:
     return file.with_name(f"{file.name}.claim")
-
-
-def _written(file: Path, value: Any) -> Path:
-    temporary = temporary_name(file)
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return temporary
-
-
-def temporary_name(file: Path) -> Path:
-    """Where this process writes a file until it is whole."""
-    return file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def writable(directory: Path) -> None:

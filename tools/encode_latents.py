@@ -24,10 +24,8 @@ work. tools/check_data.py looks the result over.
 import argparse
 import sys
 
-from diffmoe.data.encoding import encode_images
+from diffmoe.arguments import add_device
 from diffmoe.errors import run_command
-from diffmoe.parallel.device import default_device, own_device
-from diffmoe.resumable import Ranks
 
 
 def parse() -> argparse.Namespace:
@@ -50,20 +48,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--captions", action="store_true", help="images have captions, NAME.txt, and no classes"
     )
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        default="float16",
+        help="default float16",
+    )
     parser.add_argument("--no-flips", action="store_true", help="leave the mirrored images out")
     parser.add_argument("--batch", type=int, default=32, help="images per pass; default 32")
     parser.add_argument("--workers", type=int, default=4, help="decoding threads; default 4")
     parser.add_argument(
         "--max-bad", type=int, default=10, metavar="N", help="images that may fail; default 10"
     )
-    parser.add_argument("--device", default=default_device())
+    add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    from diffmoe.data.encoding import encode_images
+    from diffmoe.parallel.device import own_device
+    from diffmoe.resumable import Ranks
+
     ranks = Ranks.of_environment()
     manifest = encode_images(
         options.images,

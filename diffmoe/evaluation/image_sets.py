@@ -15,8 +15,8 @@ from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
-from diffmoe.evaluation.npz_files import npz_header, npz_rows
 from diffmoe.inference.generation import MANIFEST, shard_arrays
+from diffmoe.npz_files import npz_header, npz_rows
 
 
 class Part(NamedTuple):
