@@ -7,13 +7,18 @@ tracked (Eq. 17) are part of the weights and have no entry.
 
 import hashlib
 import json
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.files import write_json
+from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode, check_capacity
 
@@ -25,7 +30,8 @@ class Calibrated(BaseModel):
 
     weights: ema or live, for which they hold. capacity, measured: C asked for and C met.
     common: one threshold for all experts, or one for each. over: "noise" levels as training draws
-    them, or the "trajectory" of sampling. samples: how many it was measured on.
+    them, or the "trajectory" of sampling, by the settings `sampling` and with `labels` "balanced"
+    or "random". samples: how many it was measured on.
     log_odds: the thresholds by layer and expert, as logits.
     """
 
@@ -37,7 +43,48 @@ class Calibrated(BaseModel):
     common: bool
     over: str
     samples: int
+    sampling: SamplingSettings | None = None
+    labels: str = "balanced"
     log_odds: list[list[float]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _once(cls, values: Any) -> Any:
+        """Before `sampling` was stored, words held what could be chosen."""
+        over = values.get("over") if isinstance(values, dict) else None
+        found = re.fullmatch(r"trajectory: (\d+) steps, guidance (\S+)", str(over))
+        if found is None:
+            return values
+        sampling = {"steps": found[1], "guidance": found[2]}
+        return values | {"over": "trajectory", "sampling": sampling}
+
+    def differs(self, settings: SamplingSettings, config: Config, met: float) -> str | None:
+        """What to say where samples are made otherwise than the thresholds were; None: alike.
+
+        met: the capacity of the samples.
+        """
+        if self.sampling is None:
+            there, here = "on real data at the noise levels of training", "these samples"
+        else:
+            ours, theirs = (
+                asdict(replace(s, sampler=s.chosen_sampler(config), seed=0))
+                for s in (settings, self.sampling)
+            )
+            names = [name for name in ours if ours[name] != theirs[name]]
+            if not names:
+                return None
+            there, here = (
+                "with " + ", ".join(f"{name.replace('_', ' ')} {_told(of[name])}" for name in names)
+                for of in (theirs, ours)
+            )
+        return (
+            f"the thresholds of capacity {self.capacity:g} were calibrated {there}; {here} met "
+            f"capacity {met:.3f}"
+        )
+
+
+def _told(value: Any) -> str:
+    return ",".join(f"{time:g}" for time in value) if isinstance(value, tuple) else str(value)
 
 
 def name_of(capacity: float) -> str:
