@@ -84,7 +84,7 @@ def main() -> None:
 
     accuracy = None
     data = options.data or config.data.path
-    if network.has_thresholds and (options.data or Path(data).is_dir()):
+    if network.has_thresholds and (options.data or (data and Path(data).is_dir())):
         config = config.replace({"data.path": data, "data.allow_commands": options.allow_commands})
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
         accuracy = predictor_accuracy(network, passes)

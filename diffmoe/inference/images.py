@@ -88,8 +88,8 @@ class EvaluationCount:
     def told(mean: float) -> str:
         """In words, with the reason and the way out."""
         return (
-            f"dopri5 took {mean:.0f} evaluations a batch: where an expert takes a token up or "
-            "leaves it, the velocity jumps and steps get short; heun takes two a step"
+            f"dopri5 took {mean:.0f} evaluations a batch, heun takes two a step (of a mixture the "
+            "velocity jumps where an expert takes a token up or leaves it, so dopri5 steps short)"
         )
 
 
