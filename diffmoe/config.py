@@ -259,7 +259,10 @@ class EvaluationConfig(_Section):
     Figures for a paper come from tools/evaluate.py.
     """
 
-    num_samples: int = Field(1000, ge=2, description="images, of all classes or prompts in turn")
+    num_samples: int = Field(1000, ge=2, description="images to make")
+    labels: Literal["balanced", "random"] = Field(
+        "balanced", description="all classes or prompts in turn, or one drawn for each image"
+    )
     sampler: str | None = Field(None, description="none: euler of flow, ddpm of ddpm")
     steps: int = Field(50, ge=1)
     guidance: float = 1.0

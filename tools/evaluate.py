@@ -29,7 +29,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe.arguments import add_device, add_prompts, positive, prompts_of
+from diffmoe.arguments import (
+    add_device,
+    add_labels,
+    add_prompts,
+    add_sampling,
+    positive,
+    prompts_of,
+    say,
+    settings_of,
+)
 from diffmoe.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -57,22 +66,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     model.add_argument("--every-snapshot", action="store_true", help="all averages of a run")
     model.add_argument("--out", metavar="DIR", help="default evaluation/ and the run's name")
-    how = model.add_argument_group("how to sample, see tools/sample.py --help")
-    how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
-    how.add_argument("--steps", type=positive, default=250, help="default 250")
-    how.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
-    how.add_argument(
-        "--guidance-interval",
-        nargs=2,
-        type=float,
-        default=[0, 1],
-        metavar="TIME",
-        help="default 0 1",
-    )
-    how.add_argument("--guided-channels", type=positive)
-    how.add_argument("--shift", type=float, default=1.0, help="default 1")
-    how.add_argument("--eta", type=float, default=0.0, help="default 0")
-    how.add_argument("--seed", type=int, default=0, help="default 0")
+    add_labels(model)
+    how = add_sampling(model, 250, "how to sample, see tools/sample.py --help")
     how.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
     how.add_argument("--capacity", type=float, metavar="C")
     how.add_argument("--routing", choices=["per_token", "pooled", "static"])
@@ -112,7 +107,17 @@ def parse(words: list[str]) -> argparse.Namespace:
     curve.add_argument("--out", default="curve.png", metavar="FILE", help="default curve.png")
     if words and words[0] not in (*commands.choices, "-h", "--help"):
         words = ["model", *words]
-    return parser.parse_args(words)
+    return parser.parse_args(_with_comma(words))
+
+
+def _with_comma(words: list[str]) -> list[str]:
+    """`--guidance-interval 0.2 0.9` is how this tool alone once had it; see tools/sample.py."""
+    flag = "--guidance-interval"
+    at = words.index(flag) + 1 if flag in words else len(words)
+    ends = words[at : at + 2]
+    if len(ends) == 2 and not any("," in end or end.startswith("--") for end in ends):
+        return [*words[:at], ",".join(ends), *words[at + 2 :]]
+    return words
 
 
 def main() -> None:
@@ -126,7 +131,6 @@ def evaluate_run(options: argparse.Namespace) -> None:
     from diffmoe.conversion.opening import locate
     from diffmoe.evaluation.image_sets import open_images
     from diffmoe.evaluation.models import check_judges, sample_model, snapshots
-    from diffmoe.inference.sampling import SamplingSettings
     from diffmoe.inference.sharing import share_experts
     from diffmoe.parallel.device import own_device
     from diffmoe.resumable import Ranks
@@ -134,16 +138,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     judge = Judge(options)
     device, ranks = own_device(options.device), Ranks.of_environment()
     topology = share_experts(options.expert_parallel, ranks, device)
-    settings = SamplingSettings(
-        sampler=options.sampler,
-        steps=options.steps,
-        guidance=options.guidance,
-        guidance_interval=tuple(options.guidance_interval),
-        guided_channels=options.guided_channels,
-        shift=options.shift,
-        eta=options.eta,
-        seed=options.seed,
-    )
+    settings = settings_of(options)
 
     def asked_for(config: Config) -> Prompts | None:
         prompts = prompts_of(options, config, device)
@@ -161,12 +156,14 @@ def evaluate_run(options: argparse.Namespace) -> None:
             weights=options.weights,
             routing=options.routing,
             capacity=options.capacity,
+            labels=options.labels,
             batch=options.batch,
             device=device,
             ranks=ranks,
             topology=topology,
             rgb=bool(options.reference),
             prompts_for=asked_for,
+            say=say,
         )
         if made is not None:
             images = open_images(made.folder).expect(options.num_samples)

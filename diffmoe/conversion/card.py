@@ -72,6 +72,7 @@ def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | 
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
+    guidance = 1 if about.label_dropout == 0 else 1.5
     wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
     return f"""---
 library_name: diffmoe
@@ -88,7 +89,7 @@ License: to be filled in by whoever shares this model.
 ```python
 import diffmoe
 pipeline = diffmoe.Pipeline("PATH OF THIS FOLDER")
-images = pipeline({wanted}, seed=0, steps=50, guidance=1.5{capacity})
+images = pipeline({wanted}, seed=0, steps=50, guidance={guidance}{capacity})
 ```
 
 `config.json` says what the network and its latents are, `checksums.json` holds the SHA-256 of the

@@ -35,6 +35,7 @@ from diffmoe.files import sync
 from diffmoe.inference.thresholds import store
 from diffmoe.models.conditioning import Text
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.redaction import redact, without_folders
 from diffmoe.seeding import keyed_generator
 
@@ -182,11 +183,10 @@ def probe(network: DiT, about: About) -> dict[str, Tensor]:
     condition = torch.tensor([0, model.num_classes])
     if model.text is not None:
         condition = _probe_text(model.text)
-    outputs = {}
-    for routing in dict.fromkeys((about.moe.inference, "static")):
-        network.route_by(routing)
-        outputs[routing] = network(x, t, condition).prediction
-    network.route_by(about.moe.inference)
+    outputs = {about.moe.inference: network(x, t, condition).prediction}
+    if network.routing is not None:
+        with network.routed(RoutingMode("static")):
+            outputs["static"] = network(x, t, condition).prediction
     return outputs
 
 

@@ -22,7 +22,7 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.files import sha256_of
 from diffmoe.inference.capacity import CapacityByTime, merged
-from diffmoe.inference.images import Decode, sample_images
+from diffmoe.inference.images import Decode, EvaluationCount, sample_images
 from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings, check_sampling
 from diffmoe.inference.sharing import equal_share
@@ -117,12 +117,16 @@ def generate(
     ) as bar:
         for part in missing:
             indices = range(starts[part], starts[part] + sizes[part])
+            counted = EvaluationCount()
             images, capacity = _images(
-                network, config, decode, order, settings, prompts, indices, batch, bar
+                network, config, decode, order, settings, prompts, indices, batch, bar, counted
             )
             if network.topology.expert_rank == 0:
                 labels = [order.label(index, settings.seed) for index in indices]
-                records.write(part, _save(folder, part, images, labels, indices, capacity))
+                record = _save(folder, part, images, labels, indices, capacity)
+                if sampler == "dopri5":
+                    record["evaluations"] = counted.mean
+                records.write(part, record)
     made = _finish(folder, records, plan, len(starts))
     if made is not None and was_finished:
         return made._replace(closes=ranks.rank == 0)
@@ -162,6 +166,7 @@ def _images(
     indices: range,
     batch: int,
     bar: tqdm,
+    counted: EvaluationCount,
 ) -> tuple[np.ndarray, CapacityByTime | None]:
     """The images `indices`; on all ranks that share the experts, each makes an equal share."""
     topology = network.topology
@@ -181,6 +186,7 @@ def _images(
         settings,
         prompts=prompts,
         batch=batch,
+        watch=counted,
         progress=progress,
     )
     if topology.expert_parallel > 1:
@@ -245,22 +251,24 @@ def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) ->
         "capacity_average": capacity and capacity.average,
         "shards": shards,
     }
+    evaluations = [shard["evaluations"] for shard in shards if "evaluations" in shard]
+    if evaluations:
+        manifest["evaluations"] = sum(evaluations) / len(evaluations)
     return Made(manifest, capacity, write_json_once(folder / MANIFEST, manifest))
 
 
-def identity(
-    folder: Path, network: DiT, weights: str, routing: str | None, capacity: float | None
-) -> dict[str, Any]:
+def identity(folder: Path, network: DiT, weights: str, capacity: float | None) -> dict[str, Any]:
     """What decides the images beside order and settings, of a network that `turn_dial` has set.
 
     sha256: of the checkpoint's or model's checksums.json, which holds those of all its files.
+    routing: None where the model has no choice.
     """
     listed = (folder / "checksums.json").read_bytes()
     return {
         "checkpoint": folder.name,
         "sha256": hashlib.sha256(listed).hexdigest(),
         "weights": weights,
-        "routing": routing or network.moe_config.inference,
+        "routing": network.routing and network.routing.kind,
         "capacity": capacity,
         "thresholds_sha256": hash_of(network),
     }

@@ -29,7 +29,7 @@ def network(source: Source) -> DiT:
 def output(model: DiT, routing: str = "per_token") -> Tensor:
     """routing: one of evaluation's, or train."""
     model.train(routing == "train")
-    if routing != "train":
+    if routing != "train" and model.routing is not None:
         model.route_by(routing)
     x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(3))
     return model(x, torch.tensor([0.1, 0.4, 0.7, 0.95]), torch.tensor([0, 2, 4, 5])).prediction
