@@ -17,13 +17,17 @@ work under torchrun or srun, each with shards of its own, for example with 8 GPU
 
   torchrun --nproc_per_node 8 tools/encode_latents.py --images ... --vae ... --out ...
 
-An image that cannot be decoded is skipped and listed in manifest.json; more than --max-bad stop the
-work. tools/check_data.py looks the result over.
+Images are read as people see them: turned as their EXIF says, transparency on --background, grey
+values of 16 bits and floats scaled, CMYK and palettes converted, the first frame of an animation.
+Color profiles are not applied. Links are followed, wherever they lead. What cannot be read, or may
+mean anything (floats beyond 0..1, integers beyond 65535), is skipped and listed in manifest.json;
+more than --max-bad stop the work. tools/check_data.py looks the result over.
 """
 
 import argparse
 import sys
 
+from diffmoe.data.decoding import color
 from diffmoe.data.encoding import encode_images
 from diffmoe.errors import run_command
 from diffmoe.parallel.device import default_device, own_device
@@ -51,6 +55,9 @@ def parse() -> argparse.Namespace:
         "--captions", action="store_true", help="images have captions, NAME.txt, and no classes"
     )
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument(
+        "--background", default="white", metavar="COLOR", help="of transparent images; white"
+    )
     parser.add_argument("--no-flips", action="store_true", help="leave the mirrored images out")
     parser.add_argument("--batch", type=int, default=32, help="images per pass; default 32")
     parser.add_argument("--workers", type=int, default=4, help="decoding threads; default 4")
@@ -77,6 +84,7 @@ def main() -> None:
         flips=not options.no_flips,
         classes=options.classes,
         captions=options.captions,
+        background=color(options.background),
         max_bad=options.max_bad,
         overwrite=options.overwrite,
         device=own_device(options.device),

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from diffmoe.arguments import add_prompts, positive, prompts_of
 from diffmoe.config import Config
 from diffmoe.conversion.opening import locate
+from diffmoe.data.decoding import color
 from diffmoe.errors import UserError, run_command
 from diffmoe.evaluation import results
 from diffmoe.evaluation.accuracy import load_classifier
@@ -102,6 +103,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     for parser_ in (model, images, reference):
         parser_.add_argument("--extractor", default=DEFAULT, help=f"default {DEFAULT}")
         parser_.add_argument("--extractor-batch", type=positive, default=25, help="default 25")
+        parser_.add_argument(
+            "--background", default="white", metavar="COLOR", help="of transparent image files"
+        )
         parser_.add_argument("--device", default=default_device())
     curve = commands.add_parser("plot", help="draw results of one or several runs")
     curve.set_defaults(command=draw)
@@ -166,7 +170,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 
 def evaluate_images(options: argparse.Namespace) -> None:
-    images = open_images(options.images).expect(options.num)
+    images = open_images(options.images, color(options.background)).expect(options.num)
     Judge(options).tell(images, Path(options.out), {})
 
 
@@ -201,7 +205,9 @@ class Judge:
         batch, found = self.options.extractor_batch, []
         if self.extractor is not None:
             if self.reference is None:
-                self.reference = load_reference(self.options.reference, self.extractor, batch)
+                self.reference = load_reference(
+                    self.options.reference, self.extractor, batch, color(self.options.background)
+                )
             found.append(results.measure(images, self.extractor, self.reference, batch))
         if self.classifier is not None:
             found.append(results.measure_accuracy(images, self.classifier, batch))
@@ -218,7 +224,9 @@ class Judge:
 
 def make_reference(options: argparse.Namespace) -> None:
     extractor = load_extractor(options.extractor, own_device(options.device))
-    reference = compute_reference(options.images, extractor, options.extractor_batch)
+    reference = compute_reference(
+        options.images, extractor, options.extractor_batch, color(options.background)
+    )
     store_reference(Path(options.out), reference)
     print(f"{options.out}: {reference.about['number']} images by {extractor.name}")
 

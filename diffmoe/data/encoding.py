@@ -13,7 +13,8 @@ from diffmoe.config import BYTES
 from diffmoe.data.autoencoder import KLAutoencoder, canonical_name
 from diffmoe.data.captions import CAPTION_BYTES, Captions
 from diffmoe.data.conversion import Made, Skipped, convert_items
-from diffmoe.data.images import ImageItem, find_images, load_captions, load_image
+from diffmoe.data.decoding import WHITE, Color
+from diffmoe.data.images import ImageItem, find_images, load_captions, load_image, shown
 from diffmoe.data.manifest import Manifest, TextContent
 from diffmoe.data.numbers import stored
 from diffmoe.errors import UserError
@@ -33,6 +34,7 @@ def encode_images(
     flips: bool = True,
     classes: int | None = None,
     captions: bool = False,
+    background: Color = WHITE,
     max_bad: int = 10,
     overwrite: bool = False,
     device: str = "cpu",
@@ -45,6 +47,7 @@ def encode_images(
     batch: images per pass of the autoencoder. workers: threads that decode images.
     classes: their number, where tars leave it open.
     captions: each image has some instead of a class, see `find_images`; they are packed as bytes.
+    background: what transparent images are put on.
     """
     if size < 1 or batch < 1 or workers < 1:
         raise UserError(f"--size {size}, --batch {batch}, --workers {workers} must be at least 1")
@@ -73,13 +76,13 @@ def encode_images(
         "classes": len(names) if names is not None else classes,
         "class_names": names,
         "autoencoder": canonical_name(vae) if vae is not None else "identity",
-        "source": f"images of {Path(images).resolve()}, {size}x{size}",
+        "source": f"images of {shown(str(Path(images).resolve()))}, {size}x{size}",
         "dtype": dtype,
         "text": TextContent(encoder=BYTES, length=CAPTION_BYTES) if captions else None,
     }
 
     def convert(part: Sequence[ImageItem]) -> Iterator[Made | Skipped]:
-        for loaded in _loaded(part, size, batch, workers, captions):
+        for loaded in _loaded(part, size, batch, workers, captions, background):
             good = [found for found in loaded if isinstance(found, Loaded)]
             yield from (found for found in loaded if isinstance(found, Skipped))
             if not good:
@@ -102,7 +105,7 @@ def encode_images(
         convert,
         fields=fields,
         shards=shards,
-        settings={"batch": batch if autoencoder else None},
+        settings={"batch": batch if autoencoder else None, "background": background},
         ranks=ranks,
         max_bad=max_bad,
         overwrite=overwrite,
@@ -125,14 +128,19 @@ class Loaded(NamedTuple):
 
 
 def _loaded(
-    items: Sequence[ImageItem], size: int, batch: int, workers: int, captions: bool
+    items: Sequence[ImageItem],
+    size: int,
+    batch: int,
+    workers: int,
+    captions: bool,
+    background: Color,
 ) -> Iterator[list[Loaded | Skipped]]:
     """Batches of decoded images, or of why one cannot be; the next batch is read meanwhile."""
 
     def load(item: ImageItem) -> Loaded | Skipped:
         try:
             told = Captions(load_captions(item)) if captions else None
-            return Loaded(item, load_image(item, size), told)
+            return Loaded(item, load_image(item, size, background), told)
         except (OSError, ValueError) as error:
             return Skipped(item.name, f"{type(error).__name__}: {error}")
 
