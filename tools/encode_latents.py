@@ -7,6 +7,7 @@
 IMAGES are class folders (CLASS/NAME.jpg, classes numbered by sorted name) or tar shards (KEY.jpg
 with KEY.cls; give --classes). Each is cropped as DiT does it, encoded, and stored as the mean and
 log-variance of its posterior, together with those of the mirrored image; training draws from them.
+With --pixels the bytes of the image are stored, once; training mirrors half of what it reads.
 
 With --captions, IMAGES are NAME.jpg with NAME.txt, one caption a line, in any folders, or tars of
 KEY.jpg with KEY.txt. A mirrored image keeps its captions: where they tell left from right, give
@@ -54,11 +55,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--captions", action="store_true", help="images have captions, NAME.txt, and no classes"
     )
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument(
+        "--dtype",
+        choices=["uint8", "float16", "bfloat16", "float32"],
+        help="of the numbers in the files; default uint8 of --pixels, else float16",
+    )
     parser.add_argument(
         "--background", default="white", metavar="COLOR", help="of transparent images; white"
     )
-    parser.add_argument("--no-flips", action="store_true", help="leave the mirrored images out")
+    parser.add_argument("--no-flips", action="store_true", help="never mirror images")
     parser.add_argument("--batch", type=int, default=32, help="images per pass; default 32")
     parser.add_argument("--workers", type=int, default=4, help="decoding threads; default 4")
     parser.add_argument(

@@ -71,8 +71,9 @@ def check_data(directory: str | Path, sheet: str | Path | None, device: str = "c
     kinds = ", ".join(sorted(dtypes)) if manifest.dtype is None else manifest.dtype
     report.lines += [
         manifest.summary(directory),
-        f"content {manifest.content} of {shape} in {kinds}, flips {manifest.flips}, scaled "
-        f"{manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
+        f"content {manifest.content} of {shape} in {kinds}, flips {manifest.flips}"
+        + (" (mirrored on reading)" if manifest.mirrored == "on_reading" else "")
+        + f", scaled {manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
         f"autoencoder {manifest.autoencoder}, pixels {manifest.pixel_range}; {manifest.source}",
         *_histogram(labels, manifest),
         *_caption_lines(lengths, manifest),

@@ -30,7 +30,7 @@ def encode_images(
     shards: int | None = None,
     batch: int = 32,
     workers: int = 4,
-    dtype: str = "float16",
+    dtype: str | None = None,
     flips: bool = True,
     classes: int | None = None,
     captions: bool = False,
@@ -43,6 +43,9 @@ def encode_images(
     """Pack the images of a folder. Returns the manifest, or None while other ranks still work.
 
     vae: folder or hub id of an AutoencoderKL; None packs the pixels, -1..1.
+    dtype: of the numbers in the files; by default uint8 of pixels, float16 of moments.
+    flips: half of the samples shall be taken mirrored. The moments of mirrored images are stored
+        for it; pixels are mirrored when they are read.
     size: side of the square that is cut out of each image.
     batch: images per pass of the autoencoder. workers: threads that decode images.
     classes: their number, where tars leave it open.
@@ -51,6 +54,9 @@ def encode_images(
     """
     if size < 1 or batch < 1 or workers < 1:
         raise UserError(f"--size {size}, --batch {batch}, --workers {workers} must be at least 1")
+    if dtype == "uint8" and vae is not None:
+        raise UserError("--dtype uint8 is for --pixels; an autoencoder's moments are floats")
+    dtype = dtype or ("uint8" if vae is None else "float16")
     items, names = find_images(images, captions)
     if captions:
         classes = 1
@@ -73,6 +79,7 @@ def encode_images(
         "shift": autoencoder.shift if autoencoder else 0.0,
         "shape": autoencoder.latent_shape(size) if autoencoder else (3, size, size),
         "flips": flips,
+        "mirrored": "stored" if autoencoder else "on_reading",
         "classes": len(names) if names is not None else classes,
         "class_names": names,
         "autoencoder": canonical_name(vae) if vae is not None else "identity",
@@ -89,13 +96,15 @@ def encode_images(
                 continue
             pixels = np.stack([found.pixels for found in good])
             arrays = _arrays(pixels, autoencoder)
-            mirrored = _arrays(pixels[:, :, ::-1].copy(), autoencoder) if flips else None
+            mirrored = None
+            if flips and autoencoder is not None:
+                mirrored = _arrays(pixels[:, :, ::-1].copy(), autoencoder)
             for index, (item, _, told) in enumerate(good):
                 yield Made(
                     item.key,
                     item.label,
                     stored(arrays[index], dtype),
-                    stored(mirrored[index], dtype) if flips else None,
+                    None if mirrored is None else stored(mirrored[index], dtype),
                     told,
                 )
 
