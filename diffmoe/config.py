@@ -62,7 +62,9 @@ class ModelConfig(_Section):
     width: int = Field(384, ge=2)
     depth: int = Field(12, ge=1)
     heads: int = Field(6, ge=1)
+    head_width: int | None = Field(None, ge=1, description="of one head; none: width / heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden size of dense MLPs over width")
+    mlp_activation: Literal["gelu", "swiglu"] = Field("gelu", description="of dense MLPs")
     num_classes: int = Field(1000, ge=1)
     learn_sigma: bool = Field(False, description="twice the output channels, as published DiTs")
     qk_norm: bool = False
@@ -76,19 +78,26 @@ class ModelConfig(_Section):
                 f"model.input_size={self.input_size} is not divisible by "
                 f"model.patch_size={self.patch_size}; choose {_divisors(self.input_size)}"
             )
-        if self.width % self.heads:
+        if self.head_width is None and self.width % self.heads:
             raise ValueError(
                 f"model.width={self.width} is not divisible by model.heads={self.heads}; "
                 f"choose {_divisors(self.width)}"
             )
-        if self.rope and (self.width // self.heads) % 4:
+        if self.rope and self.width_of_head % 4:
+            head = f"model.head_width={self.head_width}"
+            if self.head_width is None:
+                head = f"model.width={self.width} / model.heads={self.heads}"
             raise ValueError(
-                f"model.rope needs a head width divisible by 4, and model.width={self.width} / "
-                f"model.heads={self.heads} is {self.width // self.heads}"
+                f"model.rope needs a head width divisible by 4, and {head} is {self.width_of_head}"
             )
         if self.width % 4:
             raise ValueError(f"model.width={self.width} must be divisible by 4 (2-D positions)")
         return self
+
+    @property
+    def width_of_head(self) -> int:
+        """Channels of one attention head."""
+        return self.head_width or self.width // self.heads
 
 
 class MoEConfig(_Section):
@@ -103,7 +112,11 @@ class MoEConfig(_Section):
     shared_expert_ratio: float = Field(
         0.0, ge=0, description="hidden size over width of an expert that sees every token; 0: none"
     )
+    shared_expert_activation: Literal["gelu", "swiglu"] = "gelu"
     router_init_std: float = Field(0.006, gt=0)
+    expert_init_std: float | None = Field(
+        None, gt=0, description="of experts' normal start, such as 0.006; none: Xavier's uniform"
+    )
     token_pool: Literal["micro_batch", "expert_parallel", "global"] = "micro_batch"
     inference: Literal["per_token", "pooled", "static"] = "per_token"
     capacity_loss_weight: float = Field(1.0, ge=0)
@@ -161,6 +174,10 @@ class DataConfig(_Section):
     stall_seconds: float = Field(60.0, gt=0, description="without data, before a shard is retried")
     cache: str | None = Field(None, description="folder that keeps shards read from URLs")
     cache_gib: float = Field(0.0, ge=0, description="its limit, the oldest shards go; 0: none")
+    # Never written: what allows this machine to run commands comes with no run and no file.
+    allow_commands: bool = Field(
+        False, exclude=True, description="shards may start programs (pipe:, gs:); command line only"
+    )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -261,6 +278,13 @@ class ParallelConfig(_Section):
 
     expert_parallel: int = Field(1, ge=1, description="P: ranks that share one set of experts")
     zero_stage: int = Field(1, description="DeepSpeed ZeRO stage, 1 or 2")
+    timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of a step, before the rank that hangs is named and the run ends; none: 20 "
+        "usual steps, at least 300. Set it high for a debugger",
+    )
 
 
 class LoggingConfig(_Section):
@@ -362,6 +386,8 @@ class Config(_Section):
     def replace(self, changes: dict[str, Any]) -> "Config":
         """A validated copy with dotted keys changed, e.g. {"training.precision": "bf16"}."""
         values = self.model_dump(exclude_unset=True)
+        if self.data.allow_commands:  # which no dump holds
+            set_value(values, "data.allow_commands", True)
         for key, value in changes.items():
             set_value(values, key, value)
         return validated(values, "the configuration")

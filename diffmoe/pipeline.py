@@ -24,20 +24,22 @@ class Pipeline:
         self,
         path: str | Path,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         weights: str = "ema",
         text_encoder: str | Path | None = None,
+        verify: bool = True,
     ) -> None:
         """path: an exported folder, a run's folder or a checkpoint.
 
-        device: default the GPU where there is one. dtype: of the network's parameters. weights:
-        ema or live, of a run or checkpoint. text_encoder: the folder of the frozen one that a text
-        model was trained with; a model that reads bytes needs none.
+        device: default the GPU where there is one. dtype: of the network's parameters, as in
+        `load`. weights: ema or live, of a run or checkpoint. text_encoder: the folder of the frozen
+        one that a text model was trained with; a model that reads bytes needs none. verify: hold
+        the files against their checksums; each is read once per machine, and again when it changed.
         """
         device = torch.device(device or default_device())
         self.folder = locate(path)
         self.weights = weights_of(self.folder, weights)
-        snapshot = open_network(self.folder, weights, device=device, dtype=dtype)
+        snapshot = open_network(self.folder, weights, device=device, dtype=dtype, verify=verify)
         self.network, self.config = snapshot.network, snapshot.config
         self.class_names: Sequence[str] = snapshot.latents.get("class_names") or ()
         self.autoencoder = autoencoder_of(snapshot.latents, device)

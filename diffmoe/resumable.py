@@ -7,12 +7,15 @@ written after the part itself: whatever lacks a record is made again.
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from diffmoe.errors import UserError
+from diffmoe.files import temporary_name, write_json
+
+# Moving a file takes far less: a claim that is older belongs to a process that is no more.
+CLAIM_SECONDS = 5.0
 
 
 class Ranks(NamedTuple):
@@ -79,45 +82,49 @@ class Records:
         return self.folder / f"{part:06d}.json"
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Whole or not at all, and on the disk."""
-    os.replace(_written(file, value), file)
-
-
-def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """The same, of arrays by name."""
-    temporary = temporary_name(file)
-    with open(temporary, "wb") as stream:
-        np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
 def write_json_once(file: Path, value: Any) -> bool:
     """As write_json, but only if the file is not there; whether this process wrote it."""
-    temporary = _written(file, value)
+    temporary = temporary_name(file)
+    write_json(temporary, value)
     try:
         os.link(temporary, file)
     except FileExistsError:
         return False
+    except OSError:  # a file system without hard links
+        return _claimed(file) and _moved(temporary, file)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
 
 
-def _written(file: Path, value: Any) -> Path:
-    temporary = temporary_name(file)
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return temporary
+def _claimed(file: Path) -> bool:
+    """Whether this process may write the file: of those that ask at once, one may."""
+    patience = time.monotonic() + CLAIM_SECONDS
+    while not file.exists():
+        try:
+            _claim(file).touch(exist_ok=False)
+        except FileExistsError:
+            if time.monotonic() > patience:  # left by a process that was killed
+                return True
+            time.sleep(0.05)
+        else:
+            return True
+    return False
 
 
-def temporary_name(file: Path) -> Path:
-    """Where this process writes a file until it is whole."""
-    return file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+def _moved(temporary: Path, file: Path) -> bool:
+    """Move it there, unless another process has done so before this one had its claim."""
+    try:
+        if file.exists():
+            return False
+        os.replace(temporary, file)
+        return True
+    finally:
+        _claim(file).unlink(missing_ok=True)
+
+
+def _claim(file: Path) -> Path:
+    return file.with_name(f"{file.name}.claim")
 
 
 def writable(directory: Path) -> None:

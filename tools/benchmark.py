@@ -15,28 +15,22 @@ and webdataset's own pipeline; and how long a loop that does --rate samples a se
 What is compared takes turns: figures are medians over rounds, ratios medians of rounds' ratios.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from diffmoe.arguments import positive
-from diffmoe.benchmarks.expert_parallel import benchmark_expert_parallel
-from diffmoe.benchmarks.growth import benchmark_growth, draw
-from diffmoe.benchmarks.layer import benchmark_layer
-from diffmoe.benchmarks.ranks import alone
-from diffmoe.benchmarks.report import Report
-from diffmoe.benchmarks.sampling import benchmark_sampling
-from diffmoe.benchmarks.training import benchmark_training
-from diffmoe.config import Config
-from diffmoe.data.speed import LANES, reading_speeds, waiting_share, write_moments
+from diffmoe.arguments import add_device, positive
 from diffmoe.errors import UserError, run_command
-from diffmoe.parallel.device import default_device, own_device
-from diffmoe.recipes import load_config
-from diffmoe.resumable import writable
+
+if TYPE_CHECKING:
+    from diffmoe.benchmarks.report import Report
+    from diffmoe.config import Config
+
 
 WHAT = {
     "train": "whole steps beside the dense model of equal activated size, and their parts",
@@ -56,18 +50,19 @@ def parse() -> argparse.Namespace:
     for name in ("train", "layer", "sample", "ep"):
         part = parts.add_parser(name, help=WHAT[name], description=WHAT[name])
         part.add_argument(
-            "--recipe", default="diffmoe_s_e16_flow", help="name or YAML of a diffmoe"
+            "--recipe",
+            default="diffmoe_s_e16_flow",
+            help="name or YAML of a diffmoe; default diffmoe_s_e16_flow",
         )
         part.add_argument(
             "overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, as in train.py"
         )
         part.add_argument("--batch", type=positive, default=8, help="images of a step; default 8")
         part.add_argument("--rounds", type=positive, default=5, help="default 5")
-        part.add_argument("--device", default=default_device())
+        add_device(part)
         part.add_argument(
             "--threads",
             type=positive,
-            default=os.cpu_count(),
             help="default all cores; ep: 1 a rank",
         )
     parts.choices["layer"].add_argument(
@@ -79,7 +74,9 @@ def parse() -> argparse.Namespace:
     parts.choices["layer"].add_argument("--plot", type=Path, metavar="PNG", help="of --growth")
     parts.choices["sample"].add_argument("--steps", type=positive, default=4, help="default 4")
     data = parts.add_parser("data", help=WHAT["data"], description=WHAT["data"])
-    data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    data.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 1, 2], help="reading; default 0 1 2"
+    )
     data.add_argument("--rounds", type=positive, default=3, help="the best counts; default 3")
     data.add_argument("--samples", type=positive, default=4000, help="in the shards; default 4000")
     data.add_argument("--rate", type=float, default=5000, help="samples/s; default 5000")
@@ -89,6 +86,9 @@ def parse() -> argparse.Namespace:
 
 
 def read_config(options: argparse.Namespace) -> Config:
+    from diffmoe.data.speed import LANES
+    from diffmoe.recipes import load_config
+
     if options.batch % LANES:
         raise UserError(f"--batch {options.batch} must be a multiple of {LANES} (lanes of data)")
     config = load_config(options.recipe, options.overrides)
@@ -109,6 +109,8 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raise UserError for what could not be written after minutes of measuring."""
+    from diffmoe.resumable import writable
+
     plot = getattr(options, "plot", None)
     if plot is not None:
         if not options.growth:
@@ -123,6 +125,8 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def measure_reading(options: argparse.Namespace, report: Report) -> None:
+    from diffmoe.data.speed import reading_speeds, waiting_share, write_moments
+
     for flips in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder)
@@ -140,8 +144,22 @@ def measure_reading(options: argparse.Namespace, report: Report) -> None:
 
 def main() -> None:
     options = parse()
+    import torch
+
+    from diffmoe.benchmarks.expert_parallel import benchmark_expert_parallel
+    from diffmoe.benchmarks.growth import benchmark_growth, draw
+    from diffmoe.benchmarks.layer import benchmark_layer
+    from diffmoe.benchmarks.ranks import alone
+    from diffmoe.benchmarks.report import Report
+    from diffmoe.benchmarks.sampling import benchmark_sampling
+    from diffmoe.benchmarks.training import benchmark_training
+    from diffmoe.parallel.device import default_device, own_device
+
     check_outputs(options)
-    torch.set_num_threads(1 if options.part in ("data", "ep") else options.threads)
+    if options.part != "data":
+        options.device = options.device or default_device()  # the report names it
+    threads = 1 if options.part in ("data", "ep") else options.threads or os.cpu_count()
+    torch.set_num_threads(threads)
     told = {
         key: value for key, value in vars(options).items() if key not in ("json", "plot", "threads")
     }

@@ -11,15 +11,14 @@ They are found along the sampling trajectory, with the steps and guidance given 
 
 import argparse
 
-from diffmoe.arguments import add_prompts, positive, prompts_of
-from diffmoe.conversion.opening import locate, open_network, verify, weights_of
+from diffmoe.arguments import (
+    add_allow_commands,
+    add_device,
+    add_prompts,
+    positive,
+    prompts_of,
+)
 from diffmoe.errors import run_command
-from diffmoe.inference.calibration import calibrate
-from diffmoe.inference.passes import noise_passes, trajectory_passes
-from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.inference.thresholds import Calibrated, name_of, store
-from diffmoe.parallel.device import default_device, own_device
-from diffmoe.resumable import writable
 
 
 def parse() -> argparse.Namespace:
@@ -30,7 +29,9 @@ def parse() -> argparse.Namespace:
         "run", metavar="RUN", help="a run's folder, one checkpoint, or a converted model"
     )
     parser.add_argument("--capacity", type=float, nargs="+", required=True, metavar="C")
-    parser.add_argument("--over", choices=["trajectory", "noise"], default="trajectory")
+    parser.add_argument(
+        "--over", choices=["trajectory", "noise"], default="trajectory", help="default trajectory"
+    )
     parser.add_argument(
         "--common",
         action="store_true",
@@ -39,32 +40,44 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=positive, default=256, help="to look at; default 256")
     parser.add_argument("--batch", type=positive, default=64, help="samples at a time; default 64")
     parser.add_argument("--steps", type=positive, default=50, help="of the trajectory; default 50")
-    parser.add_argument("--guidance", type=float, default=1.5, help="on the trajectory")
+    parser.add_argument(
+        "--guidance", type=float, default=1.5, help="on the trajectory; default 1.5"
+    )
     parser.add_argument("--data", metavar="DIR", help="of --over noise; default the run's own")
-    parser.add_argument("--weights", choices=["ema", "live"], default="ema")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    add_device(parser)
+    add_allow_commands(parser)
     add_prompts(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    from diffmoe.conversion.opening import locate, open_network, weights_of
+    from diffmoe.inference.calibration import calibrate
+    from diffmoe.inference.passes import noise_passes, trajectory_passes
+    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.inference.thresholds import Calibrated, name_of, store
+    from diffmoe.parallel.device import own_device
+    from diffmoe.resumable import writable
+
+    device = own_device(options.device)
     folder = locate(options.run)
     weights = weights_of(folder, options.weights)
-    verify(folder)
     writable(folder)
-    snapshot = open_network(folder, weights, device=own_device(options.device))
+    snapshot = open_network(folder, weights, device=device)
     network, config = snapshot.network, snapshot.config
     network.route_by("per_token")
     if options.over == "noise":
         over = "noise"
         if options.data:
             config = config.replace({"data.path": options.data})
+        config = config.replace({"data.allow_commands": options.allow_commands})
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
     else:
         over = f"trajectory: {options.steps} steps, guidance {options.guidance:g}"
-        prompts = prompts_of(options, config, options.device)
+        prompts = prompts_of(options, config, device)
         kinds = config.model.num_classes if prompts is None else len(prompts)
         labels = [k % kinds for k in range(options.samples)]
         settings = SamplingSettings(

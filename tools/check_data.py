@@ -17,11 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffmoe.data.checking import check_data
-from diffmoe.data.resharding import reshard
+from diffmoe.arguments import add_allow_commands, add_device
 from diffmoe.errors import UserError, run_command
-from diffmoe.parallel.device import default_device
-from diffmoe.resumable import Ranks
 
 
 def parse() -> argparse.Namespace:
@@ -33,10 +30,11 @@ def parse() -> argparse.Namespace:
         "--sheet", metavar="PNG", help="the contact sheet; default DIR/contact_sheet.png"
     )
     parser.add_argument("--no-sheet", action="store_true", help="decode nothing")
-    parser.add_argument("--device", default=default_device())
+    add_device(parser)
     parser.add_argument("--reshard", type=int, metavar="N", help="rewrite into N shards, in --out")
     parser.add_argument("--out", metavar="DIR", help="the new folder of --reshard")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    add_allow_commands(parser)
     options = parser.parse_args()
     if (options.reshard is None) != (options.out is None):
         parser.error("--reshard N and --out DIR belong together")
@@ -45,6 +43,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    from diffmoe.data.checking import check_data
+    from diffmoe.data.fetching import Fetch
+    from diffmoe.data.resharding import reshard
+    from diffmoe.parallel.device import own_device
+    from diffmoe.resumable import Ranks
+
     if options.reshard is not None:
         manifest = reshard(
             options.data,
@@ -57,8 +61,14 @@ def main() -> None:
             print(manifest.summary(options.out))
         return
     sheet = options.sheet or Path(options.data) / "contact_sheet.png"
+    device = own_device(options.device)
     try:
-        report = check_data(options.data, None if options.no_sheet else sheet, options.device)
+        report = check_data(
+            options.data,
+            None if options.no_sheet else sheet,
+            device,
+            Fetch(allow_commands=options.allow_commands),
+        )
     except UserError as error:
         print(f"problem: {error}")
         sys.exit(1)

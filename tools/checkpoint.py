@@ -12,21 +12,19 @@ Where a checkpoint is asked for, a run's folder means its newest complete one. C
 more of each.
 """
 
+from __future__ import annotations
+
 import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffmoe.checkpoints import folder
-from diffmoe.checkpoints.inspect import (
-    Difference,
-    StoredCheckpoint,
-    checkpoints,
-    compare,
-    open_checkpoint,
-)
-from diffmoe.checkpoints.posthoc import reconstruct_ema
 from diffmoe.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from diffmoe.checkpoints.inspect import Difference, StoredCheckpoint
 
 EXIT_DIFFERENT = 1
 
@@ -84,6 +82,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    from diffmoe.checkpoints.inspect import open_checkpoint
+    from diffmoe.checkpoints.posthoc import reconstruct_ema
+
     if options.command == "list":
         list_run(Path(options.run))
     elif options.command == "show":
@@ -107,6 +108,8 @@ def main() -> None:
 
 
 def list_run(run: Path) -> None:
+    from diffmoe.checkpoints.inspect import checkpoints
+
     for path in checkpoints(run):
         problems = folder.wrong_sizes(path)
         if problems:
@@ -147,6 +150,8 @@ def _layout(checkpoint: StoredCheckpoint) -> str:
 
 
 def verify(path: Path) -> None:
+    from diffmoe.checkpoints.inspect import checkpoints
+
     is_checkpoint = (path / folder.ABOUT).exists() or (path / folder.CHECKSUMS).exists()
     paths = [path] if is_checkpoint else checkpoints(path)
     problems = []
@@ -159,6 +164,8 @@ def verify(path: Path) -> None:
 
 
 def prune(run: Path, keep_last: int, keep_samples: int | None) -> None:
+    from diffmoe.checkpoints.inspect import checkpoints
+
     if keep_last < 1:
         raise UserError(f"--keep-last {keep_last}: at least 1, the newest, stays")
     if keep_samples is not None and keep_samples < 1:
@@ -169,6 +176,8 @@ def prune(run: Path, keep_last: int, keep_samples: int | None) -> None:
 
 
 def diff(first: StoredCheckpoint, second: StoredCheckpoint) -> None:
+    from diffmoe.checkpoints.inspect import compare
+
     for letter, checkpoint in (("A", first), ("B", second)):
         print(f"{letter}: {checkpoint.path}\n{_layout(checkpoint)}")
     equal, different = 0, 0

@@ -14,18 +14,19 @@ FROM. No GPU, no process group, one tensor at a time. diffmoe.load(TO) and diffm
 the result.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffmoe.conversion.foreign import FORMATS, Options, write_foreign
-from diffmoe.conversion.info import info
-from diffmoe.conversion.recognise import open_source
-from diffmoe.conversion.sources import Source
-from diffmoe.conversion.tensors import MAX_SHARD_BYTES
-from diffmoe.conversion.upcycling import grow, upcycle
-from diffmoe.conversion.writing import refuse_existing, write_exported
 from diffmoe.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from diffmoe.conversion.sources import Source
+
+FORMATS = ("release", "dit", "sit", "diffusers")
 
 
 def parse() -> argparse.Namespace:
@@ -40,16 +41,16 @@ def parse() -> argparse.Namespace:
         help="ema (default), live, or of a run with training.ema_stds ema:STD, such as ema:0.10; "
         "of a .pt file its entry `ema` or `model`",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32"
+    )
     parser.add_argument(
         "--to",
         choices=["diffmoe", *FORMATS],
         default="diffmoe",
         help="format of TO; default diffmoe, the folder for inference",
     )
-    parser.add_argument(
-        "--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="per file; default 5"
-    )
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="per file; default 5")
     parser.add_argument(
         "--capacity",
         type=float,
@@ -72,24 +73,37 @@ def parse() -> argparse.Namespace:
     more.add_argument("--experts", type=int, metavar="E", help="how many there will be")
     more.add_argument("--every-block", action="store_true", help="default: every second one")
     more.add_argument(
-        "--noise", type=float, default=0.0, help="on new experts, in their standard deviations"
+        "--noise",
+        type=float,
+        default=0.0,
+        help="on new experts, in their deviations; default 0",
     )
-    more.add_argument("--seed", type=int, default=0, help="of the noise and of new routers")
+    more.add_argument("--seed", type=int, default=0, help="of noise and new routers; default 0")
     foreign = parser.add_argument_group("what other projects' files do not say")
     foreign.add_argument("--format", choices=FORMATS, help="of FROM; default detected, and said")
     foreign.add_argument("--objective", choices=["flow", "ddpm"])
     foreign.add_argument("--heads", type=int, help="default: those of the published widths")
+    foreign.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="without the null one; default as the file says, or 1000 of 1001 rows of labels",
+    )
     foreign.add_argument("--input-size", type=int, help="default: from pos_embed")
     foreign.add_argument("--top-k", type=int, default=1, help="of token choice; default 1")
     foreign.add_argument(
-        "--vae", default=Options.autoencoder, help=f"default {Options.autoencoder}"
+        "--vae", default="stabilityai/sd-vae-ft-ema", help="default stabilityai/sd-vae-ft-ema"
     )
-    foreign.add_argument("--scale", type=float, default=Options.scale, help="of its latents")
+    foreign.add_argument(
+        "--scale", type=float, default=0.18215, help="of its latents; default 0.18215"
+    )
     return parser.parse_args()
 
 
 def with_experts(source: Source, options: argparse.Namespace) -> Source:
     """What --upcycle or --grow make of it."""
+    from diffmoe.conversion.upcycling import grow, upcycle
+
     if options.upcycle is None and not options.grow:
         if options.experts is not None or options.every_block or options.noise:
             raise UserError("--experts, --every-block and --noise belong to --upcycle or --grow")
@@ -110,6 +124,8 @@ def with_experts(source: Source, options: argparse.Namespace) -> Source:
 
 
 def show(path: Path) -> None:
+    from diffmoe.conversion.info import info
+
     lines = info(path)
     width = max(map(len, lines))
     for key, value in lines.items():
@@ -119,15 +135,21 @@ def show(path: Path) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["info"]:
         parser = argparse.ArgumentParser(
-            prog="convert_checkpoint.py info", description=info.__doc__
+            prog="convert_checkpoint.py info",
+            description="what a model or its file is, by its path",
         )
         parser.add_argument("path", metavar="PATH", type=Path)
         return show(parser.parse_args(sys.argv[2:]).path)
     options = parse()
+    from diffmoe.conversion.foreign import Options, write_foreign
+    from diffmoe.conversion.recognise import open_source
+    from diffmoe.conversion.writing import refuse_existing, write_exported
+
     refuse_existing(options.target)
     unsaid = Options(
         objective=options.objective,
         heads=options.heads,
+        num_classes=options.num_classes,
         input_size=options.input_size,
         capacity=1.0 if options.capacity is None else options.capacity,
         top_k=options.top_k,

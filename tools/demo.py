@@ -8,26 +8,25 @@ tools/calibrate.py has stored are used; without any, a few are calibrated at the
 model on --prompts, which then should be some dozen).
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from diffmoe.arguments import add_prompts, prompts_of
-from diffmoe.config import Config
-from diffmoe.conversion.opening import locate, open_network, weights_of
-from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.arguments import add_device, add_prompts, prompts_of
 from diffmoe.errors import UserError, run_command
-from diffmoe.evaluation.routing import sampling_routing
-from diffmoe.inference.capacity import activated_parameters
-from diffmoe.inference.dial import Dial
-from diffmoe.inference.images import Decode
-from diffmoe.inference.prompts import Prompts
-from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.models.dit import DiT
-from diffmoe.parallel.device import default_device, own_device
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diffmoe.config import Config
+    from diffmoe.inference.dial import Dial
+    from diffmoe.inference.images import Decode
+    from diffmoe.inference.prompts import Prompts
+    from diffmoe.models.dit import DiT
 
 
 def parse() -> argparse.Namespace:
@@ -39,7 +38,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
-    parser.add_argument("--device", default=default_device())
+    add_device(parser)
     add_prompts(parser)
     return parser.parse_args()
 
@@ -51,6 +50,11 @@ def main() -> None:
         import gradio
     except ImportError:
         raise UserError('the page needs gradio: pip install -e ".[demo]"') from None
+    from diffmoe.conversion.opening import locate, open_network, weights_of
+    from diffmoe.data.autoencoder import autoencoder_of
+    from diffmoe.inference.dial import Dial
+    from diffmoe.parallel.device import own_device
+
     device = own_device(options.device)
     if not 0 < options.port < 65536:
         raise UserError(f"--port {options.port}: choose one from 1 to 65535")
@@ -61,7 +65,7 @@ def main() -> None:
     if not network.has_thresholds:
         raise UserError(f"{folder} is a {config.moe.type} model; only diffmoe has a compute dial")
     network.route_by("per_token")
-    prompts = prompts_of(options, config, options.device)
+    prompts = prompts_of(options, config, device)
     dial = Dial.of(network, config, folder, weights, report=print, prompts=prompts)
     decode = autoencoder_of(snapshot.latents, device).decode
     names = snapshot.latents.get("class_names") or [str(k) for k in range(config.model.num_classes)]
@@ -136,7 +140,12 @@ def answer(
     wanted: a class's number; of a text model, which has prompts, a caption.
     away: of a text model a caption that guidance leads away from; empty: the null caption.
     """
+    from PIL import Image
+
+    from diffmoe.evaluation.routing import sampling_routing
     from diffmoe.evaluation.routing_figures import capacity_by_time, compute_map, picture
+    from diffmoe.inference.capacity import activated_parameters
+    from diffmoe.inference.sampling import SamplingSettings
 
     dial.turn(network, capacity)
     settings = SamplingSettings(steps=int(steps), guidance=guidance, seed=int(seed or 0))

@@ -20,19 +20,16 @@ work under torchrun or srun, each with shards of its own, for example with 8 GPU
 
 Images are read as people see them: turned as their EXIF says, transparency on --background, grey
 values of 16 bits and floats scaled, CMYK and palettes converted, the first frame of an animation.
-Color profiles are not applied. Links are followed, wherever they lead. What cannot be read, or may
-mean anything (floats beyond 0..1, integers beyond 65535), is skipped and listed in manifest.json;
-more than --max-bad stop the work. tools/check_data.py looks the result over.
+Color profiles are not applied. What cannot be read, or may mean anything (floats beyond 0..1,
+integers beyond 65535), is skipped and listed in manifest.json; more than --max-bad stop the work.
+Links that lead out of IMAGES need --follow-links. tools/check_data.py looks the result over.
 """
 
 import argparse
 import sys
 
-from diffmoe.data.decoding import color
-from diffmoe.data.encoding import encode_images
+from diffmoe.arguments import add_device
 from diffmoe.errors import run_command
-from diffmoe.parallel.device import default_device, own_device
-from diffmoe.resumable import Ranks
 
 
 def parse() -> argparse.Namespace:
@@ -63,19 +60,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--background", default="white", metavar="COLOR", help="of transparent images; white"
     )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="also those that lead out of IMAGES: only where they are of your own making",
+    )
     parser.add_argument("--no-flips", action="store_true", help="never mirror images")
     parser.add_argument("--batch", type=int, default=32, help="images per pass; default 32")
     parser.add_argument("--workers", type=int, default=4, help="decoding threads; default 4")
     parser.add_argument(
         "--max-bad", type=int, default=10, metavar="N", help="images that may fail; default 10"
     )
-    parser.add_argument("--device", default=default_device())
+    add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    from diffmoe.data.decoding import color
+    from diffmoe.data.encoding import encode_images
+    from diffmoe.parallel.device import own_device
+    from diffmoe.resumable import Ranks
+
     ranks = Ranks.of_environment()
     manifest = encode_images(
         options.images,
@@ -90,6 +97,7 @@ def main() -> None:
         classes=options.classes,
         captions=options.captions,
         background=color(options.background),
+        follow_links=options.follow_links,
         max_bad=options.max_bad,
         overwrite=options.overwrite,
         device=own_device(options.device),

@@ -15,14 +15,10 @@ work under torchrun or srun, each with shards of its own.
 import argparse
 import sys
 
-from diffmoe.arguments import positive
+from diffmoe.arguments import add_device, positive
 from diffmoe.config import BYTES
 from diffmoe.data.captions import CAPTION_BYTES
 from diffmoe.errors import run_command
-from diffmoe.parallel.device import default_device, own_device
-from diffmoe.resumable import Ranks
-from diffmoe.text.encoders import ByteEncoder, TransformersEncoder
-from diffmoe.text.features import encode_text
 
 
 def parse() -> argparse.Namespace:
@@ -39,13 +35,19 @@ def parse() -> argparse.Namespace:
         help=f"tokens of a caption at most; default {CAPTION_BYTES} bytes, 128 of T5, CLIP's own",
     )
     parser.add_argument("--batch", type=positive, default=64, help="captions a pass; default 64")
-    parser.add_argument("--device", default=default_device())
+    add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     return parser.parse_args()
 
 
 def main() -> None:
-    options, ranks = parse(), Ranks.of_environment()
+    options = parse()
+    from diffmoe.parallel.device import own_device
+    from diffmoe.resumable import Ranks
+    from diffmoe.text.encoders import ByteEncoder, TransformersEncoder
+    from diffmoe.text.features import encode_text
+
+    ranks = Ranks.of_environment()
     if options.encoder == BYTES:
         encoder = ByteEncoder(options.length or CAPTION_BYTES)
     else:

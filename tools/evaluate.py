@@ -22,38 +22,26 @@ of each image and its caption, averaged. --truth tells how many of captioned-dig
 colours and digits that were asked for, each at its place, beside the same of real held-out ones.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
-from diffmoe.arguments import add_prompts, positive, prompts_of
-from diffmoe.config import Config
-from diffmoe.conversion.opening import locate
-from diffmoe.data.decoding import color
+from diffmoe.arguments import add_device, add_prompts, positive, prompts_of
 from diffmoe.errors import UserError, run_command
-from diffmoe.evaluation import results
-from diffmoe.evaluation.accuracy import load_classifier
-from diffmoe.evaluation.clip_score import Clip
-from diffmoe.evaluation.curves import AXES, plot
-from diffmoe.evaluation.extractors import DEFAULT, Extractor, load_extractor
-from diffmoe.evaluation.image_sets import ImageSet, open_images
-from diffmoe.evaluation.models import check_judges, sample_model, snapshots
-from diffmoe.evaluation.references import (
-    Reference,
-    check_reference,
-    compute_reference,
-    load_reference,
-    store_reference,
-)
-from diffmoe.evaluation.scenes import Scene, SceneReader, load_truth
-from diffmoe.inference.prompts import Prompts
-from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.inference.sharing import share_experts
-from diffmoe.parallel.device import default_device, own_device
-from diffmoe.resumable import Ranks
+
+if TYPE_CHECKING:
+    from diffmoe.config import Config
+    from diffmoe.evaluation.clip_score import Clip
+    from diffmoe.evaluation.extractors import Extractor
+    from diffmoe.evaluation.image_sets import ImageSet
+    from diffmoe.evaluation.references import Reference
+    from diffmoe.evaluation.scenes import Scene, SceneReader
+    from diffmoe.inference.prompts import Prompts
+
+EXTRACTOR = "efficientnet_lite0@224"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -73,16 +61,23 @@ def parse(words: list[str]) -> argparse.Namespace:
     how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
     how.add_argument("--steps", type=positive, default=250, help="default 250")
     how.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
-    how.add_argument("--guidance-interval", nargs=2, type=float, default=[0, 1], metavar="TIME")
+    how.add_argument(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        default=[0, 1],
+        metavar="TIME",
+        help="default 0 1",
+    )
     how.add_argument("--guided-channels", type=positive)
-    how.add_argument("--shift", type=float, default=1.0)
-    how.add_argument("--eta", type=float, default=0.0)
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--weights", choices=["ema", "live"], default="ema")
+    how.add_argument("--shift", type=float, default=1.0, help="default 1")
+    how.add_argument("--eta", type=float, default=0.0, help="default 0")
+    how.add_argument("--seed", type=int, default=0, help="default 0")
+    how.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
     how.add_argument("--capacity", type=float, metavar="C")
     how.add_argument("--routing", choices=["per_token", "pooled", "static"])
     how.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
-    how.add_argument("--expert-parallel", type=positive, default=1, metavar="P")
+    how.add_argument("--expert-parallel", type=positive, default=1, metavar="P", help="default 1")
     add_prompts(model)
     images = commands.add_parser("images", help="judge images that are there")
     images.set_defaults(command=evaluate_images)
@@ -101,17 +96,22 @@ def parse(words: list[str]) -> argparse.Namespace:
     reference.add_argument("images", metavar="IMAGES")
     reference.add_argument("--out", required=True, metavar="FILE.npz")
     for parser_ in (model, images, reference):
-        parser_.add_argument("--extractor", default=DEFAULT, help=f"default {DEFAULT}")
+        parser_.add_argument("--extractor", default=EXTRACTOR, help=f"default {EXTRACTOR}")
         parser_.add_argument("--extractor-batch", type=positive, default=25, help="default 25")
         parser_.add_argument(
             "--background", default="white", metavar="COLOR", help="of transparent image files"
         )
-        parser_.add_argument("--device", default=default_device())
+        add_device(parser_)
     curve = commands.add_parser("plot", help="draw results of one or several runs")
     curve.set_defaults(command=draw)
     curve.add_argument("results", nargs="+", metavar="RESULTS", help="files, or folders of one")
     curve.add_argument("--metric", default="FD", help="with or without the extractor; default FD")
-    curve.add_argument("--against", choices=AXES, default="samples")
+    curve.add_argument(
+        "--against",
+        choices=["samples", "guidance", "capacity"],
+        default="samples",
+        help="default samples",
+    )
     curve.add_argument("--out", default="curve.png", metavar="FILE", help="default curve.png")
     if words and words[0] not in (*commands.choices, "-h", "--help"):
         words = ["model", *words]
@@ -124,6 +124,16 @@ def main() -> None:
 
 
 def evaluate_run(options: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    from diffmoe.conversion.opening import locate
+    from diffmoe.evaluation.image_sets import open_images
+    from diffmoe.evaluation.models import check_judges, sample_model, snapshots
+    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.inference.sharing import share_experts
+    from diffmoe.parallel.device import own_device
+    from diffmoe.resumable import Ranks
+
     judge = Judge(options)
     device, ranks = own_device(options.device), Ranks.of_environment()
     topology = share_experts(options.expert_parallel, ranks, device)
@@ -139,7 +149,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     )
 
     def asked_for(config: Config) -> Prompts | None:
-        prompts = prompts_of(options, config, options.device)
+        prompts = prompts_of(options, config, device)
         check_judges(prompts, options.classifier, options.truth, options.clip)
         return prompts
 
@@ -170,6 +180,9 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 
 def evaluate_images(options: argparse.Namespace) -> None:
+    from diffmoe.data.decoding import color
+    from diffmoe.evaluation.image_sets import open_images
+
     images = open_images(options.images, color(options.background)).expect(options.num)
     Judge(options).tell(images, Path(options.out), {})
 
@@ -178,10 +191,19 @@ class Judge:
     """Reference, extractor and classifier of a command, loaded once and when first needed."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        from diffmoe.data.decoding import color
+        from diffmoe.evaluation.accuracy import load_classifier
+        from diffmoe.evaluation.clip_score import Clip
+        from diffmoe.evaluation.extractors import load_extractor
+        from diffmoe.evaluation.references import check_reference
+        from diffmoe.evaluation.scenes import load_truth
+        from diffmoe.parallel.device import own_device
+
         if not (options.reference or options.classifier or options.clip or options.truth):
             raise UserError("nothing to judge by: give --reference REF, --classifier NAME or both")
         self.options = options
         self.device = own_device(options.device)
+        self.background = color(options.background)
         self.extractor: Extractor | None = None
         self.reference: Reference | None = None
         self.classifier: tuple[str, str | None, Any] | None = None
@@ -202,11 +224,15 @@ class Judge:
 
     def tell(self, images: ImageSet, out: Path, about: dict[str, Any]) -> None:
         """Print the figures, and add them to out/results.jsonl."""
+        from diffmoe.evaluation import results
+        from diffmoe.evaluation.references import load_reference
+        from diffmoe.evaluation.scenes import SceneReader
+
         batch, found = self.options.extractor_batch, []
         if self.extractor is not None:
             if self.reference is None:
                 self.reference = load_reference(
-                    self.options.reference, self.extractor, batch, color(self.options.background)
+                    self.options.reference, self.extractor, batch, self.background
                 )
             found.append(results.measure(images, self.extractor, self.reference, batch))
         if self.classifier is not None:
@@ -223,6 +249,11 @@ class Judge:
 
 
 def make_reference(options: argparse.Namespace) -> None:
+    from diffmoe.data.decoding import color
+    from diffmoe.evaluation.extractors import load_extractor
+    from diffmoe.evaluation.references import compute_reference, store_reference
+    from diffmoe.parallel.device import own_device
+
     extractor = load_extractor(options.extractor, own_device(options.device))
     reference = compute_reference(
         options.images, extractor, options.extractor_batch, color(options.background)
@@ -232,6 +263,8 @@ def make_reference(options: argparse.Namespace) -> None:
 
 
 def draw(options: argparse.Namespace) -> None:
+    from diffmoe.evaluation.curves import plot
+
     paths = [Path(path) for path in options.results]
     name = plot(paths, options.metric, options.against, Path(options.out))
     print(f"{name} against {options.against}: {options.out}")

@@ -14,8 +14,6 @@ Both files come with GenEval and hold the same 553 prompts; with four images of 
 import argparse
 
 from diffmoe.errors import run_command
-from diffmoe.evaluation.geneval import export_geneval
-from diffmoe.evaluation.image_sets import open_images
 
 
 def main() -> None:
@@ -26,6 +24,9 @@ def main() -> None:
     parser.add_argument("metadata", metavar="METADATA", help="GenEval's evaluation_metadata.jsonl")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     options = parser.parse_args()
+    from diffmoe.evaluation.geneval import export_geneval
+    from diffmoe.evaluation.image_sets import open_images
+
     each = export_geneval(open_images(options.samples), options.metadata, options.out)
     print(f"{options.out}: {each} images of each prompt")
 

@@ -26,9 +26,9 @@ standard deviation far from 1 means a wrong scale.
 
 import argparse
 
-from diffmoe.data.importing import FORMATS, import_latents
 from diffmoe.errors import run_command
-from diffmoe.resumable import Ranks
+
+FORMATS = ("fast-dit", "mar", "repa", "edm2", "lightningdit", "webdataset")
 
 
 def parse() -> argparse.Namespace:
@@ -49,7 +49,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--pixel-range", type=float, nargs=2, metavar="X", help="black and white; default -1 1"
     )
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        default="float16",
+        help="default float16",
+    )
     parser.add_argument(
         "--shards",
         type=int,
@@ -65,6 +70,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    from diffmoe.data.importing import import_latents
+    from diffmoe.resumable import Ranks
+
     answers = {
         "vae": options.vae,
         "classes": options.classes,

@@ -13,10 +13,7 @@ import argparse
 import re
 
 from diffmoe.errors import run_command
-from diffmoe.planning.estimate import Machine, plan, recommended
-from diffmoe.planning.layouts import layouts
-from diffmoe.planning.telling import detail, table
-from diffmoe.recipes import load_config
+from diffmoe.planning.machine import Machine
 
 
 def parse() -> argparse.Namespace:
@@ -26,8 +23,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", required=True, help="a recipe or YAML file; xl_e16 is diffmoe_xl_e16_flow"
     )
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--nodes", type=int, default=1, help="default 1")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="default 8")
     parser.add_argument("--expert-parallel", type=int, metavar="P")
     parser.add_argument("--zero-stage", type=int, choices=[1, 2])
     parser.add_argument("--micro-batch", type=int, metavar="N", help="samples of a GPU at a time")
@@ -48,6 +45,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    from diffmoe.planning.estimate import plan, recommended
+    from diffmoe.planning.layouts import layouts
+    from diffmoe.planning.telling import detail, table
+    from diffmoe.recipes import load_config
+
     name = options.recipe
     if re.fullmatch(r"(s|b|l|xl)_e\d+", name):
         name = f"diffmoe_{name}_flow"

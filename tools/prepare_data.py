@@ -16,19 +16,12 @@ data.lanes.
 
 import argparse
 
-from diffmoe.data.captioned_digits import pack_captioned_digits
-from diffmoe.data.mnist import pack_mnist
 from diffmoe.errors import run_command
 
-# What packs, its number of shards, what is in them, and the recipe that trains on them.
+# Number of shards, what is in them, and the recipe that trains on them.
 KINDS = {
-    "mnist": (pack_mnist, 16, "5,000 digits, 28x28, grey", "mnist"),
-    "captioned-digits": (
-        pack_captioned_digits,
-        8,
-        "20,000 coloured pairs, 32x32",
-        "captioned_digits",
-    ),
+    "mnist": (16, "5,000 digits, 28x28, grey", "mnist"),
+    "captioned-digits": (8, "20,000 coloured pairs, 32x32", "captioned_digits"),
 }
 
 
@@ -37,7 +30,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for name, (_, shards, what, _) in KINDS.items():
+    for name, (shards, what, _) in KINDS.items():
         kind = kinds.add_parser(
             name,
             help=what,
@@ -50,7 +43,11 @@ def main() -> None:
         )
         kind.add_argument("--overwrite", action="store_true", help="replace the data of DIR")
     options = parser.parse_args()
-    pack, _, _, recipe = KINDS[options.kind]
+    from diffmoe.data.captioned_digits import pack_captioned_digits
+    from diffmoe.data.mnist import pack_mnist
+
+    pack = {"mnist": pack_mnist, "captioned-digits": pack_captioned_digits}[options.kind]
+    recipe = KINDS[options.kind][-1]
     print(pack(options.out, options.shards, options.overwrite).summary(options.out))
     print(f"next: python train.py --config {recipe} data.path={options.out}")
 

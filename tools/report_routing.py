@@ -11,20 +11,14 @@ predictor foretells the selection of training.
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
-from diffmoe.arguments import add_prompts, positive, prompts_of
-from diffmoe.conversion.opening import locate, open_network, weights_of
-from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.arguments import (
+    add_allow_commands,
+    add_device,
+    add_prompts,
+    positive,
+    prompts_of,
+)
 from diffmoe.errors import run_command
-from diffmoe.evaluation.routing import predictor_accuracy, sampling_routing
-from diffmoe.evaluation.routing_page import write_page
-from diffmoe.inference.capacity import activated_parameters
-from diffmoe.inference.passes import noise_passes
-from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.inference.thresholds import turn_dial
-from diffmoe.parallel.device import default_device, own_device
-from diffmoe.resumable import writable
 
 
 def parse() -> argparse.Namespace:
@@ -44,30 +38,45 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--capacity", type=float, metavar="C", help="default: as in training")
     parser.add_argument("--data", metavar="DIR", help="shards for the predictor; default the run's")
     parser.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    add_device(parser)
+    add_allow_commands(parser)
     add_prompts(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    from tqdm import tqdm
+
+    from diffmoe.conversion.opening import locate, open_network, weights_of
+    from diffmoe.data.autoencoder import autoencoder_of
+    from diffmoe.evaluation.routing import predictor_accuracy, sampling_routing
+    from diffmoe.evaluation.routing_page import write_page
+    from diffmoe.inference.capacity import activated_parameters
+    from diffmoe.inference.passes import noise_passes
+    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.inference.thresholds import turn_dial
+    from diffmoe.parallel.device import own_device
+    from diffmoe.resumable import writable
+
+    device = own_device(options.device)
     folder = locate(options.run)
     out = Path(options.out or Path(options.run) / "routing.html")
     writable(out.parent)
     weights = weights_of(folder, "ema")
-    snapshot = open_network(folder, weights, device=own_device(options.device))
+    snapshot = open_network(folder, weights, device=device)
     network, config = snapshot.network, snapshot.config
     turn_dial(network, folder, capacity=options.capacity, weights=weights)
 
     accuracy = None
     data = options.data or config.data.path
     if network.has_thresholds and (options.data or Path(data).is_dir()):
-        config = config.replace({"data.path": data})
+        config = config.replace({"data.path": data, "data.allow_commands": options.allow_commands})
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
         accuracy = predictor_accuracy(network, passes)
 
-    prompts = prompts_of(options, config, options.device)
+    prompts = prompts_of(options, config, device)
     kinds = config.model.num_classes if prompts is None else len(prompts)
     classes = min(options.classes or kinds, kinds)
     labels = [k % classes for k in range(options.samples)]
@@ -75,7 +84,7 @@ def main() -> None:
         routing = sampling_routing(
             network,
             config,
-            autoencoder_of(snapshot.latents, own_device(options.device)).decode,
+            autoencoder_of(snapshot.latents, device).decode,
             labels,
             SamplingSettings(steps=options.steps, guidance=options.guidance, seed=options.seed),
             prompts=prompts,

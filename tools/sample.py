@@ -14,34 +14,24 @@ which lists them with all that decides the images, captions too. Stopped at any 
 command goes on.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from PIL import Image
-from tqdm import tqdm
-
-from diffmoe.arguments import add_prompts, positive, prompts_of
-from diffmoe.checkpoints.network import Snapshot
-from diffmoe.conversion.opening import locate, open_network, verify, weights_of
-from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.arguments import add_device, add_prompts, positive, prompts_of
 from diffmoe.errors import UserError, run_command
-from diffmoe.evaluation.digits import digit_agreement
-from diffmoe.inference.capacity import CapacityByTime, activated_parameters
-from diffmoe.inference.formats import write_adm, write_png
-from diffmoe.inference.generation import Order, generate, identity
-from diffmoe.inference.images import Decode, grid, sample_images
-from diffmoe.inference.prompts import Prompts
-from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.inference.sharing import share_experts
-from diffmoe.inference.thresholds import turn_dial
-from diffmoe.models.dit import DiT
-from diffmoe.parallel.device import default_device, own_device
-from diffmoe.resumable import Ranks, writable
+
+if TYPE_CHECKING:
+    from diffmoe.checkpoints.network import Snapshot
+    from diffmoe.inference.capacity import CapacityByTime
+    from diffmoe.inference.images import Decode
+    from diffmoe.inference.prompts import Prompts
+    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.models.dit import DiT
+    from diffmoe.resumable import Ranks
 
 
 def parse() -> argparse.Namespace:
@@ -77,14 +67,14 @@ def parse() -> argparse.Namespace:
         "--format",
         choices=["npz", "png", "adm"],
         default="npz",
-        help="of --num-samples: also PNG files, or the one npz that ADM's evaluator reads",
+        help="of --num-samples: default npz; also PNG files, or the one npz of ADM's evaluator",
     )
     parser.add_argument(
         "--shard-size", type=positive, default=1000, help="images a shard; default 1000"
     )
     add_prompts(parser)
     how = parser.add_argument_group("how to sample")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
     how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
     how.add_argument("--steps", type=int, default=250, help="sampler steps; default 250")
     how.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
@@ -92,12 +82,15 @@ def parse() -> argparse.Namespace:
         "--guidance-interval",
         default="0,1",
         metavar="FROM,TO",
-        help="times at which guidance acts, 0 is noise and 1 data; outside it costs nothing",
+        help="times at which guidance acts, 0 is noise and 1 data; outside it costs nothing; "
+        "default 0,1",
     )
     how.add_argument("--guided-channels", type=int, help="guide the first ones alone; default all")
-    how.add_argument("--shift", type=float, default=1.0, help="over 1: more steps at high noise")
+    how.add_argument(
+        "--shift", type=float, default=1.0, help="over 1: more steps at high noise; default 1"
+    )
     how.add_argument("--eta", type=float, default=0.0, help="noise of ddim; default 0")
-    how.add_argument("--weights", choices=["ema", "live"], default="ema")
+    how.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
     compute = parser.add_argument_group("how much to compute")
     compute.add_argument("--capacity", type=float, metavar="C", help="default: as in training")
     compute.add_argument(
@@ -107,13 +100,13 @@ def parse() -> argparse.Namespace:
     )
     where = parser.add_argument_group("where")
     where.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
-    where.add_argument("--device", default=default_device())
+    add_device(where)
     where.add_argument(
         "--expert-parallel",
         type=positive,
         default=1,
         metavar="P",
-        help="ranks that share the experts",
+        help="ranks that share the experts; default 1",
     )
     parser.add_argument(
         "--check-digits",
@@ -125,6 +118,17 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    import torch.distributed as dist
+
+    from diffmoe.conversion.opening import locate, open_network, weights_of
+    from diffmoe.data.autoencoder import autoencoder_of
+    from diffmoe.inference.generation import identity
+    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.inference.sharing import share_experts
+    from diffmoe.inference.thresholds import turn_dial
+    from diffmoe.parallel.device import own_device
+    from diffmoe.resumable import Ranks
+
     ranks = Ranks.of_environment()
     device = own_device(options.device)
     settings = SamplingSettings(
@@ -148,11 +152,9 @@ def main() -> None:
     weights = weights_of(folder, options.weights)
     snapshot = open_network(folder, weights, topology, device)
     settings.chosen_sampler(snapshot.config)
-    prompts = prompts_of(options, snapshot.config, options.device)
+    prompts = prompts_of(options, snapshot.config, device)
     if prompts is not None and (options.classes or options.check_digits):
         raise UserError("--classes and --check-digits are of models that draw classes; leave them")
-    if options.num_samples and ranks.rank == 0:
-        verify(folder)
     turn_dial(snapshot.network, folder, options.routing, options.capacity, weights)
     decode = autoencoder_of(snapshot.latents, device).decode
     if options.num_samples is None:
@@ -171,6 +173,14 @@ def _picture(
     settings: SamplingSettings,
     prompts: Prompts | None,
 ) -> None:
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    from diffmoe.evaluation.digits import digit_agreement
+    from diffmoe.inference.images import grid, sample_images
+    from diffmoe.resumable import writable
+
     out = Path(options.out or "grid.png")
     if out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {out}: end it in .png or another kind of picture")
@@ -206,6 +216,9 @@ def _folder(
     ranks: Ranks,
     model: dict[str, Any],
 ) -> None:
+    from diffmoe.inference.formats import write_adm, write_png
+    from diffmoe.inference.generation import Order, generate
+
     folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
     classes = range(len(prompts) if prompts else config.model.num_classes)
     if options.classes:
@@ -246,6 +259,10 @@ def _folder(
 
 def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:
     """C_avg, what it means in parameters, and its course from noise to data."""
+    import torch
+
+    from diffmoe.inference.capacity import activated_parameters
+
     if capacity is None:
         return
     active, total = activated_parameters(network, capacity.average), network.parameter_count()

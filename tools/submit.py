@@ -16,10 +16,7 @@ import time
 from pathlib import Path
 
 from diffmoe.errors import UserError, run_command
-from diffmoe.planning.estimate import Machine
-from diffmoe.planning.submission import check, script, template_settings
-from diffmoe.planning.telling import detail
-from diffmoe.recipes import load_config
+from diffmoe.planning.machine import Machine
 
 HOME = Path(__file__).resolve().parents[1]
 RECIPES = {size: f"diffmoe_{size}_e16_flow" for size in ("s", "b", "l", "xl")}
@@ -34,12 +31,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", help="or a YAML file; default the template's")
     parser.add_argument("--ds_config", metavar="JSON")
     parser.add_argument("--nodes", type=int, help="default the template's")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="default 8")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80, metavar="GB", help="of a GPU; default 80"
+    )
     for option in ("account", "partition", "time", "cpus-per-task", "mem"):
         parser.add_argument(f"--{option}", help="as sbatch's")
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="jobs after each other")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="as train.py's")
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="jobs after each other; default 1"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="train.py's; default cuda where there is one"
+    )
     parser.add_argument("--dry-run", action="store_true", help="change nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -47,6 +50,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    from diffmoe.planning.submission import check, script, template_settings
+    from diffmoe.planning.telling import detail
+    from diffmoe.recipes import load_config
+
     template = (HOME / f"slurm/train_{options.size}.sh").read_text()
     recipe = options.recipe or RECIPES[options.size]
     nodes = options.nodes or DEFAULT_NODES[options.size]

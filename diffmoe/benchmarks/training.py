@@ -27,7 +27,6 @@ from diffmoe.data.shards import Batch, LatentStream
 from diffmoe.data.speed import LANES, write_moments
 from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
-from diffmoe.models.blocks import MLP
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.parallel.topology import Topology, create_topology
@@ -278,7 +277,7 @@ def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], objec
         ),
         **parts_of(layer, x.detach().flatten(0, 1).requires_grad_()),
     }
-    if isinstance(mlp, MLP):
+    if not isinstance(mlp, MoEFeedForward):
         parts["dense MLP"] = forward_backward(lambda x, *_: mlp(x), x, *mlp.parameters())
     return parts
 
@@ -296,7 +295,8 @@ def _logging_seconds(step: TrainingStep, steps_between: int, device: torch.devic
     samples = count(1)
     quiet = step.config.replace({"logging.wandb": False})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        telemetry = Telemetry(quiet, Path(folder), 0, active=True)
+        telemetry = Telemetry(quiet.replace({"output": folder}), active=True)
+        telemetry.begin(0)
 
         def write() -> None:
             routing = RoutingReport(step.network)

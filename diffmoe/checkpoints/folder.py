@@ -3,7 +3,8 @@
 A checkpoint is a folder step-XXXXXXXX: run.json, the files of torch.distributed.checkpoint, and
 checksums.json with the size and SHA-256 of every other file, written last. It is written under a
 hidden name, fsynced, and renamed, so that whatever carries the name was complete once. `latest`
-names the newest for people; programs look at what is there.
+names the newest for people; programs look at what is there. Copies under other names, such as
+step-best, are read where they are asked for and else left alone.
 """
 
 import contextlib
@@ -11,30 +12,70 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffmoe.config import Config
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of, sync, write_atomically
 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
+KINDS = ("step", "ema")
+ABANDONED = "abandoned-"  # before the name of what was set aside
 
 
-def names(folder: Path) -> list[str]:
-    """All that is there under a checkpoint's name, whole or not, oldest first."""
-    return sorted(path.name for path in folder.glob("step-*"))
+def names(folder: Path, kind: str = "step") -> list[str]:
+    """A run's checkpoints, or with `ema` its snapshots, by name, whole or not, oldest first.
+
+    Those count that a run writes: of such a name, with that step on their clock. Raises UserError
+    for a folder that cannot be listed.
+    """
+    found = [name for name in _listed_in(folder) if _step(name, kind) is not None]
+    return sorted((name for name in found if not _is_copy(folder / name)), key=_step)
+
+
+def copies(folder: Path) -> list[Path]:
+    """What looks like a checkpoint of the run and does not count: step-best, say."""
+    counted = names(folder)
+    found = sorted(name for name in _listed_in(folder) if name.startswith("step-"))
+    return [folder / name for name in found if name not in counted]
 
 
 def later(checkpoint: Path) -> list[Path]:
     """The checkpoints and EMA snapshots of the same folder that are of later steps."""
-    number = checkpoint.name.partition("-")[2]
-    found = [path for kind in ("step", "ema") for path in checkpoint.parent.glob(f"{kind}-*")]
-    return sorted(path for path in found if path.name.partition("-")[2] > number)
+    run, step = checkpoint.parent, read_about(checkpoint)["clock"]["step"]
+    return [run / name for kind in KINDS for name in names(run, kind) if _step(name) > step]
+
+
+def _step(name: str, kind: str = "step|ema") -> int | None:
+    """The step in a name that a run gives; None for other names."""
+    found = re.fullmatch(rf"(?:{kind})-([0-9]{{8}}|[1-9][0-9]{{8,}})", name)
+    return int(found[1]) if found else None
+
+
+def _is_copy(checkpoint: Path) -> bool:
+    """Whether the clock inside, undamaged, says another step than the name."""
+    try:
+        about = (checkpoint / ABOUT).read_bytes()
+        undamaged = hashlib.sha256(about).hexdigest() == _listed(checkpoint)[ABOUT]["sha256"]
+        return undamaged and read_about(checkpoint)["clock"]["step"] != _step(checkpoint.name)
+    except (OSError, UserError):  # it counts, and whoever wants it is told what is wrong
+        return False
+
+
+def _listed_in(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
 
 
 def temporary(checkpoint: Path) -> Path:
@@ -44,7 +85,19 @@ def temporary(checkpoint: Path) -> Path:
 
 def leftovers(folder: Path) -> list[Path]:
     """What kills left of unfinished saves and deletions."""
-    return sorted(p for kind in ("step", "ema") for p in folder.glob(f".{kind}-*.tmp"))
+    found = (re.fullmatch(r"\.(?:abandoned-)?(.*)\.tmp", name) for name in _listed_in(folder))
+    return sorted(folder / f[0] for f in found if f and _step(f[1]) is not None)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a checkpoint's folder, by its checksums; a run's folder is none."""
+    try:
+        (path / CHECKSUMS).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from None
+    return True
 
 
 def complete(path: str | Path) -> Path:
@@ -53,7 +106,7 @@ def complete(path: str | Path) -> Path:
     Checks sizes, not hashes. Prints what it passes over.
     """
     path = Path(path)
-    if (path / CHECKSUMS).exists():
+    if is_checkpoint(path):
         problems = wrong_sizes(path)
         if problems:
             raise UserError(f"{path} is damaged: {problems[0]}; take an older checkpoint")
@@ -81,17 +134,30 @@ def wrong_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     problems = []
     for name, entry in sorted(listed.items())[part::parts]:
         file = checkpoint / name
-        if not file.is_file():
+        try:
+            found = file.stat()
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{file} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{file} has {file.stat().st_size} bytes, not {entry['bytes']}")
+            continue
+        except OSError as error:
+            problems.append(f"{file} cannot be read: {error.strerror}")
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            problems.append(f"{file} is no regular file")
+        elif found.st_size != entry["bytes"]:
+            problems.append(f"{file} has {found.st_size} bytes, not {entry['bytes']}")
     return problems
 
 
-def verify(checkpoint: str | Path, part: int = 0, parts: int = 1) -> list[str]:
+def verify(
+    checkpoint: str | Path,
+    part: int = 0,
+    parts: int = 1,
+    digest: Callable[[Path], str] = sha256_of,
+) -> list[str]:
     """What is wrong with a checkpoint: sizes, then SHA-256; empty if it is whole.
 
-    part, parts: ranks share the files.
+    part, parts: ranks share the files. digest: gives a file's SHA-256; the default reads it.
     """
     checkpoint = Path(checkpoint)
     problems = wrong_sizes(checkpoint, part, parts)
@@ -99,7 +165,7 @@ def verify(checkpoint: str | Path, part: int = 0, parts: int = 1) -> list[str]:
         return problems
     for name, entry in sorted(_listed(checkpoint).items())[part::parts]:
         try:
-            found = sha256_of(checkpoint / name)
+            found = digest(checkpoint / name)
         except OSError as error:
             problems.append(f"{checkpoint / name} cannot be read: {error.strerror}")
             continue
@@ -110,14 +176,20 @@ def verify(checkpoint: str | Path, part: int = 0, parts: int = 1) -> list[str]:
 
 def _listed(checkpoint: Path) -> dict[str, dict[str, Any]]:
     file = checkpoint / CHECKSUMS
-    if not file.exists():
-        raise UserError(f"{checkpoint} is not complete: it has no {CHECKSUMS}")
     try:
         listed = json.loads(file.read_bytes())["files"]
-        for entry in listed.values():
-            int(entry["bytes"]), str(entry["sha256"])
+        for name, entry in listed.items():
+            os.fsencode(name)  # raises for what can be no file's name
+            if name != Path(name).name or "\0" in name:
+                raise ValueError(f"{name!r} is no name of a file in this folder")
+            if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+                raise ValueError(f"size and SHA-256 of {name}")
         listed[ABOUT]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{checkpoint} is not complete: it has no {CHECKSUMS}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {error})") from None
     return listed
 
@@ -126,22 +198,29 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
     """run.json: clock, configuration, versions."""
     file = checkpoint / ABOUT
     older = "take an older checkpoint by its PATH, step-XXXXXXXX"
+    kinds = {"clock": dict, "optimizer_steps": int, "config": dict, "latents": dict}
     try:
-        about = json.loads(file.read_text())
-        missing = {"clock", "optimizer_steps", "config", "latents"} - set(about)
+        about = json.loads(file.read_text(encoding="utf-8"))
+        missing = kinds.keys() - set(about)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; {older}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); {older}") from None
     if missing:
         raise UserError(f"{file} is damaged (it lacks {', '.join(sorted(missing))}); {older}")
+    wrong = [key for key, kind in kinds.items() if type(about[key]) is not kind]
+    if not wrong and not all(type(about["clock"].get(key)) is int for key in ("samples", "step")):
+        wrong = ["clock"]
+    if wrong:
+        raise UserError(f"{file} is damaged ({wrong[0]} is {about[wrong[0]]!r:.40}); {older}")
     return about
 
 
 def stored_config(checkpoint: Path, about: dict[str, Any]) -> Config:
-    """The run's configuration out of `read_about`."""
+    """The run's configuration out of `read_about`, without any permission to run commands."""
     try:
-        return Config.model_validate(about["config"])
+        config = Config.model_validate(about["config"])
+        return config.replace({"data.allow_commands": False})
     except ValidationError as error:
         file = checkpoint / ABOUT
         raise UserError(f"{file} holds a configuration of another version: {error}") from None
@@ -157,15 +236,15 @@ def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, A
     write_atomically(torn / CHECKSUMS, json.dumps({"files": files}, indent=1))
     set_aside(checkpoint)
     torn.rename(checkpoint)
-    _sync(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def set_aside(checkpoint: Path) -> Path | None:
     """Take a checkpoint out of the run's sequence, to abandoned-step-XXXXXXXX."""
-    if not checkpoint.exists():
+    if not os.path.lexists(checkpoint):
         return None
-    aside = checkpoint.with_name(f"abandoned-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = checkpoint.with_name(ABANDONED + checkpoint.name)
+    remove(aside)
     checkpoint.rename(aside)
     return aside
 
@@ -188,20 +267,30 @@ def prune(folder: Path, keep_last: int, keep_samples: int | None) -> list[str]:
     """Delete what retention does not ask for; returns the names.
 
     Kept are the last `keep_last` complete checkpoints and the first at or after every multiple of
-    `keep_samples`. Incomplete ones do not count and are left, as is one that somebody reads.
+    `keep_samples`. Incomplete ones do not count and are left, as is one that somebody reads. What
+    was set aside goes as soon as `keep_last` whole ones are not older than it.
     """
+    keep_last = max(1, keep_last)
     whole = [name for name in names(folder) if not wrong_sizes(folder / name)]
-    kept, before = set(whole[-max(1, keep_last) :]), 0
+    kept, before = set(whole[-keep_last:]), 0
     for name in whole if keep_samples else []:
         samples = read_about(folder / name)["clock"]["samples"]
         if samples // keep_samples > before // keep_samples:
             kept.add(name)
         before = samples
-    return [name for name in whole if name not in kept and _delete(folder / name)]
+    gone = [name for name in whole if name not in kept]
+    for name in _listed_in(folder) if len(whole) >= keep_last else []:
+        step = _step(name.removeprefix(ABANDONED)) if name.startswith(ABANDONED) else None
+        if step is not None and step <= _step(whole[-keep_last]):
+            gone.append(name)
+    return [name for name in gone if _delete(folder / name)]
 
 
 def _delete(checkpoint: Path) -> bool:
-    """Remove a checkpoint unless it is being read; a kill meanwhile leaves no half of it."""
+    """Remove a checkpoint unless it is being read; a kill meanwhile leaves no half of it.
+
+    Raises UserError if it cannot be removed.
+    """
     with contextlib.ExitStack() as stack:
         try:
             # Over NFS an exclusive lock asks for a file opened for writing.
@@ -212,26 +301,23 @@ def _delete(checkpoint: Path) -> bool:
         except OSError:  # a file system without locks
             pass
         doomed = temporary(checkpoint)
-        shutil.rmtree(doomed, ignore_errors=True)
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
+        try:
+            checkpoint.rename(doomed)
+        except OSError as error:
+            raise UserError(f"{checkpoint} cannot be deleted: {error.strerror}") from None
+        remove(doomed)
     return True
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole, on the disk before it gets its name."""
-    new = path.with_name(f".{path.name}.tmp")
-    with open(new, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-    _sync(path.parent)
+def remove(path: Path) -> None:
+    """A folder with all it holds, as far as that is allowed; of a link, the link alone."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)

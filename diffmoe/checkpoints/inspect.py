@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from diffmoe.checkpoints.folder import ABOUT, read_about, reading, stored_config
+from diffmoe.checkpoints.folder import ABOUT, names, read_about, reading, stored_config
 from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
@@ -22,7 +22,7 @@ from diffmoe.models.dit import DiT
 def checkpoints(run: str | Path) -> list[Path]:
     """Every checkpoint and EMA-only snapshot of a run's folder, whole or not, oldest first."""
     run = Path(run)
-    found = sorted(path for kind in ("ema", "step") for path in run.glob(f"{kind}-*"))
+    found = [run / name for kind in ("ema", "step") for name in names(run, kind)]
     if not found:
         what = "holds no checkpoint" if run.is_dir() else "is no folder"
         raise UserError(f"{run} {what}; give a run's output, which holds step-XXXXXXXX")
@@ -40,7 +40,7 @@ class StoredCheckpoint:
         self.about = read_about(path)
         self.config = stored_config(path, self.about)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        with self._damage_told(".metadata"):
+        with self._damage_told("its index"):
             self._reader = IndexReader(path)
             self._read_index()
 

@@ -5,10 +5,10 @@ does not matter.
 """
 
 import contextlib
-import enum
 import hashlib
+import io
 import os
-import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -22,24 +22,14 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from diffmoe.checkpoints.index import FILE_NAME, Index, read_index
 from diffmoe.errors import UserError
-
-# What an index is made of.
-_INDEX_MODULES = ("torch.distributed.checkpoint.metadata",)
-_INDEX_NAMES = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("collections", "OrderedDict"),
-}
+from diffmoe.files import check_unpacked
 
 # name -> {"bytes": size, "sha256": hex}
 Hashes = dict[str, dict[str, Any]]
@@ -115,7 +105,7 @@ def write(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | Non
 
     Raises OSError on every rank where one rank's writing failed.
     """
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
+    writer = _IndexWriter(folder, sync_files=True)
     writer.fs = _HashingFileSystem()
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
@@ -138,7 +128,8 @@ def read(folder: Path, state: dict[str, Tensor], alone: bool = False) -> None:
         causes = [cause for cause, _ in error.failures.values()]
         for cause in causes:
             if isinstance(cause, UserError):
-                raise UserError(f"{folder}: {cause}") from None
+                named = str(cause).startswith(str(folder))
+                raise UserError(str(cause) if named else f"{folder}: {cause}") from None
         raise UserError(
             f"{folder} is damaged ({causes[0]}); take an older checkpoint by its PATH, "
             "step-XXXXXXXX"
@@ -146,40 +137,34 @@ def read(folder: Path, state: dict[str, Tensor], alone: bool = False) -> None:
 
 
 class IndexReader(dcp.FileSystemReader):
-    """Reads the index once, and nothing that a pickle may hold beside one; torch would run that."""
+    """Reads an index of ours, once; torch would unpickle one of its own."""
 
     _index: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._index is None:
-            with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-                self._index = _IndexUnpickler(file).load()
-            if not isinstance(self._index, Metadata):
-                raise pickle.UnpicklingError("no index of a checkpoint")
-            self._index.storage_meta = self._index.storage_meta or StorageMeta()
-            self._index.storage_meta.load_id = self.load_id
+            self._index = read_index(Path(self.path)).metadata()
         return self._index
 
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = None
-        if (module, name) == ("builtins", "getattr"):
-            return _member  # some Pythons pickle a member of an enumeration by its name
-        if module in _INDEX_MODULES or (module, name) in _INDEX_NAMES:
-            found = super().find_class(module, name)
-        elif module == "torch":
-            found = getattr(torch, name, None)
-            found = found if isinstance(found, torch.dtype) else None
-        if found is None:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
-        return found
+    def _slice_file(self, file: IO[bytes], place: Any) -> IO[bytes]:
+        """The bytes of one piece, a file of torch.save, which must not be packed."""
+        piece = io.BufferedReader(_FilePart(file.fileno(), place.offset, place.length))
+        with zipfile.ZipFile(piece) as archive:
+            check_unpacked(archive, place.length)
+        piece.seek(0)
+        return piece
 
 
-def _member(enumeration: Any, name: str) -> enum.Enum:
-    if not (isinstance(enumeration, type) and issubclass(enumeration, enum.Enum)):
-        raise pickle.UnpicklingError(f"an attribute {name!r} has no place in an index")
-    return enumeration[name]
+class _IndexWriter(dcp.FileSystemWriter):
+    """Writes the pieces as torch does, and an index of ours."""
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        metadata.storage_data = {
+            result.index: result.storage_data for of_rank in results for result in of_rank
+        }
+        with self.fs.create_stream(Path(self.path) / FILE_NAME, "wb") as file:
+            file.write(Index.of(metadata).model_dump_json().encode())
+            os.fsync(file.fileno())
 
 
 class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
@@ -203,6 +188,30 @@ class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
                 raise UserError(f"part of {name} is in no file of the checkpoint")
             items += found
         return LoadPlan(items)
+
+
+class _FilePart(io.RawIOBase):
+    """Some bytes of an open file as a file of their own."""
+
+    def __init__(self, number: int, start: int, length: int) -> None:
+        self.number, self.start, self.length, self.position = number, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        self.position = max(0, origin + offset)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer)[: max(0, self.length - self.position)]
+        read = os.preadv(self.number, [wanted], self.start + self.position) if wanted else 0
+        self.position += read
+        return read
 
 
 class _HashingFileSystem(FileSystem):
@@ -246,7 +255,7 @@ class _HashedFile:
             raise
 
     def fileno(self) -> int:
-        self.file.flush()  # torch fsyncs its index without
+        self.file.flush()
         return self.file.fileno()
 
     def tell(self) -> int:

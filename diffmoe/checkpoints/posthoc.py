@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffmoe.checkpoints.folder import commit, read_about, temporary, wrong_sizes
+from diffmoe.checkpoints.folder import commit, names, read_about, temporary, wrong_sizes
 from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
 from diffmoe.checkpoints.pieces import Piece, write
 from diffmoe.checkpoints.profiles import Profile, power_prefix, reconstruct
@@ -124,7 +124,7 @@ def reconstruct_ema(run: Path, std: float, out: Path, step: int | None = None) -
 
 def _stored(run: Path) -> Iterator[tuple[Profile, Path]]:
     """All power-function averages of a run's folder; a checkpoint, fp32, before a snapshot."""
-    for path in [*sorted(run.glob("ema-*")), *sorted(run.glob("step-*"))]:
+    for path in [run / name for kind in ("ema", "step") for name in names(run, kind)]:
         if wrong_sizes(path) or "reconstructed" in read_about(path):
             continue
         for std in read_about(path)["config"]["training"].get("ema_stds", []):

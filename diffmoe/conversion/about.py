@@ -1,6 +1,5 @@
 """config.json of an exported model: what the network is, what its latents are, whence it comes."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
+from diffmoe.files import read_json
 
 FILE_NAME = "config.json"
 DTypeName = Literal["float32", "bfloat16"]
@@ -66,7 +66,11 @@ class Provenance(_Part):
 
 
 class About(_Part):
-    """All of an exported model that is no tensor. weights: ema, live, or ema:STD."""
+    """All of an exported model that is no tensor.
+
+    weights: ema, live, or ema:STD. label_dropout: of its training, None where it is not known; with
+    0 the null label was never trained, and guidance has nothing to lead away from.
+    """
 
     format: Literal["diffmoe"] = "diffmoe"
     version: Literal[1] = 1
@@ -77,6 +81,7 @@ class About(_Part):
     diffusion: DiffusionConfig
     latents: Latents
     class_names: tuple[str, ...] | None = None
+    label_dropout: float | None = Field(None, ge=0, le=1)
     clock: Clock | None = None
     provenance: Provenance
 
@@ -108,7 +113,10 @@ class About(_Part):
     @property
     def config(self) -> Config:
         """A run's configuration with these sections, the others at their defaults."""
-        return Config(model=self.model, moe=self.moe, diffusion=self.diffusion)
+        config = Config(model=self.model, moe=self.moe, diffusion=self.diffusion)
+        if self.label_dropout is None:
+            return config
+        return config.replace({"training.label_dropout": self.label_dropout})
 
     @property
     def calibrated_for(self) -> str:
@@ -137,16 +145,6 @@ def parse_about(values: Any, file: Path) -> About:
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
         raise UserError(f"{file}: {problems}; convert the model again") from None
-
-
-def read_json(file: Path) -> Any:
-    """A JSON file. Raises UserError if it cannot be read or is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error})") from None
 
 
 def _explain(problem: Any) -> str:

@@ -8,12 +8,13 @@ checksums.json         sizes and SHA-256 of the tensors and config.json
 README.md              the model card
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from diffmoe.conversion.about import FILE_NAME, About, read_about, read_json
-from diffmoe.conversion.stored_tensors import StoredTensors
+from diffmoe.conversion.about import FILE_NAME, About, read_about
+from diffmoe.conversion.stored_tensors import StoredTensors, hold_against
 from diffmoe.conversion.tensors import (
     DTYPE_NAMES,
     SINGLE,
@@ -23,6 +24,8 @@ from diffmoe.conversion.tensors import (
     stored_dtype,
 )
 from diffmoe.errors import UserError
+from diffmoe.files import read_json, sha256_of
+from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
 
@@ -52,25 +55,14 @@ class ExportedModel(StoredTensors):
             if found != DTYPE_NAMES[dtype]:
                 raise UserError(f"{path}: {name} is {found}, {FILE_NAME} says {DTYPE_NAMES[dtype]}")
 
-    def verify(self) -> int:
-        """Read every file and hold it against checksums.json; how many these are.
+    def verify(self, digest: Callable[[Path], str] = sha256_of) -> int:
+        """Hold every file against checksums.json; how many these are.
 
-        Raises UserError naming the first that is not as it was written.
+        digest: gives a file's SHA-256; the default reads it. Raises UserError naming the first that
+        is not as it was written.
         """
-        from diffmoe.data.manifest import sha256_of  # inference alone loads no module of data
-
-        file = self.folder / CHECKSUMS
-        try:
-            listed = {name: entry["sha256"] for name, entry in read_json(file)["files"].items()}
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{file} is damaged; convert the model again") from None
-        if not {FILE_NAME, *self._files.values()} <= listed.keys():
-            raise UserError(f"{file} does not list every file; convert the model again")
-        for name, expected in listed.items():
-            part = self.folder / Path(name).name
-            if not part.is_file() or sha256_of(part) != expected:
-                raise UserError(f"{part} is missing, or not what was written; convert it again")
-        return len(listed)
+        needed = [FILE_NAME, *self._files.values()]
+        return hold_against(self.folder / CHECKSUMS, needed, digest)
 
 
 def load_exported(
@@ -78,11 +70,15 @@ def load_exported(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     topology: Topology | None = None,
+    verify: bool = True,
 ) -> tuple[DiT, About]:
     """The network of an exported folder, for evaluation; it never exists twice.
 
-    topology: of ranks that share the experts; each reads its own ones.
+    topology: of ranks that share the experts; each reads its own ones. verify: hold the files
+    against their checksums, once per machine. Raises UserError where one is damaged.
     """
     model = ExportedModel(path)
+    if verify:
+        model.verify(cached_sha256)
     network = empty_network(model.about.model, model.about.moe, topology, device, dtype)
     return fill(network, model.read).requires_grad_(False), model.about

@@ -12,14 +12,19 @@ from torch import Tensor
 from diffmoe.conversion import hugging_face
 from diffmoe.conversion.about import About, parse_about
 from diffmoe.conversion.layouts import Layout, account_theirs, reader, translated
-from diffmoe.conversion.release import is_derived, release_layout, sections_from_shapes
+from diffmoe.conversion.release import (
+    is_derived,
+    label_rows,
+    release_layout,
+    sections_from_shapes,
+)
 from diffmoe.conversion.sources import Source
 from diffmoe.conversion.state_dicts import StateDict, load_state
 from diffmoe.conversion.stored_tensors import StoredTensors
 from diffmoe.conversion.tensors import Shapes, expected_shapes
 from diffmoe.conversion.writing import new_file, new_folder
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 from diffmoe.models.blocks import grid_positions
 
 Format = Literal["release", "dit", "sit", "diffusers"]
@@ -33,13 +38,14 @@ _AUTOENCODER, _SCALE = "stabilityai/sd-vae-ft-ema", 0.18215
 class Options:
     """What foreign files do not say. None: derived, or an error that names the flag.
 
-    objective: flow or ddpm. heads: of attention. capacity, top_k: of training. autoencoder, scale:
-    of 4-channel latents; others are taken for pixels.
+    objective: flow or ddpm. heads: of attention. num_classes: without the null one. capacity,
+    top_k: of training. autoencoder, scale: of 4-channel latents; others are taken for pixels.
     """
 
     objective: str | None = None
     heads: int | None = None
     input_size: int | None = None
+    num_classes: int | None = None
     capacity: float = 1.0
     top_k: int = 1
     autoencoder: str = _AUTOENCODER
@@ -98,10 +104,16 @@ def _release(path: Path, state: StateDict, form: Format | None, options: Options
         )
     try:
         sections = sections_from_shapes(
-            shapes, options.heads, options.input_size, options.capacity, options.top_k
+            shapes,
+            options.num_classes or state.num_classes,
+            options.heads,
+            options.input_size,
+            options.capacity,
+            options.top_k,
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    rows, classes = label_rows(shapes), sections[0]["num_classes"]
     decay = next((t for name, t in tensors.items() if name.endswith(".mlp.ema_decay")), None)
     if decay is not None and decay.numel() == 1:
         sections[1]["threshold_ema"] = round(float(decay), 6)
@@ -111,16 +123,29 @@ def _release(path: Path, state: StateDict, form: Format | None, options: Options
             "kind": f"{form or 'DiT or SiT'} file",
             "name": path.name,
             "sha256": sha256_of(path),
-        }
+        },
+        label_dropout=0.0 if classes == rows else None,
     )
     _plausible(about, shapes, path)
-    layout = release_layout(about.model, about.moe)
+    layout = release_layout(about.model, about.moe, null_row=classes < rows)
     ours = expected_shapes(about.model, about.moe)
     derived = {name for name in shapes if is_derived(name)}
     account_theirs({n: s for n, s in shapes.items() if n not in derived}, layout, ours, str(path))
     _check_positions(path, tensors, about)
     entry = f"its entry {state.entry!r}" if state.entry else "a plain state dict"
-    notes = [f"{path} has the names of {'the release' if mixture else 'DiT and SiT'}; {entry}"]
+    names = "the release" if mixture else "DiT and SiT"
+    notes = [f"{path} has the names of {names}; {entry}; {classes} classes", *state.notes]
+    if classes == rows:
+        notes.append(
+            "the table of labels has no row for the null one: the model was trained without label "
+            "dropout, and is sampled without guidance"
+        )
+    if options.heads is None:
+        notes.append(
+            f"{about.model.heads} attention heads, as published models of width "
+            f"{about.model.width} have; the tensors look alike with others (the release's example "
+            "of S has 16): --heads N"
+        )
     if about.moe.type == "diffmoe" and state.weights == "ema":
         notes.append(
             "warning: the release averages thresholds along with the weights, so those of its "
@@ -195,7 +220,7 @@ def write_foreign(source: Source, target: Path, form: Format) -> None:
     if form == "diffusers":
         _write_diffusers(source, target)
         return
-    layout = release_layout(model, moe)
+    layout = release_layout(model, moe, null_row=source.about.label_dropout != 0)
     size = sum(torch.Size(shape).numel() for shape in source.shapes.values()) * 4
     with new_file(target, size) as torn:
         state = translated(layout, source.read)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import ModelConfig, MoEConfig
-from diffmoe.conversion.about import read_json
 from diffmoe.conversion.layouts import Layout, concatenated, repeated, same
 from diffmoe.errors import UserError
+from diffmoe.files import read_json
 
 CLASS = "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

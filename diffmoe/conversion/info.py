@@ -13,7 +13,7 @@ from diffmoe.conversion.card import conditioning, family, parameter_counts
 from diffmoe.conversion.exported import ExportedModel, is_exported
 from diffmoe.conversion.foreign import Options, foreign_source
 from diffmoe.conversion.hugging_face import transformer_folder
-from diffmoe.conversion.release import HEADS
+from diffmoe.conversion.release import label_rows
 from diffmoe.conversion.state_dicts import StateDict, load_state
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
@@ -98,6 +98,8 @@ def _state_dict(path: Path) -> Lines:
         with foreign_source(path, state.weights, options=options) as source:
             about = source.about
             told = _network(about.model, about.moe, source.shapes, source.read)
+            rows = about.model.num_classes + 1
+            told["labels"] = f"{rows} rows, of classes and, if labels were dropped, the null one"
             told["thresholds" + (f" of {entry}" if entry else "")] = told.pop("thresholds", "none")
             names = "DiT or SiT" if about.moe.type == "dense" else "the DiffMoE release"
             lines |= {"kind": f"state dict in the names of {names}", **told}
@@ -121,7 +123,8 @@ def _assumed(shapes: Shapes) -> Options:
     patches = shapes.get("x_embedder.proj.weight", ())
     return Options(
         objective="flow",
-        heads=None if patches[:1] and patches[0] in HEADS else 1,
+        heads=1,
+        num_classes=max(1, label_rows(shapes) - 1),
         input_size=None if "pos_embed" in shapes else patches[-1] if patches else None,
     )
 

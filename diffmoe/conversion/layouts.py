@@ -43,6 +43,15 @@ def stacked(names: list[str], transposed: bool) -> Parts:
     )
 
 
+def without_last_row(name: str) -> Parts:
+    """Ours has a row more, of zeros."""
+    return Parts(
+        [name],
+        lambda parts: torch.cat([parts[0], torch.zeros_like(parts[0][:1])]),
+        lambda tensor: [tensor[:-1]],
+    )
+
+
 def concatenated(names: list[str]) -> Parts:
     """Equal shares of dimension 0."""
     return Parts(names, torch.cat, lambda tensor: list(tensor.chunk(len(names))))

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffmoe.conversion.about import Clock
-from diffmoe.conversion.exported import ExportedModel, is_exported, load_exported
-from diffmoe.conversion.tensors import cast_parameters
+from diffmoe.conversion.exported import is_exported, load_exported
+from diffmoe.conversion.tensors import cast_parameters, parameter_dtype
 from diffmoe.errors import UserError
+from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
 
@@ -29,18 +30,6 @@ def locate(path: str | Path) -> Path:
     return complete(path)
 
 
-def verify(path: Path) -> None:
-    """Read every file of a located model; raises UserError naming one that is damaged."""
-    if is_exported(path):
-        ExportedModel(path).verify()
-        return
-    from diffmoe.checkpoints.folder import verify as problems_of
-
-    problems = problems_of(path)
-    if problems:
-        raise UserError(f"{problems[0]}; take another checkpoint")
-
-
 def weights_of(path: Path, asked: str) -> str:
     """Which weights `open_network` takes, ema or live: an exported folder holds one set only."""
     if is_exported(path):
@@ -55,21 +44,27 @@ def open_network(
     weights: str = "ema",
     topology: Topology | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
+    verify: bool = True,
 ) -> "Snapshot":
     """The network, for evaluation, with what sampling from it needs.
 
     weights: ema or live, of a checkpoint; an exported folder holds one set. topology: of ranks
-    that share the experts; each reads its own ones. The clock is 0 where it is not known.
+    that share the experts; each reads its own ones. verify: hold every file against its checksum,
+    once per machine; raises UserError where one is damaged. The clock is 0 where it is not known.
     """
+    from diffmoe.checkpoints.folder import verify as problems_of
     from diffmoe.checkpoints.network import Snapshot, load_network
 
-    path = locate(path)
+    path, dtype = locate(path), parameter_dtype(dtype)
     if is_exported(path):
-        network, about = load_exported(path, device, dtype, topology)
+        network, about = load_exported(path, device, dtype, topology, verify)
         latents = about.latents.model_dump(mode="json") | {"class_names": about.class_names}
         clock = (about.clock or Clock()).model_dump()
         return Snapshot(network, about.config, latents, clock)
+    problems = problems_of(path, digest=cached_sha256) if verify else []
+    if problems:
+        raise UserError(f"{problems[0]}; take another checkpoint")
     snapshot = load_network(path, weights, topology)
     cast_parameters(snapshot.network, dtype)
     return snapshot._replace(network=snapshot.network.to(device))
@@ -79,19 +74,19 @@ def load(
     path: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
+    verify: bool = True,
 ) -> DiT:
     """A model ready to run: model(x, t, labels).prediction, of a text model model(x, t, text).
 
     path: an exported folder, a run's folder or a checkpoint (their EMA weights). device: default
-    the GPU where there is one. dtype: float32 or bfloat16, of the parameters.
+    the GPU where there is one. dtype: of the parameters, float32, bfloat16, float16 or float64;
+    scores of the router and what the capacity predictor says are in fp32 at least. verify: hold
+    the files against their checksums; each is read once per machine, and again when it changed.
     """
     from diffmoe.parallel.device import default_device
 
-    if isinstance(dtype, str):
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(f"dtype {dtype}: choose float32 or bfloat16")
+    dtype = parameter_dtype(dtype)
     device = device or default_device()
-    if is_exported(Path(path)):  # on the way no module of training, data or checkpoints is loaded
-        return load_exported(Path(path), device, dtype)[0]
-    return open_network(path, device=device, dtype=dtype).network
+    if is_exported(Path(path)):  # on the way no module of training or checkpoints is loaded
+        return load_exported(Path(path), device, dtype, verify=verify)[0]
+    return open_network(path, device=device, dtype=dtype, verify=verify).network

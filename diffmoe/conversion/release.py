@@ -4,6 +4,7 @@ The three share their names; the latter two are dense. What the release derives 
 `pos_embed`, has no tensor here.
 """
 
+import math
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import Config, ModelConfig, MoEConfig
-from diffmoe.conversion.layouts import Layout, same, stacked
+from diffmoe.conversion.layouts import Layout, same, stacked, without_last_row
 from diffmoe.conversion.tensors import Shapes, expected_shapes
 from diffmoe.errors import UserError
 
@@ -37,8 +38,14 @@ _IN_BLOCK = {
     "attn.proj": "attention.proj",
     "mlp.fc1": "feed_forward.fc1",
     "mlp.fc2": "feed_forward.fc2",
+    "mlp.gate_proj": "feed_forward.gate",
+    "mlp.up_proj": "feed_forward.up",
+    "mlp.down_proj": "feed_forward.down",
     "mlp.shared_experts.fc1": "feed_forward.shared_expert.fc1",
     "mlp.shared_experts.fc2": "feed_forward.shared_expert.fc2",
+    "mlp.shared_experts.gate_proj": "feed_forward.shared_expert.gate",
+    "mlp.shared_experts.up_proj": "feed_forward.shared_expert.up",
+    "mlp.shared_experts.down_proj": "feed_forward.shared_expert.down",
     "mlp.capacity_predictor.0": "feed_forward.capacity_predictor.hidden",
     "mlp.capacity_predictor.2": "feed_forward.capacity_predictor.out",
 }
@@ -59,14 +66,19 @@ _EXPERT = {
     "up_proj.weight": "w_up",
     "down_proj.weight": "w_out",
 }
+_IMAGENET = 1000  # classes of published models, which have a null row
 # Of the published widths, S to XL.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def config_from_release(family: str, options: dict[str, Any]) -> Config:
-    """The configuration of a release model from its class name and its own option names."""
+    """The configuration of a release model from its class name and its own option names.
+
+    Raises UserError for an option that has no like here.
+    """
     if family not in _FAMILIES:
         raise UserError(f"release model {family!r} is unknown; known: {', '.join(_FAMILIES)}")
+    activation = "swiglu" if options.get("use_swiglu") else "gelu"
     model = {
         "input_size": options["input_size"],
         "in_channels": options["in_channels"],
@@ -74,23 +86,36 @@ def config_from_release(family: str, options: dict[str, Any]) -> Config:
         "width": options["hidden_size"],
         "depth": options["depth"],
         "heads": options["num_heads"],
+        "head_width": options.get("head_dim"),
         "mlp_ratio": options["mlp_ratio"],
         "num_classes": options["num_classes"],
         "learn_sigma": options["learn_sigma"],
     }
     mixture = options.get("MoE_config", {})
+    if family == "DiT" or mixture["interleave"]:
+        model["mlp_activation"] = activation
     moe = {"type": _FAMILIES[family]}
-    if mixture:
-        # One shared expert of the release is an MLP of twice the usual hidden size.
-        shared = 2 * options["mlp_ratio"] * (mixture["n_shared_experts"] or 0)
+    if family != "DiT":
+        if mixture.get("capacity_schedule"):
+            raise UserError(
+                "MoE_config.capacity_schedule: a capacity that falls during training cannot be "
+                "trained with here; set moe.capacity to the one of its end. Weights that were "
+                "trained with it convert as any others"
+            )
+        token_choice = family == "TCDiT"
+        shared = mixture["n_shared_experts"] or 0
         moe |= {
             "experts": mixture["num_experts"],
-            "capacity": mixture["capacity"],
+            # Of token choice its capacity is a number of experts, and num_experts_per_tok unused.
+            "capacity": 1.0 if token_choice else mixture["capacity"],
+            "top_k": mixture["capacity"] if token_choice else 1,
             "every_block": not mixture["interleave"],
-            "activation": "swiglu" if options.get("use_swiglu") else "gelu",
+            "activation": activation,
+            "expert_init_std": 0.006 if mixture.get("init_MoeMLP") else None,
             "expert_ratio": options["mlp_ratio"],
-            "shared_expert_ratio": shared,
-            "top_k": mixture.get("num_experts_per_tok", 1),
+            # DiffMoE has one of this size, however many it is asked for.
+            "shared_expert_ratio": 8.0 * bool(shared) if family == "DiffMoE" else float(shared),
+            "shared_expert_activation": "swiglu" if shared and family != "DiffMoE" else "gelu",
             "capacity_loss_weight": options.get("CapacityPred_loss_weight", 0.01),
             "inference": "pooled",
         }
@@ -99,22 +124,46 @@ def config_from_release(family: str, options: dict[str, Any]) -> Config:
     )
 
 
+def label_rows(shapes: Shapes) -> int:
+    """Of the table of labels: one a class, and one more if labels were dropped in training."""
+    return _shape(shapes, "y_embedder.embedding_table.weight", 2)[0]
+
+
 def sections_from_shapes(
-    shapes: Shapes, heads: int | None, input_size: int | None, capacity: float, top_k: int
+    shapes: Shapes,
+    num_classes: int | None,
+    heads: int | None,
+    input_size: int | None,
+    capacity: float,
+    top_k: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model and moe sections that the tensors show. The rest is what they cannot show.
 
-    heads: None derives it for the published widths. input_size: None derives it from pos_embed.
-    capacity, top_k: of training. Raises UserError naming the tensor or option that is missing.
+    num_classes: None derives it for ImageNet's. heads: None derives it for the published widths.
+    input_size: None derives it from pos_embed. capacity, top_k: of training. Raises UserError
+    naming the tensor or option that is missing.
     """
     width, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
     blocks = [int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))]
-    rows, _ = _shape(shapes, "y_embedder.embedding_table.weight", 2)
+    inner = _shape(shapes, "blocks.0.attn.proj.weight", 2)[1]
     outputs, _ = _shape(shapes, "final_layer.linear.weight", 2)
-    if heads is None and width not in HEADS:
+    if heads is None:
+        if width not in HEADS:
+            raise UserError(
+                "the number of attention heads cannot be seen in the tensors, and the width "
+                f"{width} is none of the published ones ({', '.join(map(str, HEADS))}); give "
+                "--heads N"
+            )
+        heads = HEADS[width]
+        if inner != width:
+            raise UserError(
+                f"blocks.0.attn.proj.weight takes {inner} channels for a width of {width}, so "
+                "head_dim was set and the number of heads cannot be seen; give --heads N"
+            )
+    if heads < 1 or inner % heads:
         raise UserError(
-            f"the number of attention heads cannot be seen in the tensors, and the width {width} "
-            f"is none of the published ones ({', '.join(map(str, HEADS))}); give --heads N"
+            f"blocks.0.attn.proj.weight takes {inner} channels, which {heads} heads cannot share; "
+            "give --heads N"
         )
     if input_size is None:
         if "pos_embed" not in shapes:
@@ -126,14 +175,32 @@ def sections_from_shapes(
         "patch_size": patch,
         "width": width,
         "depth": max(blocks, default=-1) + 1,
-        "heads": heads or HEADS[width],
-        "num_classes": rows - 1,
+        "heads": heads,
+        "head_width": None if inner == width else inner // heads,
+        "num_classes": _classes(label_rows(shapes), num_classes),
         "learn_sigma": outputs == 2 * channels * patch**2,
     }
-    dense = next((name for name in shapes if name.endswith(".mlp.fc1.weight")), None)
-    if dense:
-        model["mlp_ratio"] = shapes[dense][0] / width
+    ratio, activation = _mlp(shapes, "mlp", width)
+    if ratio:
+        model |= {"mlp_ratio": ratio, "mlp_activation": activation}
     return model, _mixture(shapes, width, capacity, top_k)
+
+
+def _classes(rows: int, told: int | None) -> int:
+    """The number of classes of a table of labels. told: by the user, or beside the weights."""
+    if told is None and rows == _IMAGENET + 1:
+        return _IMAGENET
+    if told is None:
+        raise UserError(
+            f"its table of labels has {rows} rows, of {rows - 1} classes and the null label, or of "
+            f"{rows} classes if it was trained without label dropout; give --num-classes N"
+        )
+    if told not in (rows - 1, rows) or told < 1:
+        raise UserError(
+            f"its table of labels has {rows} rows, which do not fit {told} classes; give "
+            f"--num-classes {rows - 1}, or {rows} if it was trained without label dropout"
+        )
+    return told
 
 
 def _mixture(shapes: Shapes, width: int, capacity: float, top_k: int) -> dict[str, Any]:
@@ -152,18 +219,35 @@ def _mixture(shapes: Shapes, width: int, capacity: float, top_k: int) -> dict[st
         family = "token_choice"
     elif any(".mlp.capacity_predictor." in name for name in shapes):
         family = "diffmoe"
-    shared = next((n for n in shapes if n.endswith(".mlp.shared_experts.fc1.weight")), None)
+    shared, shared_activation = _mlp(shapes, "mlp.shared_experts", width)
     return {
         "type": family,
         "experts": max(int(found[2]) for found in numbered.values()) + 1,
         "every_block": any(found[1] == "0" for found in numbered.values()),
         "capacity": capacity,
         "activation": "swiglu" if swiglu else "gelu",
-        "expert_ratio": hidden / width,
-        "shared_expert_ratio": shapes[shared][0] / width if shared else 0.0,
+        "expert_ratio": _ratio(hidden, width),
+        "shared_expert_ratio": shared,
+        "shared_expert_activation": shared_activation,
         "top_k": top_k,
         "inference": "pooled",
     }
+
+
+def _mlp(shapes: Shapes, name: str, width: int) -> tuple[float, str]:
+    """Hidden size over width, and activation, of the first such MLP of a block; 0 if none."""
+    for activation, first in (("gelu", "fc1"), ("swiglu", "gate_proj")):
+        found = re.compile(rf"blocks\.\d+\.{re.escape(name)}\.{first}\.weight")
+        weight = next((n for n in shapes if found.fullmatch(n)), None)
+        if weight:
+            return _ratio(_shape(shapes, weight, 2)[0], width), activation
+    return 0.0, "gelu"
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Of which int(width * ratio) makes the hidden size again."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _shape(shapes: Shapes, name: str, sides: int) -> tuple[int, ...]:
@@ -173,8 +257,11 @@ def _shape(shapes: Shapes, name: str, sides: int) -> tuple[int, ...]:
     return shapes[name]
 
 
-def release_layout(model: ModelConfig, moe: MoEConfig) -> Layout:
-    """Their names of each of our tensors. Raises UserError for a network that they cannot hold."""
+def release_layout(model: ModelConfig, moe: MoEConfig, null_row: bool = True) -> Layout:
+    """Their names of each of our tensors. Raises UserError for a network that they cannot hold.
+
+    null_row: whether their table of labels has one, as networks with label dropout do.
+    """
     strange = [key for key in ("qk_norm", "rope") if getattr(model, key)]
     if strange:
         raise UserError(f"model.{strange[0]}=true: the release's networks know no such thing")
@@ -190,6 +277,9 @@ def release_layout(model: ModelConfig, moe: MoEConfig) -> Layout:
     }
     layout: Layout = {}
     for name in expected_shapes(model, moe):
+        if name == "label_embed.weight" and not null_row:
+            layout[name] = without_last_row(f"{prefixes['label_embed']}.weight")
+            continue
         block = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
         if block is None:
             prefix, _, leaf = name.rpartition(".")

@@ -18,8 +18,8 @@ from diffmoe.checkpoints.posthoc import combined
 from diffmoe.conversion.about import About, parse_about
 from diffmoe.conversion.exported import ExportedModel
 from diffmoe.conversion.tensors import Read, Shapes, account, finite
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 from diffmoe.inference.thresholds import Calibrated, stored
 
 _LATENTS = ("shape", "scale", "shift", "autoencoder", "pixel_range", "source")
@@ -109,6 +109,7 @@ def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Te
         "diffusion": about["config"]["diffusion"],
         "latents": {key: latents[key] for key in _LATENTS if key in latents},
         "class_names": latents.get("class_names"),
+        "label_dropout": about["config"].get("training", {}).get("label_dropout"),
         "clock": about["clock"],
         "provenance": {
             "kind": "training checkpoint",

@@ -13,17 +13,21 @@ from diffmoe.errors import UserError
 
 # What the files of DiT, SiT and the release keep beside tensors: their training's options.
 _HARMLESS = [argparse.Namespace]
+_COMPILED, _HEADS = "_orig_mod", "projectors."
 _ENTRIES = {"ema": ("ema",), "live": ("model", "state_dict")}
 
 
 class StateDict(NamedTuple):
     """Tensors by name. weights: ema or live; a file without entries is taken for ema, as published
-    ones are. entry: of the file, or None.
+    ones are. entry: of the file, or None. num_classes: as the options of its training say, or None.
+    notes: what was taken off the names, and what was left out.
     """
 
     tensors: dict[str, Tensor]
     weights: str
     entry: str | None
+    num_classes: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_file(path: Path) -> Any:
@@ -62,7 +66,8 @@ def load_file(path: Path) -> Any:
 def load_state(path: Path, weights: str = "ema") -> StateDict:
     """The state dict of a file: its entry for the wanted weights, or the file itself.
 
-    weights: ema takes `ema`, live takes `model`. A prefix `module.` on all names goes.
+    weights: ema takes `ema`, live takes `model`. What wrappers put into names goes (`module.` of
+    DDP, `_orig_mod.` of torch.compile), and so do heads that serve training alone (`projectors.`).
     """
     if weights not in _ENTRIES:
         raise UserError(f"--weights {weights}: of {path} choose ema or live")
@@ -89,9 +94,42 @@ def load_state(path: Path, weights: str = "ema") -> StateDict:
             raise UserError(f"{path}: {name} is a {value.dtype} tensor, not one of weights")
     if not state:
         raise UserError(f"{path} holds no tensors")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return StateDict(dict(state), weights if entry else "ema", entry)
+    state, notes = _plain(state, path)
+    if not state:
+        raise UserError(f"{path} holds no tensors of a network; {'; '.join(notes)}")
+    return StateDict(state, weights if entry else "ema", entry, _num_classes(content), notes)
+
+
+def _plain(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Under the names that the network gave, without heads of training; and what was done."""
+    notes = []
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        short = ".".join(part for part in name.split(".") if part != _COMPILED)
+        if short in plain:
+            raise UserError(f"{path}: {name} is there twice, with and without {_COMPILED}")
+        plain[short] = value
+    if plain.keys() != state.keys():
+        notes.append(f"names lose {_COMPILED} (torch.compile)")
+    if all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): value for name, value in plain.items()}
+        notes.append("names lose module. (DDP)")
+    heads = [name for name in plain if name.startswith(_HEADS)]
+    if heads:
+        notes.append(
+            f"{len(heads)} tensors {_HEADS}* are left out: heads that align a network with another "
+            "while it trains, and not part of it"
+        )
+    return {name: value for name, value in plain.items() if name not in heads}, tuple(notes)
+
+
+def _num_classes(content: dict[str, Any]) -> int | None:
+    """What DiT and SiT keep beside the weights: the arguments of the training's command."""
+    options = content.get("args")
+    if isinstance(options, argparse.Namespace):
+        options = vars(options)
+    found = options.get("num_classes") if isinstance(options, dict) else None
+    return found if type(found) is int and found > 0 else None
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,15 @@
 """A model's safetensors in a folder: one file, or several with an index, as Hugging Face has it."""
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffmoe.conversion.about import read_json
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
+from diffmoe.files import read_json
 
 
 class StoredTensors:
@@ -63,3 +63,28 @@ class StoredTensors:
                 yield stored
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); get it again") from None
+
+
+def hold_against(checksums: Path, needed: Iterable[str], digest: Callable[[Path], str]) -> int:
+    """Hold the files that a checksums.json lists against it; how many these are.
+
+    needed: what it must list. Raises UserError naming the first file that is missing or damaged.
+    """
+    try:
+        files = read_json(checksums)["files"]
+        listed = {str(name): str(entry["sha256"]) for name, entry in files.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{checksums} is damaged; convert the model again") from None
+    if not set(needed) <= listed.keys():
+        raise UserError(f"{checksums} does not list every file; convert the model again")
+    for name, expected in listed.items():
+        inner = PurePosixPath(name)
+        if inner.is_absolute() or ".." in inner.parts:
+            raise UserError(f"{checksums} names {name}, outside of its folder")
+        part = checksums.parent / inner
+        if not part.is_file() or digest(part) != expected:
+            raise UserError(
+                f"{part} is missing, or not what was written; get it again, or convert the model "
+                "again (diffmoe.load and Pipeline take verify=False)"
+            )
+    return len(listed)

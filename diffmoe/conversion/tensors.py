@@ -49,8 +49,16 @@ def empty_network(
     network.to_empty(device=device)
     network.positions.copy_(grid_positions(model.width, network.grid))
     if network.rotation is not None:
-        network.rotation.copy_(rotary_angles(network.grid, model.width // model.heads))
+        network.rotation.copy_(rotary_angles(network.grid, model.width_of_head))
     return network.eval()
+
+
+def parameter_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The type of a network's parameters by its name. Raises UserError for one they cannot have."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise UserError(f"dtype {name}: choose float32, bfloat16, float16 or float64")
+    return getattr(torch, name)
 
 
 def cast_parameters(network: nn.Module, dtype: torch.dtype) -> None:

@@ -29,6 +29,12 @@ from diffmoe.seeding import keyed_generator
 
 How = Literal["shared", "copies"]
 
+# Of an expert's stacked tensor, the dense MLP's.
+_OF_DENSE = {
+    "gelu": {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_out": "fc2.bias"},
+    "swiglu": {"w_gate": "gate.weight", "w_up": "up.weight", "w_out": "down.weight"},
+}
+
 
 def upcycle(
     source: Source,
@@ -59,10 +65,11 @@ def upcycle(
         "type": "diffmoe",
         "experts": experts,
         "every_block": every_block,
-        "activation": "gelu",
+        "activation": about.model.mlp_activation,
         "capacity": capacity,
         "expert_ratio": ratio,
         "shared_expert_ratio": ratio if how == "shared" else 0.0,
+        "shared_expert_activation": about.model.mlp_activation,
         # Scaled experts are right at their capacity alone, and the predictor knows nothing yet.
         "inference": "static" if how == "copies" and capacity < experts else "per_token",
     }
@@ -103,8 +110,7 @@ def _part_of_mixture(
     if not part.startswith("experts."):
         return network.initial(name, seed)
     leaf = part.removeprefix("experts.")
-    dense = {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_out": "fc2.bias"}
-    one = source.read(f"{layer}.{dense[leaf]}")
+    one = source.read(f"{layer}.{_OF_DENSE[network.moe_config.activation][leaf]}")
     one = one.t() if leaf.startswith("w_") else one
     if leaf.endswith("_out"):
         one = one * (0.0 if how == "shared" else experts / capacity)

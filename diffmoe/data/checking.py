@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffmoe.config import BYTES
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.data.captions import Captions
-from diffmoe.data.fetching import Unreadable, open_shard
+from diffmoe.data.fetching import Fetch, Unreadable, open_shard
 from diffmoe.data.flat_images import FlatImages, flat_on_sheet
 from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import Manifest
@@ -44,7 +44,12 @@ class Report:
         return "\n".join([*self.lines, *(told or ["no problems"])])
 
 
-def check_data(directory: str | Path, sheet: str | Path | None, device: str = "cpu") -> Report:
+def check_data(
+    directory: str | Path,
+    sheet: str | Path | None,
+    device: str | torch.device = "cpu",
+    fetch: Fetch = Fetch(),  # noqa: B008 (a tuple)
+) -> Report:
     """Read a data folder whole. Raises UserError only where there is no manifest to go by.
 
     sheet: where to write a PNG of up to 32 samples, each above its mirror image.
@@ -55,7 +60,7 @@ def check_data(directory: str | Path, sheet: str | Path | None, device: str = "c
     shown: list[Sample] = []
     of_each = max(1, _SHEET // manifest.classes) if manifest.classes > 0 else 1
     lengths: list[list[int]] = []
-    for sample, captions, address in _samples(directory, manifest, report):
+    for sample, captions, address in _samples(directory, manifest, report, fetch):
         if sample.key in places:
             report.problems.append(
                 f"sample key {sample.key} is in {places[sample.key]} and again in {address}"
@@ -89,13 +94,15 @@ def check_data(directory: str | Path, sheet: str | Path | None, device: str = "c
 
 
 def _samples(
-    directory: str | Path, manifest: Manifest, report: Report
+    directory: str | Path, manifest: Manifest, report: Report, fetch: Fetch
 ) -> Iterator[tuple[Sample, Captions | None, str]]:
     """Every good sample, its captions and its shard; what is not good goes to the report."""
     for shard in tqdm(manifest.shards, unit="shard", dynamic_ncols=True, disable=None):
-        address = manifest.address(directory, shard)
+        address = shard.name
         try:
-            opened = OpenShard(open_shard(address, shard, attempts=1), shard, manifest, address)
+            address = manifest.address(directory, shard)
+            file = open_shard(address, shard, fetch, attempts=1)
+            opened = OpenShard(file, shard, manifest, address)
         except Unreadable as error:
             report.problems.append(unreadable(address, str(error)))
             continue
@@ -215,7 +222,11 @@ def _caption_lines(lengths: list[list[int]], manifest: Manifest) -> list[str]:
 
 
 def _write_sheet(
-    samples: list[Sample], manifest: Manifest, path: str | Path, device: str, report: Report
+    samples: list[Sample],
+    manifest: Manifest,
+    path: str | Path,
+    device: str | torch.device,
+    report: Report,
 ) -> None:
     """The report gets where it is, or why it is not, and what is wrong with its images."""
     try:

@@ -14,10 +14,11 @@ from diffmoe.data.autoencoder import KLAutoencoder, canonical_name
 from diffmoe.data.captions import CAPTION_BYTES, Captions
 from diffmoe.data.conversion import Made, Skipped, convert_items
 from diffmoe.data.decoding import WHITE, Color
-from diffmoe.data.images import ImageItem, find_images, load_captions, load_image, shown
+from diffmoe.data.images import ImageItem, find_images, load_captions, load_image
 from diffmoe.data.manifest import Manifest, TextContent
 from diffmoe.data.numbers import stored
 from diffmoe.errors import UserError
+from diffmoe.redaction import printable
 from diffmoe.resumable import Ranks
 
 
@@ -35,6 +36,7 @@ def encode_images(
     classes: int | None = None,
     captions: bool = False,
     background: Color = WHITE,
+    follow_links: bool = False,
     max_bad: int = 10,
     overwrite: bool = False,
     device: str = "cpu",
@@ -51,13 +53,14 @@ def encode_images(
     classes: their number, where tars leave it open.
     captions: each image has some instead of a class, see `find_images`; they are packed as bytes.
     background: what transparent images are put on.
+    follow_links: also those that lead out of the folder of images.
     """
     if size < 1 or batch < 1 or workers < 1:
         raise UserError(f"--size {size}, --batch {batch}, --workers {workers} must be at least 1")
     if dtype == "uint8" and vae is not None:
         raise UserError("--dtype uint8 is for --pixels; an autoencoder's moments are floats")
     dtype = dtype or ("uint8" if vae is None else "float16")
-    items, names = find_images(images, captions)
+    items, names = find_images(images, captions, follow_links)
     if captions:
         classes = 1
     if names is None and classes is None:
@@ -83,7 +86,7 @@ def encode_images(
         "classes": len(names) if names is not None else classes,
         "class_names": names,
         "autoencoder": canonical_name(vae) if vae is not None else "identity",
-        "source": f"images of {shown(str(Path(images).resolve()))}, {size}x{size}",
+        "source": f"images of {printable(str(Path(images).resolve()))}, {size}x{size}",
         "dtype": dtype,
         "text": TextContent(encoder=BYTES, length=CAPTION_BYTES) if captions else None,
     }

@@ -5,7 +5,6 @@ an unnamed temporary file, one byte after another: object stores and pipes are q
 samples can then be read in any order without holding a shard in memory.
 """
 
-import atexit
 import hashlib
 import os
 import select
@@ -14,20 +13,29 @@ import subprocess
 import tempfile
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
-from webdataset.gopen import Pipe, gopen
+from webdataset import utils
+from webdataset.gopen import Pipe, gopen, rewrite_url
 
-from diffmoe.data.manifest import Shard, is_url
+from diffmoe.config import DataConfig
+from diffmoe.data.manifest import FILE_NAME, Manifest, Shard, is_url, starts_program
+from diffmoe.ending import at_any_end
+from diffmoe.errors import UserError
+from diffmoe.files import open_regular
 
 ATTEMPTS = 3
 BACK_OFF = 1.0  # seconds before the second attempt; four times as long before each next one
 _BLOCK = 1 << 20
 _commands: set[subprocess.Popen] | None = set()  # that run now; None when the process ends
-_commands_lock = threading.Lock()
+_commands_lock = threading.RLock()  # a signal may come while its own thread holds it
 
 
 class Unreadable(Exception):
@@ -37,6 +45,7 @@ class Unreadable(Exception):
 class Fetch(NamedTuple):
     """How shards are fetched.
 
+    allow_commands: the user of this machine lets addresses start programs.
     cache: a folder that keeps shards from URLs; None keeps none. Several processes may share it.
     cache_gib: the oldest go when it would outgrow this; 0 means no limit.
     stall_seconds: without a byte for so long, an attempt has failed.
@@ -45,6 +54,35 @@ class Fetch(NamedTuple):
     cache: str | None = None
     cache_gib: float = 0.0
     stall_seconds: float = 60.0
+    allow_commands: bool = False
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Fetch":
+        """As the settings of a run say."""
+        return cls(data.cache, data.cache_gib, data.stall_seconds, data.allow_commands)
+
+    def permitted(self, address: str) -> str:
+        """The address as this machine's GOPEN_REWRITE has it. Raises UserError where it is refused.
+
+        webdataset's own switch, WDS_SECURE=1, forbids commands whatever allow_commands is.
+        """
+        if not is_url(address):
+            return address
+        try:
+            address = rewrite_url(address)
+        except ValueError as error:
+            raise UserError(f"shard {address}: {error}") from None
+        if not starts_program(address):
+            return address
+        if utils.enforce_security:
+            raise UserError(f"shard {address} starts a program, which WDS_SECURE=1 forbids")
+        if not self.allow_commands:
+            raise UserError(
+                f"shard {address} would start a program on this machine. If you trust who made the "
+                f"data's {FILE_NAME}, allow it: data.allow_commands=true of train.py, "
+                "--allow-commands of a tool; else copy the shards here"
+            )
+        return address
 
 
 def open_shard(
@@ -54,10 +92,12 @@ def open_shard(
     attempts: int = ATTEMPTS,
     beat: Callable[[], None] = lambda: None,
 ) -> BinaryIO:
-    """Open a shard that has the size and the checksum of its manifest. Raises Unreadable.
+    """Open a shard that has the size and the checksum of its manifest.
 
+    Raises Unreadable; UserError where the address would start a program and may not.
     beat: called whenever there is progress.
     """
+    address = fetch.permitted(address)
     for attempt in range(attempts):
         beat()
         try:
@@ -69,6 +109,12 @@ def open_shard(
         if attempt + 1 < attempts:
             time.sleep(BACK_OFF * 4**attempt)
     raise Unreadable(f"{reason}; {attempts} attempts" if attempts > 1 else reason)
+
+
+def check_addresses(directory: str | Path, manifest: Manifest, fetch: Fetch) -> None:
+    """Raises UserError where reading the shards would start a program that is not allowed."""
+    for shard in manifest.shards:
+        fetch.permitted(manifest.address(directory, shard))
 
 
 class ReadAhead:
@@ -145,8 +191,9 @@ def _open_once(address: str, shard: Shard, fetch: Fetch, beat: Callable[[], None
 
 def _opened(path: str | Path, shard: Shard, beat: Callable[[], None]) -> BinaryIO:
     """Read a file through, which also brings it near, and compare it with the manifest."""
-    file = open(path, "rb")  # noqa: SIM115 (returned open)
+    file = open_regular(path)
     try:
+        _compare_sizes(os.fstat(file.fileno()).st_size, shard)
         digest, size = hashlib.sha256(), 0
         buffer = memoryview(bytearray(_BLOCK))
         while count := file.readinto(buffer):
@@ -177,10 +224,14 @@ def _copy(
     _compare(size, digest.hexdigest(), shard)
 
 
-def _compare(size: int, sha256: str, shard: Shard) -> None:
+def _compare_sizes(size: int, shard: Shard) -> None:
     if size != shard.bytes:
         kind = "truncated" if size < shard.bytes else "too long"
         raise Unreadable(f"{kind}: {size} bytes came, {shard.bytes} in the manifest")
+
+
+def _compare(size: int, sha256: str, shard: Shard) -> None:
+    _compare_sizes(size, shard)
     if sha256 != shard.sha256:
         raise Unreadable(
             f"corrupt: sha256 {sha256[:12]}..., {shard.sha256[:12]}... in the manifest"
@@ -189,6 +240,9 @@ def _compare(size: int, sha256: str, shard: Shard) -> None:
 
 def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
     """The bytes behind a URL. Raises TimeoutError when they stop coming, OSError when it failed."""
+    if address.startswith(("http:", "https:")):
+        yield from _http(address, stall_seconds)
+        return
     if address.startswith("pipe:"):
         process = _start(address[5:])
     else:
@@ -221,11 +275,29 @@ def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
                 _commands.discard(process)
 
 
+def _http(address: str, stall_seconds: float) -> Iterator[bytes]:
+    """The bytes behind an http URL, read without webdataset's curl: no program is started."""
+    parts = urlsplit(address)
+    request = Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
+    if parts.username is not None:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+        # Another host that the answer leads to gets no password.
+        request.add_unredirected_header("Authorization", "Basic " + b64encode(login).decode())
+    try:
+        with urlopen(request, timeout=stall_seconds) as answer:
+            while block := answer.read1(_BLOCK):
+                yield block
+    except HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
 def end_commands() -> None:
     """End the `pipe:` commands that still run and start no more: this process ends."""
     global _commands
-    with _commands_lock:
-        running, _commands = _commands or set(), None
+    held = _commands_lock.acquire(timeout=2)  # a thread that hangs must not keep the process alive
+    running, _commands = _commands or set(), None
+    if held:
+        _commands_lock.release()
     for process in running:
         _end(process)
 
@@ -233,10 +305,10 @@ def end_commands() -> None:
 def _forget_commands() -> None:
     """In a forked process: those of the parent are not its own."""
     global _commands, _commands_lock
-    _commands, _commands_lock = set(), threading.Lock()
+    _commands, _commands_lock = set(), threading.RLock()
 
 
-atexit.register(end_commands)
+at_any_end(end_commands)
 os.register_at_fork(after_in_child=_forget_commands)
 
 

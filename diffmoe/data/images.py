@@ -1,14 +1,12 @@
 """Images to read: class folders or tar shards in, square RGB arrays out.
 
-Links are followed wherever they lead, since class folders are often links to another disk. Only
-regular files are opened: a fifo or a device by the name of an image is a bad image.
+Only regular files are opened: a fifo or a device by the name of an image is a bad image.
 """
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,6 +15,8 @@ from diffmoe.data.captions import caption_lines
 from diffmoe.data.decoding import WHITE, Color, decoded
 from diffmoe.data.tar_index import Entry, Member, read_member, tar_entries
 from diffmoe.errors import UserError
+from diffmoe.files import contained, open_regular, read_bytes
+from diffmoe.redaction import printable
 
 # Those of torchvision's ImageFolder, and .gif.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -28,7 +28,7 @@ _MOST_TEXT = 1 << 20
 class ImageItem(NamedTuple):
     """One image: a file, or a member of a tar."""
 
-    name: str  # within the folder of all images, as `shown`
+    name: str  # within the folder of all images, as `printable`
     path: str
     label: int
     key: str
@@ -37,7 +37,7 @@ class ImageItem(NamedTuple):
 
 
 def find_images(
-    root: str | Path, captioned: bool = False
+    root: str | Path, captioned: bool = False, follow_links: bool = False
 ) -> tuple[list[ImageItem], list[str] | None]:
     """All images of a folder, and the names of its classes (None for tars, which have numbers).
 
@@ -45,14 +45,16 @@ def find_images(
         uncompressed tars of KEY.jpg (or .png, ...) with KEY.cls.
     captioned: of images with captions, which need no classes (all have label 0, None is given):
         NAME.txt beside NAME.jpg at any depth, or KEY.txt in the tars.
+    follow_links: see `image_files`.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"--images {root} is no folder; give one of class folders or of tar shards")
-    classes, files = _listed(str(root))
+    out = None if follow_links else root
+    classes, files = _listed(str(root), out)
     tars = [name for name in files if name.endswith(".tar")]
     if captioned and not tars:
-        return _numbered([_of_file(root, file, 0) for file in image_files(root)]), None
+        return _numbered([_of_file(root, file, 0) for file in _images_below(root, out)]), None
     if bool(classes) == bool(tars):
         found = f"{len(classes)} subfolders and {len(tars)} .tar files"
         raise UserError(f"--images {root} holds {found}; it must hold the one or the other")
@@ -60,35 +62,32 @@ def find_images(
     for tar in tars:
         items += _images_of_tar(root, tar, captioned)
     for label, name in enumerate(classes):
-        inside = image_files(root / name)
+        inside = _images_below(root / name, out)
         if not inside:
             raise UserError(
-                f"class folder {shown(str(root / name))} holds no image ({' '.join(EXTENSIONS)}); "
-                "put some there, or remove it: every folder counts as a class"
+                f"class folder {printable(str(root / name))} holds no image "
+                f"({' '.join(EXTENSIONS)}); put some there, or remove it: every folder counts as "
+                "a class"
             )
         items += [_of_file(root, file, label) for file in inside]
-    names = None if captioned else [shown(name) for name in classes] or None
+    names = None if captioned else [printable(name) for name in classes] or None
     return _numbered(items), names
 
 
-def image_files(folder: str | Path) -> list[str]:
+def image_files(folder: str | Path, follow_links: bool = False) -> list[str]:
     """The images below a folder, in ImageFolder's order: folder by folder, names sorted.
 
+    follow_links: those that lead out of the folder are followed, too, instead of being refused.
     Raises UserError for a folder that cannot be listed, a link to nowhere, and a loop of links.
     """
-    return [
-        os.path.join(place, file)
-        for place, files in sorted(_folders(str(folder)))
-        for file in files
-        if file.lower().endswith(EXTENSIONS)
-    ]
+    return _images_below(folder, None if follow_links else Path(folder))
 
 
 def read_image(
     path: str | Path, member: Member | None = None, background: Color = WHITE
 ) -> Image.Image:
     """A file, or a member of a tar, as RGB. Raises OSError or ValueError for a bad image."""
-    data = _file_bytes(path, _MOST_BYTES) if member is None else member_bytes(path, member)
+    data = read_bytes(path, _MOST_BYTES) if member is None else member_bytes(path, member)
     return decoded(data, background)
 
 
@@ -103,7 +102,7 @@ def load_image(item: ImageItem, size: int, background: Color = WHITE) -> np.ndar
 def load_captions(item: ImageItem) -> list[str]:
     """The captions of an image. Raises OSError or ValueError where there are none."""
     if item.member is None:
-        return caption_lines(_file_bytes(Path(item.path).with_suffix(".txt"), _MOST_TEXT))
+        return caption_lines(read_bytes(Path(item.path).with_suffix(".txt"), _MOST_TEXT))
     if item.txt is None:
         raise ValueError("no txt with captions")
     return caption_lines(member_bytes(item.path, item.txt, _MOST_TEXT))
@@ -128,7 +127,7 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
 def index_tar(path: str | Path) -> tuple[list[Entry], list[bytes | None]]:
     """The samples of a tar, and the bytes of each one's `cls` (None where there is none)."""
     try:
-        with _opened(path) as stream:
+        with open_regular(path) as stream:
             file = stream.fileno()
             entries = tar_entries(file)
             labels = [
@@ -154,39 +153,14 @@ def label_of(where: str, text: bytes | None) -> int:
 
 def member_bytes(path: str | Path, member: Member, most: int = _MOST_BYTES) -> bytes:
     """Read one member of a tar. Raises ValueError if it is larger than `most` bytes."""
-    with _opened(path) as stream:
+    with open_regular(path) as stream:
         return _bytes_of(stream.fileno(), member, most)
 
 
-def shown(name: str) -> str:
-    """A name for texts: bytes that are no UTF-8, and what a terminal would obey, as \\xNN."""
-    return "".join(
-        letter if letter.isprintable() else "".join(f"\\x{b:02x}" for b in os.fsencode(letter))
-        for letter in name
-    )
-
-
-def _opened(path: str | Path) -> BinaryIO:
-    """Open a regular file; nothing else, since a fifo waits and a device may never end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("no regular file")
-    return open(path, "rb")
-
-
-def _file_bytes(path: str | Path, most: int) -> bytes:
-    with _opened(path) as stream:
-        _check_size(os.fstat(stream.fileno()).st_size, most)
-        return stream.read()
-
-
 def _bytes_of(file: int, member: Member, most: int) -> bytes:
-    _check_size(member.size, most)
+    if member.size > most:
+        raise ValueError(f"{member.size:,} bytes are too many, at most {most:,} are read")
     return read_member(file, member)
-
-
-def _check_size(size: int, most: int) -> None:
-    if size > most:
-        raise ValueError(f"{size} bytes, more than the {most} that are read")
 
 
 def _numbered(items: list[ImageItem]) -> list[ImageItem]:
@@ -195,13 +169,13 @@ def _numbered(items: list[ImageItem]) -> list[ImageItem]:
 
 
 def _of_file(root: Path, file: str, label: int) -> ImageItem:
-    return ImageItem(shown(os.path.relpath(file, root)), file, label, "")
+    return ImageItem(printable(os.path.relpath(file, root)), file, label, "")
 
 
 def _images_of_tar(root: Path, tar: str, captioned: bool) -> list[ImageItem]:
     items = []
     for entry, text in zip(*index_tar(root / tar), strict=True):
-        name = shown(f"{tar}/{entry.key}")
+        name = printable(f"{tar}/{entry.key}")
         images = [m for kind, m in entry.members.items() if f".{kind}" in EXTENSIONS]
         if len(images) != 1:
             beside = "txt" if captioned else "cls"
@@ -215,7 +189,16 @@ def _images_of_tar(root: Path, tar: str, captioned: bool) -> list[ImageItem]:
     return items
 
 
-def _folders(folder: str) -> Iterator[tuple[str, list[str]]]:
+def _images_below(folder: str | Path, root: Path | None) -> list[str]:
+    return [
+        os.path.join(place, file)
+        for place, files in sorted(_folders(str(folder), root))
+        for file in files
+        if file.lower().endswith(EXTENSIONS)
+    ]
+
+
+def _folders(folder: str, root: Path | None) -> Iterator[tuple[str, list[str]]]:
     """The folder and all below it, with the names of their files, in no order."""
     waiting: list[tuple[str, dict]] = [(folder, {})]
     while waiting:
@@ -224,22 +207,27 @@ def _folders(folder: str) -> Iterator[tuple[str, list[str]]]:
         here = (status.st_dev, status.st_ino)
         if here in above:
             raise UserError(
-                f"{shown(place)} leads back to {shown(above[here])}, which holds it; remove the "
-                "link"
+                f"{printable(place)} leads back to {printable(above[here])}, which holds it; "
+                "remove the link"
             )
-        folders, files = _listed(place)
+        folders, files = _listed(place, root)
         yield place, files
         waiting += [(os.path.join(place, name), {**above, here: place}) for name in folders]
 
 
-def _listed(folder: str) -> tuple[list[str], list[str]]:
-    """The names of the folders in it and of the rest, sorted; a link is what it leads to."""
+def _listed(folder: str, root: Path | None) -> tuple[list[str], list[str]]:
+    """The names of the folders in it and of the rest, sorted; a link is what it leads to.
+
+    root: links may not lead out of it.
+    """
     folders, rest = [], []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 # isdir, since is_dir raises for a link that leads to itself.
                 is_link = entry.is_symlink()
+                if is_link and root is not None and os.path.exists(entry.path):
+                    _check_link(entry.path, root)
                 if os.path.isdir(entry.path) if is_link else entry.is_dir():
                     folders.append(entry.name)
                     continue
@@ -247,12 +235,23 @@ def _listed(folder: str) -> tuple[list[str], list[str]]:
                 is_image = entry.name.lower().endswith(EXTENSIONS)
                 if is_link and not is_image and not os.path.exists(entry.path):
                     raise UserError(
-                        f"{shown(entry.path)} is a link that leads nowhere; mend it or remove it"
+                        f"{printable(entry.path)} is a link that leads nowhere; mend or remove it"
                     )
                 rest.append(entry.name)
     except OSError as error:
         raise UserError(
-            f"{shown(folder)} cannot be listed: {error.strerror}; let yourself read it, or remove "
-            "it"
+            f"{printable(folder)} cannot be listed: {error.strerror}; let yourself read it, or "
+            "remove it"
         ) from None
     return sorted(folders), sorted(rest)
+
+
+def _check_link(link: str, root: Path) -> None:
+    try:
+        contained(root, os.path.relpath(link, root))
+    except UserError:
+        raise UserError(
+            f"{printable(link)} is a link that leads out of {printable(str(root))}, to "
+            f"{printable(os.path.realpath(link))}; if the links are of your own making, give "
+            "--follow-links"
+        ) from None

@@ -1,11 +1,8 @@
 """manifest.json: what the shards of a folder hold, said explicitly, never guessed from shapes."""
 
-import hashlib
-import json
 import math
 import os
 import re
-import socket
 from pathlib import Path
 from typing import Literal
 
@@ -22,16 +19,20 @@ from pydantic import (
 
 from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError
+from diffmoe.files import read_json, replacing
 
 FILE_NAME = "manifest.json"
 
-# "pipe:..." runs a command; "file:" is a path; http:, gs:, hf: ... are opened by webdataset.
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:")
+# "pipe:..." is a command, gs:, hf:, scp: and all others may start one: these two do not.
+_HTTP = re.compile(r"https?:")
+# What a command may get in the place of {}: nothing that a shell or an option parser reads.
+_SAFE_NAME = re.compile(r"(?!-)[\w./+=@%,-]+", re.ASCII)
 
 
 class Shard(BaseModel):
-    """One tar file: its name (a path relative to the manifest's folder, or a URL), counts and
-    checksum.
+    """One tar file: its name (a path relative to the manifest's folder, or an http URL), counts
+    and checksum.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -92,7 +93,8 @@ class Manifest(BaseModel):
     pixel_range: the numbers that the autoencoder takes for black and white.
     skipped: what the packing left out, each with the reason.
     location: where the shards are, when they are not beside the manifest: a folder, or a URL with
-        {} for the shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -".
+        {} for the shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -". What starts a
+        program is read only where the command line allows it (data.allow_commands=true).
     text: of samples with captions.
     """
 
@@ -194,8 +196,17 @@ class Manifest(BaseModel):
         return (channels if self.content == "sample" else 2 * channels, height, width)
 
     def address(self, directory: str | Path, shard: Shard) -> str:
-        """The path or URL of a shard; paths are absolute, `file:` URLs become paths."""
+        """The path or URL of a shard; paths are absolute, `file:` URLs become paths.
+
+        Raises UserError for a name that is a command, or that would become part of one.
+        """
         place = shard.name
+        in_command = self.location is not None and starts_program(self.location)
+        if starts_program(place) or (in_command and not _SAFE_NAME.fullmatch(place)):
+            raise UserError(
+                f"{Path(directory) / FILE_NAME}: the shard name {place!r} would run as a command; "
+                "names are plain, and what starts a program stands in location alone"
+            )
         if self.location is not None and not _URL.match(place):
             place = (
                 self.location.replace("{}", place)
@@ -217,31 +228,22 @@ class Manifest(BaseModel):
                 f"data folder {directory} does not exist; set data.path to a folder of shards, or "
                 "make one, for example: python tools/prepare_data.py mnist --out data/mnist"
             )
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not file.exists():
             raise UserError(
                 f"{file} is missing: {directory} is no data folder, or its packing was cut short; "
                 "pack the data again (tools/prepare_data.py --help)"
-            ) from None
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON ({error}); pack the data again") from None
+            )
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate(read_json(file))
         except ValidationError as error:
             problems = "; ".join(describe(problem) for problem in error.errors())
             raise UserError(f"{file}: {problems}. Mend these or pack the data again") from None
 
     def save(self, directory: str | Path) -> None:
         """Write `directory`/manifest.json: whole or not at all."""
-        file = Path(directory) / FILE_NAME
         # Several ranks may finish a packing together: equal contents, but files of their own.
-        temporary = file.with_name(f"{FILE_NAME}.{socket.gethostname()}-{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(self.model_dump_json(indent=1) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        with replacing(Path(directory) / FILE_NAME) as stream:
+            stream.write(self.model_dump_json(indent=1).encode() + b"\n")
 
     def check(
         self, directory: str | Path, lanes: int | None = None, max_bad_shards: int = 0
@@ -343,17 +345,13 @@ def _problem(path: Path, shard: Shard) -> str | None:
 
 
 def is_url(address: str) -> bool:
-    """Whether a shard's address must be opened by webdataset, and not as a file."""
+    """Whether a shard's address is not a file's."""
     return _URL.match(address) is not None
 
 
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def starts_program(address: str) -> bool:
+    """Whether reading a shard there may start a program on this machine."""
+    return is_url(address) and not address.startswith("file:") and not _HTTP.match(address)
 
 
 def describe(problem: dict) -> str:

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import numpy as np
 import webdataset
 
 from diffmoe.data.captions import Captions, check_captions, feature_arrays, txt_member
-from diffmoe.data.manifest import FILE_NAME, Manifest, Shard, sha256_of
+from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.data.numbers import numpy_types, restored
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of, temporary_name
 
 # webdataset splits a member's name at the first dot, and skips names in double underscores.
 _KEY = re.compile(r"(?!__)[^\s./][^\s.]*")
@@ -35,7 +35,7 @@ class ShardFile:
         self.path, self.manifest = path, manifest
         self._keys: set[str] = set()
         # A name of this process alone: nobody else writes to the file, whatever was started twice.
-        self._temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+        self._temporary = temporary_name(path)
         self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed in close and abandon)
         self._tar = webdataset.TarWriter(
             self._file, user="diffmoe", group="diffmoe", mode=0o644, mtime=0, encoder=False

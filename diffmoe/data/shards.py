@@ -3,14 +3,16 @@
 import atexit
 import math
 import multiprocessing
-import os
 import pickle
 import signal
 import sys
+import threading
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from diffmoe.data.lane import Lane
 from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.reading import unreadable
+from diffmoe.ending import end_process
 from diffmoe.errors import UserError
 from diffmoe.models.conditioning import Text
 from diffmoe.seeding import keyed_generator
@@ -254,20 +257,23 @@ def _tell(message: str) -> None:
 
 
 def _start_worker(closing, index: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the trainer: it still needs data to finish its step.
+    """Leave signals to the trainer: it still needs data to finish its step; end when it has gone.
 
     Launchers signal the whole process group (torchrun, srun), so without this the workers die
     first. A SIGTERM while the stream closes is DataLoader's own and is obeyed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _leave() if closing.value else None)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: end_process(0) if closing.value else None)
+    # DataLoader's own look at the trainer waits until a batch is taken, which nobody does then.
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     Finalize(None, end_commands, exitpriority=0)  # atexit is not for processes like this
     torch.set_num_threads(1)
 
 
-def _leave() -> None:
-    end_commands()
-    os._exit(0)
+def _end_with(trainer: BaseProcess) -> None:
+    trainer.join()
+    end_process(0)
 
 
 def _as_is(chunk: Chunk | UserError | bytes) -> Chunk | UserError | bytes:

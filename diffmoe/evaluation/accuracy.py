@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
 from diffmoe.evaluation.digits import digit_classifier
 from diffmoe.evaluation.extractors import import_function, open_torchscript
 from diffmoe.evaluation.image_sets import ImageSet, batches
+from diffmoe.files import sha256_of
 
 # uint8 images (n, H, W, C) to labels (n,).
 Classify = Callable[[np.ndarray], np.ndarray]

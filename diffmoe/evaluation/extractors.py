@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 
 DEFAULT = "efficientnet_lite0@224"
 INCEPTION = "inception-2015-12-05"

@@ -10,13 +10,14 @@ import torch
 
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.data.decoding import WHITE, Color
-from diffmoe.data.images import EXTENSIONS, image_files, read_image, shown
+from diffmoe.data.images import EXTENSIONS, image_files, read_image
 from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
-from diffmoe.evaluation.npz_files import npz_header, npz_rows
 from diffmoe.inference.generation import MANIFEST, shard_arrays
+from diffmoe.npz_files import npz_header, npz_rows
+from diffmoe.redaction import printable
 
 
 class Part(NamedTuple):
@@ -189,8 +190,11 @@ def _shards(folder: Path) -> ImageSet:
 
 
 def _files(folder: Path, background: Color) -> ImageSet:
-    """Image files below a folder, by name; where all lie in subfolders, these are the classes."""
-    files = sorted(Path(file) for file in image_files(folder))
+    """Image files below a folder, by name; where all lie in subfolders, these are the classes.
+
+    Links are followed wherever they lead: nothing but figures comes of it.
+    """
+    files = sorted(Path(file) for file in image_files(folder, follow_links=True))
     if not files:
         raise UserError(f"{folder} holds no images ({' '.join(EXTENSIONS)}), shards or samples")
     names = sorted({file.relative_to(folder).parts[0] for file in files})
@@ -222,10 +226,10 @@ def _read(file: Path, background: Color) -> np.ndarray | str:
 def _unreadable(folder: Path, files: list[Path], first: int, background: Color) -> UserError:
     """What is said of bad images: of all at once, since figures need every one mended."""
     found = ((file, _read(file, background)) for file in files[first:])
-    bad = [f"{shown(str(file))} ({why})" for file, why in found if isinstance(why, str)]
+    bad = [f"{printable(str(file))} ({why})" for file, why in found if isinstance(why, str)]
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return UserError(
-        f"{len(bad)} of {len(files)} images of {shown(str(folder))} cannot be read: "
+        f"{len(bad)} of {len(files)} images of {printable(str(folder))} cannot be read: "
         f"{', '.join(bad[:3])}{more}; mend or remove them"
     )
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from diffmoe.checkpoints.folder import complete, names
 from diffmoe.config import Config
-from diffmoe.conversion.opening import open_network, verify, weights_of
+from diffmoe.conversion.opening import open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scenes import load_truth
@@ -51,8 +51,6 @@ def sample_model(
     made.
     prompts_for: what a text model of a configuration is asked for.
     """
-    if ranks.rank == 0:
-        verify(model)
     weights = weights_of(model, weights)
     snapshot = open_network(model, weights, topology, device)
     network, config = snapshot.network, snapshot.config
@@ -117,7 +115,7 @@ def check_judges(
 def snapshots(run: Path) -> list[Path]:
     """A run's averages, oldest first: of each step its ema-* folder, or else its checkpoint."""
     by_step = {name.partition("-")[2]: run / name for name in names(run)}
-    by_step |= {path.name.partition("-")[2]: path for path in run.glob("ema-*")}
+    by_step |= {name.partition("-")[2]: run / name for name in names(run, "ema")}
     if not by_step:
         raise UserError(f"{run} holds no snapshots ema-* or step-*; give a run's folder")
     return [complete(by_step[step]) for step in sorted(by_step)]

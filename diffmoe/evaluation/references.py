@@ -13,9 +13,8 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.extractors import Extractor
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.moments import Gaussian
-from diffmoe.evaluation.npz_files import npz_header
 from diffmoe.evaluation.summary import summarise
-from diffmoe.resumable import write_npz
+from diffmoe.npz_files import npz_header, write_npz
 
 # For precision, recall and KID; as many as the ImageNet reference of ADM holds.
 KEPT_FEATURES = 10_000

@@ -107,11 +107,11 @@ def _common(images: ImageSet) -> dict[str, Any]:
     }
 
 
-def append(file: Path, result: dict[str, Any]) -> None:
-    """Add a line, on the disk when this returns."""
+def append(file: Path, *results: dict[str, Any]) -> None:
+    """Add a line for each, in one write, on the disk when this returns."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(result, allow_nan=False) + "\n")
+        stream.write("".join(json.dumps(result, allow_nan=False) + "\n" for result in results))
         stream.flush()
         os.fsync(stream.fileno())
 

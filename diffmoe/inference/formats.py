@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from diffmoe.errors import UserError
+from diffmoe.files import temporary_name
 from diffmoe.inference.generation import shard_arrays
-from diffmoe.resumable import temporary_name
 
 
 def write_png(folder: Path) -> Path:

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from diffmoe.config import Config
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 from diffmoe.inference.capacity import CapacityByTime, merged
 from diffmoe.inference.images import Decode, sample_images
 from diffmoe.inference.prompts import Prompts
@@ -28,7 +28,8 @@ from diffmoe.inference.sampling import SamplingSettings, check_sampling
 from diffmoe.inference.sharing import equal_share
 from diffmoe.inference.thresholds import hash_of
 from diffmoe.models.dit import DiT
-from diffmoe.resumable import Ranks, Records, remove_torn, writable, write_json_once, write_npz
+from diffmoe.npz_files import write_npz
+from diffmoe.resumable import Ranks, Records, remove_torn, writable, write_json_once
 from diffmoe.seeding import keyed_generator
 
 MANIFEST = "samples.json"

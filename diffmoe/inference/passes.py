@@ -5,6 +5,7 @@ from operator import itemgetter
 
 from diffmoe.config import Config
 from diffmoe.data.examples import Examples, micro_batches
+from diffmoe.data.fetching import Fetch
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.shards import LatentStream
 from diffmoe.diffusion import create_objective
@@ -44,6 +45,8 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
         seed=seed,
         workers=0,
         captions=config.model.text is not None,
+        # Of a run that came from elsewhere no cache is taken over, in which old shards are removed.
+        fetch=Fetch(allow_commands=config.data.allow_commands),
     )
     clock, missing = 0, samples
     for latents in stream:

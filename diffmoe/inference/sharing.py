@@ -1,11 +1,13 @@
 """Ranks of a tool that hold the experts together."""
 
+import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from diffmoe.errors import UserError
+from diffmoe.parallel.rendezvous import meet
 from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.resumable import Ranks
 
@@ -35,5 +37,10 @@ def share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> T
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Ranks wait while one of them judges what all have made.
-    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    # srun sets names of its own.
+    os.environ |= {"RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.world)}
+    store, rank, world = meet()
+    timeout = timedelta(hours=12)
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return create_topology(expert_parallel)

@@ -13,8 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffmoe.errors import UserError
+from diffmoe.files import write_json
 from diffmoe.models.dit import DiT
-from diffmoe.resumable import write_json
 
 FILE_NAME = "thresholds.json"
 

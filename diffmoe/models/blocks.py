@@ -27,30 +27,54 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, optionally with normalised queries and keys, rotary positions."""
+class SwiGLU(nn.Module):
+    """Three matrices, no biases, as the experts of that activation have."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def dense_mlp(width: int, hidden: int, activation: str) -> MLP | SwiGLU:
+    """activation: gelu or swiglu."""
+    return (SwiGLU if activation == "swiglu" else MLP)(width, hidden)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, optionally with normalised queries and keys, rotary positions.
+
+    head_width: channels of one head; None shares the width out among the heads.
+    """
+
+    def __init__(
+        self, width: int, heads: int, qk_norm: bool, head_width: int | None = None
+    ) -> None:
+        super().__init__()
+        head_width = head_width or width // heads
+        self.heads, self.head_width = heads, head_width
+        self.qkv = nn.Linear(width, 3 * heads * head_width)
+        self.proj = nn.Linear(heads * head_width, width)
+        self.q_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, rotation: Tensor | None, mask_BT: Tensor | None = None
     ) -> Tensor:
         """mask_BT: the tokens to look at; none may be without any."""
-        B, T, D = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads)
+        B, T, _ = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, 3, self.heads, self.head_width)
         query, key, value = (one.transpose(1, 2) for one in qkv.unbind(2))  # (B, heads, T, ...)
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         mask = None if mask_BT is None else mask_BT[:, None, None]
         mixed = F.scaled_dot_product_attention(query, key, value, mask)
-        return self.proj(mixed.transpose(1, 2).reshape(B, T, D))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class Context(NamedTuple):
@@ -63,23 +87,23 @@ class Context(NamedTuple):
 class CrossAttention(nn.Module):
     """Queries of the image tokens over keys and values of the context."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, head_width: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.heads, self.head_width = heads, head_width
+        self.q = nn.Linear(width, heads * head_width)
+        self.kv = nn.Linear(width, 2 * heads * head_width)
+        self.proj = nn.Linear(heads * head_width, width)
+        self.q_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
 
     def forward(self, x_BTD: Tensor, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        (B, T, D), L = x_BTD.shape, tokens_BLD.shape[1]
-        query = self.q(x_BTD).view(B, T, self.heads, D // self.heads).transpose(1, 2)
-        kv = self.kv(tokens_BLD).view(B, L, 2, self.heads, D // self.heads)
+        (B, T, _), L = x_BTD.shape, tokens_BLD.shape[1]
+        query = self.q(x_BTD).view(B, T, self.heads, self.head_width).transpose(1, 2)
+        kv = self.kv(tokens_BLD).view(B, L, 2, self.heads, self.head_width)
         key, value = (one.transpose(1, 2) for one in kv.unbind(2))  # (B, heads, L, ...)
         query, key = self.q_norm(query), self.k_norm(key)
         mixed = F.scaled_dot_product_attention(query, key, value, mask_BL[:, None, None])
-        return self.proj(mixed.transpose(1, 2).reshape(B, T, D))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def rotary_angles(grid: int, head_width: int) -> Tensor:
@@ -143,17 +167,18 @@ class Block(nn.Module):
         self,
         width: int,
         heads: int,
+        head_width: int,
         qk_norm: bool,
         feed_forward: nn.Module,
         cross_attention: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attention = Attention(width, heads, qk_norm)
+        self.attention = Attention(width, heads, qk_norm, head_width)
         self.norm_cross = self.cross_attention = None
         if cross_attention:
             self.norm_cross = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-            self.cross_attention = CrossAttention(width, heads, qk_norm)
+            self.cross_attention = CrossAttention(width, heads, qk_norm, head_width)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.feed_forward = feed_forward
         self.adaln = nn.Linear(width, 6 * width)
@@ -173,7 +198,7 @@ class Block(nn.Module):
             x_BTD = maybe_checkpoint(self.checkpointing, self._look, x_BTD, *context)
         shift, scale, gate = modulation[3:]
         h_BTD = modulate(self.norm2(x_BTD), shift, scale)
-        if isinstance(self.feed_forward, MLP):
+        if isinstance(self.feed_forward, MLP | SwiGLU):
             h_BTD, decided = maybe_checkpoint(self.checkpointing, self.feed_forward, h_BTD), None
         else:
             h_BTD, decided = self.feed_forward(h_BTD)

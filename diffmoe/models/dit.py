@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models.blocks import (
-    MLP,
     Block,
     TimestepEmbedder,
+    dense_mlp,
     grid_positions,
     modulate,
     rotary_angles,
@@ -67,6 +67,7 @@ class DiT(nn.Module):
             Block(
                 model.width,
                 model.heads,
+                model.width_of_head,
                 model.qk_norm,
                 self._feed_forward(index),
                 cross_attention=model.text is not None,
@@ -77,14 +78,15 @@ class DiT(nn.Module):
         self.final_adaln = nn.Linear(model.width, 2 * model.width)
         self.final = nn.Linear(model.width, model.patch_size**2 * self.out_channels)
         self.register_buffer("positions", grid_positions(model.width, self.grid), persistent=False)
-        rotation = rotary_angles(self.grid, model.width // model.heads) if model.rope else None
+        rotation = rotary_angles(self.grid, model.width_of_head) if model.rope else None
         self.register_buffer("rotation", rotation, persistent=False)
 
     def _feed_forward(self, block: int) -> nn.Module:
         is_moe = self.moe_config.type != "dense" and (self.moe_config.every_block or block % 2)
         if is_moe:
             return MoEFeedForward(self.config, self.moe_config, self.topology)
-        return MLP(self.config.width, int(self.config.width * self.config.mlp_ratio))
+        model = self.config
+        return dense_mlp(model.width, int(model.width * model.mlp_ratio), model.mlp_activation)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> DiTOutput:
         """x (B, C, H, W) noisy latents, t (B,).
@@ -206,6 +208,8 @@ class DiT(nn.Module):
             tensor.zero_()
         elif leaf == "router":
             _fill_normal(tensor, self.moe_config.router_init_std, generator)
+        elif ".experts." in name and self.moe_config.expert_init_std is not None:
+            _fill_normal(tensor, self.moe_config.expert_init_std, generator)
         elif name.startswith(_EMBEDDINGS):
             _fill_normal(tensor, 0.02, generator)
         elif name.startswith(_TEXT_EMBEDDINGS):

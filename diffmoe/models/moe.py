@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models import routing
-from diffmoe.models.blocks import MLP, maybe_checkpoint
+from diffmoe.models.blocks import dense_mlp, maybe_checkpoint
 from diffmoe.models.capacity import CapacityPredictor, capacity_loss
 from diffmoe.models.experts import Experts
 from diffmoe.models.routing import Assignment
@@ -48,7 +48,11 @@ class MoEFeedForward(nn.Module):
             CapacityPredictor(model.width, moe.experts) if moe.type == "diffmoe" else None
         )
         self.shared_expert = (
-            MLP(model.width, int(model.width * moe.shared_expert_ratio))
+            dense_mlp(
+                model.width,
+                int(model.width * moe.shared_expert_ratio),
+                moe.shared_expert_activation,
+            )
             if moe.shared_expert_ratio
             else None
         )

@@ -12,12 +12,15 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def own_device(device: str) -> torch.device:
+def own_device(device: str | None) -> torch.device:
     """A device by name; `cuda` alone is this rank's GPU, by torchrun's or srun's local rank.
+
+    None: cuda where there is one, else cpu.
 
     On a GPU fp32 products take TF32, as the paper trains; on a CPU freed memory is kept for the
     next tensors. Raises UserError for a device that is not there.
     """
+    device = device or default_device()
     try:
         chosen = torch.device(device)
     except RuntimeError:

@@ -45,10 +45,13 @@ def _checkpointed(layout: Layout) -> tuple[int, int, int, int]:
     """What self- and cross-attention, a dense and an MoE feed-forward save, or compute again."""
     model, moe = layout.config.model, layout.config.moe
     S, D, a = layout.tokens, model.width, layout.element
-    dense = 2 * S * int(D * model.mlp_ratio) * a if layout.moe_layers < model.depth else 0
+    dense = 0
+    if layout.moe_layers < model.depth:
+        dense = _hidden(model.mlp_activation) * S * int(D * model.mlp_ratio) * a
     mixture = 0
     if layout.moe_layers:
-        mixture = _mixture(layout) + 2 * S * int(D * moe.shared_expert_ratio) * a
+        shared = _hidden(moe.shared_expert_activation) * S * int(D * moe.shared_expert_ratio) * a
+        mixture = _mixture(layout) + shared
     cross = 0 if model.text is None else text.cross_attention_bytes(layout)
     return _attention(layout), cross, dense, mixture
 
@@ -56,14 +59,15 @@ def _checkpointed(layout: Layout) -> tuple[int, int, int, int]:
 def _attention(layout: Layout) -> int:
     model = layout.config.model
     S, D, a = layout.tokens, model.width, layout.element
+    inner = model.heads * model.width_of_head
     # Norm 1's output and statistics, modulated tokens, query, key and value, mixed, projected.
-    elements = 7 * S * D
+    elements = 3 * S * D + 4 * S * inner
     statistics = 2 * S * F32 + S * model.heads * F32  # and the softmax's, one a row
     if model.qk_norm:  # the normalised ones beside the others
-        elements += 2 * S * D
+        elements += 2 * S * inner
         statistics += 2 * S * model.heads * F32
     if model.rope:  # turned ones
-        elements += 2 * S * D
+        elements += 2 * S * inner
     return elements * a + statistics
 
 
@@ -72,9 +76,14 @@ def _mixture(layout: Layout) -> int:
     config = layout.config
     N, D, a = layout.rows, config.model.width, layout.element
     H = int(D * config.moe.expert_ratio)
-    hidden = 4 if config.moe.activation == "swiglu" else 2
+    hidden = _hidden(config.moe.activation)
     # Rows, hidden before and after the activation, the experts' output; token numbers, flat.
     return N * (2 * D + hidden * H) * a + N * (INT64 + a)
+
+
+def _hidden(activation: str) -> int:
+    """Hidden tensors of an MLP that autograd saves: before and after the activation."""
+    return 4 if activation == "swiglu" else 2
 
 
 def _decided(layout: Layout) -> int:

@@ -7,33 +7,9 @@ from diffmoe.errors import UserError
 from diffmoe.planning.activations import activation_bytes
 from diffmoe.planning.flops import step_flops
 from diffmoe.planning.layouts import Layout
+from diffmoe.planning.machine import Machine
 from diffmoe.planning.memory import Memory, memory, partition
 from diffmoe.planning.traffic import Collective, traffic
-
-
-@dataclass(frozen=True)
-class Machine:
-    """One GPU and its links. The defaults are an H100 with NVLink, and 400 Gbit/s of network a GPU.
-
-    memory: bytes. flops_*: what products reach, operations a second: 40 % of the card's sheet.
-    within, between, device: bytes a second that reach a GPU from its node's others, from other
-    nodes, and from its own memory.
-    """
-
-    memory: float = 80e9
-    flops_bf16: float = 0.4 * 989e12
-    flops_fp32: float = 0.4 * 495e12
-    within: float = 300e9
-    between: float = 40e9
-    device: float = 2.5e12
-
-    def assumptions(self) -> str:
-        return (
-            f"assumed: products reach {self.flops_bf16 / 1e12:.0f} TFLOP/s in bf16 and "
-            f"{self.flops_fp32 / 1e12:.0f} in fp32 (TF32); a GPU gets {self.within / 1e9:.0f} GB/s "
-            f"inside its node and {self.between / 1e9:.0f} between nodes, {self.device / 1e12:g} "
-            "TB/s from its own memory; nothing overlaps; no time for kernel launches and data"
-        )
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,25 @@ def step_flops(layout: Layout) -> int:
 def _computed_again(layout: Layout) -> int:
     model = layout.config.model
     S, D, T = layout.tokens, model.width, layout.tokens_per_sample
-    attention = model.depth * (2 * S * D * 4 * D + 4 * S * T * D)
+    inner = model.heads * model.width_of_head
+    attention = model.depth * (2 * S * D * 4 * inner + 4 * S * T * inner)
     if model.text is not None:
         attention += model.depth * text.cross_attention_again(layout)
-    # torch stops when it has all that was saved: the dense MLP's second product is not among it.
-    return attention + _dense_layers(layout) // 2 + _mixtures(layout)
+    # torch stops when it has all that was saved: the dense MLP's last product is not among it.
+    matrices = _matrices(model.mlp_activation)
+    return attention + _dense_layers(layout) * (matrices - 1) // matrices + _mixtures(layout)
 
 
 def _dense_layers(layout: Layout) -> int:
     model = layout.config.model
+    per_token = 2 * _matrices(model.mlp_activation) * model.width
     hidden = int(model.width * model.mlp_ratio)
-    return (model.depth - layout.moe_layers) * 4 * layout.tokens * model.width * hidden
+    return (model.depth - layout.moe_layers) * layout.tokens * per_token * hidden
+
+
+def _matrices(activation: str) -> int:
+    """Of an MLP."""
+    return 3 if activation == "swiglu" else 2
 
 
 def _mixtures(layout: Layout) -> int:
@@ -48,9 +56,9 @@ def _mixtures(layout: Layout) -> int:
 def mixture_flops(layout: Layout) -> int:
     """Of the experts of one MoE layer, the shared one included, forward."""
     moe, S, D = layout.config.moe, layout.tokens, layout.config.model.width
-    matrices = 3 if moe.activation == "swiglu" else 2
-    experts = matrices * 2 * layout.rows * D * int(D * moe.expert_ratio)
-    return experts + 4 * S * D * int(D * moe.shared_expert_ratio)
+    experts = _matrices(moe.activation) * 2 * layout.rows * D * int(D * moe.expert_ratio)
+    shared = _matrices(moe.shared_expert_activation) * 2 * S * D * int(D * moe.shared_expert_ratio)
+    return experts + shared
 
 
 def router_products(layout: Layout) -> list[tuple[int, bool]]:
@@ -70,18 +78,19 @@ def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
     S, B, D, T = layout.tokens, layout.micro_batch, model.width, layout.tokens_per_sample
     patch = model.patch_size**2 * model.in_channels
     out = patch * (2 if model.learn_sigma else 1)
+    inner = model.heads * model.width_of_head
     products = [
         (2 * S * patch * D, False),
         (2 * B * 256 * D, False),
         (2 * B * D * D, True),
-        (model.depth * 2 * S * D * 4 * D, True),
+        (model.depth * 2 * S * D * 4 * inner, True),
         (model.depth * 2 * B * D * 6 * D, True),
         (_dense_layers(layout) + _mixtures(layout), True),
         (2 * B * D * 2 * D, True),
         (2 * S * D * out, True),
         *((layout.moe_layers * work, has_input) for work, has_input in router_products(layout)),
     ]
-    attention = model.depth * 4 * S * T * D
+    attention = model.depth * 4 * S * T * inner
     if model.text is not None:
         cross, looks = text.cross_attention_flops(layout)
         embedding, reads = text.embedding_flops(layout)

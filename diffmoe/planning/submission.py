@@ -9,8 +9,9 @@ from diffmoe.checkpoints import folder
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
-from diffmoe.planning.estimate import Machine, Plan, plan
+from diffmoe.planning.estimate import Plan, plan
 from diffmoe.planning.layouts import Layout
+from diffmoe.planning.machine import Machine
 from diffmoe.planning.memory import MASTER, averages
 from diffmoe.training import initial
 from diffmoe.training.resume import check_configuration

@@ -12,16 +12,18 @@ F32, INT64 = 4, 8
 
 def cross_attention_flops(layout: Layout) -> tuple[int, int]:
     """(products, attention's two) of one block's forward."""
-    S, D = layout.tokens, layout.config.model.width
-    places = layout.micro_batch * layout.config.model.text.length
-    products = 2 * S * D * 2 * D + 2 * places * D * 2 * D
-    return products, 4 * S * layout.config.model.text.length * D
+    model, S = layout.config.model, layout.tokens
+    inner, length = model.heads * model.width_of_head, model.text.length
+    products = 4 * (S + layout.micro_batch * length) * model.width * inner
+    return products, 4 * S * length * inner
 
 
 def cross_attention_again(layout: Layout) -> int:
     """What checkpointing computes again: torch stops before the output's product."""
     products, attention = cross_attention_flops(layout)
-    return products - 2 * layout.tokens * layout.config.model.width**2 + attention
+    model = layout.config.model
+    last = 2 * layout.tokens * model.width * model.heads * model.width_of_head
+    return products - last + attention
 
 
 def embedding_flops(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
@@ -42,11 +44,12 @@ def cross_attention_bytes(layout: Layout) -> int:
     model = layout.config.model
     S, D, a = layout.tokens, model.width, layout.element
     places = layout.micro_batch * model.text.length
+    inner = model.heads * model.width_of_head
     # The normalised tokens, query, key and value, mixed.
-    elements = 3 * S * D + 2 * places * D
+    elements = S * D + 2 * (S + places) * inner
     statistics = 2 * S * F32 + S * model.heads * F32
     if model.qk_norm:
-        elements += S * D + places * D
+        elements += (S + places) * inner
         statistics += (S + places) * model.heads * F32
     return elements * a + statistics
 

@@ -42,6 +42,7 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     else:
         values = _recipe(name_or_path)
         source = f"recipe {name_or_path}"
+    _refuse_code(values, source)
     values.setdefault("output", f"runs/{Path(name_or_path).stem}")
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -52,6 +53,23 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r} is not valid YAML: {error}") from None
     return validated(values, source)
+
+
+def _refuse_code(values: dict[str, Any], source: str) -> None:
+    """A file may have come with somebody's model: what runs code is given by hand alone."""
+    data, evaluation = (values.get(name) for name in ("data", "evaluation"))
+    given = []
+    if isinstance(data, dict) and data.get("allow_commands"):
+        given.append("data.allow_commands=true")
+    for key in ("extractor", "classifier"):
+        value = evaluation.get(key) if isinstance(evaluation, dict) else None
+        if isinstance(value, str) and ":" in value:
+            given.append(f"evaluation.{key}={value}")
+    if given:
+        raise UserError(
+            f"{source}: {given[0]} runs code of this machine's choosing, and is taken from the "
+            f"command line alone: take it out of the file and give {given[0]}"
+        )
 
 
 def _recipe(name: str) -> dict[str, Any]:

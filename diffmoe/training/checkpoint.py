@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.checkpoints.folder import read_about, reading
@@ -33,14 +34,16 @@ def describe(
     config: Config,
     manifest: Manifest,
     clock: dict[str, int],
+    origin: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """run.json: all that is no tensor."""
+    """run.json: all that is no tensor. origin: where --resume PATH began this run (resume.py)."""
     return {
         "clock": clock,
         "optimizer_steps": _optimizer_steps(engine),
         "config": config.model_dump(mode="json"),
-        # What the latents are, so that samples can be decoded without the data.
-        "latents": manifest.model_dump(mode="json", exclude={"shards"}),
+        # What the latents are, so that samples can be decoded without the data. A location may hold
+        # passwords, and is of this machine.
+        "latents": manifest.model_dump(mode="json", exclude={"shards", "location"}),
         "shards_sha256": shards_sha256(manifest),
         "saved_by": {
             "world": network.topology.world,
@@ -48,6 +51,7 @@ def describe(
             "deepspeed": deepspeed.__version__,
             "python": platform.python_version(),
         },
+        **({} if origin is None else {"origin": origin}),
     }
 
 
@@ -88,6 +92,14 @@ def load(
     engine.optimizer.update_lp_params()
     engine.global_steps = about["clock"]["step"]
     return about["clock"]
+
+
+def all_finite(ema: EMA) -> bool:
+    """Whether the weights and averages of all ranks are finite; every rank calls it."""
+    tensors = [*ema.masters, *(part for average in ema.averages.values() for part in average)]
+    bad = torch.stack([~tensor.isfinite().all() for tensor in tensors]).any().double()
+    dist.all_reduce(bad)
+    return not bad.item()
 
 
 def restored(checkpoint: Path, network: DiT, state: dict[str, Tensor]) -> str:

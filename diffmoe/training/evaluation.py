@@ -27,11 +27,13 @@ from diffmoe.inference.prompts import Prompts, asked, encoder_of, read_captions
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.sharing import equal_share
 from diffmoe.models.dit import DiT
+from diffmoe.training import history
+from diffmoe.training.due import EVALUATION, clock_of_live
 from diffmoe.training.ema import EMA
+from diffmoe.training.lease import Lease
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.telemetry import Telemetry
 
-FOLDER = "evaluation"
 # How many of the images are kept to look at.
 SHOWN = 64
 
@@ -77,10 +79,12 @@ class LiveEvaluation:
         device: torch.device,
         stop: StopRequest,
         telemetry: Telemetry,
+        lease: Lease,
     ) -> None:
         self.config, self.network, self.engine, self.ema = config, network, engine, ema
         self.device, self.stop, self.telemetry = device, stop, telemetry
-        self.folder = Path(config.output) / FOLDER
+        self.lease = lease
+        self.folder = Path(config.output) / EVALUATION
         self.settings = _settings(config)
         self.prompts = _prompts(config, device)
         choices = config.model.num_classes if self.prompts is None else len(self.prompts)
@@ -88,6 +92,12 @@ class LiveEvaluation:
         self.decode = autoencoder_of(manifest.model_dump(), device).decode
         self.weights = next(iter(reversed(ema.averages)), "live")
         self._judges: list[Any] | None = None
+
+    def forget_after(self, samples: int) -> None:
+        """After a resume the evaluations past the checkpoint come again, so drop their results."""
+        if self.network.topology.rank == 0:
+            file = self.folder / results.FILE_NAME
+            history.keep(file, lambda result: (clock_of_live(result) or 0) <= samples)
 
     def run(self, clock: dict[str, int]) -> None:
         """Every rank calls it. Given up if any rank is asked to stop meanwhile."""
@@ -170,12 +180,12 @@ class LiveEvaluation:
                 "ranks": network.topology.world,
             },
         }
+        self.lease.check()
         picture = grid(torch.from_numpy(images[:SHOWN]), columns=8)
         self.folder.mkdir(exist_ok=True)
         picture.save(self.folder / f"samples-{clock['step']:08d}.png")
         found = [measure(source) | about for measure in self._measures()]
-        for result in found:
-            results.append(self.folder / results.FILE_NAME, result)
+        results.append(self.folder / results.FILE_NAME, *found)
         values = {name: value for result in found for name, value in result["metrics"].items()}
         self.telemetry.evaluated(clock["samples"], values, picture, time.monotonic() - began)
 

@@ -9,6 +9,7 @@ from diffmoe.config import Config
 from diffmoe.conversion.exported import ExportedModel, is_exported
 from diffmoe.conversion.tensors import account
 from diffmoe.errors import UserError
+from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.zero import owned_ranges
 
@@ -38,9 +39,10 @@ def check(config: Config) -> None:
 @torch.no_grad()
 def load(path: Path, engine: deepspeed.DeepSpeedEngine, network: DiT) -> None:
     """Fill this rank's fp32 masters, the weights and the thresholds. Averages start there too, if
-    they are made afterwards.
+    they are made afterwards. Raises UserError where a file is damaged.
     """
     model = ExportedModel(path)
+    model.verify(cached_sha256)
     for owned in owned_ranges(engine, network, network.expert_parameters()):
         flat = model.read(owned.name).view(-1)
         owned.master.copy_(flat[owned.start : owned.start + len(owned.master)])

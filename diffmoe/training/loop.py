@@ -17,10 +17,13 @@ from diffmoe.data.shards import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import Topology
-from diffmoe.training import checkpoint, initial
+from diffmoe.training import checkpoint, initial, peers
+from diffmoe.training.due import crossed, due
 from diffmoe.training.ema import EMA
 from diffmoe.training.evaluation import LiveEvaluation
+from diffmoe.training.lease import Lease, lost_message
 from diffmoe.training.report import RoutingReport
+from diffmoe.training.resume import Resume
 from diffmoe.training.saver import Saver
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.step import build, losses_of
@@ -45,24 +48,22 @@ def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) 
     return rate
 
 
-def crossed(period: int, before: int, after: int) -> bool:
-    """Whether a multiple of `period` lies in (before, after]."""
-    return after // period > before // period
-
-
 def train(
     config: Config,
     topology: Topology,
     device: torch.device,
     ds_settings: dict[str, Any],
-    resume_from: Path | None,
+    resume: Resume,
     stop: StopRequest,
+    lease: Lease,
+    telemetry: Telemetry,
 ) -> bool:
     """Train until the clock reaches training.total_samples. Returns False if asked to stop before.
 
-    resume_from: a complete checkpoint. A stop finishes the step, saves, and returns.
+    resume: from which complete checkpoint, if any. A stop finishes the step, saves, and returns.
+    lease: of the output. Raises UserError on every rank once another run has taken it over.
     """
-    training = config.training
+    training, resume_from = config.training, resume.checkpoint
     first_rank = topology.rank == 0
     folder = Path(config.output)
 
@@ -83,8 +84,13 @@ def train(
     if resume_from is not None:
         clock = checkpoint.load(resume_from, engine, network, ema)
         samples, step, skipped = clock["samples"], clock["step"], clock["skipped"]
+        if not checkpoint.all_finite(ema):
+            raise UserError(
+                f"{resume_from} holds weights or averages that are not finite; resume an earlier "
+                "checkpoint by its PATH"
+            )
 
-    telemetry = Telemetry(config, folder, samples, active=first_rank)
+    telemetry.begin(samples, fork=bool(resume.aside))
     if resume_from is not None:
         state = checkpoint.pieces(engine, network, ema)
         telemetry.say(checkpoint.restored(resume_from, network, state))
@@ -92,7 +98,7 @@ def train(
         telemetry.say(f"starts from the weights of {training.init}")
     if training.compile:
         telemetry.say("compiling the blocks: the first step takes a minute or more")
-    saver = Saver(engine, network, ema, config, manifest, telemetry.say)
+    saver = Saver(engine, network, ema, config, manifest, telemetry.say, lease, resume.origin)
     data = LatentStream(
         config.data.path,
         manifest,
@@ -104,15 +110,29 @@ def train(
         clock=samples,
         captions=config.model.text is not None,
         max_bad_shards=config.data.max_bad_shards,
-        fetch=Fetch(config.data.cache, config.data.cache_gib, config.data.stall_seconds),
+        fetch=Fetch.of(config.data),
         report=telemetry.say if first_rank else None,
     )
     stream = iter(data)
     evaluation = None
     if training.evaluate_every:
-        evaluation = LiveEvaluation(config, manifest, network, engine, ema, device, stop, telemetry)
+        evaluation = LiveEvaluation(
+            config, manifest, network, engine, ema, device, stop, telemetry, lease
+        )
+        evaluation.forget_after(samples)
+
+    if resume.missed:
+        what = " and ".join(sorted(resume.missed))
+        telemetry.say(f"catching up on what was due at {samples} samples: {what}")
+    if "ema" in resume.missed:
+        saver.begin(clock, "ema")
+        saver.wait()
+    if "evaluation" in resume.missed:
+        with peers.busy("evaluating"):
+            evaluation.run(clock)
 
     while samples < training.total_samples:
+        peers.step_begins(step + 1)
         before, samples = samples, samples + training.batch_size
         logging_now = crossed(config.logging.log_samples, before, samples)
         report = RoutingReport(network) if logging_now else None
@@ -142,12 +162,13 @@ def train(
                 losses[name] = losses[name] + part if name in losses else part
 
         # One collective tells every rank the mean losses, whether any was asked to stop, whether
-        # a save has failed, how many shards all of them could not read, and how routing went.
-        flags = [float(stop.asked), float(saver.failed), float(len(data.bad_shards))]
+        # a save has failed or the output was taken over, how many shards all of them could not
+        # read, and how routing went.
+        flags = [stop.asked, saver.failed, lease.lost, len(data.bad_shards)]
         kth_LE = thresholds.seen()
         told = [
             torch.stack(list(losses.values())),
-            torch.tensor(flags),
+            torch.tensor(flags, dtype=torch.double),
             kth_LE.flatten(),
             report.flat() if report is not None else torch.empty(0),
         ]
@@ -156,9 +177,11 @@ def train(
         means, flags, kth, routed = summed.split([len(part) for part in told])
         kth_LE = (kth / topology.world).to(kth_LE.dtype).view_as(kth_LE)
         # The only wait for the device in a step without metrics, but for the gradient norm.
-        *means, asked, save_failed, bad_shards = torch.cat([means, flags]).tolist()
+        *means, asked, save_failed, lost, bad_shards = torch.cat([means, flags]).tolist()
         means = {name: mean / topology.world for name, mean in zip(losses, means, strict=True)}
         gradient_norm = float(engine.get_global_grad_norm())
+        if lost:
+            raise UserError(lost_message(folder))
         if bad_shards:  # several ranks may have met the same one
             which = data.bad_flags().to(device)
             dist.all_reduce(which)
@@ -207,20 +230,27 @@ def train(
             )
         done = samples >= training.total_samples
         clock = {"samples": samples, "step": step, "skipped": skipped}
-        kinds = []
-        if asked or done or crossed(training.checkpoint_samples, before, samples):
-            kinds.append("step")
-        if training.snapshot_samples and crossed(training.snapshot_samples, before, samples):
-            kinds.append("ema")
+        now_due = due(config, before, samples)
+        if asked:
+            now_due.add("step")
+        kinds = [kind for kind in ("step", "ema") if kind in now_due]
         if kinds:
             saver.begin(clock, *kinds)
         if asked or done or save_failed:
             saver.wait()
         if asked and not done:
+            stopped_by = stop.told()
             break
-        if evaluation is not None and (done or crossed(training.evaluate_every, before, samples)):
-            evaluation.run(clock)
+        if "evaluation" in now_due:
+            with peers.busy("evaluating"):
+                evaluation.run(clock)
 
     telemetry.close()
     engine.destroy()
-    return samples >= training.total_samples
+    if samples >= training.total_samples:
+        return True
+    telemetry.say(
+        f"stopped by {stopped_by} after step {step}, {samples} of {training.total_samples} "
+        "samples; the same command resumes from there"
+    )
+    return False

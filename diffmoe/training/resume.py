@@ -1,6 +1,6 @@
 """Which checkpoint a run goes on from, and whether its configuration may be gone on with."""
 
-import shutil
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,10 @@ from diffmoe.checkpoints import folder
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of, write_atomically
+from diffmoe.parallel.agree import from_first_rank
 from diffmoe.training.checkpoint import shards_sha256
+from diffmoe.training.due import missed
 
 # The network as a function: another one is another run.
 _SHAPE = (
@@ -22,6 +25,7 @@ _SHAPE = (
     "moe.activation",
     "moe.expert_ratio",
     "moe.shared_expert_ratio",
+    "moe.shared_expert_activation",
 )
 # Where it runs and what it tells; the numbers stay (to rounding, on another layout).
 _HARMLESS = (
@@ -49,51 +53,120 @@ _HARMLESS = (
 
 
 class Resume(NamedTuple):
-    """checkpoint: to go on from; None starts afresh. notes: what to tell about it."""
+    """checkpoint: to go on from; None starts afresh. notes: what to tell about it.
+
+    aside: later checkpoints and snapshots of the output, which an older PATH abandons. origin: the
+    PATH that this output once began from, and its checkpoint's checksum, handed on from checkpoint
+    to checkpoint. missed: of ema and evaluation, what was due at this clock and was never done.
+    """
 
     checkpoint: Path | None
     notes: list[str]
+    aside: tuple[Path, ...] = ()
+    origin: dict[str, str] | None = None
+    missed: frozenset[str] = frozenset()
 
 
 def find_checkpoint(config: Config, resume: str, allowed: list[str] | None = None) -> Resume:
     """What to go on from; the same answer on every rank.
 
     resume: `auto` takes the output's newest whole checkpoint and starts afresh where there is
-        none at all; `none` starts only where there is none; a PATH must be whole.
+        none at all; `none` starts only where there is none; a PATH must be whole. Of an output that
+        was already trained on from that PATH, as by a job that was preempted, its newest one.
     allowed: fields in which the configuration may differ although that alters the run.
     Raises UserError where something is there but nothing whole.
     """
     output = Path(config.output)
-    here, leftovers = _from_first_rank((folder.names(output), folder.leftovers(output)))
+    here, leftovers, copies = from_first_rank(
+        (folder.names(output), folder.leftovers(output), folder.copies(output))
+    )
     notes = [f"{path} is what a kill left; it is removed" for path in leftovers]
+    notes += [
+        f"{path} is no checkpoint of this run's, by its name or its clock, and is left alone; "
+        "--resume takes it by its PATH"
+        for path in copies
+    ]
     if resume == "none" and here:
         raise UserError(
             f"--resume none, but output={config.output} holds {here[-1]}; choose another output"
         )
     if resume == "none" or (resume == "auto" and not here):
         return Resume(None, notes)
-    if resume == "auto":
+    aside: list[Path] = []
+    path = Path(resume)
+    going_on = here and (resume == "auto" or _same_place(path, output))
+    if not going_on and from_first_rank(_trained_on(path, output, here, config)):
+        going_on = True
+        notes.append(f"{output} has already been trained on from {path}, and goes on")
+    if going_on:
         checkpoint, passed_over = _newest_whole(output, here)
+        origin = folder.read_about(checkpoint).get("origin")
     else:
-        checkpoint, passed_over = _named(Path(resume), output, here)
+        checkpoint, passed_over = _named(path, output, here)
+        origin = {"path": os.path.realpath(path), "sha256": _identity(checkpoint)}
+        if checkpoint.parent == output:
+            aside = from_first_rank(folder.later(checkpoint))
     notes += passed_over + check_configuration(checkpoint, config, allowed or [])
-    if checkpoint.parent == output:
-        later = _from_first_rank(folder.later(checkpoint))
-        notes += [f"{path} is set aside as abandoned-{path.name}" for path in later]
-    return Resume(checkpoint, notes)
+    notes += [f"{path} is set aside as abandoned-{path.name}" for path in aside]
+    own = checkpoint.parent == output
+    missed_here = from_first_rank(missed(config, checkpoint)) if own else ()
+    return Resume(checkpoint, notes, tuple(aside), origin, frozenset(missed_here))
+
+
+def _trained_on(path: Path, output: Path, here: list[str], config: Config) -> bool:
+    """Whether the output's newest checkpoint comes from PATH by way of this very configuration.
+
+    PATH may be gone by now, or be a run that has newer ones. With another configuration PATH is
+    meant to be begun from once more.
+    """
+    whole = (output / name for name in reversed(here) if not folder.wrong_sizes(output / name))
+    newest = next(whole, None)
+    try:
+        origin = folder.read_about(newest).get("origin") if newest else None
+        if not isinstance(origin, dict):
+            return False
+        if folder.is_checkpoint(path):
+            belongs = origin.get("sha256") == _identity(path)
+        else:
+            belongs = origin.get("path") == os.path.realpath(path)
+        check_configuration(newest, config, [])
+    except UserError:  # damaged, or of another configuration
+        return False
+    return belongs
+
+
+def _identity(checkpoint: Path) -> str:
+    try:
+        return sha256_of(checkpoint / folder.CHECKSUMS)
+    except OSError as error:
+        raise UserError(f"{checkpoint} cannot be read: {error.strerror}") from None
+
+
+def _same_place(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def make_way(config: Config, resume: Resume) -> None:
-    """Remove what kills left, and take what is later than the checkpoint out of the sequence.
+    """Remove what kills left, and take what is abandoned out of the sequence.
 
-    For rank 0, once every rank has looked; it tells the notes.
+    For rank 0, once every rank has looked; it tells the notes. Raises UserError where the folder
+    cannot be written.
     """
     output = Path(config.output)
-    for path in folder.leftovers(output):
-        shutil.rmtree(path, ignore_errors=True)
-    if resume.checkpoint is not None and resume.checkpoint.parent == output:
-        for path in folder.later(resume.checkpoint):
+    try:
+        for path in folder.leftovers(output):
+            folder.remove(path)
+        for path in resume.aside:
             folder.set_aside(path)
+        if resume.checkpoint is not None and resume.checkpoint.parent == output:
+            # A kill may have come before it was written.
+            write_atomically(output / "latest", resume.checkpoint.name)
+        write_atomically(output / "config.yaml", config.to_yaml())
+    except OSError as error:
+        raise UserError(
+            f"output={output} cannot be written: {error.strerror} ({error.filename}); "
+            "choose another output"
+        ) from None
     for note in resume.notes:
         print(f"warning: {note}" if "passed over" in note else note, file=sys.stderr, flush=True)
 
@@ -114,8 +187,8 @@ def _newest_whole(run: Path, found: list[str]) -> tuple[Path, list[str]]:
 
 def _named(path: Path, output: Path, here: list[str]) -> tuple[Path, list[str]]:
     passed_over: list[str] = []
-    if not (path / folder.CHECKSUMS).exists() and folder.names(path):
-        path, passed_over = _newest_whole(path, _from_first_rank(folder.names(path)))
+    if not folder.is_checkpoint(path) and folder.names(path):
+        path, passed_over = _newest_whole(path, from_first_rank(folder.names(path)))
     else:
         path = folder.complete(path)
         if path.name.startswith("ema-"):
@@ -123,7 +196,7 @@ def _named(path: Path, output: Path, here: list[str]) -> tuple[Path, list[str]]:
         problems = _verified_together(path)
         if problems:
             raise UserError(f"{problems[0]}; take an older checkpoint")
-    if path.resolve().parent == output.resolve():
+    if _same_place(path.parent, output):
         path = output / path.name
     elif here:
         raise UserError(
@@ -139,8 +212,8 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
     Returns what differs and is taken; raises UserError with all that is refused.
     """
     about = folder.read_about(checkpoint)
-    there, now = _dotted(about["config"]), _dotted(config.model_dump(mode="json"))
-    defaults = _dotted(Config().model_dump(mode="json"))
+    there, now = dotted(about["config"]), dotted(config.model_dump(mode="json"))
+    defaults = dotted(Config().model_dump(mode="json"))
     known = defaults.keys() | there.keys()
     unknown = [field for field in allowed if field not in known]
     if unknown:
@@ -209,11 +282,12 @@ def _within(field: str, keys: tuple[str, ...]) -> bool:
     return any(field == key or field.startswith(key + ".") for key in keys)
 
 
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one table: {"a": {"b": 1}} is {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= (
-            _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
 
@@ -226,11 +300,3 @@ def _verified_together(checkpoint: Path) -> list[str]:
     everyone: list = [None] * world
     dist.all_gather_object(everyone, folder.verify(checkpoint, rank, world))
     return sorted({problem for problems in everyone for problem in problems})
-
-
-def _from_first_rank(value: Any) -> Any:
-    """What rank 0 sees, where file systems may not show all ranks the same."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
-    return values[0]

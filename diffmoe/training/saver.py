@@ -1,10 +1,8 @@
 """Writes checkpoints behind the training: it waits for a copy of this rank's pieces, no longer."""
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,12 @@ from diffmoe.checkpoints.pieces import Hashes, HostCopy, write
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from diffmoe.files import write_atomically
 from diffmoe.models.dit import DiT
-from diffmoe.training.checkpoint import describe, for_sampling, pieces
+from diffmoe.training.checkpoint import all_finite, describe, for_sampling, pieces
 from diffmoe.training.ema import EMA
+from diffmoe.training.lease import Lease
+from diffmoe.training.peers import COLLECTIVES, busy
 
 
 class Saver:
@@ -38,13 +39,16 @@ class Saver:
         config: Config,
         manifest: Manifest,
         say: Callable[[str], None],
+        lease: Lease,
+        origin: dict[str, str] | None = None,
     ) -> None:
-        """say: tells rank 0's user."""
+        """say: tells rank 0's user. lease: of the folder. origin: see `describe`."""
         self.engine, self.network, self.ema = engine, network, ema
         self.config, self.manifest, self.say = config, manifest, say
+        self.lease, self.origin = lease, origin
         self.folder = Path(config.output)
         self.first = dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        self.group = dist.new_group(backend="gloo", timeout=COLLECTIVES)
         snapshot_precision = {"fp32": torch.float32, "bf16": torch.bfloat16}
         self._copies = {
             "step": HostCopy(),
@@ -59,24 +63,33 @@ class Saver:
         self._problem: str | None = None
 
     def begin(self, clock: dict[str, int], *kinds: str) -> None:
-        """Begin to save; every rank calls it. Raises UserError if an earlier failure is to end it.
+        """Begin to save; every rank calls it. Raises UserError if an earlier failure is to end it,
+        or if the weights are not finite.
 
         kinds: `step` is all that a resume needs, as step-XXXXXXXX; `ema` the averages alone, as
             ema-XXXXXXXX.
         """
         began = time.monotonic()
         if self._thread is not None:
-            self._thread.join()
+            with busy("waiting for a save"):
+                self._thread.join()
         if self.failed:
             self.wait()
         self._problem = None
+        if not all_finite(self.ema):
+            raise UserError(
+                f"weights or averages are not finite after step {clock['step']}, so this step is "
+                f"not saved. Look at {self.folder / 'metrics.jsonl'} for when the loss or the "
+                "gradient norm grew; lower optimizer.learning_rate or set "
+                "optimizer.gradient_clipping, and resume an earlier checkpoint"
+            )
         state = pieces(self.engine, self.network, self.ema)
         chosen = {"step": state, "ema": for_sampling(state)}
         copies = {
             self.folder / f"{kind}-{clock['step']:08d}": self._copies[kind].take(chosen[kind])
             for kind in kinds
         }
-        about = describe(self.engine, self.network, self.config, self.manifest, clock)
+        about = describe(self.engine, self.network, self.config, self.manifest, clock, self.origin)
         arguments = (copies, about, time.monotonic() - began)
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
@@ -89,7 +102,8 @@ class Saver:
     def wait(self) -> None:
         """Until nothing is under way. Raises UserError, on every rank, if the last save failed."""
         if self._thread is not None:
-            self._thread.join()
+            with busy("waiting for a save"):
+                self._thread.join()
             self._thread = None
         if self._problem is not None:
             raise UserError(self._problem)
@@ -116,8 +130,9 @@ class Saver:
         found = folder.names(self.folder)
         self._problem = (
             f"{path} was not saved: {problem}. "
-            + (f"{self.folder / found[-1]} stays the newest; " if found else "")
-            + "free space, or remove older checkpoints and set training.keep_last lower"
+            + (f"{self.folder / found[-1]} stays the newest. " if found else "")
+            + "On a full disk, free space, or remove older checkpoints and set "
+            "training.keep_last lower"
         )
         if self.config.training.save_failure == "continue":
             self.say(
@@ -130,10 +145,12 @@ class Saver:
         torn = folder.temporary(path)
 
         def prepare(_: None) -> None:
-            shutil.rmtree(torn, ignore_errors=True)
+            self.lease.check()
+            folder.remove(torn)
             torn.mkdir(parents=True)
 
         def commit(written: list[Hashes]) -> None:
+            self.lease.check()
             folder.commit(path, about, {k: v for hashes in written for k, v in hashes.items()})
 
         problem = self._on_first_rank(prepare, None)
@@ -147,9 +164,9 @@ class Saver:
             problems = [told for told in everyone or [] if isinstance(told, str)]
             problem = self._on_first_rank(commit, everyone, problems[0] if problems else None)
         if self.first:
-            if problem is not None:
-                shutil.rmtree(torn, ignore_errors=True)
-            elif path.name.startswith("step-"):
+            if problem is not None and not self.lease.lost:
+                folder.remove(torn)
+            elif problem is None and path.name.startswith("step-"):
                 self._tidy(path)
         return problem
 
@@ -170,7 +187,7 @@ class Saver:
         """`latest` and retention: the checkpoint is complete whether these succeed or not."""
         training = self.config.training
         try:
-            folder.write_atomically(self.folder / "latest", newest.name)
+            write_atomically(self.folder / "latest", newest.name)
             folder.prune(self.folder, training.keep_last, training.keep_samples)
         except (OSError, UserError) as error:
             self.say(f"warning: {newest} is complete, but tidying {self.folder} failed: {error}")

@@ -1,24 +1,25 @@
 """From the command line to the loop: process group, checks, output folder, resume."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from diffmoe.checkpoints.folder import write_atomically
 from diffmoe.config import Config
+from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
-from diffmoe.parallel.device import default_device, own_device
+from diffmoe.parallel.device import own_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
-from diffmoe.training import evaluation, initial
+from diffmoe.training import agreement, evaluation, initial
+from diffmoe.training.lease import hold
 from diffmoe.training.loop import train
 from diffmoe.training.peers import Peers, join
 from diffmoe.training.resume import find_checkpoint, make_way
 from diffmoe.training.signals import StopRequest
+from diffmoe.training.telemetry import Telemetry
 
 
 def start(
@@ -40,25 +41,32 @@ def start(
         print(config.to_yaml(), end="")
         return True
     # Before the checks: what machines find may differ, and joined ranks tell a failure once.
-    chosen, peers = _connect(device)
+    chosen, peers = _connect(device, config.parallel.timeout_seconds)
+    options = {
+        "--resume": resume,
+        "--allow-changed": sorted(allow_changed or []),
+        "--device": chosen.type,
+    }
+    agreement.check_settings(config, settings, options)
+    agreement.check_folders(config, resume)
     world = dist.get_world_size()
     config.check_world(world)
     engine_settings(config, settings, world)
     check_data(config)
     initial.check(config)
     evaluation.check(config, Manifest.load(config.data.path))
-    going_on = find_checkpoint(config, resume, allow_changed)
-
-    topology = create_topology(config.parallel.expert_parallel)
-    stop = StopRequest()
-    dist.barrier()  # every rank has looked at the output before the first one writes there
-    if topology.rank == 0:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        make_way(config, going_on)
-        write_atomically(Path(config.output) / "config.yaml", config.to_yaml())
-    finished = train(config, topology, chosen, settings, going_on.checkpoint, stop)
+    with hold(Path(config.output)) as lease:
+        going_on = find_checkpoint(config, resume, allow_changed)
+        topology = create_topology(config.parallel.expert_parallel)
+        stop = StopRequest()
+        dist.barrier()  # every rank has looked at the output before the first one writes there
+        if topology.rank == 0:
+            make_way(config, going_on)
+        telemetry = Telemetry(config, active=topology.rank == 0)
+        finished = train(config, topology, chosen, settings, going_on, stop, lease, telemetry)
     peers.close()
     dist.destroy_process_group()
+    telemetry.finish()  # no rank waits for it, and the exit code is decided
     return finished
 
 
@@ -70,17 +78,18 @@ def check_data(config: Config) -> None:
             "(python tools/prepare_data.py --help makes one)"
         )
     manifest = Manifest.load(config.data.path)
+    check_addresses(config.data.path, manifest, Fetch.of(config.data))
     manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
     manifest.check_model(config.model)
 
 
-def _connect(device: str | None) -> tuple[torch.device, Peers]:
+def _connect(device: str | None, timeout_seconds: float | None) -> tuple[torch.device, Peers]:
     """Join the launcher's process group (or make one of a single process), and pick the device."""
-    chosen = own_device(device or default_device())
+    chosen = own_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # gloo beside nccl: checkpoints gather their plans on the CPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    peers = join(backend, timedelta(minutes=30))
+    peers = join(backend, timeout_seconds)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return chosen, peers

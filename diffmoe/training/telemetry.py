@@ -3,14 +3,10 @@
 import contextlib
 import json
 import math
-import os
 import resource
-import secrets
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,19 +14,29 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffmoe.config import Config
+from diffmoe.training import history
+from diffmoe.training.wandb_run import WandbRun
 
 
 class Telemetry:
     """Speaks on rank 0 only; every method does nothing elsewhere."""
 
-    def __init__(self, config: Config, folder: Path, samples: int, active: bool) -> None:
-        """samples: the clock at the start; lines of metrics.jsonl beyond it are dropped."""
-        self.active = active
-        if not active:
+    def __init__(self, config: Config, active: bool) -> None:
+        self.config, self.active = config, active
+        self.path = Path(config.output) / "metrics.jsonl"
+        self.wandb: WandbRun | None = None
+
+    def begin(self, samples: int, fork: bool = False) -> None:
+        """samples: the clock at the start; lines of metrics.jsonl beyond it are dropped.
+
+        fork: an older checkpoint was resumed although there were newer ones.
+        """
+        if not self.active:
             return
-        self.path = folder / "metrics.jsonl"
+        config = self.config
         self._forget_after(samples)
-        self.wandb = _start_wandb(config, folder) if config.logging.wandb else None
+        if config.logging.wandb:
+            self.wandb = WandbRun(config, samples, fork, self.say)
         self.bar = tqdm(
             total=config.training.total_samples,
             initial=samples,
@@ -70,7 +76,8 @@ class Telemetry:
                 file.write(json.dumps(_strict(values), allow_nan=False) + "\n")
         except OSError as error:  # a full disk costs lines, not the run
             self.say(f"warning: {self.path} lacks the line of {samples} samples: {error}")
-        self._to_wandb(samples, lambda _: _flattened(values))
+        if self.wandb is not None:
+            self.wandb.log(samples, lambda _: _flattened(values))
 
     def evaluated(
         self, samples: int, values: dict[str, float], picture: Image.Image, seconds: float
@@ -81,64 +88,26 @@ class Telemetry:
         self._since += seconds
         told = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
         self.say(f"evaluated at {samples} samples in {seconds:.1f} s: {told}")
-        self._to_wandb(samples, lambda wandb: {**values, "samples": wandb.Image(picture)})
+        if self.wandb is not None:
+            self.wandb.log(samples, lambda wandb: {**values, "images": wandb.Image(picture)})
 
     def close(self) -> None:
-        if not self.active:
-            return
-        self.bar.close()
-        if self.wandb is not None:
-            with contextlib.suppress(Exception):
-                self.wandb.finish()
+        if self.active:
+            self.bar.close()
 
-    def _to_wandb(self, samples: int, values: Callable[[ModuleType], dict[str, Any]]) -> None:
-        """values: given the module, what to log."""
-        if self.wandb is None:
-            return
-        try:
-            import wandb
-
-            self.wandb.log(values(wandb), step=samples)
-        except Exception as error:  # a failing wandb never stops a run
-            self.say(f"wandb failed and is off from here on: {error}")
-            self.wandb = None
+    def finish(self) -> None:
+        """Upload what wandb still has. Call it last: a slow server takes its time here."""
+        if self.active and self.wandb is not None:
+            self.wandb.finish()
 
     def _forget_after(self, samples: int) -> None:
         """After a resume the steps past the checkpoint are done again, so drop their lines."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line torn by a kill
-                if json.loads(line)["samples"] <= samples:
-                    kept.append(line + "\n")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
 
+        def before(line: Any) -> bool:
+            clock = line.get("samples") if isinstance(line, dict) else None
+            return isinstance(clock, (int, float)) and clock <= samples
 
-def _start_wandb(config: Config, folder: Path) -> Any:
-    """A wandb run that goes on after a resume; offline without a key; None if it fails."""
-    try:
-        import wandb
-
-        os.environ.setdefault("WANDB_SILENT", "true")
-        mode = os.environ.get("WANDB_MODE") or (None if wandb.api.api_key else "offline")
-        identity = folder / "wandb_id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
-        return wandb.init(
-            project=config.logging.project,
-            name=folder.name,
-            id=identity.read_text().strip(),
-            resume="allow",
-            dir=folder,
-            mode=mode,
-            config=config.model_dump(mode="json"),
-        )
-    except Exception as error:  # a failing wandb never stops a run
-        print(f"wandb is off: {error}", file=sys.stderr)
-        return None
+        history.keep(self.path, before)
 
 
 def _strict(value: Any) -> Any:

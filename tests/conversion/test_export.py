@@ -1,7 +1,6 @@
 """A run's checkpoint becomes a folder for inference: every tensor, whole or not at all."""
 
 import json
-import pickle
 import resource
 import shutil
 from pathlib import Path
@@ -234,8 +233,8 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
 
 
 def test_a_result_that_computes_otherwise_is_not_kept(tmp_path: Path, monkeypatch):
-    def one_number_off(folder: Path):
-        network, about = load_exported(folder)
+    def one_number_off(folder: Path, **how):
+        network, about = load_exported(folder, **how)
         network.blocks[1].feed_forward.experts.w_out[3, 0, 0] += 1e-3
         return network, about
 
@@ -247,15 +246,15 @@ def test_a_result_that_computes_otherwise_is_not_kept(tmp_path: Path, monkeypatc
 
 def test_a_missing_expert_of_a_checkpoint_is_named(spread_run: Config, tmp_path: Path):
     checkpoint = shutil.copytree(newest(spread_run), tmp_path / "step-00000003")
-    file = checkpoint / ".metadata"
-    metadata = pickle.loads(file.read_bytes())
-    item = metadata.state_dict_metadata["ema/" + W_IN]
+    file = checkpoint / "index.json"
+    index = json.loads(file.read_text())
+    item = index["tensors"]["ema/" + W_IN]
     # What the second rank of the expert-parallel group wrote: experts 2 and 3.
-    half = item.size[0] // 2
-    item.chunks = [chunk for chunk in item.chunks if chunk.offsets[0] < half]
-    file.write_bytes(pickle.dumps(metadata))
+    half = item["shape"][0] // 2
+    item["pieces"] = [piece for piece in item["pieces"] if piece["start"][0] < half]
+    file.write_text(json.dumps(index))
     listed = json.loads((checkpoint / "checksums.json").read_text())
-    listed["files"][".metadata"]["bytes"] = file.stat().st_size
+    listed["files"]["index.json"]["bytes"] = file.stat().st_size
     (checkpoint / "checksums.json").write_text(json.dumps(listed))
     told = rf"\(of experts 2 to 3\) of ema/{W_IN} are in no file"
     with pytest.raises(UserError, match=told), checkpoint_source(checkpoint) as source:

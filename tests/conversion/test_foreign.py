@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from tests.conversion.models import (
 from tests.inference.networks import network_of
 from tests.tiny import BYTES, tiny_config
 
-FLOW = Options(objective="flow", heads=4)
+FLOW = Options(objective="flow", heads=4, num_classes=10)
 KIND = {"ecdit": "ECDiT", "tcdit": "TCDiT", "dense": "DiT"}
 
 
@@ -47,7 +48,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", RELEASE)
 def test_a_release_file_computes_what_the_release_did(name: str, tmp_path: Path):
     after = "buffers_eval" if name in DIFFMOE else None
-    options = Options(objective="flow", heads=4, capacity=2 if "capacity2" in name else 1)
+    options = replace(FLOW, capacity=2 if "capacity2" in name else 1)
     network = converted(release_file(tmp_path / "a.pt", name, after), tmp_path / "out", options)
     x, t, labels = release_input(name)
     expected = reference(name)
@@ -144,19 +145,20 @@ def test_what_does_not_fit_is_named_as_the_file_has_it(change, told: str, tmp_pa
 def test_what_cannot_be_seen_is_asked_for(tmp_path: Path):
     path = release_file(tmp_path / "a.pt", "dense")
     with pytest.raises(UserError, match="--format dit, --format sit, or --objective"):
-        converted(path, tmp_path / "out", Options(heads=4))
+        converted(path, tmp_path / "out", replace(FLOW, objective=None))
     with pytest.raises(UserError, match="give --heads N"):
-        converted(path, tmp_path / "out", Options(objective="flow"))
+        converted(path, tmp_path / "out", replace(FLOW, heads=None))
     torch.save(without(release_state("dense"), "pos_embed"), path)
     with pytest.raises(UserError, match="give --input-size N"):
         converted(path, tmp_path / "out")
-    converted(path, tmp_path / "out", Options(objective="flow", heads=4, input_size=8))
+    converted(path, tmp_path / "out", replace(FLOW, input_size=8))
 
 
 def test_the_published_widths_tell_their_heads(tmp_path: Path):
     config = tiny_config(model__width=384, model__heads=6, model__depth=1, moe__type="dense")
     write_foreign(source_of(config), tmp_path / "a.pt", "sit")
-    with foreign_source(tmp_path / "a.pt", form="sit") as source:
+    options = Options(num_classes=5)
+    with foreign_source(tmp_path / "a.pt", form="sit", options=options) as source:
         assert source.about.model == config.model
         assert source.about.diffusion.objective == "flow"
 
@@ -196,7 +198,9 @@ def test_dit_and_sit_files_are_dense_models_of_their_objective(
     state["y_embedder.embedding_table.weight"] = torch.randn(11, width)
     path = tmp_path / "a.pt"
     torch.save(state, path)  # published ones have no entries, nor are they wrapped
-    network = converted(path, tmp_path / "out", Options(heads=2, input_size=8), form=form)
+    network = converted(
+        path, tmp_path / "out", Options(heads=2, input_size=8, num_classes=10), form=form
+    )
     about = ExportedModel(tmp_path / "out").about
     assert about.diffusion.objective == objective
     assert about.model.learn_sigma

@@ -15,8 +15,9 @@ from PIL import Image
 
 from diffmoe.data import fetching
 from diffmoe.data.captions import Captions
-from diffmoe.data.manifest import Manifest, sha256_of
+from diffmoe.data.manifest import Manifest
 from diffmoe.data.packing import ShardWriter
+from diffmoe.files import sha256_of
 
 FIELDS = {
     "content": "sample",

@@ -139,7 +139,7 @@ def test_pipes_with_one_that_stalls(tmp_path, pack, workers):
     stalled = f"[ {{}} = {MINE[1]:06d}.tar ] && sleep 987"
     remote = manifest.model_copy(update={"location": f"pipe:{stalled}; cat {tmp_path}/{{}}"})
     told = []
-    fetch = Fetch(stall_seconds=0.3, cache=str(tmp_path / "cache"))
+    fetch = Fetch(allow_commands=True, stall_seconds=0.3, cache=str(tmp_path / "cache"))
     seen = ids(islice(stream("/", remote, told, workers=workers, fetch=fetch), 20))
     assert seen == expected
     assert len(told) == 1
@@ -159,8 +159,9 @@ def test_a_stream_that_ends_leaves_no_command_behind(tmp_path, pack, workers):
     script = (
         "import sys; from diffmoe.data.manifest import Manifest; "
         "from tests.data.test_bad_shards import stream; "
+        "from diffmoe.data.fetching import Fetch; "
         "batches = iter(stream('/', Manifest.model_validate_json(sys.argv[1]), "
-        f"workers={workers})); next(batches)"
+        f"workers={workers}, fetch=Fetch(allow_commands=True))); next(batches)"
     )
     arguments = [sys.executable, "-c", script, remote.model_dump_json()]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=50)

@@ -3,9 +3,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from diffmoe.data.manifest import Manifest, sha256_of
+from diffmoe.data.manifest import Manifest
 from diffmoe.data.packing import ShardWriter, shard_sizes
 from diffmoe.errors import UserError
+from diffmoe.files import sha256_of
 
 ZEROS = np.zeros((2, 4, 4), np.float16)
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffmoe.data.manifest import sha256_of
 from diffmoe.evaluation.extractors import Features, load_extractor
+from diffmoe.files import sha256_of
 from diffmoe.seeding import keyed_generator
 
 NAME = "tests.evaluation.pictures:colours"

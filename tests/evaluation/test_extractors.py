@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffmoe.data.manifest import sha256_of
 from diffmoe.errors import UserError
 from diffmoe.evaluation import extractors
 from diffmoe.evaluation.extractors import load_extractor, resized
+from diffmoe.files import sha256_of
 from tests.evaluation.pictures import NAME, pictures
 
 

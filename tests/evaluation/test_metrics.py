@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe.errors import UserError
+from diffmoe.evaluation import kernel_distance as kernel_distance_module
 from diffmoe.evaluation import manifold
 from diffmoe.evaluation.frechet import frechet_distance, too_few
 from diffmoe.evaluation.inception_score import InceptionScore
@@ -120,6 +122,32 @@ def test_kernel_distance_is_unbiased_and_repeats():
     assert same == kernel_distance(a, b, subset_size=300)
     assert same != kernel_distance(a, b, subset_size=300, seed=1)
     assert kernel_distance(a, b + 0.5, subset_size=300).mean > 0.5
+
+
+@pytest.mark.parametrize(("n", "m", "size"), [(200, 150, 60), (40, 300, 1000), (400, 900, 20)])
+def test_kernel_matrices_made_once_give_what_each_subset_gives(monkeypatch, n, m, size):
+    monkeypatch.setattr(kernel_distance_module, "_BLOCK", 7_000)  # several blocks of rows
+    a, b = draw(n, 24), draw(m, 24, seed=1, scale=1.3, shift=0.2)
+    found = kernel_distance(a, b, subsets=20, subset_size=size, seed=3)
+    values = [float(unbiased_mmd(*some)) for some in kid_subsets(a, b, 20, size, seed=3)]
+    assert found.mean == pytest.approx(np.mean(values), rel=1e-10)
+    assert found.spread == pytest.approx(np.std(values), rel=1e-8, abs=1e-12)
+
+
+def kid_subsets(a, b, subsets: int, size: int, seed: int):
+    """The draws as they have always been."""
+    generator, size = keyed_generator(seed, "kid"), min(size, len(a), len(b))
+    for _ in range(subsets):
+        yield tuple(x[torch.randperm(len(x), generator=generator)[:size]] for x in (a, b))
+
+
+def test_every_kernel_value_is_computed_once():
+    n, width, subsets = 600, 16, 100
+    a, b = torch.randn(2, n, width, generator=keyed_generator("kid"), dtype=torch.float64)
+    with FlopCounterMode(display=False) as counted:
+        kernel_distance(a, b, subsets, subset_size=300)
+    # x.y of all pairs, and their sums over the subsets.
+    assert counted.get_total_flops() <= 1.01 * 2 * (width + subsets) * 3 * n**2
 
 
 def brute_precision(samples: np.ndarray, reference: np.ndarray, k: int) -> float:

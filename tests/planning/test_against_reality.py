@@ -106,6 +106,12 @@ FAMILIES = {
         "moe__shared_expert_ratio": 1.0,
         "moe__capacity": 2.0,
     },
+    "gated": {
+        "model__mlp_activation": "swiglu",
+        "model__head_width": 48,
+        "moe__shared_expert_ratio": 1.0,
+        "moe__shared_expert_activation": "swiglu",
+    },
     "bytes": {"model__text": {"encoder": "bytes", "length": 96, "width": 128, "depth": 2}},
     "frozen": {"model__text": {"encoder": "t5", "length": 128, "width": 512, "pooled": 256}},
 }

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from diffmoe.errors import UserError
-from diffmoe.planning.estimate import Machine, plan, recommended
+from diffmoe.planning.estimate import plan, recommended
 from diffmoe.planning.layouts import Layout, layouts
+from diffmoe.planning.machine import Machine
 from diffmoe.planning.traffic import traffic
 from diffmoe.recipes import load_config
 from tests.training.commands import ROOT, command

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.planning.estimate import Machine, plan
+from diffmoe.planning.estimate import plan
 from diffmoe.planning.layouts import Layout
+from diffmoe.planning.machine import Machine
 from diffmoe.planning.submission import template_settings
 from diffmoe.recipes import load_config
 from tests.training.commands import ROOT

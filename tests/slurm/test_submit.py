@@ -10,7 +10,7 @@ import pytest
 
 from diffmoe.errors import UserError
 from diffmoe.planning import submission
-from diffmoe.planning.estimate import Machine
+from diffmoe.planning.machine import Machine
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.test_jobs import SETTINGS
 from tests.training.commands import ROOT, command

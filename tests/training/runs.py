@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.config import Config
 from diffmoe.data.captions import Captions
 from diffmoe.data.packing import ShardWriter
@@ -117,7 +118,7 @@ def newest(config: Config) -> Path:
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every named tensor of a checkpoint, whole (flat, except buffers)."""
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = IndexReader(checkpoint)
     stored = reader.read_metadata().state_dict_metadata
     state = {name: torch.full(item.size, torch.nan) for name, item in stored.items()}
     dcp.load(state, storage_reader=reader, no_dist=True)

@@ -131,9 +131,9 @@ def test_checkpoint_of_an_unknown_configuration(run: Config):
 DAMAGES = {
     "truncated tensors": lambda folder: _cut(folder / "__0_0.distcp"),
     "missing tensors": lambda folder: (folder / "__0_0.distcp").unlink(),
-    "truncated index": lambda folder: _cut(folder / ".metadata"),
-    "missing index": lambda folder: (folder / ".metadata").unlink(),
-    "garbage": lambda folder: (folder / ".metadata").write_bytes(b"garbage"),
+    "truncated index": lambda folder: _cut(folder / "index.json"),
+    "missing index": lambda folder: (folder / "index.json").unlink(),
+    "garbage": lambda folder: (folder / "index.json").write_bytes(b"garbage"),
 }
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from diffmoe.checkpoints.network import load_network
+from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.config import Config
 from tests.training.runs import (
     clock,
@@ -39,7 +39,7 @@ def two_ranks(tmp_path_factory) -> tuple[Path, Config]:
 
 def test_pieces_of_all_ranks_tile_every_tensor(two_ranks):
     path = newest(two_ranks[1])
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = IndexReader(path).read_metadata().state_dict_metadata
     network = load_network(path).network
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):

@@ -11,7 +11,17 @@ from diffmoe.checkpoints.folder import complete, names, verify
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint
-from tests.training.runs import clock, newest, pack, run_config, train
+from tests.training.runs import (
+    SignalDuringStep,
+    assert_identical,
+    clock,
+    metrics,
+    newest,
+    pack,
+    run_config,
+    tensors,
+    train,
+)
 
 
 def refusal(config: Config, resume: str, allowed: list[str] | None = None) -> str:
@@ -46,8 +56,8 @@ def test_auto_takes_the_newest(run: Config):
 def test_auto_and_none_start_afresh_in_an_empty_output(run: Config, tmp_path: Path):
     fresh = run.replace({"output": str(tmp_path / "fresh")})
     for _ in range(2):
-        assert find_checkpoint(fresh, "auto") == (None, [])
-        assert find_checkpoint(fresh, "none") == (None, [])
+        assert find_checkpoint(fresh, "auto")[:2] == (None, [])
+        assert find_checkpoint(fresh, "none")[:2] == (None, [])
         (tmp_path / "fresh").mkdir(exist_ok=True)
 
 
@@ -91,7 +101,7 @@ def _flip(file: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {"cut": _cut, "flip": _flip, "remove": Path.unlink}
-FILES = ["checksums.json", "run.json", ".metadata", "__0_0.distcp", "__1_0.distcp"]
+FILES = ["checksums.json", "run.json", "index.json", "__0_0.distcp", "__1_0.distcp"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -160,6 +170,108 @@ def end_before_the_loop(rank: int) -> None:
     start.train = lambda *_: "ended"
 
 
+# The same command again, after a preemption ---------------------------------------------------
+
+
+def test_a_path_in_another_output_is_gone_on_with_by_the_same_command(run: Config, tmp_path: Path):
+    """Preempted once before any save and once after one; PATH itself may be pruned meanwhile."""
+    source = tmp_path / "source"
+    shutil.copytree(run.output, source)
+    whole, fork = (run.replace({"output": str(tmp_path / name)}) for name in ("whole", "fork"))
+    path = str(source / "step-00000001")
+    assert train(whole, resume=path) == [True]
+    assert train(fork, resume=path, prepare=end_before_the_loop) == ["ended"]
+    assert train(fork, resume=path, prepare=SignalDuringStep(3)) == [False]
+    assert names(Path(fork.output)) == ["step-00000002", "step-00000003"]
+    found = find_checkpoint(fork, path)
+    assert found.checkpoint == newest(fork)
+    assert f"{fork.output} has already been trained on from {path}, and goes on" in found.notes
+    # Of another checkpoint, another run, another configuration: as before.
+    (source / "step-00000002").rename(source / "step-00000007")
+    for other, config in (
+        (source / "step-00000007", fork),
+        (run.output, fork),
+        (path, fork.replace({"optimizer.learning_rate": 0.02})),
+    ):
+        message = refusal(config, str(other), ["optimizer.learning_rate"])
+        assert f"output={fork.output}, which holds step-00000003 of its own" in message
+    shutil.rmtree(source)
+    assert train(fork, resume=path) == [True]
+    assert_identical(tensors(newest(fork)), tensors(newest(whole)))
+    assert find_checkpoint(fork, "auto").checkpoint == newest(fork)
+    assert find_checkpoint(fork, path).origin == find_checkpoint(fork, "auto").origin
+
+
+def test_a_runs_folder_as_path_is_gone_on_with_although_it_has_newer_ones(
+    run: Config, tmp_path: Path
+):
+    fork = run.replace({"output": str(tmp_path / "fork")})
+    assert train(fork, resume=run.output, prepare=SignalDuringStep(3)) == [False]
+    assert train(run) == [True]
+    assert find_checkpoint(fork, run.output).checkpoint == newest(fork)
+
+
+def test_an_older_checkpoint_of_the_output_is_gone_on_with_by_the_same_command(run: Config):
+    folder = Path(run.output)
+    older = f"{folder}/step-00000001"
+    assert train(run, resume=older, prepare=SignalDuringStep(3)) == [False]
+    assert find_checkpoint(run, older).checkpoint == folder / "step-00000003"
+    assert train(run, resume=older) == [True]
+    assert names(folder) == [f"step-0000000{step}" for step in (1, 2, 3, 4)]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    # With other settings it is begun from once more.
+    other = find_checkpoint(
+        run.replace({"optimizer.learning_rate": 0.02}), older, ["optimizer.learning_rate"]
+    )
+    assert other.checkpoint == folder / "step-00000001"
+    assert other.aside == tuple(folder / f"step-0000000{step}" for step in (2, 3, 4))
+
+
+# Which names count ----------------------------------------------------------------------------
+
+
+def test_copies_are_left_alone_and_taken_by_their_path(run: Config):
+    """A copy under any other name is not the newest, whatever its name says."""
+    folder = Path(run.output)
+    copied = [folder / name for name in ("step-best", "step-00000007", "step-9", "step-2-old")]
+    for copy in copied:
+        shutil.copytree(folder / "step-00000001", copy)
+    (folder / "step-00000003x").mkdir()
+    assert names(folder) == ["step-00000001", "step-00000002"]
+    assert complete(folder) == folder / "step-00000002"
+    found = find_checkpoint(run, "auto")
+    assert (found.checkpoint, found.aside) == (folder / "step-00000002", ())
+    for copy in copied:
+        assert any(
+            note.startswith(f"{copy} is no checkpoint of this run's") for note in found.notes
+        )
+    asked = find_checkpoint(run, f"{folder}/step-best")
+    assert (asked.checkpoint, asked.aside) == (copied[0], (folder / "step-00000002",))
+    assert train(run) == [True]
+    assert all(clock(copy)["step"] == 1 for copy in copied)
+
+
+def test_a_damaged_clock_does_not_make_a_copy(run: Config):
+    """Else a run of one damaged checkpoint would start afresh in silence."""
+    folder = Path(run.output)
+    shutil.rmtree(folder / "step-00000001")
+    file = folder / "step-00000002/run.json"
+    file.write_text(file.read_text().replace('"step": 2', '"step": 3'))
+    assert names(folder) == ["step-00000002"]
+    assert "run.json is damaged" in refusal(run, "auto")
+
+
+def test_auto_sets_nothing_aside(run: Config):
+    """What is damaged stays under its name until the run comes to its step again."""
+    folder = Path(run.output)
+    _flip(folder / "step-00000002/__0_0.distcp")
+    shutil.copytree(folder / "step-00000002", folder / "ema-00000002")
+    assert train(run, prepare=end_before_the_loop) == ["ended"]
+    assert names(folder) == ["step-00000001", "step-00000002"]
+    assert names(folder, "ema") == ["ema-00000002"]
+    assert (folder / "latest").read_text() == "step-00000001"
+
+
 def test_harmless_changes_are_listed_and_taken(run: Config):
     changed = run.replace(
         {
@@ -208,7 +320,7 @@ def test_the_end_of_a_cosine_alters_the_run(run: Config):
 
 
 def _sum_again(checkpoint: Path) -> None:
-    from diffmoe.data.manifest import sha256_of
+    from diffmoe.files import sha256_of
 
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -99,6 +99,8 @@ def resume_on_each(folder: Path) -> None:
 
     from diffmoe.parallel.topology import create_topology
     from diffmoe.training import checkpoint, loop
+    from diffmoe.training.lease import Lease
+    from diffmoe.training.resume import Resume
     from diffmoe.training.saver import Saver
     from diffmoe.training.signals import StopRequest
 
@@ -119,12 +121,12 @@ def resume_on_each(folder: Path) -> None:
         for precision in PRECISIONS:
             output = folder / precision / str(layout)
             config = config_on(undisturbed(folder, precision), layout, output)
-            source = folder / precision / "undisturbed" / STEP
+            source = Resume(folder / precision / "undisturbed" / STEP, [])
             if topology.rank == 0:
                 output.mkdir(parents=True)
             dist.barrier()
-            stop = StopRequest()
-            assert loop.train(config, topology, torch.device("cpu"), {}, source, stop)
+            lease, stop = Lease(output, active=False), StopRequest()
+            assert loop.train(config, topology, torch.device("cpu"), {}, source, stop, lease)
         parallel_state.destroy_model_parallel()
 
 

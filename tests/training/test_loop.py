@@ -175,3 +175,27 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path: Path, pool: str):
     for part in ("optimizer.learning_rate=1e+38", "metrics.jsonl", "gradient_clipping", "resume"):
         assert part in message
     assert [line["skipped_steps"] for line in metrics(config)][-1] == PATIENCE - 1
+
+
+def test_weights_that_are_not_finite_are_a_failure_and_no_checkpoint(tmp_path: Path):
+    """The last step's gradient is finite, its update is not; no later step could tell."""
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 1, optimizer__learning_rate=1e38, optimizer__weight_decay=100.0)
+    with pytest.raises(AssertionError, match="UserError: weights or averages are not finite after"):
+        train(config)
+    assert not list(Path(config.output).glob("*step-*"))
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path: Path):
+    """As an older version may have left it; also where nothing is left to train."""
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 1, optimizer__learning_rate=1e38, optimizer__weight_decay=100.0)
+    assert train(config, prepare=never_look) == [True]
+    with pytest.raises(AssertionError, match="step-00000001 holds weights or averages that are"):
+        train(config)
+
+
+def never_look(rank: int) -> None:
+    from diffmoe.training import saver
+
+    saver.all_finite = lambda ema: True

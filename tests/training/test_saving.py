@@ -1,15 +1,17 @@
 """Saving in the background: what it writes, keeps and costs."""
 
 import fcntl
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
-from diffmoe.checkpoints.folder import names, prune, reading, verify
+from diffmoe.checkpoints.folder import names, prune, reading, set_aside, verify
 from diffmoe.checkpoints.network import load_network
+from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint
@@ -49,13 +51,13 @@ def test_a_run_leaves_whole_checkpoints_and_nothing_else(run: Config):
     for path in output.glob("*-*"):
         assert verify(path) == []
         listed = json.loads((path / "checksums.json").read_text())["files"]
-        assert sorted(listed) == [".metadata", "__0_0.distcp", "__1_0.distcp", "run.json"]
+        assert sorted(listed) == ["__0_0.distcp", "__1_0.distcp", "index.json", "run.json"]
         assert {file.name for file in path.iterdir()} == {*listed, "checksums.json"}
 
 
 def test_a_snapshot_holds_the_averages_alone(run: Config):
     snapshot, checkpoint = (Path(run.output) / f"{kind}-00000006" for kind in ("ema", "step"))
-    stored = dcp.FileSystemReader(snapshot).read_metadata().state_dict_metadata
+    stored = IndexReader(snapshot).read_metadata().state_dict_metadata
     assert {name.split("/")[0] for name in stored} == {"ema", "ema-0.1", "buffers"}
     full = tensors(checkpoint)
     for name, tensor in tensors(snapshot).items():
@@ -79,7 +81,8 @@ def _checkpoint(folder: Path, step: int) -> None:
     keys = {"clock": {"step": step, "samples": 10 * step}, "optimizer_steps": step}
     text = json.dumps({**keys, "config": {}, "latents": {}})
     (path / "run.json").write_text(text)
-    files = {"run.json": {"bytes": len(text), "sha256": ""}}
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    files = {"run.json": {"bytes": len(text), "sha256": digest}}
     (path / "checksums.json").write_text(json.dumps({"files": files}))
 
 
@@ -112,6 +115,36 @@ def test_retention_counts_whole_checkpoints_only(tmp_path: Path):
     (tmp_path / "step-00000003/run.json").write_text("{")
     assert prune(tmp_path, keep_last=1, keep_samples=None) == ["step-00000001"]
     assert names(tmp_path) == [f"step-0000000{step}" for step in (2, 3, 4, 5)]
+
+
+def test_what_was_set_aside_goes_once_the_run_is_past_it(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        _checkpoint(tmp_path, step)
+    for step in (3, 4):
+        set_aside(tmp_path / f"step-{step:08d}")
+    (tmp_path / "abandoned-ema-00000003").mkdir()
+    (tmp_path / "abandoned-mine").mkdir()
+    gone = []
+    for step in (3, 4, 5):
+        _checkpoint(tmp_path, step)
+        gone.append(prune(tmp_path, keep_last=2, keep_samples=10))
+    assert gone == [
+        [],
+        ["abandoned-ema-00000003", "abandoned-step-00000003"],
+        ["abandoned-step-00000004"],
+    ]
+    assert _steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert (tmp_path / "abandoned-mine").exists()
+
+
+def test_retention_neither_counts_nor_deletes_copies(tmp_path: Path):
+    for step in (1, 2, 3):
+        _checkpoint(tmp_path, step)
+    for name in ("step-best", "step-00000009"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
+    assert prune(tmp_path, keep_last=1, keep_samples=None) == ["step-00000001", "step-00000002"]
+    left = ["step-00000003", "step-00000009", "step-best"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_retention_leaves_what_is_being_read(tmp_path: Path):

@@ -37,7 +37,13 @@ def test_every_rank_exits_with_code_85(tmp_path: Path):
         os.kill(ranks.processes[1].pid, signal.SIGUSR1)
         codes = ranks.wait()
     assert codes == [85, 85], ranks.told()
-    assert ranks.told().count("saved ") == 1
+    told = ranks.told()
+    assert told.count("saved ") == 1
+    reached = clock(newest(config))
+    assert told.splitlines()[-1] == (
+        f"stopped by SIGUSR1 to rank 1 after step {reached['step']}, {reached['samples']} of "
+        "8000000 samples; the same command resumes from there"
+    )
     assert clock(newest(config))["samples"] == metrics(config)[-1]["samples"]
 
 
@@ -67,6 +73,7 @@ def test_train_py_answers_sigterm_with_a_checkpoint_and_code_85(tmp_path: Path):
     saved = newest(config)
     assert told.count("saved ") == 1
     assert f"saved {saved}" in told
+    assert told.splitlines()[-1].startswith("stopped by SIGTERM after step ")
     assert "Traceback" not in told
     assert clock(saved)["samples"] == metrics(config)[-1]["samples"]
 

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from diffmoe.errors import UserError
+from diffmoe.files import replacing
 
 
 def npz_header(file: Path, name: str) -> tuple[int, ...] | None:
@@ -44,3 +45,9 @@ def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     if np.lib.format.read_magic(stream) == (1, 0):
         return np.lib.format.read_array_header_1_0(stream)
     return np.lib.format.read_array_header_2_0(stream)
+
+
+def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Arrays by name, uncompressed: whole or not at all, and on the disk."""
+    with replacing(file) as stream:
+        np.savez(stream, **arrays)

@@ -1,0 +1,71 @@
+"""What may be shown of an address or a name: no secrets, and nothing that a terminal would obey."""
+
+import re
+import shlex
+
+HIDDEN = "***"
+_PIPE = "pipe:"
+# A password may hold raw slashes (AWS secrets do), unless what follows the colon is a port.
+_ADDRESS = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)"
+    r"(?P<user>[^\s/?#'\"]*@|[^\s/?#@:'\"]*:(?!\d+[/?#])[^\s'\"]*@)?"
+    r"(?P<path>[^\s?#'\"]*)"
+    r"(?P<query>\?[^\s#'\"]*)?"
+    r"(?P<fragment>#[^\s'\"]*)?"
+)
+
+
+def redact(location: str) -> str:
+    """A location of data, a URL or `pipe:COMMAND`, without what may be a secret.
+
+    Of URLs, anywhere in a text, user and password go, the values of a query and the fragment. Of a
+    command stay its program, its first plain words, names of flags, URLs and what names the shard.
+    A local path is returned as it is.
+    """
+    if location.startswith(_PIPE):
+        return _PIPE + _redact_command(location.removeprefix(_PIPE))
+    return _ADDRESS.sub(_redact_address, location)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what is not printable: control characters, newlines, bad UTF-8."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def _redact_address(found: re.Match[str]) -> str:
+    query = found["query"] or ""
+    if query:
+        query = "?" + "&".join(_redact_value(part) for part in query[1:].split("&"))
+    user = f"{HIDDEN}@" if found["user"] else ""
+    fragment = f"#{HIDDEN}" if found["fragment"] else ""
+    return f"{found['scheme']}{user}{found['path']}{query}{fragment}"
+
+
+def _redact_value(part: str) -> str:
+    """`name=value`, or a value alone."""
+    name, equals, _ = part.partition("=")
+    return f"{name}={HIDDEN}" if equals else HIDDEN
+
+
+def _redact_command(command: str) -> str:
+    try:
+        words = shlex.split(command)
+    except ValueError:  # unbalanced quotes
+        return HIDDEN
+    shown: list[str] = []
+    after_flag = False  # from there a plain word may be a password
+    for word in words:
+        if word.startswith("-") and word != "-":
+            after_flag = True
+        if re.fullmatch(r"-[A-Za-z]|--[A-Za-z][A-Za-z0-9-]*", word):
+            shown.append(word)
+        elif _ADDRESS.fullmatch(word) or re.fullmatch(r"[\w./{}-]*\{\}[\w./{}-]*", word):
+            shown.append(redact(word))
+        elif not after_flag and re.fullmatch(r"[A-Za-z0-9_./-]{1,32}", word):
+            shown.append(word)
+        elif not shown or shown[-1] != HIDDEN:
+            shown.append(HIDDEN)
+    return " ".join(shown)

@@ -1,0 +1,57 @@
+"""What is due when the clock has moved, and what of it a kill prevented."""
+
+from pathlib import Path
+
+from diffmoe.checkpoints import folder
+from diffmoe.config import Config
+from diffmoe.evaluation.results import FILE_NAME
+from diffmoe.training.history import entries
+
+EVALUATION = "evaluation"  # in a run's folder, the results and pictures of live evaluations
+
+
+def crossed(period: int, before: int, after: int) -> bool:
+    """Whether a multiple of `period` lies in (before, after]."""
+    return after // period > before // period
+
+
+def due(config: Config, before: int, after: int) -> set[str]:
+    """Of step, ema and evaluation, what comes after the optimizer step from clock to clock."""
+    training = config.training
+    done = after >= training.total_samples
+    found = set()
+    if done or crossed(training.checkpoint_samples, before, after):
+        found.add("step")
+    if training.snapshot_samples and crossed(training.snapshot_samples, before, after):
+        found.add("ema")
+    if training.evaluate_every and (done or crossed(training.evaluate_every, before, after)):
+        found.add("evaluation")
+    return found
+
+
+def missed(config: Config, checkpoint: Path) -> set[str]:
+    """Of ema and evaluation, what was due at the clock of this run's checkpoint and is not there.
+
+    The checkpoint is saved first, so a kill may come in between.
+    """
+    about, run = folder.read_about(checkpoint), Path(config.output)
+    clock = about["clock"]
+    batch = about["config"]["training"]["batch_size"]
+    missing = due(config, clock["samples"] - batch, clock["samples"]) - {"step"}
+    if not folder.wrong_sizes(run / f"ema-{clock['step']:08d}"):
+        missing.discard("ema")
+    if _evaluated(run, clock["samples"]):
+        missing.discard("evaluation")
+    return missing
+
+
+def _evaluated(run: Path, samples: int) -> bool:
+    return any(clock_of_live(result) == samples for result in entries(run / EVALUATION / FILE_NAME))
+
+
+def clock_of_live(result: dict) -> int | None:
+    """Of a live evaluation's result, its clock in samples; None for any other."""
+    try:
+        return result["clock"]["samples"] if result["images"]["kind"] == "training" else None
+    except (TypeError, KeyError):
+        return None
