@@ -45,7 +45,8 @@ def start_method(request):
 @pytest.mark.timeout(300)
 def test_workers_may_be_started_without_a_fork(captioned, tmp_path, start_method, capsys):
     """With the report of a run, which holds a progress bar; a bad shard still comes through it."""
-    telemetry = Telemetry(run_config(tmp_path, 4), tmp_path, 0, active=True)
+    telemetry = Telemetry(run_config(tmp_path, 4), active=True)
+    telemetry.begin(0)
     directory = tmp_path / "data"
     shutil.copytree(captioned[0], directory)
     (directory / "000003.tar").write_bytes(b"")
