@@ -203,7 +203,10 @@ def _folders(folder: str, root: Path | None) -> Iterator[tuple[str, list[str]]]:
     waiting: list[tuple[str, dict]] = [(folder, {})]
     while waiting:
         place, above = waiting.pop()
-        status = os.stat(place)
+        try:
+            status = os.stat(place)
+        except OSError as error:
+            raise _unlisted(place, error) from None
         here = (status.st_dev, status.st_ino)
         if here in above:
             raise UserError(
@@ -239,11 +242,13 @@ def _listed(folder: str, root: Path | None) -> tuple[list[str], list[str]]:
                     )
                 rest.append(entry.name)
     except OSError as error:
-        raise UserError(
-            f"{printable(folder)} cannot be listed: {error.strerror}; let yourself read it, or "
-            "remove it"
-        ) from None
+        raise _unlisted(folder, error) from None
     return sorted(folders), sorted(rest)
+
+
+def _unlisted(folder: str, error: OSError) -> UserError:
+    way_out = "let yourself read it, or remove it"
+    return UserError(f"{printable(folder)} cannot be listed: {error.strerror}; {way_out}")
 
 
 def _check_link(link: str, root: Path) -> None:

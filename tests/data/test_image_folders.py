@@ -159,6 +159,12 @@ def test_what_may_not_be_read_is_named():
             os.seteuid(0)
             (root / "closed").chmod(0o755)
             (root / "closed" / "a.png").chmod(0o000)
+            (root / "open").chmod(0o744)  # names can be listed, but nothing entered
+            os.seteuid(65534)
+            with pytest.raises(UserError, match=r"open/below cannot be listed: Permission denied"):
+                find_images(root)
+            os.seteuid(0)
+            (root / "open").chmod(0o755)
             os.seteuid(65534)
             closed = find_images(root)[0][0]
             with pytest.raises(OSError, match="Permission denied"):
