@@ -93,6 +93,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     for parser_ in (model, images, reference):
         parser_.add_argument("--extractor", default=EXTRACTOR, help=f"default {EXTRACTOR}")
         parser_.add_argument("--extractor-batch", type=positive, default=25, help="default 25")
+        parser_.add_argument(
+            "--background", default="white", metavar="COLOR", help="of transparent image files"
+        )
         add_device(parser_)
     curve = commands.add_parser("plot", help="draw results of one or several runs")
     curve.set_defaults(command=draw)
@@ -174,9 +177,10 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 
 def evaluate_images(options: argparse.Namespace) -> None:
+    from diffmoe.data.decoding import color
     from diffmoe.evaluation.image_sets import open_images
 
-    images = open_images(options.images).expect(options.num)
+    images = open_images(options.images, color(options.background)).expect(options.num)
     Judge(options).tell(images, Path(options.out), {})
 
 
@@ -184,6 +188,7 @@ class Judge:
     """Reference, extractor and classifier of a command, loaded once and when first needed."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        from diffmoe.data.decoding import color
         from diffmoe.evaluation.accuracy import load_classifier
         from diffmoe.evaluation.clip_score import Clip
         from diffmoe.evaluation.extractors import load_extractor
@@ -195,6 +200,7 @@ class Judge:
             raise UserError("nothing to judge by: give --reference REF, --classifier NAME or both")
         self.options = options
         self.device = own_device(options.device)
+        self.background = color(options.background)
         self.extractor: Extractor | None = None
         self.reference: Reference | None = None
         self.classifier: tuple[str, str | None, Any] | None = None
@@ -222,7 +228,9 @@ class Judge:
         batch, found = self.options.extractor_batch, []
         if self.extractor is not None:
             if self.reference is None:
-                self.reference = load_reference(self.options.reference, self.extractor, batch)
+                self.reference = load_reference(
+                    self.options.reference, self.extractor, batch, self.background
+                )
             found.append(results.measure(images, self.extractor, self.reference, batch))
         if self.classifier is not None:
             found.append(results.measure_accuracy(images, self.classifier, batch))
@@ -238,12 +246,15 @@ class Judge:
 
 
 def make_reference(options: argparse.Namespace) -> None:
+    from diffmoe.data.decoding import color
     from diffmoe.evaluation.extractors import load_extractor
     from diffmoe.evaluation.references import compute_reference, store_reference
     from diffmoe.parallel.device import own_device
 
     extractor = load_extractor(options.extractor, own_device(options.device))
-    reference = compute_reference(options.images, extractor, options.extractor_batch)
+    reference = compute_reference(
+        options.images, extractor, options.extractor_batch, color(options.background)
+    )
     store_reference(Path(options.out), reference)
     print(f"{options.out}: {reference.about['number']} images by {extractor.name}")
 

@@ -19,7 +19,10 @@ from diffmoe.errors import UserError
 
 
 class Sample(NamedTuple):
-    """One sample: `array` is its latent (C,H,W) or its moments (2C,H,W), as the file holds it."""
+    """One sample: `array` is its latent (C,H,W) or its moments (2C,H,W), as the file holds it.
+
+    flip: that of the mirrored image, None without flips.
+    """
 
     key: str
     label: int
@@ -50,7 +53,7 @@ class OpenShard:
         self.keys = [entry.key for entry in entries]
         self._members = [entry.members for entry in entries]
         self._names = [f"{manifest.member}.npy"]
-        if manifest.flips:
+        if manifest.stores_flips:
             self._names.append(f"{manifest.member}_flip.npy")
         self._text_names = _text_members(manifest)
         self.labels = [self._label(index) for index in range(len(entries))]
@@ -60,7 +63,9 @@ class OpenShard:
 
     def array(self, index: int, mirrored: bool = False) -> np.ndarray:
         """The array of a sample, (C,H,W) or (2C,H,W), or that of its mirror image; read-only."""
-        name, manifest = self._names[mirrored], self.manifest
+        manifest = self.manifest
+        turn = mirrored and not manifest.stores_flips
+        name = self._names[mirrored and not turn]
         raw = read_member(self._number, self._members[index][name])
         try:
             array = decode_npy(raw)
@@ -80,7 +85,7 @@ class OpenShard:
                 f"dtype={manifest.dtype}, so {' or '.join(map(str, numpy_types(manifest.dtype)))}; "
                 "mend the manifest or pack again"
             )
-        return array
+        return array[..., ::-1] if turn else array
 
     def captions(self, index: int) -> Captions:
         """All captions of a sample, with their features, held against the manifest's text."""
@@ -102,9 +107,10 @@ class OpenShard:
 
     def sample(self, index: int) -> Sample:
         """All of a sample, finite."""
-        arrays = [self.array(index, mirrored) for mirrored in range(len(self._names))]
+        manifest = self.manifest
+        arrays = [self.array(index, mirrored) for mirrored in (False, True)[: 1 + manifest.flips]]
         for array in arrays:
-            if not np.isfinite(restored(array, self.manifest.dtype)).all():
+            if not np.isfinite(restored(array, manifest.dtype)).all():
                 raise self.not_finite(index)
         return Sample(
             self.keys[index], self.labels[index], arrays[0], arrays[1] if arrays[1:] else None

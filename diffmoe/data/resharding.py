@@ -69,7 +69,7 @@ def rewrite(
         items += [PackedItem(entry.key, address, entry.members) for entry in entries]
     fields = manifest.model_dump(exclude={"version", "shards", "skipped", "location"})
     fields |= changes or {}
-    names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.flips
+    names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.stores_flips
 
     def sample(item: PackedItem) -> Made:
         with open(item.path, "rb") as stream:

@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffmoe.data.autoencoder import autoencoder_of
-from diffmoe.data.images import EXTENSIONS
+from diffmoe.data.decoding import WHITE, Color
+from diffmoe.data.images import EXTENSIONS, image_files, read_image
 from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
 from diffmoe.inference.generation import MANIFEST, shard_arrays
 from diffmoe.npz_files import npz_header, npz_rows
+from diffmoe.redaction import printable
 
 
 class Part(NamedTuple):
@@ -55,11 +56,12 @@ class ImageSet(NamedTuple):
         return self.about["captions"]
 
 
-def open_images(path: str | Path) -> ImageSet:
+def open_images(path: str | Path, background: Color = WHITE) -> ImageSet:
     """The images of a folder of our samples, an ADM npz, our shards of pixels, or image files.
 
+    background: what transparent image files are put on.
     Raises UserError for what is none of these, or is incomplete; `parts` raises it for images that
-    are not uint8 RGB, or not all of one size.
+    are not uint8 RGB, or not all of one size, and for files that cannot be read.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -70,7 +72,7 @@ def open_images(path: str | Path) -> ImageSet:
         return _samples(path)
     if (path / FILE_NAME).exists():
         return _shards(path)
-    return _files(path)
+    return _files(path, background)
 
 
 def batches(images: ImageSet, size: int) -> Iterator[Part]:
@@ -187,9 +189,12 @@ def _shards(folder: Path) -> ImageSet:
     )
 
 
-def _files(folder: Path) -> ImageSet:
-    """Image files below a folder, by name; where all lie in subfolders, these are the classes."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+def _files(folder: Path, background: Color) -> ImageSet:
+    """Image files below a folder, by name; where all lie in subfolders, these are the classes.
+
+    Links are followed wherever they lead: nothing but figures comes of it.
+    """
+    files = sorted(Path(file) for file in image_files(folder, follow_links=True))
     if not files:
         raise UserError(f"{folder} holds no images ({' '.join(EXTENSIONS)}), shards or samples")
     names = sorted({file.relative_to(folder).parts[0] for file in files})
@@ -197,21 +202,36 @@ def _files(folder: Path) -> ImageSet:
     classed = all(len(file.relative_to(folder).parts) > 1 for file in files)
 
     def parts() -> Iterator[Part]:
-        for file in files:
+        for number, file in enumerate(files):
             label = np.array([numbered[file.relative_to(folder).parts[0]]]) if classed else None
-            yield Part(_read(file)[None], label)
+            image = _read(file, background)
+            if isinstance(image, str):
+                raise _unreadable(folder, files, number, background)
+            yield Part(image[None], label)
 
-    return ImageSet(len(files), {"kind": "files", "path": str(folder)}, _gathered(parts))
+    about = {"kind": "files", "path": str(folder)}
+    if background != WHITE:
+        about["background"] = background
+    return ImageSet(len(files), about, _gathered(parts))
 
 
-def _read(file: Path) -> np.ndarray:
+def _read(file: Path, background: Color) -> np.ndarray | str:
+    """The image, (H,W,3) uint8, or why there is none."""
     try:
-        with Image.open(file) as image:
-            if image.mode != "RGB":
-                raise UserError(f"{file} is {image.mode}, not RGB with 8 bits; convert it")
-            return np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read ({error})") from None
+        return np.asarray(read_image(file, background=background))
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _unreadable(folder: Path, files: list[Path], first: int, background: Color) -> UserError:
+    """What is said of bad images: of all at once, since figures need every one mended."""
+    found = ((file, _read(file, background)) for file in files[first:])
+    bad = [f"{printable(str(file))} ({why})" for file, why in found if isinstance(why, str)]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return UserError(
+        f"{len(bad)} of {len(files)} images of {printable(str(folder))} cannot be read: "
+        f"{', '.join(bad[:3])}{more}; mend or remove them"
+    )
 
 
 def _gathered(one_by_one: Callable[[], Iterator[Part]], size: int = 50) -> Callable:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe.data.decoding import WHITE, Color
 from diffmoe.errors import UserError
 from diffmoe.evaluation.extractors import Extractor
 from diffmoe.evaluation.image_sets import open_images
@@ -31,7 +32,9 @@ class Reference(NamedTuple):
     about: dict[str, Any]
 
 
-def load_reference(path: str | Path, extractor: Extractor, batch: int = 50) -> Reference:
+def load_reference(
+    path: str | Path, extractor: Extractor, batch: int = 50, background: Color = WHITE
+) -> Reference:
     """From `store_reference`'s file, ADM's npz, or any images that `open_images` reads.
 
     ADM's mu, sigma, mu_s, sigma_s are Inception's of all training images, while its arr_0 holds
@@ -46,7 +49,7 @@ def load_reference(path: str | Path, extractor: Extractor, batch: int = 50) -> R
             extractor.is_inception or npz_header(path, "arr_0") is None
         ):
             return _adm(path, extractor, batch)
-    return compute_reference(path, extractor, batch)
+    return compute_reference(path, extractor, batch, background)
 
 
 def check_reference(path: str | Path, extractor: Extractor) -> None:
@@ -60,9 +63,11 @@ def check_reference(path: str | Path, extractor: Extractor) -> None:
         open_images(path)
 
 
-def compute_reference(path: str | Path, extractor: Extractor, batch: int = 50) -> Reference:
-    """Of all images of a folder or file."""
-    images = open_images(path)
+def compute_reference(
+    path: str | Path, extractor: Extractor, batch: int = 50, background: Color = WHITE
+) -> Reference:
+    """Of all images of a folder or file; `background` is for transparent ones."""
+    images = open_images(path, background)
     found = summarise(images, extractor, batch, keep=KEPT_FEATURES)
     about = {
         "path": str(path),
