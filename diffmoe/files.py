@@ -20,6 +20,7 @@ from diffmoe.errors import UserError
 
 # Of text and JSON, in bytes. Parsed, JSON takes up to 24 times as much memory.
 TEXT_LIMIT = 32 << 20
+HEADER_LIMIT = 16 << 20  # of safetensors, some 100 bytes a tensor
 _LINE_LIMIT = 1 << 20  # of one line of a file of lines
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -71,7 +72,7 @@ def read_text(path: str | Path, limit: int = TEXT_LIMIT, encoding: str = "utf-8"
 def read_json(file: str | Path, limit: int = TEXT_LIMIT) -> Any:
     """A JSON file. Raises UserError if it cannot be read or is none."""
     try:
-        return json.loads(read_bytes(file, limit))
+        return json.loads(read_text(file, limit))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -95,6 +96,14 @@ def check_unpacked(archive: zipfile.ZipFile, size: int, growth: int = 1) -> None
         raise ValueError(f"its {size:,} bytes would unpack to {unpacked:,}")
 
 
+def check_safetensors(path: Path) -> None:
+    """Raises OSError for no regular file, ValueError for a header larger than any model's."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > HEADER_LIMIT:
+        raise ValueError(f"its header has {length:,} bytes, at most {HEADER_LIMIT:,} are read")
+
+
 def contained(folder: Path, name: str) -> Path:
     """folder/name. Raises UserError where that leads out of the folder, by its name or by a link.
 
@@ -114,8 +123,11 @@ def contained(folder: Path, name: str) -> Path:
     return path
 
 
-def check_tree(folder: Path) -> None:
-    """Raises UserError for a link that leads out of a folder, for a loop, and for special files."""
+def check_tree(folder: Path, way_out: str) -> None:
+    """Raises UserError for a link that leads out of a folder, for a loop, and for special files.
+
+    way_out: for links, beside a copy of what they lead to.
+    """
     root = os.path.realpath(folder)
     places = [str(folder)]
     while places:
@@ -123,7 +135,7 @@ def check_tree(folder: Path) -> None:
         with os.scandir(place) as entries:
             for entry in entries:
                 if entry.is_symlink():
-                    _check_link(entry.path, place, root)
+                    _check_link(entry.path, place, root, way_out)
                 if entry.is_dir():
                     places.append(entry.path)
                 elif not entry.is_file() and os.path.exists(entry.path):
@@ -131,12 +143,11 @@ def check_tree(folder: Path) -> None:
                     raise UserError(f"{entry.path} is {kind}, no regular file; remove it")
 
 
-def _check_link(link: str, place: str, root: str) -> None:
+def _check_link(link: str, place: str, root: str, way_out: str) -> None:
     target = os.path.realpath(link)
     if os.path.commonpath([root, target]) != root:
         raise UserError(
-            f"{link} is a link that leads out of {root}, to {target}; put a copy there, or give "
-            "--follow-links if the folder is of your own making"
+            f"{link} is a link that leads out of {root}, to {target}; put a copy there{way_out}"
         )
     if os.path.commonpath([target, os.path.realpath(place)]) == target:
         raise UserError(f"{link} is a link to a folder that it lies in, {target}; remove it")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffmoe.errors import UserError
-from diffmoe.files import temporary_name, write_json
+from diffmoe.files import read_json, temporary_name, write_json
 
 
 class Ranks(NamedTuple):
@@ -48,7 +48,7 @@ class Records:
         if not stored.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(stored, plan)
-        there = json.loads(stored.read_text(encoding="utf-8"))
+        there = read_json(stored)
         plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         differing = [
             f"{key}: {there.get(key)} there, {plan.get(key)} now"
@@ -69,7 +69,7 @@ class Records:
         return self._file(part).exists()
 
     def read(self, part: int) -> dict[str, Any]:
-        return json.loads(self._file(part).read_text(encoding="utf-8"))
+        return read_json(self._file(part))
 
     def write(self, part: int, record: dict[str, Any]) -> None:
         write_json(self._file(part), record)

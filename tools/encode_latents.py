@@ -57,6 +57,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-bad", type=int, default=10, metavar="N", help="images that may fail; default 10"
     )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="also those that lead out of DIR: only where you have made them yourself",
+    )
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
     return parser.parse_args()
@@ -77,6 +82,7 @@ def main() -> None:
         flips=not options.no_flips,
         classes=options.classes,
         captions=options.captions,
+        follow_links=options.follow_links,
         max_bad=options.max_bad,
         overwrite=options.overwrite,
         device=own_device(options.device),

@@ -13,15 +13,36 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.files import sha256_of, sync, write_atomically
+from diffmoe.files import read_json, read_text, sha256_of, sync, write_atomically
 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+class _Clock(BaseModel):
+    samples: _Count
+    step: _Count
+    skipped: _Count
+
+
+class _SavedBy(BaseModel):
+    world: int = Field(ge=1)
+
+
+class _Record(BaseModel):
+    """run.json, as far as its readers rely on it; `config` has its own check."""
+
+    clock: _Clock
+    optimizer_steps: _Count
+    config: dict[str, Any]
+    latents: dict[str, Any]
+    saved_by: _SavedBy
 
 
 def names(folder: Path) -> list[str]:
@@ -112,9 +133,11 @@ def _listed(checkpoint: Path) -> dict[str, dict[str, Any]]:
     if not file.exists():
         raise UserError(f"{checkpoint} is not complete: it has no {CHECKSUMS}")
     try:
-        listed = json.loads(file.read_bytes())["files"]
-        for entry in listed.values():
+        listed = read_json(file)["files"]
+        for name, entry in listed.items():
             int(entry["bytes"]), str(entry["sha256"])
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no file of this folder")
         listed[ABOUT]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {error})") from None
@@ -126,14 +149,19 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / ABOUT
     older = "take an older checkpoint by its PATH, step-XXXXXXXX"
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(read_text(file))
         missing = {"clock", "optimizer_steps", "config", "latents"} - set(about)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        _Record.model_validate(about)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; {older}") from None
-    except (ValueError, TypeError) as error:
+    except ValidationError as error:
+        problem = error.errors()[0]
+        told = f"{'.'.join(map(str, problem['loc']))}={problem['input']!r:.40}: {problem['msg']}"
+        raise UserError(f"{file} is damaged ({told}); {older}") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); {older}") from None
-    if missing:
-        raise UserError(f"{file} is damaged (it lacks {', '.join(sorted(missing))}); {older}")
     return about
 
 

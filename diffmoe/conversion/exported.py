@@ -23,7 +23,7 @@ from diffmoe.conversion.tensors import (
     stored_dtype,
 )
 from diffmoe.errors import UserError
-from diffmoe.files import read_json, sha256_of
+from diffmoe.files import contained, read_json, sha256_of
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
 
@@ -31,11 +31,12 @@ CHECKSUMS, CARD = "checksums.json", "README.md"
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder is of this format, whole or not."""
-    try:
-        return read_json(path / FILE_NAME).get("format") == "diffmoe"
-    except (UserError, AttributeError):
+    """Whether a folder is of this format, whole or not. Raises UserError if that can't be told."""
+    file = path / FILE_NAME
+    if not file.exists():
         return False
+    values = read_json(file)
+    return isinstance(values, dict) and values.get("format") == "diffmoe"
 
 
 class ExportedModel(StoredTensors):
@@ -58,7 +59,7 @@ class ExportedModel(StoredTensors):
 
         Raises UserError naming the first that is not as it was written.
         """
-        file = self.folder / CHECKSUMS
+        file = contained(self.folder, CHECKSUMS)
         try:
             listed = {name: entry["sha256"] for name, entry in read_json(file)["files"].items()}
         except (KeyError, TypeError, AttributeError):
@@ -66,7 +67,7 @@ class ExportedModel(StoredTensors):
         if not {FILE_NAME, *self._files.values()} <= listed.keys():
             raise UserError(f"{file} does not list every file; convert the model again")
         for name, expected in listed.items():
-            part = self.folder / Path(name).name
+            part = contained(self.folder, Path(name).name)
             if not part.is_file() or sha256_of(part) != expected:
                 raise UserError(f"{part} is missing, or not what was written; convert it again")
         return len(listed)

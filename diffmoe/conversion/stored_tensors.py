@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
-from diffmoe.files import read_json
+from diffmoe.files import check_safetensors, contained, read_json
 
 
 class StoredTensors:
@@ -46,7 +46,7 @@ class StoredTensors:
             return stored.get_tensor(name) if rows is None else stored.get_slice(name)[rows]
 
     def _listed(self) -> dict[str, str]:
-        index = read_json(self._index)
+        index = read_json(contained(self.folder, self._index.name))
         found = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
             raise UserError(f"{self._index} holds no weight_map of names to files")
@@ -57,8 +57,9 @@ class StoredTensors:
 
     @contextlib.contextmanager
     def _opened(self, file: str) -> Iterator[safe_open]:
-        path = self.folder / file
+        path = contained(self.folder, file)
         try:
+            check_safetensors(path)
             with safe_open(path, framework="pt") as stored:
                 yield stored
         except (SafetensorError, OSError, ValueError) as error:

@@ -17,6 +17,7 @@ from diffmoe.data.images import ImageItem, find_images, load_captions, load_imag
 from diffmoe.data.manifest import Manifest, TextContent
 from diffmoe.data.numbers import stored
 from diffmoe.errors import UserError
+from diffmoe.files import check_tree
 from diffmoe.resumable import Ranks
 
 
@@ -33,6 +34,7 @@ def encode_images(
     flips: bool = True,
     classes: int | None = None,
     captions: bool = False,
+    follow_links: bool = False,
     max_bad: int = 10,
     overwrite: bool = False,
     device: str = "cpu",
@@ -44,10 +46,13 @@ def encode_images(
     size: side of the square that is cut out of each image.
     batch: images per pass of the autoencoder. workers: threads that decode images.
     classes: their number, where tars leave it open.
+    follow_links: also those that lead out of the folder.
     captions: each image has some instead of a class, see `find_images`; they are packed as bytes.
     """
     if size < 1 or batch < 1 or workers < 1:
         raise UserError(f"--size {size}, --batch {batch}, --workers {workers} must be at least 1")
+    if not follow_links and Path(images).is_dir():
+        check_tree(Path(images), ", or give --follow-links if you have made the folder yourself")
     items, names = find_images(images, captions)
     if captions:
         classes = 1

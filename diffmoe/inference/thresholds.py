@@ -6,14 +6,13 @@ tracked (Eq. 17) are part of the weights and have no entry.
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffmoe.errors import UserError
-from diffmoe.files import write_json
+from diffmoe.files import contained, read_json, write_json
 from diffmoe.models.dit import DiT
 
 FILE_NAME = "thresholds.json"
@@ -53,9 +52,9 @@ def stored(folder: Path) -> dict[str, Calibrated]:
     if not file.exists():
         return {}
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = read_json(contained(folder, FILE_NAME))
         return {name: Calibrated.model_validate(entry) for name, entry in entries.items()}
-    except (ValueError, AttributeError, ValidationError) as error:
+    except (AttributeError, ValidationError) as error:
         raise UserError(
             f"{file} is damaged ({error}); remove it and run tools/calibrate.py again"
         ) from None

@@ -125,7 +125,15 @@ def test_inference_needs_nothing_of_training(folder: Path, single_run: Config):
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     rooms, *sizes = done.stdout.splitlines()
-    assert rooms.split() == ["config", "conversion", "errors", "models", "parallel", "seeding"]
+    assert rooms.split() == [
+        "config",
+        "conversion",
+        "errors",
+        "files",
+        "models",
+        "parallel",
+        "seeding",
+    ]
     assert sizes == ["(8, 8)", "(8, 8)"]
 
 
