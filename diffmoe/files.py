@@ -130,17 +130,20 @@ def check_tree(folder: Path, way_out: str) -> None:
     """
     root = os.path.realpath(folder)
     places = [str(folder)]
-    while places:
-        place = places.pop()
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    _check_link(entry.path, place, root, way_out)
-                if entry.is_dir():
-                    places.append(entry.path)
-                elif not entry.is_file() and os.path.exists(entry.path):
-                    kind = _kind(entry.stat().st_mode)
-                    raise UserError(f"{entry.path} is {kind}, no regular file; remove it")
+    try:
+        while places:
+            place = places.pop()
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        _check_link(entry.path, place, root, way_out)
+                    if entry.is_dir():
+                        places.append(entry.path)
+                    elif not entry.is_file():
+                        kind = _kind(entry.stat().st_mode)
+                        raise UserError(f"{entry.path} is {kind}, no regular file; remove it")
+    except OSError as error:  # of a link to nothing, of a loop, of a folder that is not ours
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _check_link(link: str, place: str, root: str, way_out: str) -> None:

@@ -78,7 +78,7 @@ def _diffusers(path: Path, form: Format | None, options: Options) -> Source:
     shapes = expected_shapes(about.model, about.moe)
     account_theirs(stored.shapes, layout, shapes, str(folder))
     notes = (f"{path} is a {hugging_face.CLASS} of diffusers", hugging_face.DIFFERENCE)
-    return Source(str(path), about, shapes, reader(layout, stored.read), notes=notes)
+    return Source(str(path), about, shapes, reader(layout, stored.read, str(folder)), notes=notes)
 
 
 def _release(path: Path, state: StateDict, form: Format | None, options: Options) -> Source:
@@ -128,7 +128,9 @@ def _release(path: Path, state: StateDict, form: Format | None, options: Options
             "too many tokens; they are kept as they are. Calibrate: python tools/calibrate.py "
             "FOLDER --capacity 1"
         )
-    return Source(str(path), about, ours, reader(layout, tensors.__getitem__), notes=tuple(notes))
+    return Source(
+        str(path), about, ours, reader(layout, tensors.__getitem__, str(path)), notes=tuple(notes)
+    )
 
 
 def _about(

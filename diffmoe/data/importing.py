@@ -12,7 +12,7 @@ from diffmoe.data.autoencoder import canonical_name
 from diffmoe.data.conversion import Made, Skipped, convert_items
 from diffmoe.data.foreign import Foreign, LatentItem
 from diffmoe.data.manifest import Manifest, describe
-from diffmoe.data.numbers import stored
+from diffmoe.data.numbers import restored, stored
 from diffmoe.errors import UserError
 from diffmoe.resumable import Ranks
 
@@ -85,7 +85,9 @@ def import_latents(
             try:
                 label, *arrays = data.load(item)
                 arrays = [
-                    stored(_fit(array, array_shape), dtype) for array in arrays if array is not None
+                    _stored(_fit(array, array_shape), dtype)
+                    for array in arrays
+                    if array is not None
                 ]
             except _READ_ERRORS as error:
                 yield Skipped(item.name, f"{type(error).__name__}: {error}")
@@ -122,6 +124,13 @@ def _shape(data: Foreign, content: str) -> tuple[int, int, int]:
         channels = shape[0] if content == "sample" else shape[0] // 2
         return (channels, *shape[1:])
     raise UserError(f"none of the first files can be read, such as {reason}; another --format?")
+
+
+def _stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    packed = stored(array, dtype)
+    if not np.isfinite(restored(packed, dtype)).all():
+        raise ValueError(f"{np.abs(array).max():g} is more than {dtype} can hold")
+    return packed
 
 
 def _fit(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
