@@ -49,7 +49,7 @@ def npz_header(file: Path, name: str) -> tuple[int, ...] | None:
             if f"{name}.npy" not in archive.namelist():
                 return None
             with archive.open(f"{name}.npy") as member:
-                return _header(member)[1]
+                return _header(member, archive.getinfo(f"{name}.npy").file_size)[1]
     except _DAMAGE as error:
         raise UserError(f"{file} is no readable npz file ({error})") from None
 
@@ -62,23 +62,23 @@ def npz_rows(file: Path, name: str, step: int = 1000) -> Iterator[np.ndarray]:
             _opened(stream) as archive,
             archive.open(f"{name}.npy") as member,
         ):
-            yield from _rows(member, step)
+            yield from _rows(member, archive.getinfo(f"{name}.npy").file_size, step)
     except _DAMAGE as error:
         raise UserError(f"{file}: {name} is damaged ({error}); copy it again") from None
 
 
-def _rows(member: BinaryIO, step: int) -> Iterator[np.ndarray]:
-    dtype, shape, order, _ = _header(member)
+def _rows(member: BinaryIO, size: int, step: int) -> Iterator[np.ndarray]:
+    dtype, shape, order, _ = _header(member, size)
     if order == "F" or not shape:
         raise ValueError("it is no plain array in C order; write it by np.savez")
-    size = math.prod(shape[1:]) * dtype.itemsize
-    if size > _PART:
-        raise ValueError(f"a row of shape {shape[1:]} has {size:,} bytes")
-    step = max(1, min(step, _PART // max(1, size)))
+    row = math.prod(shape[1:]) * dtype.itemsize
+    if row > _PART:
+        raise ValueError(f"a row of shape {shape[1:]} has {row:,} bytes")
+    step = max(1, min(step, _PART // max(1, row)))
     for start in range(0, shape[0], step):
         rows = min(step, shape[0] - start)
-        raw = member.read(rows * size)
-        if len(raw) != rows * size or not size:
+        raw = member.read(rows * row)
+        if len(raw) != rows * row or not row:
             raise ValueError("it is cut short")
         yield np.frombuffer(raw, dtype).reshape(rows, *shape[1:])
 
@@ -96,16 +96,24 @@ def decode_npy(raw: bytes) -> np.ndarray:
     """
     wide, length = _lengths(raw)
     start = wide + length
-    dtype, shape, order, count = _parsed(raw[wide:start])
-    if len(raw) != start + count * dtype.itemsize:
-        raise ValueError(f"{len(raw)} bytes instead of {start + count * dtype.itemsize}")
+    dtype, shape, order, _ = parsed = _parsed(raw[wide:start])
+    _check_size(len(raw), start, parsed)
     return np.frombuffer(raw, dtype, offset=start).reshape(shape, order=order)
 
 
-def _header(member: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str, int]:
+def _header(member: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ...], str, int]:
+    """What `_parsed` gives, of a member of so many bytes."""
     begin = member.read(12)
     wide, length = _lengths(begin)
-    return _parsed((begin + member.read(wide + length - 12))[wide:])
+    parsed = _parsed((begin + member.read(wide + length - 12))[wide:])
+    _check_size(size, wide + length, parsed)
+    return parsed
+
+
+def _check_size(size: int, start: int, parsed: tuple[np.dtype, tuple[int, ...], str, int]) -> None:
+    dtype, _, _, count = parsed
+    if size != start + count * dtype.itemsize:
+        raise ValueError(f"{size} bytes instead of {start + count * dtype.itemsize}")
 
 
 def _lengths(raw: bytes) -> tuple[int, int]:
