@@ -268,8 +268,12 @@ class EvaluationConfig(_Section):
     seed: int = 0
     batch: int = Field(50, ge=1, description="images that a rank makes at a time")
     reference: str | None = Field(None, description="as of tools/evaluate.py --reference")
-    extractor: str | None = Field(None, description="none: the default of tools/evaluate.py")
-    classifier: str | None = Field(None, description="class accuracy: digits, FILE.pt, module:name")
+    extractor: str | None = Field(
+        None, description="none: the default of tools/evaluate.py; module:name is run"
+    )
+    classifier: str | None = Field(
+        None, description="class accuracy: digits, FILE.pt, module:name, which is run"
+    )
     prompts: str | None = Field(None, description="of a text model: file of captions, one a line")
     text_encoder: str | None = Field(None, description="its folder; bytes need none")
     truth: str | None = Field(None, description="as of tools/evaluate.py --truth")
