@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.files import read_json, read_text, sha256_of, sync, write_atomically
+from diffmoe.files import open_regular, read_json, read_text, sha256_of, sync, write_atomically
 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -202,7 +202,7 @@ def set_aside(checkpoint: Path) -> Path | None:
 def reading(checkpoint: Path) -> Iterator[None]:
     """While this is open `prune` leaves the checkpoint alone, in whatever process it runs."""
     try:
-        file = open(checkpoint / CHECKSUMS, "rb")  # noqa: SIM115
+        file = open_regular(checkpoint / CHECKSUMS)
     except OSError:  # reading will tell what is missing
         yield
         return
