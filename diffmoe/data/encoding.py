@@ -1,5 +1,6 @@
 """Images into shards: as pixels, or through an autoencoder as the moments of their posteriors."""
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from diffmoe.data.conversion import Made, Skipped, convert_items
 from diffmoe.data.images import ImageItem, find_images, load_captions, load_image
 from diffmoe.data.manifest import Manifest, TextContent
 from diffmoe.data.numbers import stored
+from diffmoe.data.tar_index import MEMBER_LIMIT
 from diffmoe.errors import UserError
 from diffmoe.files import check_tree
 from diffmoe.resumable import Ranks
@@ -54,6 +56,8 @@ def encode_images(
     if not follow_links and Path(images).is_dir():
         check_tree(Path(images), ", or give --follow-links if you have made the folder yourself")
     items, names = find_images(images, captions)
+    if not items:
+        raise UserError(f"--images {images} holds no images")
     if captions:
         classes = 1
     if names is None and classes is None:
@@ -136,9 +140,11 @@ def _loaded(
 
     def load(item: ImageItem) -> Loaded | Skipped:
         try:
+            if item.member is None and os.path.getsize(item.path) > MEMBER_LIMIT:
+                raise ValueError(f"{os.path.getsize(item.path):,} bytes are no image's")
             told = Captions(load_captions(item)) if captions else None
             return Loaded(item, load_image(item, size), told)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # decoders of damaged images raise anything
             return Skipped(item.name, f"{type(error).__name__}: {error}")
 
     parts = [items[start : start + batch] for start in range(0, len(items), batch)]

@@ -5,6 +5,7 @@ what it leaves open must come from the user. Facts from the projects' public cod
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from functools import cache
@@ -143,6 +144,8 @@ def lightning_dit(root: Path, stats: Path | None, multiplier: float) -> Foreign:
         refuse_special(stats)
         numbers = torch.load(stats, map_location="cpu", weights_only=True)
         mean, deviation = (numbers[key].flatten().tolist() for key in ("mean", "std"))
+        if not all(map(math.isfinite, mean + deviation)) or 0 in deviation:
+            raise ValueError(f"mean {mean}, std {deviation}")
     except Exception as error:  # torch.load raises many kinds
         raise UserError(
             f"{stats} gives no statistics ({type(error).__name__}: {error}); give --stats "

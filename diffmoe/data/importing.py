@@ -73,6 +73,9 @@ def import_latents(
         "dtype": dtype,
     }
     fields["shape"] = _shape(data, fields["content"])
+    for item in data.items:
+        if item.label is not None:
+            _check_label(root, item, item.label, fields["classes"])
     keys = {item.name: f"{number:08d}" for number, item in enumerate(data.items)}
     try:
         array_shape = Manifest(shards=[], **fields).array_shape
@@ -84,6 +87,7 @@ def import_latents(
         for item in items:
             try:
                 label, *arrays = data.load(item)
+                _check_label(root, item, label, fields["classes"])
                 arrays = [
                     _stored(_fit(array, array_shape), dtype)
                     for array in arrays
@@ -104,6 +108,14 @@ def import_latents(
         max_bad=max_bad,
         overwrite=overwrite,
     )
+
+
+def _check_label(root: Path, item: LatentItem, label: int, classes: int) -> None:
+    if not 0 <= label < classes:
+        raise UserError(
+            f"--latents {root}: {item.name}: label {label} is outside the classes "
+            f"0..{classes - 1}; mend it, or give another --classes"
+        )
 
 
 def _shape(data: Foreign, content: str) -> tuple[int, int, int]:

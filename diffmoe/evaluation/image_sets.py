@@ -123,12 +123,13 @@ def _samples(folder: Path) -> ImageSet:
     for name in listed:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing or damaged; sample into another folder")
-        found = read_npz(folder / name, "indices")
-        if "indices" not in found:
+        found = read_npz(folder / name, "indices").get("indices")
+        if found is None or found.ndim != 1 or found.dtype.kind not in "iu":
             raise UserError(f"{folder / name} holds no indices; sample into another folder")
-        indices.append(found["indices"])
+        indices.append(found)
     found = np.sort(np.concatenate(indices))
-    if not np.array_equal(found, np.arange(manifest["number"])):
+    whole = len(found) == manifest["number"]
+    if not (whole and np.array_equal(found, np.arange(len(found)))):
         raise UserError(
             f"{folder} holds {len(np.unique(found))} different of {manifest['number']} samples; "
             "sample into another folder"
@@ -211,7 +212,9 @@ def _read(file: Path) -> np.ndarray:
             if image.mode != "RGB":
                 raise UserError(f"{file} is {image.mode}, not RGB with 8 bits; convert it")
             return np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # decoders of damaged images raise anything
         raise UserError(f"{file} cannot be read ({error})") from None
 
 

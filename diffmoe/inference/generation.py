@@ -275,6 +275,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         if type(manifest["number"]) is not int:
             raise ValueError(f"number={manifest['number']!r}")
+        if not manifest["shards"]:
+            raise ValueError("it lists no shards")
         for shard in manifest["shards"]:
             contained(folder, shard["file"])
             str(shard["sha256"])
