@@ -110,12 +110,8 @@ def contained(folder: Path, name: str) -> Path:
     The links of a Hugging Face cache, snapshots/REVISION/FILE to blobs/HASH, are no way out.
     """
     path = folder / name
-    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    homes = [root]
-    homes += [
-        p.parent.parent / "blobs" for p in (root, *root.parents) if p.parent.name == "snapshots"
-    ]
-    if not any(real.is_relative_to(home) for home in homes):
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(home) for home in _homes(folder)):
         raise UserError(
             f"{path} leads out of its folder, to {real}; put a copy of the file there if it is "
             "meant to be"
@@ -126,9 +122,9 @@ def contained(folder: Path, name: str) -> Path:
 def check_tree(folder: Path, way_out: str) -> None:
     """Raises UserError for a link that leads out of a folder, for a loop, and for special files.
 
-    way_out: for links, beside a copy of what they lead to.
+    Out is what `contained` takes for it. way_out: for links, beside a copy of what they lead to.
     """
-    root = os.path.realpath(folder)
+    homes = _homes(folder)
     places = [str(folder)]
     try:
         while places:
@@ -136,7 +132,7 @@ def check_tree(folder: Path, way_out: str) -> None:
             with os.scandir(place) as entries:
                 for entry in entries:
                     if entry.is_symlink():
-                        _check_link(entry.path, place, root, way_out)
+                        _check_link(entry.path, place, homes, way_out)
                     if entry.is_dir():
                         places.append(entry.path)
                     elif not entry.is_file():
@@ -146,13 +142,20 @@ def check_tree(folder: Path, way_out: str) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
-def _check_link(link: str, place: str, root: str, way_out: str) -> None:
-    target = os.path.realpath(link)
-    if os.path.commonpath([root, target]) != root:
+def _homes(folder: Path) -> list[Path]:
+    """Where what belongs to a folder lies: in itself; of a Hugging Face cache also in its blobs."""
+    root = Path(os.path.realpath(folder))
+    caches = [p.parent.parent for p in (root, *root.parents) if p.parent.name == "snapshots"]
+    return [root, *(cache / "blobs" for cache in caches)]
+
+
+def _check_link(link: str, place: str, homes: list[Path], way_out: str) -> None:
+    target = Path(os.path.realpath(link))
+    if not any(target.is_relative_to(home) for home in homes):
         raise UserError(
-            f"{link} is a link that leads out of {root}, to {target}; put a copy there{way_out}"
+            f"{link} is a link that leads out of {homes[0]}, to {target}; put a copy there{way_out}"
         )
-    if os.path.commonpath([target, os.path.realpath(place)]) == target:
+    if Path(os.path.realpath(place)).is_relative_to(target):
         raise UserError(f"{link} is a link to a folder that it lies in, {target}; remove it")
 
 

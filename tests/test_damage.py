@@ -101,7 +101,8 @@ def read_exported(path: Path) -> dict[str, Tensor]:
     with contextlib.suppress(UserError):
         load(path)
     info(path)
-    return tensors(path) | {name: Tensor(c.log_odds) for name, c in stored(path).items()}
+    stored(path)  # the thresholds, which calibration adds and no checksum holds
+    return tensors(path)
 
 
 def calibrated(folder: Path) -> Path:
@@ -288,8 +289,10 @@ KINDS = {
     "checkpoint": Kind(checkpoint, read_checkpoint, True, mended_checksums),
     "old checkpoint": Kind(old_checkpoint, read_checkpoint, True, mended_checksums),
     "resume": Kind(run_folder, resumed),
-    "export": Kind(calibrated, read_exported, False, mended_checksums),
-    "release file": Kind(lambda d: release_file(d / "release.pt", "diffmoe_interleave"), tensors),
+    "export": Kind(calibrated, read_exported, True, mended_checksums),
+    "release file": Kind(
+        lambda d: release_file(d / "release.pt", "diffmoe_interleave"), tensors, True
+    ),
     "diffusers folder": Kind(diffusers_folder, tensors),
     "safetensors": Kind(weights, lambda path: StoredTensors(path, "model.safetensors").shapes),
     "manifest and tar": Kind(data_folder, read_data, False, mended_manifest),

@@ -14,6 +14,7 @@ from diffmoe.data.foreign import Foreign, LatentItem
 from diffmoe.data.manifest import Manifest, describe
 from diffmoe.data.numbers import restored, stored
 from diffmoe.errors import UserError
+from diffmoe.files import check_tree
 from diffmoe.resumable import Ranks
 
 # Each format's reader, and what its files leave open.
@@ -50,6 +51,7 @@ def import_latents(
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"--latents {root} is no folder")
+    check_tree(root, "")
     read, needed = FORMATS[kind]
     missing = [f"--{flag}" for flag in needed if answers.get(flag) is None]
     if missing:

@@ -98,7 +98,7 @@ class Manifest(BaseModel):
     shift: float | list[float] = 0.0
     shape: tuple[int, int, int]
     flips: bool
-    classes: int = Field(le=10_000_000)
+    classes: int = Field(ge=1, le=10_000_000)
     class_names: list[str] | None = None
     autoencoder: str
     source: str
@@ -227,8 +227,6 @@ class Manifest(BaseModel):
         file = Path(directory) / FILE_NAME
         if not self.shards:
             raise UserError(f"{file}: shards is empty; pack the data again")
-        if self.classes < 1:
-            raise UserError(f"{file}: classes={self.classes}; it must be at least 1")
         bad = []
         for shard in self.shards:
             if shard.samples < 1:
