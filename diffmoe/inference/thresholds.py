@@ -51,10 +51,11 @@ def stored(folder: Path) -> dict[str, Calibrated]:
     file = folder / FILE_NAME
     if not file.exists():
         return {}
+    contained(folder, FILE_NAME)
     try:
-        entries = read_json(contained(folder, FILE_NAME))
+        entries = read_json(file)
         return {name: Calibrated.model_validate(entry) for name, entry in entries.items()}
-    except (AttributeError, ValidationError) as error:
+    except (UserError, AttributeError, ValidationError) as error:
         raise UserError(
             f"{file} is damaged ({error}); remove it and run tools/calibrate.py again"
         ) from None
