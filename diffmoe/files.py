@@ -132,15 +132,17 @@ def check_tree(folder: Path, way_out: str) -> None:
             with os.scandir(place) as entries:
                 for entry in entries:
                     if entry.is_symlink():
-                        if not os.path.exists(entry.path):
-                            continue  # to nothing: whoever opens it will tell
+                        try:
+                            os.stat(entry.path)
+                        except FileNotFoundError:
+                            continue  # a link to nothing: whoever opens it will tell
                         _check_link(entry.path, place, homes, way_out)
                     if entry.is_dir():
                         places.append(entry.path)
                     elif not entry.is_file():
                         kind = _kind(entry.stat().st_mode)
                         raise UserError(f"{entry.path} is {kind}, no regular file; remove it")
-    except OSError as error:  # a folder that may not be read
+    except OSError as error:  # a loop of links, a folder that may not be read
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
