@@ -53,6 +53,10 @@ class TextConfig(_Section):
         return self
 
 
+# Of one sample. What no attention reaches; a damaged file must not make us lay them out.
+_MOST_TOKENS = 1 << 18
+
+
 class ModelConfig(_Section):
     """The DiT backbone."""
 
@@ -71,12 +75,23 @@ class ModelConfig(_Section):
     rope: bool = Field(False, description="2-D rotary positions in attention")
     text: TextConfig | None = Field(None, description="captions in the place of class labels")
 
+    @property
+    def blocks(self) -> int:
+        """Of the network, and of the encoder of bytes."""
+        return self.depth + (self.text.depth if self.text is not None else 0)
+
     @model_validator(mode="after")
     def _shapes(self) -> "ModelConfig":
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"model.input_size={self.input_size} is not divisible by "
                 f"model.patch_size={self.patch_size}; choose {_divisors(self.input_size)}"
+            )
+        tokens = (self.input_size // self.patch_size) ** 2
+        if tokens > _MOST_TOKENS:
+            raise ValueError(
+                f"model.input_size={self.input_size} in patches of model.patch_size="
+                f"{self.patch_size} makes {tokens:,} tokens; at most {_MOST_TOKENS:,} are taken"
             )
         if self.head_width is None and self.width % self.heads:
             raise ValueError(
@@ -269,8 +284,12 @@ class EvaluationConfig(_Section):
     seed: int = 0
     batch: int = Field(50, ge=1, description="images that a rank makes at a time")
     reference: str | None = Field(None, description="as of tools/evaluate.py --reference")
-    extractor: str | None = Field(None, description="none: the default of tools/evaluate.py")
-    classifier: str | None = Field(None, description="class accuracy: digits, FILE.pt, module:name")
+    extractor: str | None = Field(
+        None, description="none: the default of tools/evaluate.py; module:name is run"
+    )
+    classifier: str | None = Field(
+        None, description="class accuracy: digits, FILE.pt, module:name, which is run"
+    )
     prompts: str | None = Field(None, description="of a text model: file of captions, one a line")
     text_encoder: str | None = Field(None, description="its folder; bytes need none")
     truth: str | None = Field(None, description="as of tools/evaluate.py --truth")
@@ -428,5 +447,7 @@ def _explain(problem: Any) -> str:
 
 
 def _divisors(number: int) -> str:
+    if number > 1 << 20:  # of a damaged file: not worth counting
+        return f"a divisor of {number}"
     found = [str(n) for n in range(1, number + 1) if number % n == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

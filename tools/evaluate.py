@@ -15,7 +15,8 @@ A reference is a file of `reference`, ADM's npz, a folder of our samples or of i
 shards of pixels; so are images. Every figure is named for its extractor (--extractor):
 efficientnet_lite0@224, whose weights come with diffmoe[eval]; a local inception-2015-12-05.pt, for
 FID, or torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for FID and sFID, both known by
-checksum; another TorchScript FILE.pt; or package.module:function. Nothing is downloaded.
+checksum; another TorchScript FILE.pt; or package.module:function. The last two run what is in
+them: give those that you trust. Nothing is downloaded.
 
 Of images with captions, --clip takes a local folder of transformers' CLIPModel: 100 max(cosine, 0)
 of each image and its caption, averaged. --truth tells how many of captioned-digits' scenes show the
@@ -81,7 +82,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     images.add_argument("--out", default="evaluation", metavar="DIR", help="default evaluation")
     for parser_ in (model, images):
         parser_.add_argument("--reference", metavar="REF")
-        parser_.add_argument("--classifier", help="class accuracy: digits, FILE.pt or module:name")
+        parser_.add_argument(
+            "--classifier", help="class accuracy: digits, or code to run: FILE.pt, module:name"
+        )
         parser_.add_argument("--clip", metavar="DIR", help="CLIP score, of images with captions")
         parser_.add_argument(
             "--truth", metavar="JSON", help="captioned-digits' unseen.json: read scenes by it"

@@ -16,9 +16,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
@@ -27,6 +27,27 @@ from diffmoe.files import open_regular, read_bytes, read_text, sha256_of, sync, 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
 KINDS = ("step", "ema")
 ABANDONED = "abandoned-"  # before the name of what was set aside
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+class _Clock(BaseModel):
+    samples: _Count
+    step: _Count
+    skipped: _Count
+
+
+class _SavedBy(BaseModel):
+    world: int = Field(ge=1)
+
+
+class _Record(BaseModel):
+    """run.json, as far as its readers rely on it; `config` has its own check."""
+
+    clock: _Clock
+    optimizer_steps: _Count
+    config: dict[str, Any]
+    latents: dict[str, Any]
+    saved_by: _SavedBy
 
 
 def names(folder: Path, kind: str = "step") -> list[str]:
@@ -206,21 +227,20 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
     """run.json: clock, configuration, versions."""
     file = checkpoint / ABOUT
     older = "take an older checkpoint by its PATH, step-XXXXXXXX"
-    kinds = {"clock": dict, "optimizer_steps": int, "config": dict, "latents": dict}
     try:
         about = json.loads(read_text(file))
-        missing = kinds.keys() - set(about)
+        missing = {"clock", "optimizer_steps", "config", "latents"} - set(about)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        _Record.model_validate(about)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; {older}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        told = f"{'.'.join(map(str, problem['loc']))}={problem['input']!r:.40}: {problem['msg']}"
+        raise UserError(f"{file} is damaged ({told}); {older}") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); {older}") from None
-    if missing:
-        raise UserError(f"{file} is damaged (it lacks {', '.join(sorted(missing))}); {older}")
-    wrong = [key for key, kind in kinds.items() if type(about[key]) is not kind]
-    if not wrong and not all(type(about["clock"].get(key)) is int for key in ("samples", "step")):
-        wrong = ["clock"]
-    if wrong:
-        raise UserError(f"{file} is damaged ({wrong[0]} is {about[wrong[0]]!r:.40}); {older}")
     return about
 
 
@@ -262,7 +282,7 @@ def set_aside(checkpoint: Path) -> Path | None:
 def reading(checkpoint: Path) -> Iterator[None]:
     """While this is open `prune` leaves the checkpoint alone, in whatever process it runs."""
     try:
-        file = open(checkpoint / CHECKSUMS, "rb")  # noqa: SIM115
+        file = open_regular(checkpoint / CHECKSUMS)
     except OSError:  # reading will tell what is missing
         yield
         return

@@ -8,6 +8,7 @@ from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.conversion.about import About
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
+from diffmoe.files import read_lines
 from diffmoe.redaction import printable, redact, without_folders
 
 RESULTS = "results.jsonl"
@@ -123,15 +124,22 @@ def read_results(run: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(_lines(file), 1):
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}, line {number}, is not JSON ({error}); mend it") from None
         if not isinstance(line, dict):
             raise UserError(f"{file}, line {number}, is no object; mend it")
         lines.append(line)
     return lines
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return list(read_lines(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def _short(value: Any) -> str:

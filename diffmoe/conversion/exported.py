@@ -25,7 +25,7 @@ from diffmoe.conversion.tensors import (
     stored_dtype,
 )
 from diffmoe.errors import UserError
-from diffmoe.files import read_json, sha256_of
+from diffmoe.files import contained, read_json, sha256_of
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
@@ -34,11 +34,12 @@ CHECKSUMS, CARD = "checksums.json", "README.md"
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder is of this format, whole or not."""
-    try:
-        return read_json(path / FILE_NAME).get("format") == "diffmoe"
-    except (UserError, AttributeError):
+    """Whether a folder is of this format, whole or not. Raises UserError if that can't be told."""
+    file = path / FILE_NAME
+    if not file.exists():
         return False
+    values = read_json(file)
+    return isinstance(values, dict) and values.get("format") == "diffmoe"
 
 
 class ExportedModel(StoredTensors):
@@ -62,7 +63,7 @@ class ExportedModel(StoredTensors):
         digest: gives a file's SHA-256; the default reads it. Raises UserError naming the first that
         is not as it was written.
         """
-        return hold_against(self.folder / CHECKSUMS, [FILE_NAME, *self.files], digest)
+        return hold_against(contained(self.folder, CHECKSUMS), [FILE_NAME, *self.files], digest)
 
 
 def load_exported(

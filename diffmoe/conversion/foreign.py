@@ -105,7 +105,8 @@ def _diffusers(path: Path, form: Format | None, options: Options) -> Source:
     layout = hugging_face.diffusers_layout(about.model, about.moe)
     shapes = expected_shapes(about.model, about.moe)
     account_theirs(stored.shapes, layout, shapes, str(folder))
-    return Source(str(path), about, shapes, reader(layout, stored.read), notes=tuple(notes))
+    read = reader(layout, stored.read, str(folder))
+    return Source(str(path), about, shapes, read, notes=tuple(notes))
 
 
 def _release(path: Path, state: StateDict, form: Format | None, options: Options) -> Source:
@@ -174,7 +175,9 @@ def _release(path: Path, state: StateDict, form: Format | None, options: Options
             "too many tokens; they are kept as they are. Calibrate: python tools/calibrate.py "
             "FOLDER --capacity 1"
         )
-    return Source(str(path), about, ours, reader(layout, tensors.__getitem__), notes=tuple(notes))
+    return Source(
+        str(path), about, ours, reader(layout, tensors.__getitem__, str(path)), notes=tuple(notes)
+    )
 
 
 def _about(

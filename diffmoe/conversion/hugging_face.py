@@ -1,6 +1,5 @@
 """diffusers' DiTTransformer2DModel, a dense DiT, to ours and back."""
 
-import contextlib
 import json
 import re
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.conversion.layouts import Layout, concatenated, repeated, same
 from diffmoe.errors import UserError
-from diffmoe.files import read_json
+from diffmoe.files import contained, read_json
 
 CLASS = "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -42,9 +41,11 @@ DIFFERENCE = (
 def transformer_folder(path: Path) -> Path | None:
     """The model's folder: itself, or `transformer` of a pipeline's. None where it is neither."""
     for folder in (path, path / "transformer"):
-        with contextlib.suppress(UserError, AttributeError):
-            if read_json(folder / "config.json").get("_class_name") == CLASS:
-                return folder
+        if not (folder / "config.json").exists():
+            continue
+        values = read_json(contained(folder, "config.json"))
+        if isinstance(values, dict) and values.get("_class_name") == CLASS:
+            return folder
     return None
 
 

@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
-from diffmoe.files import read_json
+from diffmoe.files import check_safetensors, contained, read_json
 
 
 class StoredTensors:
@@ -52,7 +52,7 @@ class StoredTensors:
             return stored.get_tensor(name) if rows is None else stored.get_slice(name)[rows]
 
     def _listed(self) -> dict[str, str]:
-        index = read_json(self._index)
+        index = read_json(contained(self.folder, self._index.name))
         found = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
             raise UserError(f"{self._index} holds no weight_map of names to files")
@@ -63,8 +63,9 @@ class StoredTensors:
 
     @contextlib.contextmanager
     def _opened(self, file: str) -> Iterator[safe_open]:
-        path = self.folder / file
+        path = contained(self.folder, file)
         try:
+            check_safetensors(path)
             with safe_open(path, framework="pt") as stored:
                 yield stored
         except (SafetensorError, OSError, ValueError) as error:
@@ -84,10 +85,7 @@ def hold_against(checksums: Path, needed: Iterable[str], digest: Callable[[Path]
     if not set(needed) <= listed.keys():
         raise UserError(f"{checksums} does not list every file; convert the model again")
     for name, expected in listed.items():
-        inner = PurePosixPath(name)
-        if inner.is_absolute() or ".." in inner.parts:
-            raise UserError(f"{checksums} names {name}, outside of its folder")
-        part = checksums.parent / inner
+        part = contained(checksums.parent, name)
         if not part.is_file() or digest(part) != expected:
             raise UserError(
                 f"{part} is missing, or not what was written; get it again, or convert the model "

@@ -58,7 +58,7 @@ def check_data(
     report, statistics, flat = Report(), _Statistics(manifest), FlatImages(manifest)
     labels, dtypes, places = Counter(), Counter(), {}
     shown: list[Sample] = []
-    of_each = max(1, _SHEET // manifest.classes) if manifest.classes > 0 else 1
+    of_each = max(1, _SHEET // manifest.classes)
     lengths: list[list[int]] = []
     for sample, captions, address in _samples(directory, manifest, report, fetch):
         if sample.key in places:

@@ -30,6 +30,9 @@ _HTTP = re.compile(r"https?:")
 _SAFE_NAME = re.compile(r"(?!-)[\w./+=@%,-]+", re.ASCII)
 
 
+_LARGEST = 1 << 26  # numbers of a latent; what a member of a shard may hold
+
+
 class Shard(BaseModel):
     """One tar file: its name (a path relative to the manifest's folder, or an http URL), counts
     and checksum.
@@ -37,9 +40,9 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1)
-    samples: int
-    bytes: int
+    name: str = Field(min_length=1, max_length=4096)
+    samples: int = Field(lt=1 << 40)
+    bytes: int = Field(ge=0, le=1 << 40)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -55,9 +58,9 @@ class TextContent(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     encoder: str = Field(min_length=1)
-    length: int = Field(ge=1)
-    width: int = Field(0, ge=0)
-    pooled: int = Field(0, ge=0)
+    length: int = Field(ge=1, le=1 << 20)
+    width: int = Field(0, ge=0, le=1 << 20)
+    pooled: int = Field(0, ge=0, le=1 << 20)
 
     @classmethod
     def of(cls, text: TextConfig) -> "TextContent":
@@ -109,7 +112,7 @@ class Manifest(BaseModel):
     shape: tuple[int, int, int]
     flips: bool
     mirrored: Literal["stored", "on_reading"] = "stored"
-    classes: int
+    classes: int = Field(ge=1, le=10_000_000)
     class_names: list[str] | None = None
     autoencoder: str
     source: str
@@ -124,6 +127,8 @@ class Manifest(BaseModel):
     def _shape_is_positive(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         if min(shape) < 1:
             raise ValueError("every side must be at least 1")
+        if math.prod(shape) > _LARGEST:
+            raise ValueError(f"it has {math.prod(shape):,} numbers, at most {_LARGEST:,} are read")
         return shape
 
     @model_validator(mode="after")
@@ -255,8 +260,6 @@ class Manifest(BaseModel):
         file = Path(directory) / FILE_NAME
         if not self.shards:
             raise UserError(f"{file}: shards is empty; pack the data again")
-        if self.classes < 1:
-            raise UserError(f"{file}: classes={self.classes}; it must be at least 1")
         bad = []
         for shard in self.shards:
             if shard.samples < 1:

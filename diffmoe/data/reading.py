@@ -1,9 +1,6 @@
 """An open shard: its samples by number, each read and decoded when it is asked for."""
 
-import ast
 import os
-import struct
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -16,6 +13,7 @@ from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.data.numbers import numpy_types, restored
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
+from diffmoe.npz_files import decode_npy
 
 
 class Sample(NamedTuple):
@@ -66,9 +64,8 @@ class OpenShard:
         manifest = self.manifest
         turn = mirrored and not manifest.stores_flips
         name = self._names[mirrored and not turn]
-        raw = read_member(self._number, self._members[index][name])
         try:
-            array = decode_npy(raw)
+            array = decode_npy(read_member(self._number, self._members[index][name]))
         except ValueError as error:
             raise UserError(
                 f"{self.where(index)}: {name} cannot be decoded ({error}); pack the data again"
@@ -89,10 +86,9 @@ class OpenShard:
 
     def captions(self, index: int) -> Captions:
         """All captions of a sample, with their features, held against the manifest's text."""
-        raw = {
-            name: read_member(self._number, self._members[index][name]) for name in self._text_names
-        }
+        members = self._members[index]
         try:
+            raw = {name: read_member(self._number, members[name]) for name in self._text_names}
             arrays = {name: decode_npy(raw[name]) for name in self._text_names[1:]}
             captions = Captions(
                 caption_lines(raw["txt"]),
@@ -142,8 +138,9 @@ class OpenShard:
                 f"{', '.join(sorted(members))}), while {FILE_NAME} says {told}; mend the manifest "
                 "or pack again"
             )
-        text = read_member(self._number, members["cls"])
+        text = b""
         try:
+            text = read_member(self._number, members["cls"])
             label = int(text)
         except ValueError:
             raise UserError(
@@ -182,35 +179,6 @@ def read_shard(path: str | Path, manifest: Manifest) -> list[Sample]:
 
 def unreadable(address: str, reason: str) -> str:
     return f"shard {address} cannot be read ({reason}); copy it again or pack the data again"
-
-
-def decode_npy(raw: bytes) -> np.ndarray:
-    """What np.load gives for the bytes of an npy file; read-only. Raises ValueError.
-
-    np.load spends most of its time on parsing the header, and all headers of a shard are alike.
-    """
-    if raw[:6] != b"\x93NUMPY" or len(raw) < 12:
-        raise ValueError("no npy file")
-    wide = raw[6] > 1  # version 1.0 has a length of 2 bytes, later ones of 4
-    (length,) = struct.unpack_from("<I" if wide else "<H", raw, 8)
-    start = (12 if wide else 10) + length
-    dtype, shape, order, count = _parsed(raw[12 if wide else 10 : start])
-    if len(raw) != start + count * dtype.itemsize:
-        raise ValueError(f"{len(raw)} bytes instead of {start + count * dtype.itemsize}")
-    return np.frombuffer(raw, dtype, offset=start).reshape(shape, order=order)
-
-
-@lru_cache(maxsize=64)
-def _parsed(header: bytes) -> tuple[np.dtype, tuple[int, ...], str, int]:
-    """Type, shape, order and number of elements that an npy header tells."""
-    try:
-        fields = ast.literal_eval(header.decode("latin1"))
-        dtype, shape = np.dtype(fields["descr"]), tuple(map(int, fields["shape"]))
-    except (SyntaxError, TypeError, KeyError) as error:
-        raise ValueError(f"a broken npy header: {error}") from None
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects, not numbers")
-    return dtype, shape, "F" if fields.get("fortran_order") else "C", int(np.prod(shape))
 
 
 def _listed(path: str | Path, manifest: Manifest) -> Shard:

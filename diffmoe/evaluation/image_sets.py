@@ -1,6 +1,5 @@
 """Images to evaluate, a batch at a time, from what sampling, others' tools or packing wrote."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +14,8 @@ from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
-from diffmoe.inference.generation import MANIFEST, shard_arrays
-from diffmoe.npz_files import npz_header, npz_rows
+from diffmoe.inference.generation import MANIFEST, read_manifest, shard_arrays
+from diffmoe.npz_files import npz_header, npz_rows, read_npz
 from diffmoe.redaction import printable
 
 
@@ -114,10 +113,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def _samples(folder: Path) -> ImageSet:
     """Every index once, no file that the manifest does not list, checksums when read."""
-    file = folder / MANIFEST
-    if not file.exists():
-        raise UserError(f"{folder} holds no {MANIFEST}: not all samples are there; run it again")
-    manifest = json.loads(file.read_text(encoding="utf-8"))
+    file, manifest = folder / MANIFEST, read_manifest(folder)
     listed = [shard["file"] for shard in manifest["shards"]]
     stale = sorted({path.name for path in folder.glob("samples-*.npz")} - set(listed))
     if stale:
@@ -128,10 +124,13 @@ def _samples(folder: Path) -> ImageSet:
     for name in listed:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing or damaged; sample into another folder")
-        with np.load(folder / name) as arrays:
-            indices.append(arrays["indices"])
+        found = read_npz(folder / name, "indices").get("indices")
+        if found is None or found.ndim != 1 or found.dtype.kind not in "iu":
+            raise UserError(f"{folder / name} holds no indices; sample into another folder")
+        indices.append(found)
     found = np.sort(np.concatenate(indices))
-    if not np.array_equal(found, np.arange(manifest["number"])):
+    whole = len(found) == manifest["number"]
+    if not (whole and np.array_equal(found, np.arange(len(found)))):
         raise UserError(
             f"{folder} holds {len(np.unique(found))} different of {manifest['number']} samples; "
             "sample into another folder"
@@ -155,8 +154,9 @@ def _adm(file: Path) -> ImageSet:
     def parts() -> Iterator[Part]:
         labels, done = None, 0
         if npz_header(file, "arr_1") is not None:
-            with np.load(file) as arrays:
-                labels = arrays["arr_1"]
+            labels = read_npz(file, "arr_1")["arr_1"]
+            if labels.shape != header[:1]:
+                raise UserError(f"{file}: arr_1 of shape {labels.shape} labels {header[0]} images")
         for images in npz_rows(file, "arr_0"):
             yield Part(images, None if labels is None else labels[done : done + len(images)])
             done += len(images)

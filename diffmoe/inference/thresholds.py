@@ -6,7 +6,6 @@ tracked (Eq. 17) are part of the weights and have no entry.
 """
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.files import write_json
+from diffmoe.files import contained, read_json, write_json
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode, check_capacity
@@ -100,10 +99,11 @@ def stored(folder: Path) -> dict[str, Calibrated]:
     file = folder / FILE_NAME
     if not file.exists():
         return {}
+    contained(folder, FILE_NAME)
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = read_json(file)
         return {name: Calibrated.model_validate(entry) for name, entry in entries.items()}
-    except (ValueError, AttributeError, ValidationError) as error:
+    except (UserError, AttributeError, ValidationError) as error:
         raise UserError(
             f"{file} is damaged ({error}); remove it and run tools/calibrate.py again"
         ) from None

@@ -78,7 +78,8 @@ def _checkpoint(folder: Path, step: int) -> None:
     """A complete one, without tensors."""
     path = folder / f"step-{step:08d}"
     path.mkdir(parents=True)
-    keys = {"clock": {"step": step, "samples": 10 * step}, "optimizer_steps": step}
+    clock = {"step": step, "samples": 10 * step, "skipped": 0}
+    keys = {"clock": clock, "optimizer_steps": step, "saved_by": {"world": 1}}
     text = json.dumps({**keys, "config": {}, "latents": {}})
     (path / "run.json").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
