@@ -10,7 +10,8 @@ from diffmoe.errors import UserError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Infinity has a meaning in none of the settings.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # The encoder that a text model trains itself; any other's features come with the shards.
@@ -121,7 +122,10 @@ class MoEConfig(_Section):
     type: Literal["diffmoe", "expert_choice", "token_choice", "dense"] = "diffmoe"
     experts: int = Field(16, ge=1)
     every_block: bool = Field(False, description="MoE in every block, not only in 1, 3, 5, ...")
-    capacity: float = Field(1.0, gt=0, description="C: an expert takes K = int(S / E * C) tokens")
+    capacity: float = Field(1.0, gt=0, description="C: an expert takes K = S * C / E tokens")
+    capacity_rounding: Literal["exact", "release"] = Field(
+        "exact", description="of K, down; release: in floats as the paper's code, at times one less"
+    )
     activation: Literal["gelu", "swiglu"] = "gelu"
     expert_ratio: float = Field(4.0, gt=0, description="hidden size of one expert over width")
     shared_expert_ratio: float = Field(
@@ -201,7 +205,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(_Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)

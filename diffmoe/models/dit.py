@@ -20,6 +20,7 @@ from diffmoe.models.blocks import (
 )
 from diffmoe.models.conditioning import Condition, TextEmbedder
 from diffmoe.models.experts import Experts
+from diffmoe.models.inputs import check_inputs
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.models.routing_mode import RoutingMode, check_capacity
 from diffmoe.parallel.topology import Topology
@@ -97,7 +98,9 @@ class DiT(nn.Module):
         """x (B, C, H, W) noisy latents, t (B,).
 
         condition: labels (B,), num_classes being the null one; of a text model its captions.
+        Raises ValueError for other shapes, some of which would be computed with in silence.
         """
+        check_inputs(self.config, x, t, condition)
         x_BDT = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2)
         # Sums keep the layout of their first term: all blocks would go on in that of the patches.
         x_BTD = x_BDT.transpose(1, 2).contiguous() + self.positions.to(x_BDT.dtype)
@@ -117,7 +120,7 @@ class DiT(nn.Module):
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p*p*C) -> (B, C, H, W), in fp32 at least."""
-        B, p, g = len(patches), self.config.patch_size, self.grid
+        B, p, g = patches.shape[0], self.config.patch_size, self.grid
         image = patches.view(B, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         dtype = torch.promote_types(patches.dtype, torch.float32)
         return image.reshape(B, self.out_channels, g * p, g * p).to(dtype)
