@@ -58,7 +58,10 @@ def parse() -> argparse.Namespace:
         help="of the numbers in the files; default uint8 of --pixels, else float16",
     )
     parser.add_argument(
-        "--background", default="white", metavar="COLOR", help="of transparent images; white"
+        "--background",
+        default="white",
+        metavar="COLOR",
+        help="of transparent images; default white",
     )
     parser.add_argument(
         "--follow-links",

@@ -97,7 +97,10 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser_.add_argument("--extractor", default=EXTRACTOR, help=f"default {EXTRACTOR}")
         parser_.add_argument("--extractor-batch", type=positive, default=25, help="default 25")
         parser_.add_argument(
-            "--background", default="white", metavar="COLOR", help="of transparent image files"
+            "--background",
+            default="white",
+            metavar="COLOR",
+            help="of transparent image files; default white",
         )
         add_device(parser_)
     curve = commands.add_parser("plot", help="draw results of one or several runs")
