@@ -13,7 +13,8 @@ EVAL = [
     "matplotlib>=3.8,<4",
 ]
 # Some folders of T5 hold their vocabulary as sentencepiece alone.
-TEXT = ["sentencepiece>=0.2,<0.3", "transformers>=5.24,<6"]
+# transformers 5.20 is the last for Python 3.10.
+TEXT = ["sentencepiece>=0.2,<0.3", "transformers>=5.20,<6"]
 DEMO = ["gradio>=6.31,<7", "matplotlib>=3.8,<4"]
 
 setup(
@@ -26,7 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["diffmoe", "diffmoe.*"]),
     package_data={"diffmoe": ["recipes/*.yaml"]},
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.9,<2.15",
         # Its ZeRO internals hold the fp32 masters that checkpoints and the EMA read.

@@ -7,14 +7,15 @@
 
 Settings are written section.key=value after the options; --print-config shows all of them. A run
 lives in its `output` folder (runs/RECIPE): checkpoints, metrics.jsonl, config.yaml. Starting the
-same command again goes on where it stopped, on any number of ranks that the lanes allow. Ctrl-C,
-SIGTERM, SIGUSR1 or SIGHUP to any rank, or the end of its launcher, finishes the step, saves and
-exits with code 85; a second Ctrl-C ends at once, with code 130. Other codes: 0 finished, 2 a wrong
-setting, file or folder, 1 a failure.
+same command again goes on where it stopped, on any number of ranks that the lanes allow; while it
+runs, a second one in the same output refuses. Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP to any rank, or
+the end of its launcher, finishes the step, saves and exits with code 85; a second Ctrl-C ends at
+once, with code 130. Other codes: 0 finished, 2 a wrong setting, file or folder, 1 a failure.
 
-On SIGTERM or Ctrl-C torchrun gives its ranks 30 seconds for that, or --shutdown-timeout; deepspeed
-always 30. A save that takes longer is cut, and the previous checkpoint stays: signal a rank itself,
-which has all the time it needs. SIGUSR2 prints the stacks of all threads of a rank.
+Signalled themselves, torchrun gives its ranks 30 seconds for that, or --shutdown-timeout, and
+deepspeed 30 after Ctrl-C. A save that takes longer is cut, and the previous checkpoint stays:
+signal a rank instead, which has all the time it needs. SIGUSR2 prints the stacks of all threads of
+a rank.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def parse() -> argparse.Namespace:
         metavar="auto|none|PATH",
         help="auto (default): go on from the output's newest whole checkpoint, if there is one; "
         "none: only start in an empty output; PATH: a checkpoint or a run's folder, which must be "
-        "there",
+        "there; later checkpoints in the output are set aside as abandoned-*. Given again, as by a "
+        "job that was requeued, it goes on from what the output has trained on since",
     )
     parser.add_argument(
         "--allow-changed",

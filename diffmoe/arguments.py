@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
+
+from diffmoe.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from diffmoe.config import Config
     from diffmoe.inference.prompts import Prompts
+    from diffmoe.inference.sampling import SamplingSettings
 
 
 def positive(text: str) -> int:
@@ -63,3 +67,77 @@ def prompts_of(options: argparse.Namespace, config: Config, device: torch.device
         captions += read_captions(options.prompts)
     encoder = encoder_of(config, options.text_encoder, device)
     return asked(config, encoder, captions, options.negative_prompt)
+
+
+def add_labels(parser: argparse._ActionsContainer) -> None:
+    """--labels, for generation.Order."""
+    parser.add_argument(
+        "--labels",
+        choices=["balanced", "random"],
+        default="balanced",
+        help="classes or captions in turn, or drawn for each image as the paper does; default "
+        "balanced",
+    )
+
+
+def add_sampling(
+    parser: argparse.ArgumentParser, steps: int, title: str = "how to sample"
+) -> argparse._ArgumentGroup:
+    """How samples are made, for `settings_of`. steps: the default. Returns the group."""
+    how = parser.add_argument_group(title)
+    how.add_argument("--seed", type=int, default=0, help="of noise and drawn labels; default 0")
+    how.add_argument(
+        "--sampler",
+        help="euler, heun, dopri5, sde (flow); ddpm, ddim. dopri5 takes many evaluations of a "
+        "mixture, whose routing jumps: rather take heun",
+    )
+    how.add_argument("--steps", type=positive, default=steps, help=f"default {steps}")
+    how.add_argument(
+        "--guidance",
+        type=float,
+        help="1: none; default 1.5, or 1 of a model trained without label dropout",
+    )
+    how.add_argument(
+        "--guidance-interval",
+        type=_times,
+        default="0,1",
+        metavar="FROM,TO",
+        help="times at which guidance acts, 0 is noise and 1 data; outside it costs nothing; "
+        "default 0,1",
+    )
+    how.add_argument("--guided-channels", type=int, help="guide the first ones alone; default all")
+    how.add_argument(
+        "--shift", type=float, default=1.0, help="over 1: more steps at high noise; default 1"
+    )
+    how.add_argument("--eta", type=float, default=0.0, help="noise of ddim; default 0")
+    return how
+
+
+def _times(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--guidance-interval {text}: write numbers with commas, such as 0.2,0.9"
+        ) from None
+
+
+def settings_of(options: argparse.Namespace) -> SamplingSettings:
+    """What the options of `add_sampling` say; the guidance may be left to sampling.fitted."""
+    from diffmoe.inference.sampling import SamplingSettings
+
+    return SamplingSettings(
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=options.guidance,
+        guidance_interval=options.guidance_interval,
+        guided_channels=options.guided_channels,
+        shift=options.shift,
+        eta=options.eta,
+        seed=options.seed,
+    )
+
+
+def say(text: str) -> None:
+    """On stderr, beside what a tool prints as its result."""
+    print(text, file=sys.stderr)

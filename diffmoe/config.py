@@ -10,7 +10,8 @@ from diffmoe.errors import UserError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Infinity has a meaning in none of the settings.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # The encoder that a text model trains itself; any other's features come with the shards.
@@ -53,6 +54,10 @@ class TextConfig(_Section):
         return self
 
 
+# Of one sample. What no attention reaches; a damaged file must not make us lay them out.
+_MOST_TOKENS = 1 << 18
+
+
 class ModelConfig(_Section):
     """The DiT backbone."""
 
@@ -71,12 +76,23 @@ class ModelConfig(_Section):
     rope: bool = Field(False, description="2-D rotary positions in attention")
     text: TextConfig | None = Field(None, description="captions in the place of class labels")
 
+    @property
+    def blocks(self) -> int:
+        """Of the network, and of the encoder of bytes."""
+        return self.depth + (self.text.depth if self.text is not None else 0)
+
     @model_validator(mode="after")
     def _shapes(self) -> "ModelConfig":
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"model.input_size={self.input_size} is not divisible by "
                 f"model.patch_size={self.patch_size}; choose {_divisors(self.input_size)}"
+            )
+        tokens = (self.input_size // self.patch_size) ** 2
+        if tokens > _MOST_TOKENS:
+            raise ValueError(
+                f"model.input_size={self.input_size} in patches of model.patch_size="
+                f"{self.patch_size} makes {tokens:,} tokens; at most {_MOST_TOKENS:,} are taken"
             )
         if self.head_width is None and self.width % self.heads:
             raise ValueError(
@@ -106,7 +122,10 @@ class MoEConfig(_Section):
     type: Literal["diffmoe", "expert_choice", "token_choice", "dense"] = "diffmoe"
     experts: int = Field(16, ge=1)
     every_block: bool = Field(False, description="MoE in every block, not only in 1, 3, 5, ...")
-    capacity: float = Field(1.0, gt=0, description="C: an expert takes K = int(S / E * C) tokens")
+    capacity: float = Field(1.0, gt=0, description="C: an expert takes K = S * C / E tokens")
+    capacity_rounding: Literal["exact", "release"] = Field(
+        "exact", description="of K, down; release: in floats as the paper's code, at times one less"
+    )
     activation: Literal["gelu", "swiglu"] = "gelu"
     expert_ratio: float = Field(4.0, gt=0, description="hidden size of one expert over width")
     shared_expert_ratio: float = Field(
@@ -186,7 +205,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(_Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -259,15 +278,22 @@ class EvaluationConfig(_Section):
     Figures for a paper come from tools/evaluate.py.
     """
 
-    num_samples: int = Field(1000, ge=2, description="images, of all classes or prompts in turn")
+    num_samples: int = Field(1000, ge=2, description="images to make")
+    labels: Literal["balanced", "random"] = Field(
+        "balanced", description="all classes or prompts in turn, or one drawn for each image"
+    )
     sampler: str | None = Field(None, description="none: euler of flow, ddpm of ddpm")
     steps: int = Field(50, ge=1)
     guidance: float = 1.0
     seed: int = 0
     batch: int = Field(50, ge=1, description="images that a rank makes at a time")
     reference: str | None = Field(None, description="as of tools/evaluate.py --reference")
-    extractor: str | None = Field(None, description="none: the default of tools/evaluate.py")
-    classifier: str | None = Field(None, description="class accuracy: digits, FILE.pt, module:name")
+    extractor: str | None = Field(
+        None, description="none: the default of tools/evaluate.py; module:name is run"
+    )
+    classifier: str | None = Field(
+        None, description="class accuracy: digits, FILE.pt, module:name, which is run"
+    )
     prompts: str | None = Field(None, description="of a text model: file of captions, one a line")
     text_encoder: str | None = Field(None, description="its folder; bytes need none")
     truth: str | None = Field(None, description="as of tools/evaluate.py --truth")
@@ -425,5 +451,7 @@ def _explain(problem: Any) -> str:
 
 
 def _divisors(number: int) -> str:
+    if number > 1 << 20:  # of a damaged file: not worth counting
+        return f"a divisor of {number}"
     found = [str(n) for n in range(1, number + 1) if number % n == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

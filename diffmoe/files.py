@@ -20,6 +20,7 @@ from diffmoe.errors import UserError
 
 # Of text and JSON, in bytes. Parsed, JSON takes up to 24 times as much memory.
 TEXT_LIMIT = 32 << 20
+HEADER_LIMIT = 16 << 20  # of safetensors, some 100 bytes a tensor
 _LINE_LIMIT = 1 << 20  # of one line of a file of lines
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -71,7 +72,7 @@ def read_text(path: str | Path, limit: int = TEXT_LIMIT, encoding: str = "utf-8"
 def read_json(file: str | Path, limit: int = TEXT_LIMIT) -> Any:
     """A JSON file. Raises UserError if it cannot be read or is none."""
     try:
-        return json.loads(read_bytes(file, limit))
+        return json.loads(read_text(file, limit))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -95,18 +96,22 @@ def check_unpacked(archive: zipfile.ZipFile, size: int, growth: int = 1) -> None
         raise ValueError(f"its {size:,} bytes would unpack to {unpacked:,}")
 
 
+def check_safetensors(path: Path) -> None:
+    """Raises OSError for no regular file, ValueError for a header larger than any model's."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > HEADER_LIMIT:
+        raise ValueError(f"its header has {length:,} bytes, at most {HEADER_LIMIT:,} are read")
+
+
 def contained(folder: Path, name: str) -> Path:
     """folder/name. Raises UserError where that leads out of the folder, by its name or by a link.
 
     The links of a Hugging Face cache, snapshots/REVISION/FILE to blobs/HASH, are no way out.
     """
     path = folder / name
-    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    homes = [root]
-    homes += [
-        p.parent.parent / "blobs" for p in (root, *root.parents) if p.parent.name == "snapshots"
-    ]
-    if not any(real.is_relative_to(home) for home in homes):
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(home) for home in _homes(folder)):
         raise UserError(
             f"{path} leads out of its folder, to {real}; put a copy of the file there if it is "
             "meant to be"
@@ -114,31 +119,47 @@ def contained(folder: Path, name: str) -> Path:
     return path
 
 
-def check_tree(folder: Path) -> None:
-    """Raises UserError for a link that leads out of a folder, for a loop, and for special files."""
-    root = os.path.realpath(folder)
+def check_tree(folder: Path, way_out: str) -> None:
+    """Raises UserError for a link that leads out of a folder, for a loop, and for special files.
+
+    Out is what `contained` takes for it. way_out: for links, beside a copy of what they lead to.
+    """
+    homes = _homes(folder)
     places = [str(folder)]
-    while places:
-        place = places.pop()
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    _check_link(entry.path, place, root)
-                if entry.is_dir():
-                    places.append(entry.path)
-                elif not entry.is_file() and os.path.exists(entry.path):
-                    kind = _kind(entry.stat().st_mode)
-                    raise UserError(f"{entry.path} is {kind}, no regular file; remove it")
+    try:
+        while places:
+            place = places.pop()
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        try:
+                            os.stat(entry.path)
+                        except FileNotFoundError:
+                            continue  # a link to nothing: whoever opens it will tell
+                        _check_link(entry.path, place, homes, way_out)
+                    if entry.is_dir():
+                        places.append(entry.path)
+                    elif not entry.is_file():
+                        kind = _kind(entry.stat().st_mode)
+                        raise UserError(f"{entry.path} is {kind}, no regular file; remove it")
+    except OSError as error:  # a loop of links, a folder that may not be read
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
-def _check_link(link: str, place: str, root: str) -> None:
-    target = os.path.realpath(link)
-    if os.path.commonpath([root, target]) != root:
+def _homes(folder: Path) -> list[Path]:
+    """Where what belongs to a folder lies: in itself; of a Hugging Face cache also in its blobs."""
+    root = Path(os.path.realpath(folder))
+    caches = [p.parent.parent for p in (root, *root.parents) if p.parent.name == "snapshots"]
+    return [root, *(cache / "blobs" for cache in caches)]
+
+
+def _check_link(link: str, place: str, homes: list[Path], way_out: str) -> None:
+    target = Path(os.path.realpath(link))
+    if not any(target.is_relative_to(home) for home in homes):
         raise UserError(
-            f"{link} is a link that leads out of {root}, to {target}; put a copy there, or give "
-            "--follow-links if the folder is of your own making"
+            f"{link} is a link that leads out of {homes[0]}, to {target}; put a copy there{way_out}"
         )
-    if os.path.commonpath([target, os.path.realpath(place)]) == target:
+    if Path(os.path.realpath(place)).is_relative_to(target):
         raise UserError(f"{link} is a link to a folder that it lies in, {target}; remove it")
 
 

@@ -1,5 +1,6 @@
 """Images from a path in three lines: diffmoe.Pipeline(path)(labels=[207, 360]), or (prompt=...)."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from PIL import Image
 from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
+from diffmoe.inference.classes import class_number
 from diffmoe.inference.images import sample_images
 from diffmoe.inference.prompts import asked, encoder_of
-from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.sampling import SamplingSettings, fitted
 from diffmoe.inference.thresholds import turn_dial
 from diffmoe.parallel.device import default_device
 
@@ -50,7 +52,7 @@ class Pipeline:
         labels: Sequence[int | str] | None = None,
         seed: int = 0,
         steps: int = 50,
-        guidance: float = 1.5,
+        guidance: float | None = None,
         capacity: float | None = None,
         *,
         prompt: str | Sequence[str] | None = None,
@@ -61,18 +63,21 @@ class Pipeline:
         """An image per label: a class number, or a name where the model knows the names; of a text
         model an image per prompt.
 
-        Image k of a seed is the same in any batch. capacity: experts that an average token meets;
-        None: as in training; others must be calibrated (tools/calibrate.py). batch: at a time.
-        settings: more fields of diffmoe.inference.sampling.SamplingSettings.
+        Image k of a seed is the same in any batch. guidance: None: 1.5, or 1 of a model trained
+        without label dropout, which warns. capacity: experts that an average token meets; None: as
+        in training; others must be calibrated (tools/calibrate.py), and a calibration with other
+        settings warns of the capacity met. batch: at a time. settings: more fields of
+        diffmoe.inference.sampling.SamplingSettings.
         """
         captions = [prompt] if isinstance(prompt, str) else prompt or ()
         prompts = asked(self.config, self.encoder, captions, negative_prompt)
         if (prompts is None) == (labels is None):
             raise UserError("give labels=[...] to a model of classes, prompt=... to a text model")
         numbers = range(len(prompts)) if prompts else [self._number(label) for label in labels]
-        turn_dial(self.network, self.folder, None, capacity, self.weights)
+        calibrated = turn_dial(self.network, self.folder, None, capacity, self.weights)
         chosen = SamplingSettings(steps=steps, guidance=guidance, seed=seed, **settings)
-        images, _ = sample_images(
+        chosen = fitted(chosen, self.config, prompts, _warn)
+        images, met = sample_images(
             self.network,
             self.config,
             self.autoencoder.decode,
@@ -82,15 +87,16 @@ class Pipeline:
             prompts=prompts,
             batch=batch,
         )
+        differing = calibrated and calibrated.differs(chosen, self.config, met.average)
+        if differing:
+            _warn(differing)
         return [Image.fromarray(image.squeeze(-1).numpy()) for image in images]
 
     def _number(self, label: int | str) -> int:
         if not isinstance(label, str):
             return int(label)
-        if label not in self.class_names:
-            known = f"its names are {', '.join(self.class_names[:5])}, ..."
-            raise UserError(
-                f"class {label!r} is unknown to {self.folder}; "
-                f"{known if self.class_names else 'it has no class names, give numbers'}"
-            )
-        return self.class_names.index(label)
+        return class_number(label, self.class_names, self.folder)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)  # of whoever called the pipeline

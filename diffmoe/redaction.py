@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 HIDDEN = "***"
 _PIPE = "pipe:"
@@ -25,6 +26,17 @@ def redact(location: str) -> str:
     if location.startswith(_PIPE):
         return _PIPE + _redact_command(location.removeprefix(_PIPE))
     return _ADDRESS.sub(_redact_address, location)
+
+
+def without_folders(text: str) -> str:
+    """The text with absolute paths cut to their last part."""
+    text = re.sub(r"file://\S*", _last_part, text)
+    # Up to a comma, a semicolon or a quote: folders have spaces in their names.
+    return re.sub(r"(?<![^\s'\"=(])~?/[^,;'\"\n]*", _last_part, text)
+
+
+def _last_part(found: re.Match[str]) -> str:
+    return Path(found[0]).name or found[0]
 
 
 def printable(text: str) -> str:

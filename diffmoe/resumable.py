@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffmoe.errors import UserError
-from diffmoe.files import temporary_name, write_json
+from diffmoe.files import read_json, temporary_name, write_json
 
 # Moving a file takes far less: a claim that is older belongs to a process that is no more.
 CLAIM_SECONDS = 5.0
@@ -52,7 +52,7 @@ class Records:
         if not stored.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(stored, plan)
-        there = json.loads(stored.read_text(encoding="utf-8"))
+        there = read_json(stored)
         plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         differing = [
             f"{key}: {there.get(key)} there, {plan.get(key)} now"
@@ -73,7 +73,7 @@ class Records:
         return self._file(part).exists()
 
     def read(self, part: int) -> dict[str, Any]:
-        return json.loads(self._file(part).read_text(encoding="utf-8"))
+        return read_json(self._file(part))
 
     def write(self, part: int, record: dict[str, Any]) -> None:
         write_json(self._file(part), record)

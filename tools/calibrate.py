@@ -5,8 +5,9 @@
 
 Capacity C is the number of experts that an average token meets: 1 is what training gives, less is
 quicker, more is often better. The thresholds are stored in the checkpoint's folder, under C's name.
-They are found along the sampling trajectory, with the steps and guidance given here, or with
---over noise on real data at the noise levels of training.
+They are found along the sampling trajectory, with the sampler, steps and guidance given here, which
+are stored with them: sample with the same, since C moves with them (at C = 0.1 by up to a third).
+Or with --over noise on real data at the noise levels of training.
 """
 
 import argparse
@@ -14,9 +15,13 @@ import argparse
 from diffmoe.arguments import (
     add_allow_commands,
     add_device,
+    add_labels,
     add_prompts,
+    add_sampling,
     positive,
     prompts_of,
+    say,
+    settings_of,
 )
 from diffmoe.errors import run_command
 
@@ -39,13 +44,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=positive, default=256, help="to look at; default 256")
     parser.add_argument("--batch", type=positive, default=64, help="samples at a time; default 64")
-    parser.add_argument("--steps", type=positive, default=50, help="of the trajectory; default 50")
-    parser.add_argument(
-        "--guidance", type=float, default=1.5, help="on the trajectory; default 1.5"
-    )
     parser.add_argument("--data", metavar="DIR", help="of --over noise; default the run's own")
     parser.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    add_labels(parser)
+    add_sampling(parser, 50, "how the trajectory is sampled")
     add_device(parser)
     add_allow_commands(parser)
     add_prompts(parser)
@@ -56,8 +58,9 @@ def main() -> None:
     options = parse()
     from diffmoe.conversion.opening import locate, open_network, weights_of
     from diffmoe.inference.calibration import calibrate
+    from diffmoe.inference.generation import Order
     from diffmoe.inference.passes import noise_passes, trajectory_passes
-    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.inference.sampling import fitted
     from diffmoe.inference.thresholds import Calibrated, name_of, store
     from diffmoe.parallel.device import own_device
     from diffmoe.resumable import writable
@@ -68,21 +71,18 @@ def main() -> None:
     writable(folder)
     snapshot = open_network(folder, weights, device=device)
     network, config = snapshot.network, snapshot.config
-    network.route_by("per_token")
+    settings = None
     if options.over == "noise":
-        over = "noise"
         if options.data:
             config = config.replace({"data.path": options.data})
         config = config.replace({"data.allow_commands": options.allow_commands})
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
     else:
-        over = f"trajectory: {options.steps} steps, guidance {options.guidance:g}"
         prompts = prompts_of(options, config, device)
         kinds = config.model.num_classes if prompts is None else len(prompts)
-        labels = [k % kinds for k in range(options.samples)]
-        settings = SamplingSettings(
-            steps=options.steps, guidance=options.guidance, seed=options.seed
-        )
+        settings = fitted(settings_of(options), config, prompts, say)
+        order = Order(options.samples, tuple(range(kinds)), options.labels)
+        labels = [order.label(k, options.seed) for k in range(options.samples)]
         passes = trajectory_passes(network, config, labels, options.batch, settings, prompts)
     for capacity in options.capacity:
         log_odds_LE, measured = calibrate(
@@ -93,8 +93,10 @@ def main() -> None:
             capacity=capacity,
             measured=measured,
             common=options.common,
-            over=over,
+            over=options.over,
             samples=options.samples,
+            sampling=settings,
+            labels=options.labels,
             log_odds=log_odds_LE.tolist(),
         )
         store(folder, name_of(capacity), entry)

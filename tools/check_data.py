@@ -5,8 +5,9 @@
 
 Reads every shard: counts, checksums, shapes, types, finite numbers, labels, keys that come twice;
 prints the class histogram and each channel's mean and standard deviation as the model would see
-them. A standard deviation far from 1 is the sign of a wrong scale. One sample of each class (32 at
-most) is decoded onto a contact sheet, above its mirror image: look at it.
+them. A standard deviation far from 1 is the sign of a wrong scale. Images of one color, and those
+that are nearly all black or white, are counted: more than 1 % are a problem. One sample of each
+class (32 at most) is decoded onto a contact sheet, above its mirror image: look at it.
 
 --reshard N writes the same samples into N equal shards, for example when a run has more lanes than
 there are shards. Stopped at any moment, the same command goes on.

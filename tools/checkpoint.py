@@ -39,7 +39,8 @@ that differs: how many elements, by how much at most, and the norm of the differ
 to A's. Exit code 0 if all tensors are equal bit for bit (NaN equals NaN), 1 if not."""
 PRUNE = """Keeps the newest N complete checkpoints and, with --keep-samples M, the first one at or
 after every multiple of M samples. At least one complete checkpoint stays, incomplete ones are left
-alone, and so is one that a process is reading. EMA-only snapshots are left alone."""
+alone, and so is one that a process is reading. EMA-only snapshots are left alone. What was set
+aside as abandoned-* goes once N checkpoints of its step or later are there."""
 EMA = """Needs a run with training.ema_stds=[0.05,0.1] and as many checkpoints or EMA-only snapshots
 as possible (training.snapshot_samples; with snapshot_precision=fp32, because bf16 rounds weights by
 up to 0.4 %, which can be more than another length changes). The average of length STD (of EDM2,
@@ -115,7 +116,11 @@ def list_run(run: Path) -> None:
         if problems:
             print(f"{path.name}  not complete: {problems[0]}")
             continue
-        about = folder.read_about(path)
+        try:
+            about = folder.read_about(path)
+        except UserError as error:
+            print(f"{path.name}  {error}")
+            continue
         size = sum(file.stat().st_size for file in path.iterdir())
         print(
             f"{path.name}  {about['clock']['samples']:>12,} samples  "

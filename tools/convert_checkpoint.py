@@ -9,9 +9,9 @@
 
 FROM is a run's folder, a checkpoint step-XXXXXXXX or ema-XXXXXXXX of any number of ranks, an
 exported folder, a .pt file of the DiffMoE release, DiT or SiT, or a folder of diffusers'
-DiTTransformer2DModel. TO must not exist; it appears when it is whole, and has been held against
-FROM. No GPU, no process group, one tensor at a time. diffmoe.load(TO) and diffmoe.Pipeline(TO) take
-the result.
+DiTTransformer2DModel or of a pipeline with one (its vae/ and scheduler are used). TO must not
+exist; it appears when it is whole, and has been held against FROM. No GPU, no process group, one
+tensor at a time. diffmoe.load(TO) and diffmoe.Pipeline(TO) take the result.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.errors import UserError, run_command
+from diffmoe.redaction import printable
 
 if TYPE_CHECKING:
     from diffmoe.conversion.sources import Source
@@ -92,10 +93,14 @@ def parse() -> argparse.Namespace:
     foreign.add_argument("--input-size", type=int, help="default: from pos_embed")
     foreign.add_argument("--top-k", type=int, default=1, help="of token choice; default 1")
     foreign.add_argument(
-        "--vae", default="stabilityai/sd-vae-ft-ema", help="default stabilityai/sd-vae-ft-ema"
+        "--vae",
+        help="a hub id or a folder, which comes along; default a pipeline's own vae/, else "
+        "stabilityai/sd-vae-ft-ema",
     )
     foreign.add_argument(
-        "--scale", type=float, default=0.18215, help="of its latents; default 0.18215"
+        "--scale",
+        type=float,
+        help="of its latents; default as the folder of --vae says, else 0.18215",
     )
     return parser.parse_args()
 
@@ -123,13 +128,18 @@ def with_experts(source: Source, options: argparse.Namespace) -> Source:
     )
 
 
+def tell(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        print(printable(note), file=sys.stderr)
+
+
 def show(path: Path) -> None:
     from diffmoe.conversion.info import info
 
     lines = info(path)
     width = max(map(len, lines))
     for key, value in lines.items():
-        print(f"{key:{width}}  {value}")
+        print(f"{key:{width}}  {printable(value)}")
 
 
 def main() -> None:
@@ -158,17 +168,17 @@ def main() -> None:
     )
     with open_source(options.source, options.weights, options.format, unsaid) as source:
         source = with_experts(source, options)
-        for note in source.notes:
-            print(note, file=sys.stderr)
+        tell(source.notes)
         if options.to != "diffmoe":
-            write_foreign(source, options.target, options.to)
-            print(f"{options.target}: {options.to} file of {source.where}")
+            tell(write_foreign(source, options.target, options.to))
+            print(printable(f"{options.target}: {options.to} file of {source.where}"))
             return
         limit = int(options.max_shard_gb * 1e9)
         written = write_exported(source, options.target, options.dtype, limit)
+    tell(written.notes)
     print(
-        f"{written.path}: {written.bytes / 1e6:.2f} MB of {options.dtype}; {written.compared} "
-        "numbers of its predictions equal the source's bit for bit"
+        f"{printable(str(written.path))}: {written.bytes / 1e6:.2f} MB of {options.dtype}; "
+        f"{written.compared} numbers of its predictions equal the source's bit for bit"
     )
 
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffmoe.arguments import add_device, add_prompts, prompts_of
 from diffmoe.errors import UserError, run_command
@@ -53,6 +52,7 @@ def main() -> None:
     from diffmoe.conversion.opening import locate, open_network, weights_of
     from diffmoe.data.autoencoder import autoencoder_of
     from diffmoe.inference.dial import Dial
+    from diffmoe.inference.sampling import SamplingSettings, fitted
     from diffmoe.parallel.device import own_device
 
     device = own_device(options.device)
@@ -64,7 +64,6 @@ def main() -> None:
     network, config = snapshot.network, snapshot.config
     if not network.has_thresholds:
         raise UserError(f"{folder} is a {config.moe.type} model; only diffmoe has a compute dial")
-    network.route_by("per_token")
     prompts = prompts_of(options, config, device)
     dial = Dial.of(network, config, folder, weights, report=print, prompts=prompts)
     decode = autoencoder_of(snapshot.latents, device).decode
@@ -77,6 +76,7 @@ def main() -> None:
         (prompts and prompts.negative) or "", label="Not this", visible=prompts is not None
     )
     least, most = dial.capacities[0], dial.capacities[-1]
+    guidance = fitted(SamplingSettings(guidance=None), config, prompts, print).guidance
 
     with gradio.Blocks(title=f"DiffMoE: {options.run}", analytics_enabled=False) as page:
         gradio.Markdown(f"## {options.run}\nCapacity is how many experts work on an average token.")
@@ -87,9 +87,20 @@ def main() -> None:
                     away.render(),
                     gradio.Number(0, precision=0, label="Seed"),
                     gradio.Slider(2, 250, value=50, step=1, label="Steps"),
-                    gradio.Slider(1, 5, value=1.5, step=0.1, label="Guidance"),
                     gradio.Slider(
-                        least, most, value=min(max(1, least), most), step=0.05, label="Capacity"
+                        *(1, 5),
+                        value=guidance,
+                        step=0.1,
+                        label="Guidance",
+                        visible=guidance != 1,
+                    ),
+                    gradio.Slider(
+                        least,
+                        most,
+                        value=min(max(1, least), most),
+                        step=0.01,
+                        label="Capacity",
+                        info=f"calibrated: {', '.join(f'{c:g}' for c in dial.capacities)}",
                     ),
                 ]
                 button = gradio.Button("Generate", variant="primary")
@@ -113,7 +124,14 @@ def main() -> None:
                 gradio.Markdown("Capacity from noise to data")
                 course = gradio.Image(elem_id="course", show_label=False, format="png", buttons=[])
         outputs = [image, compute, course, told]
-        button.click(partial(answer, network, config, decode, dial, prompts), inputs, outputs)
+
+        def answered(*wanted: Any) -> tuple:
+            try:
+                return answer(network, config, decode, dial, prompts, *wanted)
+            except UserError as error:  # on the page, in its words
+                raise gradio.Error(str(error)) from None
+
+        button.click(answered, inputs, outputs)
     try:
         page.launch(server_name=options.host, server_port=options.port, quiet=False)
     except OSError:

@@ -7,6 +7,7 @@
 IMAGES are class folders (CLASS/NAME.jpg, classes numbered by sorted name) or tar shards (KEY.jpg
 with KEY.cls; give --classes). Each is cropped as DiT does it, encoded, and stored as the mean and
 log-variance of its posterior, together with those of the mirrored image; training draws from them.
+With --pixels the bytes of the image are stored, once; training mirrors half of what it reads.
 
 With --captions, IMAGES are NAME.jpg with NAME.txt, one caption a line, in any folders, or tars of
 KEY.jpg with KEY.txt. A mirrored image keeps its captions: where they tell left from right, give
@@ -17,8 +18,11 @@ work under torchrun or srun, each with shards of its own, for example with 8 GPU
 
   torchrun --nproc_per_node 8 tools/encode_latents.py --images ... --vae ... --out ...
 
-An image that cannot be decoded is skipped and listed in manifest.json; more than --max-bad stop the
-work. tools/check_data.py looks the result over.
+Images are read as people see them: turned as their EXIF says, transparency on --background, grey
+values of 16 bits and floats scaled, CMYK and palettes converted, the first frame of an animation.
+Color profiles are not applied. What cannot be read, or may mean anything (floats beyond 0..1,
+integers beyond 65535), is skipped and listed in manifest.json; more than --max-bad stop the work.
+Links that lead out of IMAGES need --follow-links. tools/check_data.py looks the result over.
 """
 
 import argparse
@@ -50,11 +54,18 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype",
-        choices=["float16", "bfloat16", "float32"],
-        default="float16",
-        help="default float16",
+        choices=["uint8", "float16", "bfloat16", "float32"],
+        help="of the numbers in the files; default uint8 of --pixels, else float16",
     )
-    parser.add_argument("--no-flips", action="store_true", help="leave the mirrored images out")
+    parser.add_argument(
+        "--background", default="white", metavar="COLOR", help="of transparent images; white"
+    )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="also those that lead out of IMAGES: only where they are of your own making",
+    )
+    parser.add_argument("--no-flips", action="store_true", help="never mirror images")
     parser.add_argument("--batch", type=int, default=32, help="images per pass; default 32")
     parser.add_argument("--workers", type=int, default=4, help="decoding threads; default 4")
     parser.add_argument(
@@ -67,6 +78,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    from diffmoe.data.decoding import color
     from diffmoe.data.encoding import encode_images
     from diffmoe.parallel.device import own_device
     from diffmoe.resumable import Ranks
@@ -84,6 +96,8 @@ def main() -> None:
         flips=not options.no_flips,
         classes=options.classes,
         captions=options.captions,
+        background=color(options.background),
+        follow_links=options.follow_links,
         max_bad=options.max_bad,
         overwrite=options.overwrite,
         device=own_device(options.device),

@@ -15,7 +15,8 @@ A reference is a file of `reference`, ADM's npz, a folder of our samples or of i
 shards of pixels; so are images. Every figure is named for its extractor (--extractor):
 efficientnet_lite0@224, whose weights come with diffmoe[eval]; a local inception-2015-12-05.pt, for
 FID, or torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for FID and sFID, both known by
-checksum; another TorchScript FILE.pt; or package.module:function. Nothing is downloaded.
+checksum; another TorchScript FILE.pt; or package.module:function. The last two run what is in
+them: give those that you trust. Nothing is downloaded.
 
 Of images with captions, --clip takes a local folder of transformers' CLIPModel: 100 max(cosine, 0)
 of each image and its caption, averaged. --truth tells how many of captioned-digits' scenes show the
@@ -29,7 +30,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe.arguments import add_device, add_prompts, positive, prompts_of
+from diffmoe.arguments import (
+    add_device,
+    add_labels,
+    add_prompts,
+    add_sampling,
+    positive,
+    prompts_of,
+    say,
+    settings_of,
+)
 from diffmoe.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -57,22 +67,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     model.add_argument("--every-snapshot", action="store_true", help="all averages of a run")
     model.add_argument("--out", metavar="DIR", help="default evaluation/ and the run's name")
-    how = model.add_argument_group("how to sample, see tools/sample.py --help")
-    how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
-    how.add_argument("--steps", type=positive, default=250, help="default 250")
-    how.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
-    how.add_argument(
-        "--guidance-interval",
-        nargs=2,
-        type=float,
-        default=[0, 1],
-        metavar="TIME",
-        help="default 0 1",
-    )
-    how.add_argument("--guided-channels", type=positive)
-    how.add_argument("--shift", type=float, default=1.0, help="default 1")
-    how.add_argument("--eta", type=float, default=0.0, help="default 0")
-    how.add_argument("--seed", type=int, default=0, help="default 0")
+    add_labels(model)
+    how = add_sampling(model, 250, "how to sample, see tools/sample.py --help")
     how.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
     how.add_argument("--capacity", type=float, metavar="C")
     how.add_argument("--routing", choices=["per_token", "pooled", "static"])
@@ -86,7 +82,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     images.add_argument("--out", default="evaluation", metavar="DIR", help="default evaluation")
     for parser_ in (model, images):
         parser_.add_argument("--reference", metavar="REF")
-        parser_.add_argument("--classifier", help="class accuracy: digits, FILE.pt or module:name")
+        parser_.add_argument(
+            "--classifier", help="class accuracy: digits, or code to run: FILE.pt, module:name"
+        )
         parser_.add_argument("--clip", metavar="DIR", help="CLIP score, of images with captions")
         parser_.add_argument(
             "--truth", metavar="JSON", help="captioned-digits' unseen.json: read scenes by it"
@@ -98,6 +96,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     for parser_ in (model, images, reference):
         parser_.add_argument("--extractor", default=EXTRACTOR, help=f"default {EXTRACTOR}")
         parser_.add_argument("--extractor-batch", type=positive, default=25, help="default 25")
+        parser_.add_argument(
+            "--background", default="white", metavar="COLOR", help="of transparent image files"
+        )
         add_device(parser_)
     curve = commands.add_parser("plot", help="draw results of one or several runs")
     curve.set_defaults(command=draw)
@@ -112,7 +113,17 @@ def parse(words: list[str]) -> argparse.Namespace:
     curve.add_argument("--out", default="curve.png", metavar="FILE", help="default curve.png")
     if words and words[0] not in (*commands.choices, "-h", "--help"):
         words = ["model", *words]
-    return parser.parse_args(words)
+    return parser.parse_args(_with_comma(words))
+
+
+def _with_comma(words: list[str]) -> list[str]:
+    """`--guidance-interval 0.2 0.9` is how this tool alone once had it; see tools/sample.py."""
+    flag = "--guidance-interval"
+    at = words.index(flag) + 1 if flag in words else len(words)
+    ends = words[at : at + 2]
+    if len(ends) == 2 and not any("," in end or end.startswith("--") for end in ends):
+        return [*words[:at], ",".join(ends), *words[at + 2 :]]
+    return words
 
 
 def main() -> None:
@@ -126,7 +137,6 @@ def evaluate_run(options: argparse.Namespace) -> None:
     from diffmoe.conversion.opening import locate
     from diffmoe.evaluation.image_sets import open_images
     from diffmoe.evaluation.models import check_judges, sample_model, snapshots
-    from diffmoe.inference.sampling import SamplingSettings
     from diffmoe.inference.sharing import share_experts
     from diffmoe.parallel.device import own_device
     from diffmoe.resumable import Ranks
@@ -134,16 +144,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     judge = Judge(options)
     device, ranks = own_device(options.device), Ranks.of_environment()
     topology = share_experts(options.expert_parallel, ranks, device)
-    settings = SamplingSettings(
-        sampler=options.sampler,
-        steps=options.steps,
-        guidance=options.guidance,
-        guidance_interval=tuple(options.guidance_interval),
-        guided_channels=options.guided_channels,
-        shift=options.shift,
-        eta=options.eta,
-        seed=options.seed,
-    )
+    settings = settings_of(options)
 
     def asked_for(config: Config) -> Prompts | None:
         prompts = prompts_of(options, config, device)
@@ -161,12 +162,14 @@ def evaluate_run(options: argparse.Namespace) -> None:
             weights=options.weights,
             routing=options.routing,
             capacity=options.capacity,
+            labels=options.labels,
             batch=options.batch,
             device=device,
             ranks=ranks,
             topology=topology,
             rgb=bool(options.reference),
             prompts_for=asked_for,
+            say=say,
         )
         if made is not None:
             images = open_images(made.folder).expect(options.num_samples)
@@ -177,9 +180,10 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 
 def evaluate_images(options: argparse.Namespace) -> None:
+    from diffmoe.data.decoding import color
     from diffmoe.evaluation.image_sets import open_images
 
-    images = open_images(options.images).expect(options.num)
+    images = open_images(options.images, color(options.background)).expect(options.num)
     Judge(options).tell(images, Path(options.out), {})
 
 
@@ -187,6 +191,7 @@ class Judge:
     """Reference, extractor and classifier of a command, loaded once and when first needed."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        from diffmoe.data.decoding import color
         from diffmoe.evaluation.accuracy import load_classifier
         from diffmoe.evaluation.clip_score import Clip
         from diffmoe.evaluation.extractors import load_extractor
@@ -198,6 +203,7 @@ class Judge:
             raise UserError("nothing to judge by: give --reference REF, --classifier NAME or both")
         self.options = options
         self.device = own_device(options.device)
+        self.background = color(options.background)
         self.extractor: Extractor | None = None
         self.reference: Reference | None = None
         self.classifier: tuple[str, str | None, Any] | None = None
@@ -225,7 +231,9 @@ class Judge:
         batch, found = self.options.extractor_batch, []
         if self.extractor is not None:
             if self.reference is None:
-                self.reference = load_reference(self.options.reference, self.extractor, batch)
+                self.reference = load_reference(
+                    self.options.reference, self.extractor, batch, self.background
+                )
             found.append(results.measure(images, self.extractor, self.reference, batch))
         if self.classifier is not None:
             found.append(results.measure_accuracy(images, self.classifier, batch))
@@ -241,12 +249,15 @@ class Judge:
 
 
 def make_reference(options: argparse.Namespace) -> None:
+    from diffmoe.data.decoding import color
     from diffmoe.evaluation.extractors import load_extractor
     from diffmoe.evaluation.references import compute_reference, store_reference
     from diffmoe.parallel.device import own_device
 
     extractor = load_extractor(options.extractor, own_device(options.device))
-    reference = compute_reference(options.images, extractor, options.extractor_batch)
+    reference = compute_reference(
+        options.images, extractor, options.extractor_batch, color(options.background)
+    )
     store_reference(Path(options.out), reference)
     print(f"{options.out}: {reference.about['number']} images by {extractor.name}")
 

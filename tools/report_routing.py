@@ -9,14 +9,19 @@ predictor foretells the selection of training.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffmoe.arguments import (
     add_allow_commands,
     add_device,
+    add_labels,
     add_prompts,
+    add_sampling,
     positive,
     prompts_of,
+    say,
+    settings_of,
 )
 from diffmoe.errors import run_command
 
@@ -31,18 +36,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", help="the page; default RUN/routing.html")
     parser.add_argument("--samples", type=positive, default=200, help="images to make; default 200")
     parser.add_argument(
-        "--classes", type=positive, metavar="N", help="the first N (captions) only; default all"
+        "--classes",
+        type=_classes,
+        metavar="N|LIST",
+        help="the first N (captions) only, or a list, such as cat,dog or 3,5; default all",
     )
-    parser.add_argument("--steps", type=positive, default=50, help="sampler steps; default 50")
-    parser.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
+    add_labels(parser)
+    add_sampling(parser, 50)
     parser.add_argument("--capacity", type=float, metavar="C", help="default: as in training")
     parser.add_argument("--data", metavar="DIR", help="shards for the predictor; default the run's")
     parser.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
     add_device(parser)
     add_allow_commands(parser)
     add_prompts(parser)
     return parser.parse_args()
+
+
+def _classes(text: str) -> int | str:
+    return positive(text) if text.isdecimal() else text
 
 
 def main() -> None:
@@ -54,8 +65,10 @@ def main() -> None:
     from diffmoe.evaluation.routing import predictor_accuracy, sampling_routing
     from diffmoe.evaluation.routing_page import write_page
     from diffmoe.inference.capacity import activated_parameters
+    from diffmoe.inference.classes import class_numbers
+    from diffmoe.inference.generation import Order
     from diffmoe.inference.passes import noise_passes
-    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.inference.sampling import fitted
     from diffmoe.inference.thresholds import turn_dial
     from diffmoe.parallel.device import own_device
     from diffmoe.resumable import writable
@@ -67,26 +80,33 @@ def main() -> None:
     weights = weights_of(folder, "ema")
     snapshot = open_network(folder, weights, device=device)
     network, config = snapshot.network, snapshot.config
-    turn_dial(network, folder, capacity=options.capacity, weights=weights)
+    calibrated = turn_dial(network, folder, capacity=options.capacity, weights=weights)
 
     accuracy = None
     data = options.data or config.data.path
-    if network.has_thresholds and (options.data or Path(data).is_dir()):
+    if network.has_thresholds and (options.data or (data and Path(data).is_dir())):
         config = config.replace({"data.path": data, "data.allow_commands": options.allow_commands})
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
         accuracy = predictor_accuracy(network, passes)
 
     prompts = prompts_of(options, config, device)
     kinds = config.model.num_classes if prompts is None else len(prompts)
-    classes = min(options.classes or kinds, kinds)
-    labels = [k % classes for k in range(options.samples)]
+    settings = fitted(settings_of(options), config, prompts, say)
+    classes: Sequence[int] = range(kinds)
+    if isinstance(options.classes, int):
+        classes = classes[: options.classes]
+    elif options.classes:
+        names = () if prompts else snapshot.latents.get("class_names") or ()
+        classes = class_numbers(options.classes, names, folder)
+    order = Order(options.samples, tuple(classes), options.labels)
+    labels = [order.label(k, options.seed) for k in range(options.samples)]
     with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
         routing = sampling_routing(
             network,
             config,
             autoencoder_of(snapshot.latents, device).decode,
             labels,
-            SamplingSettings(steps=options.steps, guidance=options.guidance, seed=options.seed),
+            settings,
             prompts=prompts,
             batch=options.batch,
             progress=lambda done: bar.update(round(done) - bar.n),
@@ -100,12 +120,16 @@ def main() -> None:
             "capacity C": f"{average:.3f}",
             "parameters at work": f"{activated_parameters(network, average) / 1e6:.2f} million",
             "of all": f"{network.parameter_count() / 1e6:.2f} million",
-            "sampled": f"{len(labels)} images, {options.steps} steps, guidance {options.guidance}",
+            "sampled": f"{len(labels)} images, {settings.steps} steps, "
+            f"guidance {settings.guidance}",
         },
         routing,
         accuracy,
         prompts and prompts.captions,
     )
+    differing = calibrated and calibrated.differs(settings, config, average)
+    if differing:
+        say(differing)
     dead = routing.dead_experts()
     print(f"capacity {average:.3f}, {len(dead)} dead experts {dead or ''}: {out}")
 

@@ -21,7 +21,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe.arguments import add_device, add_prompts, positive, prompts_of
+from diffmoe.arguments import (
+    add_device,
+    add_labels,
+    add_prompts,
+    add_sampling,
+    positive,
+    prompts_of,
+    say,
+    settings_of,
+)
 from diffmoe.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -44,7 +53,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", metavar="FILE|DIR", help="default grid.png; with --num-samples a folder"
     )
-    parser.add_argument("--classes", help="comma-separated; default 0; all with --num-samples")
+    parser.add_argument(
+        "--classes",
+        metavar="LIST",
+        help="numbers or names, such as 0,cat; default 0; all with --num-samples",
+    )
     parser.add_argument(
         "--per-class",
         "--per-prompt",
@@ -57,12 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--num-samples", "--num", type=positive, metavar="N", help="make N images in a folder"
     )
-    parser.add_argument(
-        "--labels",
-        choices=["balanced", "random"],
-        default="balanced",
-        help="of --num-samples: classes or captions in turn, or drawn; default balanced",
-    )
+    add_labels(parser)
     parser.add_argument(
         "--format",
         choices=["npz", "png", "adm"],
@@ -73,23 +81,7 @@ def parse() -> argparse.Namespace:
         "--shard-size", type=positive, default=1000, help="images a shard; default 1000"
     )
     add_prompts(parser)
-    how = parser.add_argument_group("how to sample")
-    how.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
-    how.add_argument("--sampler", help="euler, heun, dopri5, sde (flow); ddpm, ddim")
-    how.add_argument("--steps", type=int, default=250, help="sampler steps; default 250")
-    how.add_argument("--guidance", type=float, default=1.5, help="1: none; default 1.5")
-    how.add_argument(
-        "--guidance-interval",
-        default="0,1",
-        metavar="FROM,TO",
-        help="times at which guidance acts, 0 is noise and 1 data; outside it costs nothing; "
-        "default 0,1",
-    )
-    how.add_argument("--guided-channels", type=int, help="guide the first ones alone; default all")
-    how.add_argument(
-        "--shift", type=float, default=1.0, help="over 1: more steps at high noise; default 1"
-    )
-    how.add_argument("--eta", type=float, default=0.0, help="noise of ddim; default 0")
+    how = add_sampling(parser, steps=250)
     how.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
     compute = parser.add_argument_group("how much to compute")
     compute.add_argument("--capacity", type=float, metavar="C", help="default: as in training")
@@ -122,8 +114,9 @@ def main() -> None:
 
     from diffmoe.conversion.opening import locate, open_network, weights_of
     from diffmoe.data.autoencoder import autoencoder_of
+    from diffmoe.inference.classes import class_numbers
     from diffmoe.inference.generation import identity
-    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.inference.sampling import fitted
     from diffmoe.inference.sharing import share_experts
     from diffmoe.inference.thresholds import turn_dial
     from diffmoe.parallel.device import own_device
@@ -131,18 +124,6 @@ def main() -> None:
 
     ranks = Ranks.of_environment()
     device = own_device(options.device)
-    settings = SamplingSettings(
-        sampler=options.sampler,
-        steps=options.steps,
-        guidance=options.guidance,
-        guidance_interval=tuple(
-            _numbers(options.guidance_interval, "--guidance-interval", kind=float)
-        ),
-        guided_channels=options.guided_channels,
-        shift=options.shift,
-        eta=options.eta,
-        seed=options.seed,
-    )
     folder = locate(options.run)
     topology = share_experts(options.expert_parallel, ranks, device)
     if options.num_samples is None and ranks.world > 1:
@@ -151,17 +132,26 @@ def main() -> None:
         )
     weights = weights_of(folder, options.weights)
     snapshot = open_network(folder, weights, topology, device)
-    settings.chosen_sampler(snapshot.config)
     prompts = prompts_of(options, snapshot.config, device)
+    settings = fitted(settings_of(options), snapshot.config, prompts, say)
+    settings.chosen_sampler(snapshot.config)
     if prompts is not None and (options.classes or options.check_digits):
         raise UserError("--classes and --check-digits are of models that draw classes; leave them")
-    turn_dial(snapshot.network, folder, options.routing, options.capacity, weights)
+    classes = None
+    if options.classes:
+        names = snapshot.latents.get("class_names") or ()
+        classes = class_numbers(options.classes, names, folder)
+    calibrated = turn_dial(snapshot.network, folder, options.routing, options.capacity, weights)
     decode = autoencoder_of(snapshot.latents, device).decode
     if options.num_samples is None:
-        _picture(options, snapshot, decode, settings, prompts)
+        met = _picture(options, snapshot, decode, settings, prompts, classes)
     else:
-        model = identity(folder, snapshot.network, weights, options.routing, options.capacity)
-        _folder(options, snapshot, decode, settings, prompts, ranks, model)
+        model = identity(folder, snapshot.network, weights, options.capacity)
+        met = _folder(options, snapshot, decode, settings, prompts, classes, ranks, model)
+    if calibrated is not None and met is not None:
+        differing = calibrated.differs(settings, snapshot.config, met.average)
+        if differing:
+            say(differing)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -172,21 +162,24 @@ def _picture(
     decode: Decode,
     settings: SamplingSettings,
     prompts: Prompts | None,
-) -> None:
+    classes: list[int] | None,
+) -> CapacityByTime | None:
+    """Returns the capacity of the samples."""
     import numpy as np
     from PIL import Image
     from tqdm import tqdm
 
     from diffmoe.evaluation.digits import digit_agreement
-    from diffmoe.inference.images import grid, sample_images
+    from diffmoe.inference.images import EvaluationCount, grid, sample_images
     from diffmoe.resumable import writable
 
     out = Path(options.out or "grid.png")
     if out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {out}: end it in .png or another kind of picture")
     writable(out.parent)
-    classes = range(len(prompts)) if prompts else _numbers(options.classes or "0", "--classes")
-    labels = [label for label in classes for _ in range(options.each)]
+    wanted = range(len(prompts)) if prompts else classes or [0]
+    labels = [label for label in wanted for _ in range(options.each)]
+    counted = EvaluationCount()
     with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
         images, capacity = sample_images(
             snapshot.network,
@@ -197,14 +190,18 @@ def _picture(
             settings,
             prompts=prompts,
             batch=options.batch,
+            watch=counted,
             progress=lambda done: bar.update(round(done) - bar.n),
         )
     grid(images, options.each).save(out)
     print(f"{len(labels)} samples at {snapshot.clock['samples']} training samples: {out}")
     _tell_capacity(snapshot.network, capacity)
+    if options.sampler == "dopri5":
+        print(counted.told(counted.mean))
     if options.check_digits:
         share = digit_agreement(images.numpy(), np.array(labels))
         print(f"a 5-nearest-neighbour classifier of real digits agrees with {share:.1%} of these")
+    return capacity
 
 
 def _folder(
@@ -213,16 +210,17 @@ def _folder(
     decode: Decode,
     settings: SamplingSettings,
     prompts: Prompts | None,
+    classes: list[int] | None,
     ranks: Ranks,
     model: dict[str, Any],
-) -> None:
+) -> CapacityByTime | None:
+    """Returns the capacity of the samples on the rank that closes the work."""
     from diffmoe.inference.formats import write_adm, write_png
     from diffmoe.inference.generation import Order, generate
+    from diffmoe.inference.images import EvaluationCount
 
     folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
-    classes = range(len(prompts) if prompts else config.model.num_classes)
-    if options.classes:
-        classes = _numbers(options.classes, "--classes")
+    choices = classes or range(len(prompts) if prompts else config.model.num_classes)
     latents = snapshot.latents
     if options.format == "adm" and (latents["autoencoder"], latents["shape"][0]) == ("identity", 1):
         raise UserError(
@@ -233,7 +231,7 @@ def _folder(
         network,
         config,
         decode,
-        Order(options.num_samples, tuple(classes), options.labels),
+        Order(options.num_samples, tuple(choices), options.labels),
         settings,
         model=model,
         prompts=prompts,
@@ -243,9 +241,9 @@ def _folder(
     )
     if made is None:
         print(f"rank {ranks.rank} of {ranks.world} is done; others still work", file=sys.stderr)
-        return
+        return None
     if not made.closes:
-        return
+        return None
     written = folder
     if options.format == "png":
         written = write_png(folder)
@@ -255,6 +253,9 @@ def _folder(
         f"{options.num_samples} samples at {snapshot.clock['samples']} training samples: {written}"
     )
     _tell_capacity(network, made.capacity)
+    if "evaluations" in made.manifest:
+        print(EvaluationCount.told(made.manifest["evaluations"]))
+    return made.capacity
 
 
 def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:
@@ -275,13 +276,6 @@ def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:
         f"capacity {capacity.average:.3f}: {active / 1e6:.2f} of {total / 1e6:.2f} million "
         f"parameters work on an average token\n  from noise (0) to data (1): {course}"
     )
-
-
-def _numbers(text: str, flag: str, kind: type = int) -> list:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{flag} {text}: write numbers with commas, such as 0,1") from None
 
 
 if __name__ == "__main__":

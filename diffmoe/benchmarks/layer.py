@@ -125,7 +125,8 @@ def benchmark_layer(config: Config, rounds: int, device: torch.device, report: R
     gemm, gemm_flops = products(layout.tokens, config.model.width, hidden, dtype, device)
     works = {one: work_of(candidate, tokens) for one, candidate in compared.items()}
     parts = parts_of(compared["ours"].module, tokens.detach()[0].requires_grad_())
-    k = expert_capacity(layout.tokens, config.moe.experts, config.moe.capacity)
+    moe = config.moe
+    k = expert_capacity(layout.tokens, moe.experts, moe.capacity, moe.capacity_rounding)
     bare = expert_products(config.moe.experts, k, config.model.width, hidden, dtype, device)
     timed = take_turns({"GEMM": gemm, "products": bare, **works, **parts}, rounds, device)
 

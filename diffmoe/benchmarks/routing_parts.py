@@ -14,8 +14,8 @@ from diffmoe.models.routing import Assignment
 
 def take(layer: MoEFeedForward, scores_SE: Tensor) -> tuple[Tensor, Assignment]:
     """Which tokens every expert takes, as mask (E, S) and as static assignment."""
-    k = routing.expert_capacity(len(scores_SE), layer.moe.experts, layer.moe.capacity)
-    taken_ES = layer._take_from_pool(scores_SE.detach(), k)
+    k = layer._capacity(len(scores_SE), layer.moe.capacity)
+    taken_ES = layer._take_from_pool(routing.ranked(scores_SE), k)
     return taken_ES, routing.static_assignment(taken_ES, scores_SE, k)
 
 

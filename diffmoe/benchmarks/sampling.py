@@ -9,6 +9,7 @@ from diffmoe.config import Config
 from diffmoe.inference.calibration import Passes, calibrate
 from diffmoe.inference.sampling import Observer, SamplingSettings, sample_latents
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.planning.layouts import Layout
 
 
@@ -24,7 +25,6 @@ def benchmark_sampling(
     labels = [index % config.model.num_classes for index in range(images)]
     settings = SamplingSettings(steps=steps)
     network = DiT(config.model, config.moe).initialize(config.seed).to(device).eval()
-    network.route_by("per_token")
     twin = dense_twin(config)
     dense = DiT(twin.model, twin.moe).initialize(config.seed).to(device).eval()
 
@@ -37,7 +37,7 @@ def benchmark_sampling(
         thresholds[capacity], measured[capacity] = calibrate(network, capacity, passes)
 
     def at(capacity: float) -> None:
-        network.set_log_odds(thresholds[capacity])
+        network.routing = RoutingMode(log_odds_LE=thresholds[capacity])
         draw()
 
     works = {f"capacity {c:g}": lambda c=c: at(c) for c in capacities}

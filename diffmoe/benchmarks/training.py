@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import math
 import tempfile
 import time
 from collections import Counter
@@ -46,7 +47,8 @@ def dense_twin(config: Config) -> Config:
     """The dense model of equal activated size. Raises UserError where there is none."""
     moe, model = config.moe, config.model
     activated = moe.expert_ratio * moe.capacity + moe.shared_expert_ratio
-    if moe.type != "diffmoe" or moe.activation != "gelu" or activated != model.mlp_ratio:
+    same = math.isclose(activated, model.mlp_ratio)
+    if moe.type != "diffmoe" or moe.activation != "gelu" or not same:
         raise UserError(
             f"moe.type={moe.type}, moe.activation={moe.activation}, an activated ratio of "
             f"{activated:g} and model.mlp_ratio={model.mlp_ratio:g}: the benchmark wants a diffmoe "

@@ -14,20 +14,40 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.files import sha256_of, sync, write_atomically
+from diffmoe.files import open_regular, read_bytes, read_text, sha256_of, sync, write_atomically
 
 CHECKSUMS, ABOUT = "checksums.json", "run.json"
 KINDS = ("step", "ema")
 ABANDONED = "abandoned-"  # before the name of what was set aside
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+class _Clock(BaseModel):
+    samples: _Count
+    step: _Count
+    skipped: _Count
+
+
+class _SavedBy(BaseModel):
+    world: int = Field(ge=1)
+
+
+class _Record(BaseModel):
+    """run.json, as far as its readers rely on it; `config` has its own check."""
+
+    clock: _Clock
+    optimizer_steps: _Count
+    config: dict[str, Any]
+    latents: dict[str, Any]
+    saved_by: _SavedBy
 
 
 def names(folder: Path, kind: str = "step") -> list[str]:
@@ -62,11 +82,19 @@ def _step(name: str, kind: str = "step|ema") -> int | None:
 def _is_copy(checkpoint: Path) -> bool:
     """Whether the clock inside, undamaged, says another step than the name."""
     try:
-        about = (checkpoint / ABOUT).read_bytes()
+        about = read_bytes(checkpoint / ABOUT)
         undamaged = hashlib.sha256(about).hexdigest() == _listed(checkpoint)[ABOUT]["sha256"]
         return undamaged and read_about(checkpoint)["clock"]["step"] != _step(checkpoint.name)
     except (OSError, UserError):  # it counts, and whoever wants it is told what is wrong
         return False
+
+
+def _samples(checkpoint: Path) -> int | None:
+    """The clock inside; None if it is damaged."""
+    try:
+        return read_about(checkpoint)["clock"]["samples"]
+    except UserError:
+        return None
 
 
 def _listed_in(folder: Path) -> list[str]:
@@ -78,14 +106,17 @@ def _listed_in(folder: Path) -> list[str]:
         raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
 
 
-def temporary(checkpoint: Path) -> Path:
-    """Where a checkpoint is written until it is complete."""
-    return checkpoint.with_name(f".{checkpoint.name}.tmp")
+def temporary(checkpoint: Path, writer: str = "") -> Path:
+    """Where a checkpoint is written until it is complete. writer: a word that no other run uses."""
+    return checkpoint.with_name(f".{checkpoint.name}{writer and '.'}{writer}.tmp")
 
 
 def leftovers(folder: Path) -> list[Path]:
     """What kills left of unfinished saves and deletions."""
-    found = (re.fullmatch(r"\.(?:abandoned-)?(.*)\.tmp", name) for name in _listed_in(folder))
+    found = (
+        re.fullmatch(r"\.(?:abandoned-)?(.*?)(?:\.[0-9a-f]+)?\.tmp", name)
+        for name in _listed_in(folder)
+    )
     return sorted(folder / f[0] for f in found if f and _step(f[1]) is not None)
 
 
@@ -123,7 +154,7 @@ def complete(path: str | Path) -> Path:
 
 
 def wrong_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """Files that checksums.json lists and that are missing or of another size.
+    """Files that checksums.json lists and that are missing, of another size, or not readable.
 
     part, parts: ranks share the files, so that their looks do not grow with world squared.
     """
@@ -135,17 +166,15 @@ def wrong_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     for name, entry in sorted(listed.items())[part::parts]:
         file = checkpoint / name
         try:
-            found = file.stat()
+            with open_regular(file) as opened:
+                size = os.fstat(opened.fileno()).st_size
         except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{file} is missing")
-            continue
         except OSError as error:
             problems.append(f"{file} cannot be read: {error.strerror}")
-            continue
-        if not stat.S_ISREG(found.st_mode):
-            problems.append(f"{file} is no regular file")
-        elif found.st_size != entry["bytes"]:
-            problems.append(f"{file} has {found.st_size} bytes, not {entry['bytes']}")
+        else:
+            if size != entry["bytes"]:
+                problems.append(f"{file} has {size} bytes, not {entry['bytes']}")
     return problems
 
 
@@ -177,7 +206,7 @@ def verify(
 def _listed(checkpoint: Path) -> dict[str, dict[str, Any]]:
     file = checkpoint / CHECKSUMS
     try:
-        listed = json.loads(file.read_bytes())["files"]
+        listed = json.loads(read_bytes(file))["files"]
         for name, entry in listed.items():
             os.fsencode(name)  # raises for what can be no file's name
             if name != Path(name).name or "\0" in name:
@@ -198,21 +227,20 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
     """run.json: clock, configuration, versions."""
     file = checkpoint / ABOUT
     older = "take an older checkpoint by its PATH, step-XXXXXXXX"
-    kinds = {"clock": dict, "optimizer_steps": int, "config": dict, "latents": dict}
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        missing = kinds.keys() - set(about)
+        about = json.loads(read_text(file))
+        missing = {"clock", "optimizer_steps", "config", "latents"} - set(about)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        _Record.model_validate(about)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; {older}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        told = f"{'.'.join(map(str, problem['loc']))}={problem['input']!r:.40}: {problem['msg']}"
+        raise UserError(f"{file} is damaged ({told}); {older}") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); {older}") from None
-    if missing:
-        raise UserError(f"{file} is damaged (it lacks {', '.join(sorted(missing))}); {older}")
-    wrong = [key for key, kind in kinds.items() if type(about[key]) is not kind]
-    if not wrong and not all(type(about["clock"].get(key)) is int for key in ("samples", "step")):
-        wrong = ["clock"]
-    if wrong:
-        raise UserError(f"{file} is damaged ({wrong[0]} is {about[wrong[0]]!r:.40}); {older}")
     return about
 
 
@@ -226,9 +254,10 @@ def stored_config(checkpoint: Path, about: dict[str, Any]) -> Config:
         raise UserError(f"{file} holds a configuration of another version: {error}") from None
 
 
-def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+def commit(
+    torn: Path, checkpoint: Path, about: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> None:
     """Turn the temporary folder, whose `files` are on the disk, into a complete checkpoint."""
-    torn = temporary(checkpoint)
     text = json.dumps(about, indent=1)
     write_atomically(torn / ABOUT, text)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -253,7 +282,7 @@ def set_aside(checkpoint: Path) -> Path | None:
 def reading(checkpoint: Path) -> Iterator[None]:
     """While this is open `prune` leaves the checkpoint alone, in whatever process it runs."""
     try:
-        file = open(checkpoint / CHECKSUMS, "rb")  # noqa: SIM115
+        file = open_regular(checkpoint / CHECKSUMS)
     except OSError:  # reading will tell what is missing
         yield
         return
@@ -271,13 +300,15 @@ def prune(folder: Path, keep_last: int, keep_samples: int | None) -> list[str]:
     was set aside goes as soon as `keep_last` whole ones are not older than it.
     """
     keep_last = max(1, keep_last)
-    whole = [name for name in names(folder) if not wrong_sizes(folder / name)]
+    samples = {
+        name: _samples(folder / name) for name in names(folder) if not wrong_sizes(folder / name)
+    }
+    whole = [name for name, clock in samples.items() if clock is not None]
     kept, before = set(whole[-keep_last:]), 0
     for name in whole if keep_samples else []:
-        samples = read_about(folder / name)["clock"]["samples"]
-        if samples // keep_samples > before // keep_samples:
+        if samples[name] // keep_samples > before // keep_samples:
             kept.add(name)
-        before = samples
+        before = samples[name]
     gone = [name for name in whole if name not in kept]
     for name in _listed_in(folder) if len(whole) >= keep_last else []:
         step = _step(name.removeprefix(ABANDONED)) if name.startswith(ABANDONED) else None

@@ -33,6 +33,7 @@ class StoredCheckpoint:
     """An open checkpoint; `open_checkpoint` gives one.
 
     shapes: of every tensor by PREFIX/NAME, global, experts included. pieces: how many it is cut in.
+    parameters: the shapes that the network of its configuration has.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,14 +49,16 @@ class StoredCheckpoint:
         stored = self._reader.read_metadata().state_dict_metadata
         self.pieces = {name: len(item.chunks) for name, item in stored.items()}
         # Parameters are stored flat; the network of the configuration knows their shapes.
-        if self.config.model.depth > len(stored):  # before blocks are made that nothing fills
+        blocks = self.config.model.blocks
+        if blocks > len(stored):  # before blocks are made that nothing fills
             raise UserError(
-                f"{self.path}: model.depth={self.config.model.depth} of its {ABOUT} with "
-                f"{len(stored)} tensors in all; the two files are not of one save"
+                f"{self.path}: {blocks} blocks of its {ABOUT} with {len(stored)} tensors in all; "
+                "the two files are not of one save"
             )
         with torch.device("meta"):
             network = DiT(self.config.model, self.config.moe)
         parameters = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        self.parameters = parameters
         for name, item in stored.items():
             _check_whole(self.path, name, item, parameters.get(name.partition("/")[2]))
         for name, item in sorted(stored.items(), key=_by_prefix):

@@ -39,8 +39,12 @@ def load_network(
         raise UserError(
             f"{checkpoint} holds no EMA (training.ema_decay is null); take --weights live"
         )
-    network = DiT(config.model, config.moe, topology)
     prefix = {"ema": "ema", "live": "weights"}[weights]
+    with open_checkpoint(checkpoint) as stored:  # its files bound what is made below
+        missing = [n for n in stored.parameters if f"{prefix}/{n}" not in stored.shapes]
+        if missing:
+            raise UserError(f"{checkpoint} holds nothing for {prefix}/{missing[0]}; take another")
+    network = DiT(config.model, config.moe, topology)
     experts = network.expert_parameters()
     state: dict[str, Tensor] = dict(threshold_buffers(network))
     for name, parameter in network.named_parameters():

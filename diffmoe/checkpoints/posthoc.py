@@ -118,7 +118,7 @@ def reconstruct_ema(run: Path, std: float, out: Path, step: int | None = None) -
         torn = temporary(out)
         shutil.rmtree(torn, ignore_errors=True)
         torn.mkdir(parents=True)
-        commit(out, about, write(state, torn, None))
+        commit(torn, out, about, write(state, torn, None))
         return Reconstructed(out, _step(newest.path), len(average.shares), average.error)
 
 

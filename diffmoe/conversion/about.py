@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
-from diffmoe.files import read_json
+from diffmoe.files import contained, read_json
 
 FILE_NAME = "config.json"
 DTypeName = Literal["float32", "bfloat16"]
@@ -25,7 +25,8 @@ class Latents(_Part):
     """What the network's numbers stand for, as a data folder's manifest says it.
 
     The model works on (z - shift) * scale of the autoencoder's latents z of `shape` (C, H, W).
-    autoencoder: "identity" where the latents are pixels. pixel_range: its black and white.
+    autoencoder: a hub id, "identity" where the latents are pixels, or "vae" where its folder lies
+    beside config.json. pixel_range: its black and white.
     source: the data, in words.
     """
 
@@ -136,7 +137,8 @@ def _section(values: Any, name: str) -> dict[str, Any]:
 
 def read_about(folder: Path) -> About:
     """config.json of an exported model. Raises UserError naming the file and the field."""
-    return parse_about(read_json(folder / FILE_NAME), folder / FILE_NAME)
+    file = contained(folder, FILE_NAME)
+    return parse_about(read_json(file), file)
 
 
 def parse_about(values: Any, file: Path) -> About:

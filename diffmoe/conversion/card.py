@@ -8,6 +8,8 @@ from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.conversion.about import About
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
+from diffmoe.files import read_lines
+from diffmoe.redaction import printable, redact, without_folders
 
 RESULTS = "results.jsonl"
 _FAMILIES = {
@@ -69,8 +71,9 @@ def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | 
     ]  # fmt: skip
     if about.moe.type == "diffmoe":
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
+    guidance = 1 if about.label_dropout == 0 else 1.5
     wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
     return f"""---
 library_name: diffmoe
@@ -87,7 +90,7 @@ License: to be filled in by whoever shares this model.
 ```python
 import diffmoe
 pipeline = diffmoe.Pipeline("PATH OF THIS FOLDER")
-images = pipeline({wanted}, seed=0, steps=50, guidance=1.5{capacity})
+images = pipeline({wanted}, seed=0, steps=50, guidance={guidance}{capacity})
 ```
 
 `config.json` says what the network and its latents are, `checksums.json` holds the SHA-256 of the
@@ -121,10 +124,10 @@ def read_results(run: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(_lines(file), 1):
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}, line {number}, is not JSON ({error}); mend it") from None
         if not isinstance(line, dict):
             raise UserError(f"{file}, line {number}, is no object; mend it")
@@ -132,6 +135,19 @@ def read_results(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _lines(file: Path) -> list[str]:
+    try:
+        return list(read_lines(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
 def _short(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "/").replace("\n", " ")[:200]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return _cell(redact(without_folders(str(value))))[:200]
+
+
+def _cell(text: str) -> str:
+    """For a table of Markdown: on one line."""
+    return printable(text.replace("|", "/"))

@@ -3,6 +3,7 @@
 model.safetensors      the tensors, or model-00001-of-00003.safetensors ... with
                        model.safetensors.index.json
 config.json            About
+vae/                   the autoencoder, where it was a folder of the machine that wrote this
 thresholds.json        calibrated capacities by name, where there are any
 checksums.json         sizes and SHA-256 of the tensors and config.json
 README.md              the model card
@@ -24,7 +25,7 @@ from diffmoe.conversion.tensors import (
     stored_dtype,
 )
 from diffmoe.errors import UserError
-from diffmoe.files import read_json, sha256_of
+from diffmoe.files import contained, read_json, sha256_of
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
@@ -33,11 +34,12 @@ CHECKSUMS, CARD = "checksums.json", "README.md"
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder is of this format, whole or not."""
-    try:
-        return read_json(path / FILE_NAME).get("format") == "diffmoe"
-    except (UserError, AttributeError):
+    """Whether a folder is of this format, whole or not. Raises UserError if that can't be told."""
+    file = path / FILE_NAME
+    if not file.exists():
         return False
+    values = read_json(file)
+    return isinstance(values, dict) and values.get("format") == "diffmoe"
 
 
 class ExportedModel(StoredTensors):
@@ -61,8 +63,7 @@ class ExportedModel(StoredTensors):
         digest: gives a file's SHA-256; the default reads it. Raises UserError naming the first that
         is not as it was written.
         """
-        needed = [FILE_NAME, *self._files.values()]
-        return hold_against(self.folder / CHECKSUMS, needed, digest)
+        return hold_against(contained(self.folder, CHECKSUMS), [FILE_NAME, *self.files], digest)
 
 
 def load_exported(

@@ -1,8 +1,9 @@
 """Files of other projects as sources, and sources as their files."""
 
 import contextlib
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from diffmoe.conversion import hugging_face
 from diffmoe.conversion.about import About, parse_about
+from diffmoe.conversion.autoencoders import autoencoder_files, local_folder, own_config
+from diffmoe.conversion.difference import in_words, measured, readme
+from diffmoe.conversion.downloads import check_downloads
+from diffmoe.conversion.exported import CARD, CHECKSUMS
 from diffmoe.conversion.layouts import Layout, account_theirs, reader, translated
 from diffmoe.conversion.release import (
     is_derived,
@@ -20,9 +25,10 @@ from diffmoe.conversion.release import (
 )
 from diffmoe.conversion.sources import Source
 from diffmoe.conversion.state_dicts import StateDict, load_state
-from diffmoe.conversion.stored_tensors import StoredTensors
+from diffmoe.conversion.stored_tensors import StoredTensors, hold_against
 from diffmoe.conversion.tensors import Shapes, expected_shapes
 from diffmoe.conversion.writing import new_file, new_folder
+from diffmoe.data.autoencoder import canonical_name
 from diffmoe.errors import UserError
 from diffmoe.files import sha256_of
 from diffmoe.models.blocks import grid_positions
@@ -31,7 +37,7 @@ Format = Literal["release", "dit", "sit", "diffusers"]
 FORMATS: tuple[Format, ...] = ("release", "dit", "sit", "diffusers")
 _OBJECTIVES = {"dit": "ddpm", "diffusers": "ddpm", "sit": "flow"}
 # Latents of the published models: Stable Diffusion's f8 autoencoder.
-_AUTOENCODER, _SCALE = "stabilityai/sd-vae-ft-ema", 0.18215
+AUTOENCODER, SCALE = "stabilityai/sd-vae-ft-ema", 0.18215
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Options:
     """What foreign files do not say. None: derived, or an error that names the flag.
 
     objective: flow or ddpm. heads: of attention. num_classes: without the null one. capacity,
-    top_k: of training. autoencoder, scale: of 4-channel latents; others are taken for pixels.
+    top_k: of training. autoencoder, scale: of the latents; of None a pipeline's own vae/, else
+    Stable Diffusion's if there are 4 channels, others are taken for pixels.
     """
 
     objective: str | None = None
@@ -48,8 +55,8 @@ class Options:
     num_classes: int | None = None
     capacity: float = 1.0
     top_k: int = 1
-    autoencoder: str = _AUTOENCODER
-    scale: float = _SCALE
+    autoencoder: str | None = None
+    scale: float | None = None
 
 
 @contextlib.contextmanager
@@ -76,15 +83,30 @@ def _diffusers(path: Path, form: Format | None, options: Options) -> Source:
             + (f", and --format {form} is a file" if form not in (None, "diffusers") else "")
         )
     stored = StoredTensors(folder, hugging_face.WEIGHTS)
+    if (folder / CHECKSUMS).exists():
+        hold_against(folder / CHECKSUMS, stored.files, sha256_of)
+    check_downloads(folder, stored.files)
     sections = hugging_face.sections_of(folder)
+    notes = [f"{path} is a {hugging_face.CLASS} of diffusers", hugging_face.DIFFERENCE]
+    names = None
+    if (path / hugging_face.INDEX).exists():
+        names = hugging_face.class_names(path, sections[0]["num_classes"])
+        if options.objective is None:
+            scheduler = hugging_face.check_scheduler(path)
+            notes.append(f"its scheduler is {scheduler}; here --sampler ddpm or ddim")
+        if options.autoencoder is None and (path / "vae").is_dir():
+            options = replace(options, autoencoder=str(path / "vae"))
     about = _about(folder / "config.json", sections, "diffusers", options, "ema")
-    about = about.replace(provenance={"kind": "diffusers folder", "name": path.resolve().name})
+    about = about.replace(
+        provenance={"kind": "diffusers folder", "name": path.resolve().name}, class_names=names
+    )
+    notes.append(f"its autoencoder is {about.latents.autoencoder}, scale {about.latents.scale}")
     _plausible(about, stored.shapes, path)
     layout = hugging_face.diffusers_layout(about.model, about.moe)
     shapes = expected_shapes(about.model, about.moe)
     account_theirs(stored.shapes, layout, shapes, str(folder))
-    notes = (f"{path} is a {hugging_face.CLASS} of diffusers", hugging_face.DIFFERENCE)
-    return Source(str(path), about, shapes, reader(layout, stored.read), notes=notes)
+    read = reader(layout, stored.read, str(folder))
+    return Source(str(path), about, shapes, read, notes=tuple(notes))
 
 
 def _release(path: Path, state: StateDict, form: Format | None, options: Options) -> Source:
@@ -153,7 +175,9 @@ def _release(path: Path, state: StateDict, form: Format | None, options: Options
             "too many tokens; they are kept as they are. Calibrate: python tools/calibrate.py "
             "FOLDER --capacity 1"
         )
-    return Source(str(path), about, ours, reader(layout, tensors.__getitem__), notes=tuple(notes))
+    return Source(
+        str(path), about, ours, reader(layout, tensors.__getitem__, str(path)), notes=tuple(notes)
+    )
 
 
 def _about(
@@ -167,8 +191,8 @@ def _about(
     model, moe = sections
     size, channels = model["input_size"], model["in_channels"]
     latents: dict[str, Any] = {"shape": (channels, size, size)}
-    if channels == 4:
-        latents |= {"autoencoder": options.autoencoder, "scale": options.scale}
+    if channels == 4 or options.autoencoder is not None:
+        latents |= _autoencoder(options, channels)
     values = {
         "weights": weights,
         "model": model,
@@ -178,6 +202,22 @@ def _about(
         "provenance": {"kind": "foreign", "name": where.name},
     }
     return parse_about(values, where)
+
+
+def _autoencoder(options: Options, channels: int) -> dict[str, Any]:
+    """The fields of the latents. Raises UserError for a folder of other latents."""
+    name = canonical_name(options.autoencoder or AUTOENCODER)
+    folder, scale = local_folder(name), SCALE
+    if folder is not None:
+        own = own_config(folder)
+        check_downloads(folder, autoencoder_files(folder))
+        scale = own.get("scaling_factor", SCALE)
+        if own.get("latent_channels", 4) != channels:
+            raise UserError(
+                f"the autoencoder {folder} makes latents of {own.get('latent_channels', 4)} "
+                f"channels, the model takes {channels}; give another one with --vae"
+            )
+    return {"autoencoder": name, "scale": scale if options.scale is None else options.scale}
 
 
 def _plausible(about: About, found: Shapes, path: Path) -> None:
@@ -200,10 +240,11 @@ def _check_positions(path: Path, tensors: dict[str, Tensor], about: About) -> No
         )
 
 
-def write_foreign(source: Source, target: Path, form: Format) -> None:
+def write_foreign(source: Source, target: Path, form: Format) -> tuple[str, ...]:
     """Write the source in another project's names: a .pt file {"ema": state}, or a folder.
 
-    The whole network is in memory once. Raises UserError where that project has no such network.
+    -> what its user should know. The whole network is in memory once, of a folder for diffusers
+    twice. Raises UserError where that project has no such network.
     """
     source = source.checked()
     model, moe = source.about.model, source.about.moe
@@ -218,9 +259,9 @@ def write_foreign(source: Source, target: Path, form: Format) -> None:
     if wanted != objective:
         raise UserError(f"a {objective} model is no {form}, which is trained with {wanted}")
     if form == "diffusers":
-        _write_diffusers(source, target)
-        return
-    layout = release_layout(model, moe, null_row=source.about.label_dropout != 0)
+        return _write_diffusers(source, target)
+    null_row = source.about.label_dropout != 0
+    layout = release_layout(model, moe, null_row)
     size = sum(torch.Size(shape).numel() for shape in source.shapes.values()) * 4
     with new_file(target, size) as torn:
         state = translated(layout, source.read)
@@ -230,9 +271,15 @@ def write_foreign(source: Source, target: Path, form: Format) -> None:
             prefix = name.rpartition(".")[0]
             state[f"{prefix}.ema_decay"] = torch.tensor([moe.threshold_ema])
         torch.save({"ema": state}, torn)
+    if null_row:
+        return ()
+    return (
+        "labels were never dropped in training, so the null label has no row: the network there is "
+        "made with class_dropout_prob=0",
+    )
 
 
-def _write_diffusers(source: Source, target: Path) -> None:
+def _write_diffusers(source: Source, target: Path) -> tuple[str, ...]:
     from safetensors.torch import save_file
 
     model, moe = source.about.model, source.about.moe
@@ -241,3 +288,11 @@ def _write_diffusers(source: Source, target: Path) -> None:
         state = translated(layout, source.read)
         save_file(state, torn / hugging_face.WEIGHTS, metadata={"format": "pt"})
         (torn / "config.json").write_text(hugging_face.diffusers_config(model))
+        found = measured(source, torn)
+        (torn / CARD).write_text(readme(found))
+        digests = {
+            name: {"bytes": (torn / name).stat().st_size, "sha256": sha256_of(torn / name)}
+            for name in ("config.json", hugging_face.WEIGHTS)
+        }
+        (torn / CHECKSUMS).write_text(json.dumps({"files": digests}, indent=1))
+    return (in_words(found),)

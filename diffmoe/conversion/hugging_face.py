@@ -1,17 +1,30 @@
 """diffusers' DiTTransformer2DModel, a dense DiT, to ours and back."""
 
-import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.conversion.layouts import Layout, concatenated, repeated, same
 from diffmoe.errors import UserError
-from diffmoe.files import read_json
+from diffmoe.files import contained, read_json
 
 CLASS = "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Of a pipeline's folder, beside that of the model.
+INDEX = "model_index.json"
+# What a scheduler's configuration says of the noise; missing fields have these values.
+_NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "use_flow_sigmas": False,
+}
 _FIXED = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -28,10 +41,34 @@ DIFFERENCE = (
 def transformer_folder(path: Path) -> Path | None:
     """The model's folder: itself, or `transformer` of a pipeline's. None where it is neither."""
     for folder in (path, path / "transformer"):
-        with contextlib.suppress(UserError, AttributeError):
-            if read_json(folder / "config.json").get("_class_name") == CLASS:
-                return folder
+        if not (folder / "config.json").exists():
+            continue
+        values = read_json(contained(folder, "config.json"))
+        if isinstance(values, dict) and values.get("_class_name") == CLASS:
+            return folder
     return None
+
+
+def check_scheduler(pipeline: Path) -> str:
+    """The scheduler's name. Raises UserError unless it undoes the noise that ours undo, too."""
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    values = read_json(file)
+    name = str(values.get("_class_name")) if isinstance(values, dict) else "nothing"
+    if not re.fullmatch(r"(DDPM|DDIM|DPM|DEIS|PNDM|LMS|Euler|Heun|KDPM|UniPC).*", name):
+        raise UserError(f"{file}: it is of {name}; only schedulers of DDPM's noise are converted")
+    for key, wanted in _NOISE.items():
+        if values.get(key, wanted) != wanted:
+            raise UserError(f"{file}: {key}={values[key]!r}; only {wanted!r} can be converted")
+    return name
+
+
+def class_names(pipeline: Path, number: int) -> tuple[str, ...] | None:
+    """Those of model_index.json, if they are as many."""
+    values = read_json(pipeline / INDEX)
+    labels = values.get("id2label") if isinstance(values, dict) else None
+    if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(number)}:
+        return None
+    return tuple(str(labels[str(i)]) for i in range(number))
 
 
 def sections_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -98,12 +98,16 @@ def account_theirs(found: Shapes, layout: Layout, ours: Shapes, where: str) -> N
         raise UserError(f"{where}: {'; '.join(problems[:3])}{more}")
 
 
-def reader(layout: Layout, get: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """Gives our tensors, in fp32, from theirs."""
+def reader(layout: Layout, get: Callable[[str], Tensor], where: str) -> Callable[[str], Tensor]:
+    """Gives our tensors, in fp32, from theirs. where: names the file in errors."""
 
     def read(name: str) -> Tensor:
         parts = layout[name]
-        return parts.join([get(theirs) for theirs in parts.names]).float()
+        theirs = [get(their_name) for their_name in parts.names]
+        try:
+            return parts.join(theirs).float()
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     return read
 

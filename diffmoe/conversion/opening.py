@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffmoe.conversion.about import Clock
+from diffmoe.conversion.autoencoders import opened_from
 from diffmoe.conversion.exported import is_exported, load_exported
 from diffmoe.conversion.tensors import cast_parameters, parameter_dtype
 from diffmoe.errors import UserError
@@ -59,7 +60,8 @@ def open_network(
     path, dtype = locate(path), parameter_dtype(dtype)
     if is_exported(path):
         network, about = load_exported(path, device, dtype, topology, verify)
-        latents = about.latents.model_dump(mode="json") | {"class_names": about.class_names}
+        latents = opened_from(about.latents, path).model_dump(mode="json")
+        latents["class_names"] = about.class_names
         clock = (about.clock or Clock()).model_dump()
         return Snapshot(network, about.config, latents, clock)
     problems = problems_of(path, digest=cached_sha256) if verify else []

@@ -16,6 +16,7 @@ from diffmoe.checkpoints.folder import CHECKSUMS, complete, verify
 from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
 from diffmoe.checkpoints.posthoc import combined
 from diffmoe.conversion.about import About, parse_about
+from diffmoe.conversion.autoencoders import opened_from
 from diffmoe.conversion.exported import ExportedModel
 from diffmoe.conversion.tensors import Read, Shapes, account, finite
 from diffmoe.errors import UserError
@@ -56,7 +57,9 @@ def exported_source(path: Path) -> Iterator[Source]:
     """An exported folder, to be written in another type or name; held against its checksums."""
     model = ExportedModel(path)
     model.verify()
-    yield Source(str(path), model.about, model.shapes, model.read, stored(path))
+    latents = opened_from(model.about.latents, path)
+    about = model.about.model_copy(update={"latents": latents})
+    yield Source(str(path), about, model.shapes, model.read, stored(path))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
+from diffmoe.files import check_unpacked, refuse_special
 
 # What the files of DiT, SiT and the release keep beside tensors: their training's options.
 _HARMLESS = [argparse.Namespace]
@@ -36,8 +37,10 @@ def load_file(path: Path) -> Any:
     Raises UserError where that refuses the file, saying why: a pickle may hold code.
     """
     try:
+        refuse_special(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                check_unpacked(archive, path.stat().st_size)
                 damaged = archive.testzip()  # torch does not look at the checksums
             if damaged is not None:
                 raise UserError(f"{path} is damaged: {damaged} does not fit its checksum")
@@ -92,6 +95,10 @@ def load_state(path: Path, weights: str = "ema") -> StateDict:
             )
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
             raise UserError(f"{path}: {name} is a {value.dtype} tensor, not one of weights")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(
+                f"{path}: {name} has the shape {tuple(value.shape)}, and fewer numbers than that"
+            )
     if not state:
         raise UserError(f"{path} holds no tensors")
     state, notes = _plain(state, path)

@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
-from diffmoe.files import read_json
+from diffmoe.files import check_safetensors, contained, read_json
 
 
 class StoredTensors:
@@ -40,13 +40,19 @@ class StoredTensors:
             name, file = sorted(set(listed.items()) ^ set(self._files.items()))[0]
             raise UserError(f"{self._index} and {file} do not agree on where {name} is")
 
+    @property
+    def files(self) -> list[str]:
+        """Of the folder: those that hold tensors, and their index."""
+        index = [self._index.name] if self._index.exists() else []
+        return [*index, *sorted(set(self._files.values()))]
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor as it is stored. rows: of dimension 0 alone."""
         with self._opened(self._files[name]) as stored:
             return stored.get_tensor(name) if rows is None else stored.get_slice(name)[rows]
 
     def _listed(self) -> dict[str, str]:
-        index = read_json(self._index)
+        index = read_json(contained(self.folder, self._index.name))
         found = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
             raise UserError(f"{self._index} holds no weight_map of names to files")
@@ -57,8 +63,9 @@ class StoredTensors:
 
     @contextlib.contextmanager
     def _opened(self, file: str) -> Iterator[safe_open]:
-        path = self.folder / file
+        path = contained(self.folder, file)
         try:
+            check_safetensors(path)
             with safe_open(path, framework="pt") as stored:
                 yield stored
         except (SafetensorError, OSError, ValueError) as error:
@@ -78,10 +85,7 @@ def hold_against(checksums: Path, needed: Iterable[str], digest: Callable[[Path]
     if not set(needed) <= listed.keys():
         raise UserError(f"{checksums} does not list every file; convert the model again")
     for name, expected in listed.items():
-        inner = PurePosixPath(name)
-        if inner.is_absolute() or ".." in inner.parts:
-            raise UserError(f"{checksums} names {name}, outside of its folder")
-        part = checksums.parent / inner
+        part = contained(checksums.parent, name)
         if not part.is_file() or digest(part) != expected:
             raise UserError(
                 f"{part} is missing, or not what was written; get it again, or convert the model "

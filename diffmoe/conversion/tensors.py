@@ -78,9 +78,9 @@ def account(found: Shapes, model: ModelConfig, moe: MoEConfig, where: str) -> No
 
     Raises UserError naming the first tensors that are missing, left over or of another shape.
     """
-    if model.depth > len(found):
+    if model.blocks > len(found):
         raise UserError(
-            f"{where}: model.depth={model.depth}, but there are {len(found)} tensors in all"
+            f"{where}: {model.blocks} blocks, but there are {len(found)} tensors in all"
         )
     expected = expected_shapes(model, moe)
     problems = [f"{name} is missing" for name in expected if name not in found]

@@ -142,6 +142,7 @@ def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Sou
     moe = about.moe.model_dump() | {
         "experts": experts,
         "capacity": about.moe.capacity * times,
+        "capacity_rounding": "exact",  # in floats K could be another one at the multiple
         "top_k": about.moe.top_k * times,
     }
     told = f"grown from {old} to {experts} experts (noise {noise:g})"

@@ -12,6 +12,12 @@ from torch import Tensor
 
 from diffmoe.config import BYTES, TextConfig
 from diffmoe.conversion.about import FILE_NAME, About
+from diffmoe.conversion.autoencoders import (
+    FOLDER,
+    autoencoder_files,
+    copy_autoencoder,
+    local_folder,
+)
 from diffmoe.conversion.card import model_card
 from diffmoe.conversion.exported import CARD, CHECKSUMS, load_exported
 from diffmoe.conversion.sources import Source
@@ -29,15 +35,21 @@ from diffmoe.files import sync
 from diffmoe.inference.thresholds import store
 from diffmoe.models.conditioning import Text
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode
+from diffmoe.redaction import redact, without_folders
 from diffmoe.seeding import keyed_generator
 
 
 class Written(NamedTuple):
-    """path: the folder. bytes: of its tensors. compared: numbers of the forwards that agreed."""
+    """path: the folder. bytes: of its tensors. compared: numbers of the forwards that agreed.
+
+    notes: what its user should know.
+    """
 
     path: Path
     bytes: int
     compared: int
+    notes: tuple[str, ...] = ()
 
 
 def write_exported(
@@ -45,16 +57,32 @@ def write_exported(
 ) -> Written:
     """Write the source as an exported folder, load that again and compare forwards bit for bit.
 
-    Memory: while writing one tensor, while comparing one network at a time, in fp32.
+    An autoencoder that is a folder of this machine comes along; no other path, and no secret of an
+    address, is written. Memory: while writing one tensor, while comparing one network, in fp32.
     Raises UserError where the source is not sound, the target exists, the disk is full, or the
     result differs; then nothing of it stays.
     """
     source = source.checked()
-    about = source.about.replace(dtype=dtype)
+    latents = source.about.latents
+    autoencoder, notes = local_folder(latents.autoencoder), ()
+    shown: dict[str, str] = {"source": redact(without_folders(latents.source))}
+    if autoencoder is not None:
+        shown["autoencoder"] = FOLDER
+    if autoencoder is not None and not autoencoder.is_dir():
+        notes = (
+            f"warning: the autoencoder {autoencoder} is not on this machine; copy it to "
+            f"{target / FOLDER}, where the model looks for it",
+        )
+        autoencoder = None
+    about = source.about.replace(dtype=dtype, latents=latents.model_copy(update=shown).model_dump())
     kind = getattr(torch, dtype)
     size = total_bytes(source.shapes, kind)
+    if autoencoder is not None:
+        size += sum((autoencoder / name).stat().st_size for name in autoencoder_files(autoencoder))
     with new_folder(target, size) as torn:
         files = write_tensors(torn, source.shapes, source.read, kind, max_shard_bytes)
+        if autoencoder is not None:
+            files |= copy_autoencoder(autoencoder, torn)
         text = json.dumps(about.model_dump(mode="json"), indent=1)
         files[FILE_NAME] = write_file(torn / FILE_NAME, [text.encode()])
         for name, entry in source.thresholds.items():
@@ -63,7 +91,7 @@ def write_exported(
         write_file(torn / CARD, [card.encode()])
         write_file(torn / CHECKSUMS, [json.dumps({"files": files}, indent=1).encode()])
         compared = _compare(source, torn, kind)
-    return Written(target, size, compared)
+    return Written(target, total_bytes(source.shapes, kind), compared, notes)
 
 
 @contextlib.contextmanager
@@ -75,7 +103,7 @@ def new_folder(target: Path, needed: int = 0) -> Iterator[Path]:
     with _new(target, needed) as torn:
         torn.mkdir()
         yield torn
-        for file in torn.iterdir():
+        for file in torn.rglob("*"):
             sync(file)
 
 
@@ -155,11 +183,10 @@ def probe(network: DiT, about: About) -> dict[str, Tensor]:
     condition = torch.tensor([0, model.num_classes])
     if model.text is not None:
         condition = _probe_text(model.text)
-    outputs = {}
-    for routing in dict.fromkeys((about.moe.inference, "static")):
-        network.route_by(routing)
-        outputs[routing] = network(x, t, condition).prediction
-    network.route_by(about.moe.inference)
+    outputs = {about.moe.inference: network(x, t, condition).prediction}
+    if network.routing is not None:
+        with network.routed(RoutingMode("static")):
+            outputs["static"] = network(x, t, condition).prediction
     return outputs
 
 

@@ -146,6 +146,14 @@ def unscaled(latents: Tensor, scale: Numbers, shift: Numbers) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images (N,C,H,W) in -1..1 to uint8 (N,H,W,C): round(127.5 x + 127.5), clamped to 0..255."""
+    """Images (N,C,H,W) in -1..1 to uint8 (N,H,W,C): round(127.5 x + 127.5), clamped to 0..255.
+
+    Raises UserError for NaN.
+    """
+    if images.isnan().any():
+        raise UserError(
+            "the autoencoder gave pixels that are no numbers (NaN), which would be black images; "
+            "are its weights whole, and the latents of its scale?"
+        )
     levels = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous()

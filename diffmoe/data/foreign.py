@@ -4,11 +4,11 @@ Each reader returns the items, how to load one, and the Manifest fields that the
 what it leaves open must come from the user. Facts from the projects' public code, November 2026.
 """
 
-import io
 import json
+import math
 import os
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffmoe.data.images import index_tar, label_of, member_bytes
-from diffmoe.data.tar_index import Member
+from diffmoe.data.tar_index import MEMBER_LIMIT, Member
 from diffmoe.errors import UserError
+from diffmoe.files import check_safetensors, contained, read_bytes, read_text, refuse_special
+from diffmoe.npz_files import decode_npy, read_npz
+
+_LABELS_LIMIT = 128 << 20  # bytes of dataset.json; ImageNet's has 60 million
 
 
 class LatentItem(NamedTuple):
@@ -79,8 +83,11 @@ def mar(root: Path) -> Foreign:
     ]
 
     def load(item: LatentItem) -> Arrays:
-        with np.load(item.path) as arrays:
-            return Arrays(item.label, arrays["moments"], arrays["moments_flip"])
+        try:
+            arrays = read_npz(Path(item.path), "moments", "moments_flip")
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return Arrays(item.label, arrays["moments"], arrays["moments_flip"])
 
     fields = {"content": "mean_logvar", "scaled": False, "flips": True}
     return Foreign(items, load, {**fields, "classes": len(classes), "class_names": classes})
@@ -93,9 +100,11 @@ def mean_std(root: Path) -> Foreign:
     """
     index = root / "dataset.json"
     try:
-        pairs = json.loads(index.read_text(encoding="utf-8"))["labels"]
+        pairs = json.loads(read_text(index, _LABELS_LIMIT))["labels"]
         labels = {name: int(label) for name, label in pairs}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for folder in {os.path.dirname(name) for name in labels}:
+            contained(root, folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{index} gives no labels ({type(error).__name__}: {error}); it must hold "
             '{"labels": [["00000/img-mean-std-00000000.npy", CLASS], ...]}'
@@ -132,8 +141,11 @@ def lightning_dit(root: Path, stats: Path | None, multiplier: float) -> Foreign:
     """
     stats = stats or root / "latents_stats.pt"
     try:
+        refuse_special(stats)
         numbers = torch.load(stats, map_location="cpu", weights_only=True)
         mean, deviation = (numbers[key].flatten().tolist() for key in ("mean", "std"))
+        if not all(map(math.isfinite, mean + deviation)) or 0 in deviation:
+            raise ValueError(f"mean {mean}, std {deviation}")
     except Exception as error:  # torch.load raises many kinds
         raise UserError(
             f"{stats} gives no statistics ({type(error).__name__}: {error}); give --stats "
@@ -142,8 +154,14 @@ def lightning_dit(root: Path, stats: Path | None, multiplier: float) -> Foreign:
     items = []
     for file in sorted(root.glob("*.safetensors")):
         try:
-            labels = _open_safetensors(str(file)).get_tensor("labels").tolist()
-        except (OSError, SafetensorError) as error:
+            stored = _open_safetensors(str(file))
+            if (
+                stored.get_slice("labels").get_shape()
+                != stored.get_slice("latents").get_shape()[:1]
+            ):
+                raise ValueError("it has not one label for each latent")
+            labels = stored.get_tensor("labels").tolist()
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); copy it again or remove it"
             ) from None
@@ -183,22 +201,19 @@ def webdataset(root: Path) -> Foreign:
 
     def load(item: LatentItem) -> Arrays:
         member: Member = item.part
-        return Arrays(item.label, _npy_array(io.BytesIO(member_bytes(item.path, member))))
+        return Arrays(item.label, decode_npy(member_bytes(item.path, member)))
 
     return Foreign(items, load, {"flips": False})
 
 
 @cache
 def _open_safetensors(path: str):
+    check_safetensors(Path(path))
     return safe_open(path, framework="pt")
 
 
 def _load_npy(path: str | Path) -> np.ndarray:
-    with open(path, "rb") as stream:
-        return _npy_array(stream)
-
-
-_npy_array = partial(np.load, allow_pickle=False)
+    return decode_npy(read_bytes(path, MEMBER_LIMIT))
 
 
 def _only(root: Path, pattern: str) -> Path:

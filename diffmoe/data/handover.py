@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
+READY = 2  # items that wait
 
 
 class _Failure(NamedTuple):
     error: BaseException
 
 
-def made_ready(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def made_ready(items: Iterator[T], depth: int = READY) -> Iterator[T]:
     """The same items in the same order, up to `depth` of them fetched ahead by a thread.
 
     items: a generator; it is closed in the end, unless it does not answer for 5 seconds.

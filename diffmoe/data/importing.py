@@ -12,8 +12,9 @@ from diffmoe.data.autoencoder import canonical_name
 from diffmoe.data.conversion import Made, Skipped, convert_items
 from diffmoe.data.foreign import Foreign, LatentItem
 from diffmoe.data.manifest import Manifest, describe
-from diffmoe.data.numbers import stored
+from diffmoe.data.numbers import restored, stored
 from diffmoe.errors import UserError
+from diffmoe.files import check_tree
 from diffmoe.resumable import Ranks
 
 # Each format's reader, and what its files leave open.
@@ -50,6 +51,7 @@ def import_latents(
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"--latents {root} is no folder")
+    check_tree(root, "")
     read, needed = FORMATS[kind]
     missing = [f"--{flag}" for flag in needed if answers.get(flag) is None]
     if missing:
@@ -73,6 +75,9 @@ def import_latents(
         "dtype": dtype,
     }
     fields["shape"] = _shape(data, fields["content"])
+    for item in data.items:
+        if item.label is not None:
+            _check_label(root, item, item.label, fields["classes"])
     keys = {item.name: f"{number:08d}" for number, item in enumerate(data.items)}
     try:
         array_shape = Manifest(shards=[], **fields).array_shape
@@ -84,8 +89,11 @@ def import_latents(
         for item in items:
             try:
                 label, *arrays = data.load(item)
+                _check_label(root, item, label, fields["classes"])
                 arrays = [
-                    stored(_fit(array, array_shape), dtype) for array in arrays if array is not None
+                    _stored(_fit(array, array_shape), dtype)
+                    for array in arrays
+                    if array is not None
                 ]
             except _READ_ERRORS as error:
                 yield Skipped(item.name, f"{type(error).__name__}: {error}")
@@ -102,6 +110,14 @@ def import_latents(
         max_bad=max_bad,
         overwrite=overwrite,
     )
+
+
+def _check_label(root: Path, item: LatentItem, label: int, classes: int) -> None:
+    if not 0 <= label < classes:
+        raise UserError(
+            f"--latents {root}: {item.name}: label {label} is outside the classes "
+            f"0..{classes - 1}; mend it, or give another --classes"
+        )
 
 
 def _shape(data: Foreign, content: str) -> tuple[int, int, int]:
@@ -122,6 +138,13 @@ def _shape(data: Foreign, content: str) -> tuple[int, int, int]:
         channels = shape[0] if content == "sample" else shape[0] // 2
         return (channels, *shape[1:])
     raise UserError(f"none of the first files can be read, such as {reason}; another --format?")
+
+
+def _stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    packed = stored(array, dtype)
+    if not np.isfinite(restored(packed, dtype)).all():
+        raise ValueError(f"{np.abs(array).max():g} is more than {dtype} can hold")
+    return packed
 
 
 def _fit(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

@@ -6,7 +6,16 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError
@@ -21,6 +30,9 @@ _HTTP = re.compile(r"https?:")
 _SAFE_NAME = re.compile(r"(?!-)[\w./+=@%,-]+", re.ASCII)
 
 
+_LARGEST = 1 << 26  # numbers of a latent; what a member of a shard may hold
+
+
 class Shard(BaseModel):
     """One tar file: its name (a path relative to the manifest's folder, or an http URL), counts
     and checksum.
@@ -28,9 +40,9 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1)
-    samples: int
-    bytes: int
+    name: str = Field(min_length=1, max_length=4096)
+    samples: int = Field(lt=1 << 40)
+    bytes: int = Field(ge=0, le=1 << 40)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -46,9 +58,9 @@ class TextContent(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     encoder: str = Field(min_length=1)
-    length: int = Field(ge=1)
-    width: int = Field(0, ge=0)
-    pooled: int = Field(0, ge=0)
+    length: int = Field(ge=1, le=1 << 20)
+    width: int = Field(0, ge=0, le=1 << 20)
+    pooled: int = Field(0, ge=0, le=1 << 20)
 
     @classmethod
     def of(cls, text: TextConfig) -> "TextContent":
@@ -73,9 +85,13 @@ class Manifest(BaseModel):
         (z - shift) * scale; the reader applies it where `scaled` is false, and decoding undoes it
         in both cases. Each is one number or one per channel.
     shape: (C,H,W) of the latent.
-    flips: each sample also carries the mirrored image's latent or moments.
+    flips: half of the samples are taken mirrored.
+    mirrored: `stored`: each sample also carries the mirrored image's latent or moments;
+        `on_reading`: the array itself is turned round, as only pixels may be.
     dtype: of the numbers in the files. bfloat16 is stored as its bits in uint16, because npy has
-        no name for it; None means float16 or float32, as each file's header says.
+        no name for it; None means float16 or float32, as each file's header says. A byte v of
+        uint8 stands for the pixel v / 127.5 - 1.
+    version: 2 where `mirrored` or uint8 is used, else 1, which knows neither.
     autoencoder: "identity" when the latents are pixels, else the id or folder of the autoencoder.
     pixel_range: the numbers that the autoencoder takes for black and white.
     skipped: what the packing left out, each with the reason.
@@ -87,7 +103,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     shards: list[Shard]
     content: Literal["sample", "mean_logvar", "mean_std"]
     scaled: bool
@@ -95,11 +111,12 @@ class Manifest(BaseModel):
     shift: float | list[float] = 0.0
     shape: tuple[int, int, int]
     flips: bool
-    classes: int
+    mirrored: Literal["stored", "on_reading"] = "stored"
+    classes: int = Field(ge=1, le=10_000_000)
     class_names: list[str] | None = None
     autoencoder: str
     source: str
-    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    dtype: Literal["uint8", "float16", "bfloat16", "float32"] | None = None
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     skipped: list[str] = []
     location: str | None = None
@@ -110,6 +127,8 @@ class Manifest(BaseModel):
     def _shape_is_positive(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         if min(shape) < 1:
             raise ValueError("every side must be at least 1")
+        if math.prod(shape) > _LARGEST:
+            raise ValueError(f"it has {math.prod(shape):,} numbers, at most {_LARGEST:,} are read")
         return shape
 
     @model_validator(mode="after")
@@ -134,7 +153,21 @@ class Manifest(BaseModel):
             raise ValueError(f"pixel_range={self.pixel_range} must be black < white")
         if self.location is not None and _URL.match(self.location) and "{}" not in self.location:
             raise ValueError(f"location={self.location!r} needs {{}} where the shard's name goes")
+        if self.dtype == "uint8" or self.mirrored == "on_reading":
+            self.version = 2
+            if self.autoencoder != "identity" or self.content != "sample":
+                raise ValueError(
+                    f"dtype={self.dtype} with mirrored={self.mirrored}: uint8 and on_reading are "
+                    f"for pixels alone, not for {self.content} of {self.autoencoder}"
+                )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_its_version_has_it(self, dump: SerializerFunctionWrapHandler) -> dict:
+        fields = dump(self)
+        if self.version == 1:
+            fields.pop("mirrored", None)
+        return fields
 
     @property
     def samples(self) -> int:
@@ -155,6 +188,11 @@ class Manifest(BaseModel):
     def member(self) -> str:
         """The npy member that each sample carries: `latent` or `moments`."""
         return "latent" if self.content == "sample" else "moments"
+
+    @property
+    def stores_flips(self) -> bool:
+        """Whether each sample carries the mirrored image's array, too."""
+        return self.flips and self.mirrored == "stored"
 
     @property
     def array_shape(self) -> tuple[int, int, int]:
@@ -222,8 +260,6 @@ class Manifest(BaseModel):
         file = Path(directory) / FILE_NAME
         if not self.shards:
             raise UserError(f"{file}: shards is empty; pack the data again")
-        if self.classes < 1:
-            raise UserError(f"{file}: classes={self.classes}; it must be at least 1")
         bad = []
         for shard in self.shards:
             if shard.samples < 1:

@@ -55,7 +55,7 @@ class ShardFile:
         """Append one sample.
 
         array: the latent (C,H,W) or the moments (2C,H,W), finite, of the manifest's dtype.
-        flip: the same of the mirrored image, exactly when the manifest says `flips`.
+        flip: the same of the mirrored image, exactly when the manifest `stores_flips`.
         captions: exactly when it has a `text`.
         """
         arrays = _checked(self.manifest, key, label, array, flip)
@@ -203,8 +203,11 @@ def _checked(
             f"sample {key}: label {label} is outside the classes 0..{manifest.classes - 1}; "
             "mend the label or the number of classes"
         )
-    if (flip is not None) != manifest.flips:
-        raise UserError(f"sample {key}: flips={manifest.flips}, but flip is {type(flip).__name__}")
+    if (flip is not None) != manifest.stores_flips:
+        raise UserError(
+            f"sample {key}: flips={manifest.flips}, mirrored={manifest.mirrored}, but flip is "
+            f"{type(flip).__name__}"
+        )
     arrays = {f"{manifest.member}.npy": array}
     if flip is not None:
         arrays[f"{manifest.member}_flip.npy"] = flip

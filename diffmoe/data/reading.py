@@ -1,9 +1,6 @@
 """An open shard: its samples by number, each read and decoded when it is asked for."""
 
-import ast
 import os
-import struct
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -16,10 +13,14 @@ from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.data.numbers import numpy_types, restored
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
+from diffmoe.npz_files import decode_npy
 
 
 class Sample(NamedTuple):
-    """One sample: `array` is its latent (C,H,W) or its moments (2C,H,W), as the file holds it."""
+    """One sample: `array` is its latent (C,H,W) or its moments (2C,H,W), as the file holds it.
+
+    flip: that of the mirrored image, None without flips.
+    """
 
     key: str
     label: int
@@ -50,7 +51,7 @@ class OpenShard:
         self.keys = [entry.key for entry in entries]
         self._members = [entry.members for entry in entries]
         self._names = [f"{manifest.member}.npy"]
-        if manifest.flips:
+        if manifest.stores_flips:
             self._names.append(f"{manifest.member}_flip.npy")
         self._text_names = _text_members(manifest)
         self.labels = [self._label(index) for index in range(len(entries))]
@@ -60,10 +61,11 @@ class OpenShard:
 
     def array(self, index: int, mirrored: bool = False) -> np.ndarray:
         """The array of a sample, (C,H,W) or (2C,H,W), or that of its mirror image; read-only."""
-        name, manifest = self._names[mirrored], self.manifest
-        raw = read_member(self._number, self._members[index][name])
+        manifest = self.manifest
+        turn = mirrored and not manifest.stores_flips
+        name = self._names[mirrored and not turn]
         try:
-            array = decode_npy(raw)
+            array = decode_npy(read_member(self._number, self._members[index][name]))
         except ValueError as error:
             raise UserError(
                 f"{self.where(index)}: {name} cannot be decoded ({error}); pack the data again"
@@ -80,14 +82,13 @@ class OpenShard:
                 f"dtype={manifest.dtype}, so {' or '.join(map(str, numpy_types(manifest.dtype)))}; "
                 "mend the manifest or pack again"
             )
-        return array
+        return array[..., ::-1] if turn else array
 
     def captions(self, index: int) -> Captions:
         """All captions of a sample, with their features, held against the manifest's text."""
-        raw = {
-            name: read_member(self._number, self._members[index][name]) for name in self._text_names
-        }
+        members = self._members[index]
         try:
+            raw = {name: read_member(self._number, members[name]) for name in self._text_names}
             arrays = {name: decode_npy(raw[name]) for name in self._text_names[1:]}
             captions = Captions(
                 caption_lines(raw["txt"]),
@@ -102,9 +103,10 @@ class OpenShard:
 
     def sample(self, index: int) -> Sample:
         """All of a sample, finite."""
-        arrays = [self.array(index, mirrored) for mirrored in range(len(self._names))]
+        manifest = self.manifest
+        arrays = [self.array(index, mirrored) for mirrored in (False, True)[: 1 + manifest.flips]]
         for array in arrays:
-            if not np.isfinite(restored(array, self.manifest.dtype)).all():
+            if not np.isfinite(restored(array, manifest.dtype)).all():
                 raise self.not_finite(index)
         return Sample(
             self.keys[index], self.labels[index], arrays[0], arrays[1] if arrays[1:] else None
@@ -136,8 +138,9 @@ class OpenShard:
                 f"{', '.join(sorted(members))}), while {FILE_NAME} says {told}; mend the manifest "
                 "or pack again"
             )
-        text = read_member(self._number, members["cls"])
+        text = b""
         try:
+            text = read_member(self._number, members["cls"])
             label = int(text)
         except ValueError:
             raise UserError(
@@ -176,35 +179,6 @@ def read_shard(path: str | Path, manifest: Manifest) -> list[Sample]:
 
 def unreadable(address: str, reason: str) -> str:
     return f"shard {address} cannot be read ({reason}); copy it again or pack the data again"
-
-
-def decode_npy(raw: bytes) -> np.ndarray:
-    """What np.load gives for the bytes of an npy file; read-only. Raises ValueError.
-
-    np.load spends most of its time on parsing the header, and all headers of a shard are alike.
-    """
-    if raw[:6] != b"\x93NUMPY" or len(raw) < 12:
-        raise ValueError("no npy file")
-    wide = raw[6] > 1  # version 1.0 has a length of 2 bytes, later ones of 4
-    (length,) = struct.unpack_from("<I" if wide else "<H", raw, 8)
-    start = (12 if wide else 10) + length
-    dtype, shape, order, count = _parsed(raw[12 if wide else 10 : start])
-    if len(raw) != start + count * dtype.itemsize:
-        raise ValueError(f"{len(raw)} bytes instead of {start + count * dtype.itemsize}")
-    return np.frombuffer(raw, dtype, offset=start).reshape(shape, order=order)
-
-
-@lru_cache(maxsize=64)
-def _parsed(header: bytes) -> tuple[np.dtype, tuple[int, ...], str, int]:
-    """Type, shape, order and number of elements that an npy header tells."""
-    try:
-        fields = ast.literal_eval(header.decode("latin1"))
-        dtype, shape = np.dtype(fields["descr"]), tuple(map(int, fields["shape"]))
-    except (SyntaxError, TypeError, KeyError) as error:
-        raise ValueError(f"a broken npy header: {error}") from None
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects, not numbers")
-    return dtype, shape, "F" if fields.get("fortran_order") else "C", int(np.prod(shape))
 
 
 def _listed(path: str | Path, manifest: Manifest) -> Shard:

@@ -8,9 +8,10 @@ from diffmoe.data.captions import FEATURES, Captions, caption_lines
 from diffmoe.data.conversion import Made, convert_items
 from diffmoe.data.fetching import Unreadable, open_shard
 from diffmoe.data.manifest import Manifest, is_url
-from diffmoe.data.reading import decode_npy, unreadable
+from diffmoe.data.reading import unreadable
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
+from diffmoe.npz_files import decode_npy
 from diffmoe.resumable import Ranks
 
 
@@ -69,16 +70,16 @@ def rewrite(
         items += [PackedItem(entry.key, address, entry.members) for entry in entries]
     fields = manifest.model_dump(exclude={"version", "shards", "skipped", "location"})
     fields |= changes or {}
-    names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.flips
+    names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.stores_flips
 
     def sample(item: PackedItem) -> Made:
-        with open(item.path, "rb") as stream:
-            raw = {
-                name: read_member(stream.fileno(), member)
-                for name, member in item.members.items()
-                if name in (*names, *FEATURES, "txt", "cls")
-            }
         try:
+            with open(item.path, "rb") as stream:
+                raw = {
+                    name: read_member(stream.fileno(), member)
+                    for name, member in item.members.items()
+                    if name in (*names, *FEATURES, "txt", "cls")
+                }
             made = Made(item.name, int(raw["cls"]), *(decode_npy(raw[name]) for name in names))
             if fields["text"] is None:
                 return made

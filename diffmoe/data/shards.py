@@ -1,7 +1,9 @@
 """The stream of samples: one lane after another of a step, the same for any workers and ranks."""
 
 import atexit
+import math
 import multiprocessing
+import pickle
 import signal
 import sys
 import threading
@@ -13,15 +15,17 @@ from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from diffmoe.config import BYTES
+from diffmoe.data import shared_memory
 from diffmoe.data.conditions import chosen, padded
 from diffmoe.data.fetching import Fetch, end_commands
-from diffmoe.data.handover import made_ready
+from diffmoe.data.handover import READY, made_ready
 from diffmoe.data.lane import Lane
 from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents
 from diffmoe.data.manifest import Manifest
@@ -31,6 +35,8 @@ from diffmoe.errors import UserError
 from diffmoe.models.conditioning import Text
 from diffmoe.seeding import keyed_generator
 from diffmoe.tuples import joined
+
+_AHEAD = 4  # batches that each worker keeps ready: enough to bridge the opening of a shard
 
 
 class Batch(NamedTuple):
@@ -49,12 +55,19 @@ class Chunk(NamedTuple):
 
 
 class _Chunks(IterableDataset):
-    """Per step, the samples of a worker's contiguous block of lanes; without workers, of all."""
+    """Per step, the samples of a worker's contiguous block of lanes; without workers, of all.
 
-    def __init__(self, stream: "LatentStream"):
-        self.stream = stream
+    by_value: as pickles, which go through a pipe instead of shared memory.
+    """
 
-    def __iter__(self) -> Iterator[Chunk | UserError]:
+    def __init__(self, stream: "LatentStream", by_value: bool):
+        self.stream, self.by_value = stream, by_value
+
+    def __iter__(self) -> Iterator[Chunk | UserError | bytes]:
+        # torch shares the tensors of what it pickles for a worker's queue; pickle copies them.
+        return map(pickle.dumps, self._chunks()) if self.by_value else self._chunks()
+
+    def _chunks(self) -> Iterator[Chunk | UserError]:
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         mine = self.stream.my_lanes
@@ -118,6 +131,10 @@ class LatentStream:
         self.max_bad_shards, self.fetch, self.report = max_bad_shards, fetch, report or _tell
         self.bad_shards: dict[str, str] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are not forked: a report may hold files, and they tell nothing."""
+        return self.__dict__ | {"report": None}
+
     def chunks(self, block: list[int]) -> Iterator[Chunk]:
         """The batches of some of the lanes, read in this process."""
         n, clock, bad_shards = self.samples_per_lane, self.clock, {}
@@ -150,16 +167,17 @@ class LatentStream:
         closing = multiprocessing.RawValue("b", 0)
         close = partial(setattr, closing, "value", 1)
         atexit.register(close)  # runs before multiprocessing terminates and joins its children
+        by_value = self.workers > 0 and not self._shared_memory_holds()
         loader = DataLoader(
-            _Chunks(self),
+            _Chunks(self, by_value),
             batch_size=None,
             num_workers=self.workers,
-            prefetch_factor=4 if self.workers else None,  # enough to bridge the opening of a shard
+            prefetch_factor=_AHEAD if self.workers else None,
             collate_fn=_as_is,
             worker_init_fn=partial(_start_worker, closing),
             generator=torch.Generator(),  # else every start would draw from the global one
         )
-        chunks = iter(loader)
+        chunks = map(pickle.loads, loader) if by_value else iter(loader)
         steps = _steps(chunks, max(1, self.workers))
         if self.workers:
             # Taking over what workers send costs time, too: a loop need not wait for it.
@@ -182,6 +200,29 @@ class LatentStream:
         """Why the stream stops: this shard is one too many."""
         way_out = f"or set data.max_bad_shards (now {self.max_bad_shards}) to go on without it"
         return UserError(f"{unreadable(address, reason)}, {way_out}")
+
+    def batch_bytes(self) -> int:
+        """What one batch takes in memory."""
+        latent = 4 * math.prod(self.manifest.shape)
+        text = self.manifest.text if self.captions else None
+        if text is not None:
+            # Bytes become int64, features are float16; each place has a mask.
+            token = 8 if text.encoder == BYTES else 2 * text.width
+            latent += text.length * (token + 1) + 2 * text.pooled
+        return len(self.my_lanes) * self.samples_per_lane * (latent + 8)
+
+    def _shared_memory_holds(self) -> bool:
+        """Whether it holds all batches that wait at a time; says so if it does not."""
+        # Those that workers have made, those that are made ready, and one being made and used.
+        size = self.batch_bytes() * (_AHEAD + READY + 2)
+        if shared_memory.holds(size):
+            return True
+        self.report(
+            f"{shared_memory.PLACE} has {shared_memory.free() / 1e6:.0f} MB free, and batches in "
+            f"it would take {size / 1e6:.0f} MB for each rank: they go through pipes, which costs "
+            "a copy of each (give a container more, docker run --shm-size=8g)"
+        )
+        return False
 
     def _received(self, chunk: Chunk | UserError) -> Batch:
         if isinstance(chunk, UserError):
@@ -235,5 +276,5 @@ def _end_with(trainer: BaseProcess) -> None:
     end_process(0)
 
 
-def _as_is(chunk: Chunk | UserError) -> Chunk | UserError:
+def _as_is(chunk: Chunk | UserError | bytes) -> Chunk | UserError | bytes:
     return chunk

@@ -3,11 +3,14 @@
 import os
 import re
 import tarfile
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
+MEMBER_LIMIT = 256 << 20  # bytes of an image, a latent, the features of a sample's captions
 _BLOCK = 512
+_META_LIMIT = 1 << 20  # bytes of long names and the like between members
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
 
 
@@ -27,7 +30,12 @@ class Entry(NamedTuple):
 
 
 def read_member(file: int, member: Member) -> bytes:
-    """The bytes of a member. file: descriptor of the open tar."""
+    """The bytes of a member. file: descriptor of the open tar.
+
+    Raises ValueError for one that is larger than a sample's can be.
+    """
+    if member.size > MEMBER_LIMIT:
+        raise ValueError(f"{member.name} has {member.size:,} bytes, at most {MEMBER_LIMIT:,} are")
     return os.pread(file, member.size, member.offset)
 
 
@@ -82,7 +90,37 @@ def _members_by_tarfile(file: int) -> list[Member]:
     try:
         with os.fdopen(os.dup(file), "rb") as stream:
             stream.seek(0)
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                return [Member(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-    except (tarfile.TarError, EOFError, OverflowError) as error:
+            with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:
+                return list(_regular(tar))
+    # Damaged headers end in errors of any kind.
+    except Exception as error:
         raise ValueError(f"no uncompressed tar ({error})") from None
+
+
+def _regular(tar: tarfile.TarFile) -> Iterator[Member]:
+    end = -1
+    for member in tar:
+        # Sizes below zero lead tarfile back to where it was, for ever.
+        if member.size < 0 or member.offset <= end:
+            raise ValueError(f"{member.name} has a size of {member.size}")
+        end = member.offset
+        if member.issparse():
+            raise ValueError(f"{member.name} is sparse; write it without holes")
+        if member.isreg():
+            yield Member(member.name, member.offset_data, member.size)
+
+
+class _Bounded:
+    """A tar's file for tarfile, which would read whatever a header tells into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._file, self._ends = file.seek, file.tell, file, 0
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _META_LIMIT:
+            raise ValueError(f"{size:,} bytes between its members")
+        data = self._file.read(size)
+        self._ends += len(data) < size
+        if self._ends > 9:  # a loop that waits for what does not come
+            raise ValueError("cut off")
+        return data

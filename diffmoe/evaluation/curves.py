@@ -91,6 +91,8 @@ def _label(path: Path, result: dict[str, Any], axis: str) -> str:
     settings = {**result["images"], "sampler": result["sampler"]}
     settings["capacity"] = settings["model"]["capacity"]
     told = [f"{k} {settings[k]}" for k in _SETTINGS if k != axis and settings[k] is not None]
+    if settings.get("labels", "balanced") != "balanced":
+        told.append(f"{settings['labels']} labels")
     if axis != "samples":
         told.append(f"{result['clock']['samples']} samples")
     return f"{path.parent.name if path.suffix else path.name}: {', '.join(told)}"

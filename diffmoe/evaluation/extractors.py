@@ -213,7 +213,10 @@ def open_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
 
 
 def import_function(specification: str) -> Callable:
-    """`package.module:function`, installed or in the folder that the command was called in."""
+    """`package.module:function`, installed or in the folder that the command was called in.
+
+    It runs that code: a specification comes from the command line, never from a file (recipes).
+    """
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     module, _, name = specification.partition(":")

@@ -8,6 +8,7 @@ from PIL import Image
 
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import ImageSet, batches
+from diffmoe.files import read_text
 
 
 def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> int:
@@ -53,10 +54,12 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
 def _lines(file: Path) -> list[str]:
     """The lines of a prompts file. Raises UserError unless each has a prompt."""
     try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [
+            line for line in read_text(file, encoding="utf-8-sig").splitlines() if line.strip()
+        ]
         if lines and all(isinstance(json.loads(line)["prompt"], str) for line in lines):
             return lines
         reason = "a line has no prompt" if lines else "it is empty"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise UserError(f"{file} is not GenEval's evaluation_metadata.jsonl ({reason})")

@@ -1,22 +1,22 @@
 """Images to evaluate, a batch at a time, from what sampling, others' tools or packing wrote."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffmoe.data.autoencoder import autoencoder_of
-from diffmoe.data.images import EXTENSIONS
+from diffmoe.data.decoding import WHITE, Color
+from diffmoe.data.images import EXTENSIONS, image_files, read_image
 from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
-from diffmoe.inference.generation import MANIFEST, shard_arrays
-from diffmoe.npz_files import npz_header, npz_rows
+from diffmoe.inference.generation import MANIFEST, read_manifest, shard_arrays
+from diffmoe.npz_files import npz_header, npz_rows, read_npz
+from diffmoe.redaction import printable
 
 
 class Part(NamedTuple):
@@ -55,11 +55,12 @@ class ImageSet(NamedTuple):
         return self.about["captions"]
 
 
-def open_images(path: str | Path) -> ImageSet:
+def open_images(path: str | Path, background: Color = WHITE) -> ImageSet:
     """The images of a folder of our samples, an ADM npz, our shards of pixels, or image files.
 
+    background: what transparent image files are put on.
     Raises UserError for what is none of these, or is incomplete; `parts` raises it for images that
-    are not uint8 RGB, or not all of one size.
+    are not uint8 RGB, or not all of one size, and for files that cannot be read.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -70,7 +71,7 @@ def open_images(path: str | Path) -> ImageSet:
         return _samples(path)
     if (path / FILE_NAME).exists():
         return _shards(path)
-    return _files(path)
+    return _files(path, background)
 
 
 def batches(images: ImageSet, size: int) -> Iterator[Part]:
@@ -112,10 +113,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def _samples(folder: Path) -> ImageSet:
     """Every index once, no file that the manifest does not list, checksums when read."""
-    file = folder / MANIFEST
-    if not file.exists():
-        raise UserError(f"{folder} holds no {MANIFEST}: not all samples are there; run it again")
-    manifest = json.loads(file.read_text(encoding="utf-8"))
+    file, manifest = folder / MANIFEST, read_manifest(folder)
     listed = [shard["file"] for shard in manifest["shards"]]
     stale = sorted({path.name for path in folder.glob("samples-*.npz")} - set(listed))
     if stale:
@@ -126,10 +124,13 @@ def _samples(folder: Path) -> ImageSet:
     for name in listed:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing or damaged; sample into another folder")
-        with np.load(folder / name) as arrays:
-            indices.append(arrays["indices"])
+        found = read_npz(folder / name, "indices").get("indices")
+        if found is None or found.ndim != 1 or found.dtype.kind not in "iu":
+            raise UserError(f"{folder / name} holds no indices; sample into another folder")
+        indices.append(found)
     found = np.sort(np.concatenate(indices))
-    if not np.array_equal(found, np.arange(manifest["number"])):
+    whole = len(found) == manifest["number"]
+    if not (whole and np.array_equal(found, np.arange(len(found)))):
         raise UserError(
             f"{folder} holds {len(np.unique(found))} different of {manifest['number']} samples; "
             "sample into another folder"
@@ -153,8 +154,9 @@ def _adm(file: Path) -> ImageSet:
     def parts() -> Iterator[Part]:
         labels, done = None, 0
         if npz_header(file, "arr_1") is not None:
-            with np.load(file) as arrays:
-                labels = arrays["arr_1"]
+            labels = read_npz(file, "arr_1")["arr_1"]
+            if labels.shape != header[:1]:
+                raise UserError(f"{file}: arr_1 of shape {labels.shape} labels {header[0]} images")
         for images in npz_rows(file, "arr_0"):
             yield Part(images, None if labels is None else labels[done : done + len(images)])
             done += len(images)
@@ -187,9 +189,12 @@ def _shards(folder: Path) -> ImageSet:
     )
 
 
-def _files(folder: Path) -> ImageSet:
-    """Image files below a folder, by name; where all lie in subfolders, these are the classes."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+def _files(folder: Path, background: Color) -> ImageSet:
+    """Image files below a folder, by name; where all lie in subfolders, these are the classes.
+
+    Links are followed wherever they lead: nothing but figures comes of it.
+    """
+    files = sorted(Path(file) for file in image_files(folder, follow_links=True))
     if not files:
         raise UserError(f"{folder} holds no images ({' '.join(EXTENSIONS)}), shards or samples")
     names = sorted({file.relative_to(folder).parts[0] for file in files})
@@ -197,21 +202,36 @@ def _files(folder: Path) -> ImageSet:
     classed = all(len(file.relative_to(folder).parts) > 1 for file in files)
 
     def parts() -> Iterator[Part]:
-        for file in files:
+        for number, file in enumerate(files):
             label = np.array([numbered[file.relative_to(folder).parts[0]]]) if classed else None
-            yield Part(_read(file)[None], label)
+            image = _read(file, background)
+            if isinstance(image, str):
+                raise _unreadable(folder, files, number, background)
+            yield Part(image[None], label)
 
-    return ImageSet(len(files), {"kind": "files", "path": str(folder)}, _gathered(parts))
+    about = {"kind": "files", "path": str(folder)}
+    if background != WHITE:
+        about["background"] = background
+    return ImageSet(len(files), about, _gathered(parts))
 
 
-def _read(file: Path) -> np.ndarray:
+def _read(file: Path, background: Color) -> np.ndarray | str:
+    """The image, (H,W,3) uint8, or why there is none."""
     try:
-        with Image.open(file) as image:
-            if image.mode != "RGB":
-                raise UserError(f"{file} is {image.mode}, not RGB with 8 bits; convert it")
-            return np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read ({error})") from None
+        return np.asarray(read_image(file, background=background))
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _unreadable(folder: Path, files: list[Path], first: int, background: Color) -> UserError:
+    """What is said of bad images: of all at once, since figures need every one mended."""
+    found = ((file, _read(file, background)) for file in files[first:])
+    bad = [f"{printable(str(file))} ({why})" for file, why in found if isinstance(why, str)]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return UserError(
+        f"{len(bad)} of {len(files)} images of {printable(str(folder))} cannot be read: "
+        f"{', '.join(bad[:3])}{more}; mend or remove them"
+    )
 
 
 def _gathered(one_by_one: Callable[[], Iterator[Part]], size: int = 50) -> Callable:

@@ -13,8 +13,9 @@ from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scenes import load_truth
 from diffmoe.inference.generation import Order, generate, identity
+from diffmoe.inference.images import EvaluationCount
 from diffmoe.inference.prompts import Prompts
-from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.sampling import SamplingSettings, fitted
 from diffmoe.inference.thresholds import turn_dial
 from diffmoe.parallel.topology import Topology
 from diffmoe.resumable import Ranks
@@ -36,20 +37,23 @@ def sample_model(
     weights: str = "ema",
     routing: str | None = None,
     capacity: float | None = None,
+    labels: str = "balanced",
     batch: int = 50,
     device: str = "cpu",
     ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
     topology: Topology | None = None,
     rgb: bool = False,
     prompts_for: Callable[[Config], Prompts | None] = lambda config: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Sampled | None:
-    """Samples of a located checkpoint or converted model, of all classes or prompts in turn.
+    """Samples of a located checkpoint or converted model, of all classes or prompts.
 
     The folder, below `out`, is named for the checkpoint and all that decides the images: other
     settings go to another one, and what is there already is not made again. Returns None on all
     ranks but the one that closes the work. rgb: a model of grey images is refused, before any is
-    made.
-    prompts_for: what a text model of a configuration is asked for.
+    made. labels: "balanced" takes classes or prompts in turn, "random" draws one for each image.
+    prompts_for: what a text model of a configuration is asked for. say: is told what was decided
+    and found beside the samples.
     """
     weights = weights_of(model, weights)
     snapshot = open_network(model, weights, topology, device)
@@ -59,12 +63,15 @@ def sample_model(
             f"{model} makes grey images, and extractors take RGB; leave --reference out and give "
             "--classifier digits, or one of your own"
         )
-    turn_dial(network, model, routing, capacity, weights)
-    identified = identity(model, network, weights, routing, capacity)
+    calibrated = turn_dial(network, model, routing, capacity, weights)
+    identified = identity(model, network, weights, capacity)
     prompts = prompts_for(config)
+    settings = fitted(settings, config, prompts, say)
     plan = [number, identified, vars(settings)]
     if prompts is not None:
         plan += [prompts.captions, prompts.negative]
+    if labels != "balanced":
+        plan.append(labels)
     plan = json.dumps(plan, sort_keys=True)
     folder = out / f"{model.name}-{hashlib.sha256(plan.encode()).hexdigest()[:12]}"
     made = generate(
@@ -72,7 +79,7 @@ def sample_model(
         network,
         config,
         autoencoder_of(snapshot.latents, device).decode,
-        Order(number, tuple(range(len(prompts) if prompts else config.model.num_classes))),
+        Order(number, tuple(range(len(prompts) if prompts else config.model.num_classes)), labels),
         settings,
         model=identified,
         prompts=prompts,
@@ -88,6 +95,13 @@ def sample_model(
         "capacity_measured": made.capacity and made.capacity.average,
         "sampling": {"batch": batch, "device": str(device), "ranks": ranks.world},
     }
+    if calibrated is not None:
+        about["calibration"] = calibrated.model_dump(mode="json", exclude={"log_odds"})
+        differing = calibrated.differs(settings, config, made.capacity.average)
+        if differing:
+            say(differing)
+    if "evaluations" in made.manifest:
+        say(EvaluationCount.told(made.manifest["evaluations"]))
     return Sampled(folder, about)
 
 

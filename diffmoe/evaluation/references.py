@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe.data.decoding import WHITE, Color
 from diffmoe.errors import UserError
 from diffmoe.evaluation.extractors import Extractor
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.moments import Gaussian
 from diffmoe.evaluation.summary import summarise
-from diffmoe.npz_files import npz_header, write_npz
+from diffmoe.npz_files import npz_header, read_npz, write_npz
 
 # For precision, recall and KID; as many as the ImageNet reference of ADM holds.
 KEPT_FEATURES = 10_000
@@ -31,7 +32,9 @@ class Reference(NamedTuple):
     about: dict[str, Any]
 
 
-def load_reference(path: str | Path, extractor: Extractor, batch: int = 50) -> Reference:
+def load_reference(
+    path: str | Path, extractor: Extractor, batch: int = 50, background: Color = WHITE
+) -> Reference:
     """From `store_reference`'s file, ADM's npz, or any images that `open_images` reads.
 
     ADM's mu, sigma, mu_s, sigma_s are Inception's of all training images, while its arr_0 holds
@@ -46,7 +49,7 @@ def load_reference(path: str | Path, extractor: Extractor, batch: int = 50) -> R
             extractor.is_inception or npz_header(path, "arr_0") is None
         ):
             return _adm(path, extractor, batch)
-    return compute_reference(path, extractor, batch)
+    return compute_reference(path, extractor, batch, background)
 
 
 def check_reference(path: str | Path, extractor: Extractor) -> None:
@@ -60,9 +63,11 @@ def check_reference(path: str | Path, extractor: Extractor) -> None:
         open_images(path)
 
 
-def compute_reference(path: str | Path, extractor: Extractor, batch: int = 50) -> Reference:
-    """Of all images of a folder or file."""
-    images = open_images(path)
+def compute_reference(
+    path: str | Path, extractor: Extractor, batch: int = 50, background: Color = WHITE
+) -> Reference:
+    """Of all images of a folder or file; `background` is for transparent ones."""
+    images = open_images(path, background)
     found = summarise(images, extractor, batch, keep=KEPT_FEATURES)
     about = {
         "path": str(path),
@@ -94,20 +99,21 @@ def _moments(suffix: str, gaussian: Gaussian) -> dict[str, np.ndarray]:
 
 def _stored(file: Path, extractor: Extractor) -> Reference:
     try:
-        with np.load(file) as arrays:
-            about = json.loads(str(arrays["about"]))
-            number, theirs = about["number"], about["extractor"]
-            pooled = _gaussian(arrays, "", number)
-            spatial = _gaussian(arrays, "_s", number) if "mu_s" in arrays else None
-            features = torch.from_numpy(arrays["features"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        arrays = read_npz(file)
+        about = json.loads(str(arrays["about"]))
+        number, theirs = int(about["number"]), about["extractor"]
+        told = _told(theirs)
+        pooled = _gaussian(arrays, "", number)
+        spatial = _gaussian(arrays, "_s", number) if "mu_s" in arrays else None
+        features = torch.from_numpy(arrays["features"].copy())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file} is damaged ({error}); make it again: tools/evaluate.py reference"
         ) from None
     ours = {"name": extractor.name, "sha256": extractor.checksum}
     if theirs != ours:
         raise UserError(
-            f"{file} holds statistics of the extractor {_told(theirs)}, not of {_told(ours)}; "
+            f"{file} holds statistics of the extractor {told}, not of {_told(ours)}; "
             f"take --extractor {theirs['name']}, or make a reference with {ours['name']}"
         )
     moments = f"stored by tools/evaluate.py reference, of {number} images"
@@ -120,12 +126,12 @@ def _adm(file: Path, extractor: Extractor, batch: int) -> Reference:
             f"{file} holds no images (arr_0) but Inception's mu and sigma alone; they do not fit "
             f"{extractor.name}: give images, or --extractor inception-2015-12-05.pt"
         )
-    with np.load(file) as arrays:
-        try:
-            pooled = _gaussian(arrays, "", None)
-            spatial = _gaussian(arrays, "_s", None) if "mu_s" in arrays else None
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{file}: mu and sigma cannot be read ({error})") from None
+    arrays = read_npz(file, "mu", "sigma", "mu_s", "sigma_s")
+    try:
+        pooled = _gaussian(arrays, "", None)
+        spatial = _gaussian(arrays, "_s", None) if "mu_s" in arrays else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: mu and sigma cannot be read ({error})") from None
     about = {"path": str(file), "moments": "stored in it (mu, sigma, mu_s, sigma_s)"}
     if npz_header(file, "arr_0") is None:
         return Reference(pooled, spatial, None, about)
@@ -136,11 +142,11 @@ def _adm(file: Path, extractor: Extractor, batch: int) -> Reference:
 
 def _gaussian(arrays: Any, suffix: str, number: int | None) -> Gaussian:
     mean, covariance = (
-        torch.from_numpy(np.asarray(arrays[f"{name}{suffix}"], dtype=np.float64))
+        torch.from_numpy(np.array(arrays[f"{name}{suffix}"], dtype=np.float64))
         for name in ("mu", "sigma")
     )
-    if covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"sigma{suffix} {tuple(covariance.shape)} of {len(mean)} features")
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"sigma{suffix} {tuple(covariance.shape)} of mu {tuple(mean.shape)}")
     return Gaussian(mean, covariance, number)
 
 

@@ -21,6 +21,7 @@ from diffmoe.evaluation.image_sets import ImageSet
 from diffmoe.evaluation.references import Reference
 from diffmoe.evaluation.scenes import Scene, SceneReader, real_accuracy, scene_accuracy
 from diffmoe.evaluation.summary import summarise
+from diffmoe.files import read_lines
 
 FILE_NAME = "results.jsonl"
 _WELL_READ = 0.97  # of real scenes; a reader that is worse says little of a model
@@ -126,13 +127,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        results = [json.loads(line) for line in lines]
+        results = [json.loads(line) for line in read_lines(file)]
         if all(isinstance(result["metrics"], dict) for result in results):
             return results
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise UserError(f"{file} holds a line that is no result of tools/evaluate.py; remove it")
 

@@ -5,6 +5,7 @@ guidance adds would blur the classes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -179,9 +180,7 @@ def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
 
     The pool is one pass's batch. Afterwards the network routes as before.
     """
-    before = [layer.inference for layer in network.moe_layers]
-    network.route_by("static")
-    layers = len(before)
+    layers = len(network.moe_layers)
     right, said, really = (torch.zeros(layers, dtype=torch.float64) for _ in range(3))
     sums = torch.zeros(3, BINS, dtype=torch.float64)  # probability, taken, pairs
 
@@ -201,11 +200,9 @@ def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
             ):
                 sums[row].index_add_(0, place, values)
 
-    try:
+    as_in_training = replace(network.routing, kind="static", capacity=None)
+    with network.routed(as_in_training):
         passes.run(observe)
-    finally:
-        for layer, mode in zip(network.moe_layers, before, strict=True):
-            layer.inference = mode
     predicted, taken, counts = sums
     filled = counts.clamp(min=1)
     return PredictorAccuracy(

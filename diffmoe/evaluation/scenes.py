@@ -11,6 +11,7 @@ from diffmoe.data.captioned_digits import COLOURS, SIZE, Digits, Scene, all_scen
 from diffmoe.errors import UserError
 from diffmoe.evaluation.digit_network import fit_digits
 from diffmoe.evaluation.image_sets import ImageSet, batches
+from diffmoe.files import read_text
 
 _REAL = 10  # held-out canvases of each scene
 
@@ -45,7 +46,7 @@ class SceneReader:
 def load_truth(file: str | Path) -> dict[str, Scene]:
     """What each caption of an unseen.json asks for. Raises UserError for another file."""
     try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        entries = json.loads(read_text(file, encoding="utf-8-sig"))
         truth = {
             entry["prompt"]: Scene(
                 entry["relation"], tuple(entry["colours"]), tuple(entry["digits"])
@@ -55,7 +56,7 @@ def load_truth(file: str | Path) -> dict[str, Scene]:
         if unknown := sorted(map(str, set(truth.values()) - set(all_scenes()))):
             raise ValueError(f"there is no {unknown[0]}")
         return truth
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"--truth {file} cannot be read ({type(error).__name__}: {error}); give the "
             "unseen.json of captioned-digits"

@@ -13,6 +13,7 @@ from diffmoe.errors import UserError
 from diffmoe.inference.capacity import CapacityMeter
 from diffmoe.inference.sampling import Forward, Observer
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode, check_capacity
 from diffmoe.seeding import keyed_generator
 
 # Of each expert, at most so many predictions are kept: the error of a quantile is far below 1 %.
@@ -39,7 +40,7 @@ def calibrate(
     tolerance: float = 0.01,
     report: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, float]:
-    """Set the network's thresholds so that C_avg over the passes is `capacity`.
+    """Route per token by thresholds with which C_avg over the passes is `capacity`.
 
     Returns the thresholds (L, E) as log odds, and C_avg.
 
@@ -52,11 +53,10 @@ def calibrate(
         raise UserError(
             f"a {network.moe_config.type} model has no capacity predictor, nothing to calibrate"
         )
-    if not 0 < capacity <= experts:
-        raise UserError(f"capacity {capacity:g}: choose one above 0, at most {experts} (experts)")
+    check_capacity(capacity, experts)
     aim, measured = capacity, float("nan")
-    log_odds_LE = None  # the first round goes by the thresholds of training
-    network.set_log_odds(log_odds_LE)
+    log_odds_LE = None
+    network.routing = RoutingMode()  # the first round goes by the thresholds of training
     for turn in range(ROUNDS + 1):
         meter, kept = CapacityMeter(), _Logits(max(1, BUDGET // passes.count))
 
@@ -80,7 +80,7 @@ def calibrate(
         quantiles_LE = thresholds.expand(L * E).view(L, E)
         # Later rounds go half the way: the tokens answer to the thresholds, and would swing.
         log_odds_LE = (log_odds_LE + quantiles_LE) / 2 if turn else quantiles_LE
-        network.set_log_odds(log_odds_LE)
+        network.routing = RoutingMode(log_odds_LE=log_odds_LE)
     raise UserError(
         f"thresholds for capacity {capacity:g} do not settle: {ROUNDS} rounds end at "
         f"{measured:.4f}; take more samples, or another capacity"

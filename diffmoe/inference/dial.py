@@ -11,13 +11,17 @@ from diffmoe.config import Config
 from diffmoe.inference.calibration import EVERY_TOKEN, calibrate
 from diffmoe.inference.passes import trajectory_passes
 from diffmoe.inference.prompts import Prompts
-from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.sampling import SamplingSettings, fitted
 from diffmoe.inference.thresholds import stored
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode
 
 # What is calibrated where fewer than two capacities are stored, as far as there are experts.
 CAPACITIES = (0.25, 0.5, 1.0, 1.5, 2.0)
-SETTINGS = SamplingSettings(steps=20, guidance=1.5)
+SETTINGS = SamplingSettings(steps=20, guidance=None)
+# Where every token is taken the threshold lies below all; towards it the dial goes as far as here,
+# below which there is hardly a prediction.
+_LEAST = -16.0
 
 
 class Dial:
@@ -46,25 +50,29 @@ class Dial:
         found = {
             entry.capacity: torch.tensor(entry.log_odds)
             for entry in stored(folder).values()
-            if entry.weights == weights and min(map(min, entry.log_odds)) > EVERY_TOKEN
+            if entry.weights == weights
         }
-        if len(found) < 2:
+        # Where experts take every token there is nothing to interpolate by.
+        if sum(bool((log_odds > EVERY_TOKEN).all()) for log_odds in found.values()) < 2:
             kinds = config.model.num_classes if prompts is None else len(prompts)
             labels = [k % kinds for k in range(16)]
-            passes = trajectory_passes(network, config, labels, 16, SETTINGS, prompts)
+            settings = fitted(SETTINGS, config, prompts, report or (lambda _: None))
+            passes = trajectory_passes(network, config, labels, 16, settings, prompts)
             for capacity in CAPACITIES:
-                if capacity < config.moe.experts:
+                if capacity < config.moe.experts and capacity not in found:
                     if report is not None:
                         report(f"calibrating capacity {capacity:g}")
                     found[capacity], _ = calibrate(network, capacity, passes, tolerance=0.03)
         return cls(found)
 
     def turn(self, network: DiT, capacity: float) -> None:
-        """Set the network's thresholds; a capacity outside of the range is taken at its end."""
+        """Route per token by the thresholds of a capacity, from the range or at its nearer end."""
+        capacity = min(max(capacity, self.capacities[0]), self.capacities[-1])
         right = bisect_left(self.capacities, capacity)
-        if right == 0 or right == len(self.capacities):
-            network.set_log_odds(self._log_odds[min(right, len(self.capacities) - 1)])
-            return
-        low, high = self.capacities[right - 1 : right + 1]
-        weight = (capacity - low) / (high - low)
-        network.set_log_odds(torch.lerp(*self._log_odds[right - 1 : right + 1], weight))
+        log_odds_LE = self._log_odds[right]
+        if capacity < self.capacities[right]:
+            low, high = self.capacities[right - 1 : right + 1]
+            start = self._log_odds[right - 1]
+            end = torch.where(log_odds_LE > EVERY_TOKEN, log_odds_LE, start.clamp(max=_LEAST))
+            log_odds_LE = torch.lerp(start, end, (capacity - low) / (high - low))
+        network.routing = RoutingMode(log_odds_LE=log_odds_LE)

@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.files import sha256_of
+from diffmoe.files import contained, read_bytes, read_json, sha256_of
 from diffmoe.inference.capacity import CapacityByTime, merged
-from diffmoe.inference.images import Decode, sample_images
+from diffmoe.inference.images import Decode, EvaluationCount, sample_images
 from diffmoe.inference.prompts import Prompts
 from diffmoe.inference.sampling import SamplingSettings, check_sampling
 from diffmoe.inference.sharing import equal_share
 from diffmoe.inference.thresholds import hash_of
 from diffmoe.models.dit import DiT
-from diffmoe.npz_files import write_npz
+from diffmoe.npz_files import read_npz, write_npz
 from diffmoe.resumable import Ranks, Records, remove_torn, writable, write_json_once
 from diffmoe.seeding import keyed_generator
 
@@ -117,12 +117,16 @@ def generate(
     ) as bar:
         for part in missing:
             indices = range(starts[part], starts[part] + sizes[part])
+            counted = EvaluationCount()
             images, capacity = _images(
-                network, config, decode, order, settings, prompts, indices, batch, bar
+                network, config, decode, order, settings, prompts, indices, batch, bar, counted
             )
             if network.topology.expert_rank == 0:
                 labels = [order.label(index, settings.seed) for index in indices]
-                records.write(part, _save(folder, part, images, labels, indices, capacity))
+                record = _save(folder, part, images, labels, indices, capacity)
+                if sampler == "dopri5":
+                    record["evaluations"] = counted.mean
+                records.write(part, record)
     made = _finish(folder, records, plan, len(starts))
     if made is not None and was_finished:
         return made._replace(closes=ranks.rank == 0)
@@ -162,6 +166,7 @@ def _images(
     indices: range,
     batch: int,
     bar: tqdm,
+    counted: EvaluationCount,
 ) -> tuple[np.ndarray, CapacityByTime | None]:
     """The images `indices`; on all ranks that share the experts, each makes an equal share."""
     topology = network.topology
@@ -181,6 +186,7 @@ def _images(
         settings,
         prompts=prompts,
         batch=batch,
+        watch=counted,
         progress=progress,
     )
     if topology.expert_parallel > 1:
@@ -232,11 +238,11 @@ def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) ->
     shards = [records.read(part) for part in range(parts)]
     seen = []
     for shard in shards:
-        with np.load(folder / shard["file"]) as arrays:
-            shape = arrays["images"].shape[1:]
-            if "capacity" in arrays:
-                tensors = (torch.from_numpy(arrays[name]) for name in CapacityByTime._fields)
-                seen.append(CapacityByTime(*tensors))
+        arrays = read_npz(folder / shard["file"])
+        shape = arrays["images"].shape[1:]
+        if "capacity" in arrays:
+            tensors = (torch.from_numpy(arrays[name].copy()) for name in CapacityByTime._fields)
+            seen.append(CapacityByTime(*tensors))
     capacity = merged(seen) if seen else None
     manifest = {
         **json.loads(json.dumps(plan)),  # tuples become lists, as they are read again
@@ -245,25 +251,48 @@ def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) ->
         "capacity_average": capacity and capacity.average,
         "shards": shards,
     }
+    evaluations = [shard["evaluations"] for shard in shards if "evaluations" in shard]
+    if evaluations:
+        manifest["evaluations"] = sum(evaluations) / len(evaluations)
     return Made(manifest, capacity, write_json_once(folder / MANIFEST, manifest))
 
 
-def identity(
-    folder: Path, network: DiT, weights: str, routing: str | None, capacity: float | None
-) -> dict[str, Any]:
+def identity(folder: Path, network: DiT, weights: str, capacity: float | None) -> dict[str, Any]:
     """What decides the images beside order and settings, of a network that `turn_dial` has set.
 
     sha256: of the checkpoint's or model's checksums.json, which holds those of all its files.
+    routing: None where the model has no choice.
     """
-    listed = (folder / "checksums.json").read_bytes()
+    listed = read_bytes(folder / "checksums.json")
     return {
         "checkpoint": folder.name,
         "sha256": hashlib.sha256(listed).hexdigest(),
         "weights": weights,
-        "routing": routing or network.moe_config.inference,
+        "routing": network.routing and network.routing.kind,
         "capacity": capacity,
         "thresholds_sha256": hash_of(network),
     }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """samples.json of a finished folder. Raises UserError where there is none, or a damaged one."""
+    file = folder / MANIFEST
+    if not file.exists():
+        raise UserError(f"{folder} holds no {MANIFEST}: not all samples are there; run it again")
+    manifest = read_json(file)
+    try:
+        if type(manifest["number"]) is not int:
+            raise ValueError(f"number={manifest['number']!r}")
+        if not manifest["shards"]:
+            raise ValueError("it lists no shards")
+        for shard in manifest["shards"]:
+            contained(folder, shard["file"])
+            str(shard["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}); sample into another folder"
+        ) from None
+    return manifest
 
 
 def shard_arrays(folder: Path, check: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -272,12 +301,11 @@ def shard_arrays(folder: Path, check: bool = False) -> Iterator[tuple[np.ndarray
     check: hold each file against its checksum. Raises UserError if the folder is not finished, or
     a shard is missing or damaged.
     """
-    file = folder / MANIFEST
-    if not file.exists():
-        raise UserError(f"{folder} holds no {MANIFEST}: not all samples are there; run it again")
-    for shard in json.loads(file.read_text(encoding="utf-8"))["shards"]:
+    for shard in read_manifest(folder)["shards"]:
         path = folder / shard["file"]
-        if not path.exists() or (check and sha256_of(path) != shard["sha256"]):
+        if not path.is_file() or (check and sha256_of(path) != shard["sha256"]):
             raise UserError(f"{path} is missing or damaged; remove it and sample again")
-        with np.load(path) as arrays:
-            yield arrays["images"], arrays["labels"]
+        arrays = read_npz(path, "images", "labels")
+        if len(arrays) < 2 or len(arrays["images"]) != arrays["labels"].size:
+            raise UserError(f"{path} does not hold images and a label of each; sample again")
+        yield arrays["images"], arrays["labels"]

@@ -64,6 +64,35 @@ def sample_images(
     return torch.cat(parts), meter.read()
 
 
+class EvaluationCount:
+    """A `watch` of sample_images: how many evaluations each batch took.
+
+    The two passes of guidance count as one. dopri5 alone chooses the number itself.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[int] = []
+
+    def __call__(self, size: int) -> Observer:
+        self._batches.append(0)
+        return self._observe
+
+    def _observe(self, forward: Forward) -> None:
+        self._batches[-1] += not forward.unconditional
+
+    @property
+    def mean(self) -> float:
+        return sum(self._batches) / len(self._batches)
+
+    @staticmethod
+    def told(mean: float) -> str:
+        """In words, with the reason and the way out."""
+        return (
+            f"dopri5 took {mean:.0f} evaluations a batch, heun takes two a step (of a mixture the "
+            "velocity jumps where an expert takes a token up or leaves it, so dopri5 steps short)"
+        )
+
+
 def grid(images: Tensor, columns: int) -> Image.Image:
     """One picture of uint8 images (n, H, W, C), row by row; the last row may stay black."""
     n, height, width, channels = images.shape

@@ -9,6 +9,7 @@ import torch
 from diffmoe.config import Config
 from diffmoe.data.manifest import TextContent
 from diffmoe.errors import UserError
+from diffmoe.files import read_text
 from diffmoe.models.conditioning import Condition, unconditional
 from diffmoe.text.encoders import TextEncoder, open_encoder
 from diffmoe.tuples import mapped
@@ -50,7 +51,7 @@ def encoder_of(
 def read_captions(file: str | Path) -> list[str]:
     """The lines of a file, empty ones left out. Raises UserError if it cannot be read."""
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        text = read_text(file, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts {file} cannot be read: {error}") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -5,7 +5,7 @@ The labels of a text model are numbers of its captions (prompts.Prompts).
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from diffmoe.models.conditioning import Condition
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting
 
+GUIDANCE = 1.5  # where nobody chooses another
 Sampler = Literal["euler", "heun", "dopri5", "sde", "ddpm", "ddim"]
 SAMPLERS = {"flow": ("euler", "heun", "dopri5", "sde"), "ddpm": ("ddpm", "ddim")}
 
@@ -30,14 +31,15 @@ class SamplingSettings:
     """How to walk from noise to data. Together with the weights and labels it decides the images.
 
     sampler: None takes the objective's own, euler or ddpm.
-    guidance: scale; 1 is none. guidance_interval: where it acts, from 0 (noise) to 1 (data).
+    guidance: scale; 1 is none, None leaves it to `fitted`.
+    guidance_interval: where guidance acts, from 0 (noise) to 1 (data).
     guided_channels: guide the first ones alone, as the release's DDPM runs do with 3.
     shift: spacing of a flow's times (samplers.time_grid). eta: noise of ddim.
     """
 
     sampler: Sampler | None = None
     steps: int = 250
-    guidance: float = 1.0
+    guidance: float | None = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guided_channels: int | None = None
     shift: float = 1.0
@@ -101,6 +103,37 @@ def time_of(config: Config, t: Tensor) -> Tensor:
     return t if config.diffusion.objective == "flow" else 1 - t.float() / 1000
 
 
+def fitted(
+    settings: SamplingSettings,
+    config: Config,
+    prompts: Prompts | None,
+    say: Callable[[str], None],
+) -> SamplingSettings:
+    """With a guidance where none was chosen: 1.5, or what the model can do, and then it is said."""
+    if settings.guidance is not None:
+        return settings
+    if _knows_null(config, prompts):
+        return replace(settings, guidance=GUIDANCE)
+    say("guidance 1: the model was trained without label dropout, so there is none to lead away by")
+    return replace(settings, guidance=1.0)
+
+
+def check_guidance(config: Config, settings: SamplingSettings, prompts: Prompts | None) -> None:
+    """Raise UserError where guidance would lead away from what the model never learned."""
+    if settings.guidance != 1 and not _knows_null(config, prompts):
+        way_out = "" if prompts is None else ", or give a negative prompt"
+        raise UserError(
+            f"guidance {settings.guidance:g}: the model was trained with training.label_dropout=0 "
+            f"and knows nothing that guidance could lead away from; take guidance 1{way_out}"
+        )
+
+
+def _knows_null(config: Config, prompts: Prompts | None) -> bool:
+    """Whether the unconditional pass is given what training has shown."""
+    has_negative = prompts is not None and prompts.negative is not None
+    return has_negative or config.training.label_dropout > 0
+
+
 def check_sampling(
     network: DiT,
     config: Config,
@@ -115,16 +148,18 @@ def check_sampling(
             "dopri5 takes as many evaluations as its samples need, and ranks that share experts "
             "must take equally many; choose heun, or expert parallelism 1"
         )
+    check_guidance(config, settings, prompts)
     if config.model.text is not None:
         if prompts is None:
             raise UserError(NO_PROMPT)
         if prompts.negative is not None and settings.guidance == 1:
             raise UserError("a negative prompt acts through guidance; set it above 1")
-        return sampler
-    classes = config.model.num_classes
+    classes = config.model.num_classes if prompts is None else len(prompts)
     wrong = next((label for label in labels if not 0 <= label < classes), None)
     if wrong is not None:
-        raise UserError(f"class {wrong} is outside 0..{classes - 1} (model.num_classes={classes})")
+        kind = f"class {wrong}" if prompts is None else f"caption number {wrong}"
+        of = f"model.num_classes={classes}" if prompts is None else f"{classes} were given"
+        raise UserError(f"{kind} is outside 0..{classes - 1} ({of})")
     return sampler
 
 
@@ -144,6 +179,8 @@ def sample_latents(
 
     indices: numbers of the images. Image k has noise of its own, keyed (seed, k): with routing
     per_token it is the same in any batch, in any order and on any number of ranks.
+    Raises UserError where settings, labels or prompts do not fit, and where latents come out that
+    are not finite: they would be decoded to black images.
     """
     sampler = check_sampling(network, config, labels, settings, prompts)
     device = network.positions.device
@@ -160,6 +197,8 @@ def sample_latents(
         out = network(x, t, condition)
         if observe is not None:
             observe(Forward(time_of(config, t)[0], condition is not wanted, out.routing))
+        if sampler == "dopri5":  # which would shorten its steps for ever
+            _check_finite(out.prediction, network, indices, settings)
         return out.prediction
 
     model = guided(
@@ -174,7 +213,7 @@ def sample_latents(
     )
     start = noise.draw().to(device)
     if is_flow:
-        return sample_flow(
+        latents = sample_flow(
             model,
             start,
             settings.steps,
@@ -183,13 +222,33 @@ def sample_latents(
             draw=noise.draw,
             progress=progress,
         )
-    return sample_ddpm(
-        model,
-        start,
-        diffusion,
-        settings.steps,
-        draw=noise.draw,
-        method=sampler,
-        eta=settings.eta,
-        progress=progress,
-    )
+    else:
+        latents = sample_ddpm(
+            model,
+            start,
+            diffusion,
+            settings.steps,
+            draw=noise.draw,
+            method=sampler,
+            eta=settings.eta,
+            progress=progress,
+        )
+    _check_finite(latents, network, indices, settings)
+    return latents
+
+
+def _check_finite(
+    values: Tensor, network: DiT, indices: Sequence[int], settings: SamplingSettings
+) -> None:
+    broken_n = ~values.isfinite().flatten(1).all(dim=1)
+    if not broken_n.any():
+        return
+    image = indices[int(broken_n.nonzero()[0])]
+    if all(parameter.isfinite().all() for parameter in network.parameters()):
+        cause = (
+            f"sampling overflowed (guidance {settings.guidance:g}, {settings.steps} steps); lower "
+            "the guidance, take more steps, or float32"
+        )
+    else:
+        cause = "the model's weights are not finite; take an earlier checkpoint"
+    raise UserError(f"image {image} is not made of finite numbers: {cause}")

@@ -6,15 +6,20 @@ tracked (Eq. 17) are part of the weights and have no entry.
 """
 
 import hashlib
-import json
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.files import write_json
+from diffmoe.files import contained, read_json, write_json
+from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode, check_capacity
 
 FILE_NAME = "thresholds.json"
 
@@ -24,7 +29,8 @@ class Calibrated(BaseModel):
 
     weights: ema or live, for which they hold. capacity, measured: C asked for and C met.
     common: one threshold for all experts, or one for each. over: "noise" levels as training draws
-    them, or the "trajectory" of sampling. samples: how many it was measured on.
+    them, or the "trajectory" of sampling, by the settings `sampling` and with `labels` "balanced"
+    or "random". samples: how many it was measured on.
     log_odds: the thresholds by layer and expert, as logits.
     """
 
@@ -36,7 +42,48 @@ class Calibrated(BaseModel):
     common: bool
     over: str
     samples: int
+    sampling: SamplingSettings | None = None
+    labels: str = "balanced"
     log_odds: list[list[float]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _once(cls, values: Any) -> Any:
+        """Before `sampling` was stored, words held what could be chosen."""
+        over = values.get("over") if isinstance(values, dict) else None
+        found = re.fullmatch(r"trajectory: (\d+) steps, guidance (\S+)", str(over))
+        if found is None:
+            return values
+        sampling = {"steps": found[1], "guidance": found[2]}
+        return values | {"over": "trajectory", "sampling": sampling}
+
+    def differs(self, settings: SamplingSettings, config: Config, met: float) -> str | None:
+        """What to say where samples are made otherwise than the thresholds were; None: alike.
+
+        met: the capacity of the samples.
+        """
+        if self.sampling is None:
+            there, here = "on real data at the noise levels of training", "these samples"
+        else:
+            ours, theirs = (
+                asdict(replace(s, sampler=s.chosen_sampler(config), seed=0))
+                for s in (settings, self.sampling)
+            )
+            names = [name for name in ours if ours[name] != theirs[name]]
+            if not names:
+                return None
+            there, here = (
+                "with " + ", ".join(f"{name.replace('_', ' ')} {_told(of[name])}" for name in names)
+                for of in (theirs, ours)
+            )
+        return (
+            f"the thresholds of capacity {self.capacity:g} were calibrated {there}; {here} met "
+            f"capacity {met:.3f}"
+        )
+
+
+def _told(value: Any) -> str:
+    return ",".join(f"{time:g}" for time in value) if isinstance(value, tuple) else str(value)
 
 
 def name_of(capacity: float) -> str:
@@ -52,10 +99,11 @@ def stored(folder: Path) -> dict[str, Calibrated]:
     file = folder / FILE_NAME
     if not file.exists():
         return {}
+    contained(folder, FILE_NAME)
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = read_json(file)
         return {name: Calibrated.model_validate(entry) for name, entry in entries.items()}
-    except (ValueError, AttributeError, ValidationError) as error:
+    except (UserError, AttributeError, ValidationError) as error:
         raise UserError(
             f"{file} is damaged ({error}); remove it and run tools/calibrate.py again"
         ) from None
@@ -82,32 +130,37 @@ def turn_dial(
     routing: str | None = None,
     capacity: float | None = None,
     weights: str = "ema",
-) -> None:
+) -> Calibrated | None:
     """Choose how the network routes at inference, and how much it computes.
+
+    Returns the calibration that it goes by, if any.
 
     folder: of its checkpoint or exported model. routing: per_token, pooled or static; None: the
     model's own. capacity: C; None: the thresholds of training. With static, every expert takes its
-    share of C whatever the thresholds are.
+    share of C whatever the thresholds are. Raises UserError for what the model cannot do: one
+    without a capacity predictor has neither to choose.
     """
-    if routing is None:
-        routing = network.moe_config.inference
-    experts = network.moe_config.experts
-    if capacity is not None and not 0 < capacity <= experts:
-        raise UserError(f"capacity {capacity:g}: choose one above 0, at most {experts} (experts)")
-    network.route_by(routing, capacity)
-    if network.has_thresholds:
-        network.set_log_odds(None)
-    if capacity is not None and routing != "static":
-        _use_stored(network, folder, capacity, weights)
-
-
-def _use_stored(network: DiT, folder: Path, capacity: float, weights: str) -> None:
-    """Set the thresholds; raises UserError naming what is stored, and the way to get it."""
     if not network.has_thresholds:
-        raise UserError(
-            f"capacity {capacity:g}: a {network.moe_config.type} model has no capacity to choose; "
-            "leave it out"
-        )
+        for name, value in (("routing", routing), ("capacity", capacity)):
+            if value is not None:
+                raise UserError(
+                    f"{name} {value}: a {network.moe_config.type} model has no {name} to choose; "
+                    "leave it out"
+                )
+        return None
+    if capacity is not None:
+        check_capacity(capacity, network.moe_config.experts)
+    kind = routing or network.moe_config.inference
+    if kind == "static" or capacity is None:
+        network.routing = RoutingMode(kind, capacity)
+        return None
+    entry = _calibrated(network, folder, capacity, weights)
+    network.routing = RoutingMode(kind, log_odds_LE=torch.tensor(entry.log_odds))
+    return entry
+
+
+def _calibrated(network: DiT, folder: Path, capacity: float, weights: str) -> Calibrated:
+    """The entry; raises UserError naming what is stored, and the way to get it."""
     entries = {n: e for n, e in stored(folder).items() if e.weights == weights}
     name = name_of(capacity)
     if name not in entries:
@@ -123,4 +176,4 @@ def _use_stored(network: DiT, folder: Path, capacity: float, weights: str) -> No
             f"{folder / FILE_NAME}: {name} is for {len(log_odds)} layers of {len(log_odds[0])} "
             f"experts, the model {L} of {E}; run tools/calibrate.py again"
         )
-    network.set_log_odds(torch.tensor(log_odds))
+    return entries[name]

@@ -108,8 +108,9 @@ class CrossAttention(nn.Module):
 
 def rotary_angles(grid: int, head_width: int) -> Tensor:
     """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs turn with y."""
-    frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4)
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    # Once transformers has loaded a model, linspace alone forgets `with torch.device(...)`.
+    frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4, device=y.device)
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)
     return torch.stack([angles.cos(), angles.sin()])
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffmoe.models.precision import outside_autocast
+
 
 class CapacityPredictor(nn.Module):
     """Linear - SiLU - Linear on detached tokens, one logit per expert (Eq. 10, 11).
@@ -27,7 +29,9 @@ class CapacityPredictor(nn.Module):
         """Logits (S, E), in fp32 at least. No gradient reaches the tokens."""
         hidden_SD = F.silu(self.hidden(tokens_SD.detach()))
         dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
-        return F.linear(hidden_SD.to(dtype), self.out.weight.to(dtype), self.out.bias.to(dtype))
+        weight, bias = self.out.weight.to(dtype), self.out.bias.to(dtype)
+        with outside_autocast(hidden_SD):
+            return F.linear(hidden_SD.to(dtype), weight, bias)
 
     def wanted(self, logits_SE: Tensor) -> Tensor:
         """Mask (S, E) of the per-token test of Eq. 14: probability above the threshold."""

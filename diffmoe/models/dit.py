@@ -1,5 +1,7 @@
 """The backbone: patchify, embed, blocks, unpatchify."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.errors import UserError
 from diffmoe.models.blocks import (
     Block,
     TimestepEmbedder,
@@ -17,7 +20,9 @@ from diffmoe.models.blocks import (
 )
 from diffmoe.models.conditioning import Condition, TextEmbedder
 from diffmoe.models.experts import Experts
+from diffmoe.models.inputs import check_inputs
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
+from diffmoe.models.routing_mode import RoutingMode, check_capacity
 from diffmoe.parallel.topology import Topology
 from diffmoe.seeding import keyed_generator
 
@@ -80,6 +85,7 @@ class DiT(nn.Module):
         self.register_buffer("positions", grid_positions(model.width, self.grid), persistent=False)
         rotation = rotary_angles(self.grid, model.width_of_head) if model.rope else None
         self.register_buffer("rotation", rotation, persistent=False)
+        self._routing = RoutingMode(moe.inference) if self.has_thresholds else None
 
     def _feed_forward(self, block: int) -> nn.Module:
         is_moe = self.moe_config.type != "dense" and (self.moe_config.every_block or block % 2)
@@ -92,7 +98,9 @@ class DiT(nn.Module):
         """x (B, C, H, W) noisy latents, t (B,).
 
         condition: labels (B,), num_classes being the null one; of a text model its captions.
+        Raises ValueError for other shapes, some of which would be computed with in silence.
         """
+        check_inputs(self.config, x, t, condition)
         x_BDT = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2)
         # Sums keep the layout of their first term: all blocks would go on in that of the patches.
         x_BTD = x_BDT.transpose(1, 2).contiguous() + self.positions.to(x_BDT.dtype)
@@ -112,7 +120,7 @@ class DiT(nn.Module):
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p*p*C) -> (B, C, H, W), in fp32 at least."""
-        B, p, g = len(patches), self.config.patch_size, self.grid
+        B, p, g = patches.shape[0], self.config.patch_size, self.grid
         image = patches.view(B, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         dtype = torch.promote_types(patches.dtype, torch.float32)
         return image.reshape(B, self.out_channels, g * p, g * p).to(dtype)
@@ -135,21 +143,49 @@ class DiT(nn.Module):
     @property
     def shares_compute(self) -> bool:
         """Whether a sample's routing depends on its batch mates, in evaluation."""
-        return self.has_thresholds and self.moe_layers[0].inference != "per_token"
+        return self.routing is not None and self.routing.kind != "per_token"
 
-    def set_log_odds(self, log_odds_LE: Tensor | None) -> None:
-        """Put calibrated thresholds in the place of those that training tracked; None: undo."""
+    @property
+    def routing(self) -> RoutingMode | None:
+        """How evaluation routes; None where there is one way alone (no capacity predictor).
+
+        Setting it raises UserError for a mode that the network cannot follow.
+        """
+        return self._routing
+
+    @routing.setter
+    def routing(self, mode: RoutingMode) -> None:
+        moe = self.moe_config
+        if not self.has_thresholds:
+            family = moe.type if self.moe_layers else "dense"
+            raise UserError(
+                f"routing {mode.kind}: a {family} model routes in one way alone; leave it out"
+            )
+        if mode.capacity is not None:
+            check_capacity(mode.capacity, moe.experts)
+        self._routing = mode
         for number, layer in enumerate(self.moe_layers):
-            predictor = layer.capacity_predictor
+            layer.inference = mode.kind
+            layer.capacity = moe.capacity if mode.capacity is None else mode.capacity
+            predictor, log_odds_LE = layer.capacity_predictor, mode.log_odds_LE
             predictor.log_odds = (
                 None if log_odds_LE is None else log_odds_LE[number].to(predictor.thresholds.device)
             )
 
-    def route_by(self, inference: str, capacity: float | None = None) -> None:
-        """How evaluation routes: per_token, pooled or static. capacity: of static; None trains'."""
-        for layer in self.moe_layers:
-            layer.inference = inference
-            layer.capacity = self.moe_config.capacity if capacity is None else capacity
+    @contextmanager
+    def routed(self, mode: RoutingMode) -> Iterator[None]:
+        """Route by a mode for a while, then as before."""
+        before = self.routing
+        self.routing = mode
+        try:
+            yield
+        finally:
+            self.routing = before
+
+    def route_by(self, kind: str, capacity: float | None = None) -> None:
+        """Set `routing` but for its thresholds, which stay."""
+        log_odds_LE = None if self.routing is None else self.routing.log_odds_LE
+        self.routing = RoutingMode(kind, capacity, log_odds_LE)
 
     def move_thresholds(self, kth_LE: Tensor) -> None:
         """One step of their moving average (Eq. 17) towards the K-th largest probabilities."""

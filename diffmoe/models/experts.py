@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffmoe.models.precision import autocast_dtype
+
 
 class Experts(nn.Module):
     """e MLPs with their weights stacked, so that all of them run in one batched product per layer.
@@ -44,15 +46,16 @@ class _GroupedLinear:
 
     def __init__(self, rows_ND: Tensor, counts_e: Tensor) -> None:
         self.counts_e = counts_e
+        self.dtype = autocast_dtype(rows_ND) or rows_ND.dtype  # autocast leaves the kernel alone
         # torch's grouped product (2.10 on) takes these types only, and at least one row; elsewhere
         # one product per expert.
         self.has_kernel = (
             hasattr(F, "grouped_mm")
             and rows_ND.numel() > 0
             and (
-                rows_ND.dtype == torch.bfloat16
+                self.dtype == torch.bfloat16
                 or (
-                    rows_ND.dtype == torch.float32
+                    self.dtype == torch.float32
                     and rows_ND.device.type == "cpu"
                     and not torch.compiler.is_compiling()  # its shape inference knows bf16 alone
                 )
@@ -60,6 +63,8 @@ class _GroupedLinear:
         )
 
     def __call__(self, rows_ND: Tensor, w_eDH: Tensor, b_eH: Tensor | None = None) -> Tensor:
+        rows_ND, w_eDH = rows_ND.to(self.dtype), w_eDH.to(self.dtype)
+        b_eH = None if b_eH is None else b_eH.to(self.dtype)
         # The kernel wants rows, in and out, whose length in bytes divides by 16.
         if self.has_kernel and w_eDH.shape[1] % 8 == 0 and w_eDH.shape[2] % 8 == 0:
             ends_e = self.counts_e.cumsum(0).to(torch.int32)

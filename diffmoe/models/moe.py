@@ -10,6 +10,7 @@ from diffmoe.models import routing
 from diffmoe.models.blocks import dense_mlp, maybe_checkpoint
 from diffmoe.models.capacity import CapacityPredictor, capacity_loss
 from diffmoe.models.experts import Experts
+from diffmoe.models.precision import autocast_dtype
 from diffmoe.models.routing import Assignment
 from diffmoe.parallel.topology import Topology
 
@@ -65,38 +66,39 @@ class MoEFeedForward(nn.Module):
         return mixed_SD.view_as(x_BTD), decided
 
     def _route(self, tokens_SD: Tensor, tokens_per_sample: int) -> tuple[Assignment, LayerRouting]:
+        tokens = tokens_SD.shape[0]  # not len(), which torch.export takes for a constant
         scores_SE = routing.router_scores(tokens_SD, self.router)
+        ranked_SE = routing.ranked(scores_SE)
         if self.moe.type == "token_choice":
-            taken_ES = routing.token_choice_mask(scores_SE.detach(), self.moe.top_k)
+            taken_ES = routing.token_choice_mask(ranked_SE, self.moe.top_k)
             balance = routing.load_balancing_loss(scores_SE, taken_ES) if self.training else None
             decided = LayerRouting(taken_ES, balance_loss=balance)
             return routing.ragged_assignment(taken_ES, scores_SE), decided
         if self.moe.type == "expert_choice":
-            taken_ES = routing.expert_choice_mask(
-                scores_SE.detach(), tokens_per_sample, self.moe.capacity
-            )
-            samples = len(tokens_SD) // tokens_per_sample
-            k = samples * self._capacity(tokens_per_sample)
+            k = self._capacity(tokens_per_sample, self.moe.capacity)
+            taken_ES = routing.expert_choice_mask(ranked_SE, tokens_per_sample, k)
+            k *= tokens // tokens_per_sample
             return self._assign(taken_ES, scores_SE, k), LayerRouting(taken_ES)
         logits_SE = self.capacity_predictor(tokens_SD)
         if self.training:
-            k = self._capacity(len(tokens_SD) * self.pool.ranks)
-            taken_ES = self._take_from_pool(scores_SE.detach(), k)
+            k = self._capacity(tokens * self.pool.ranks, self.moe.capacity)
+            taken_ES = self._take_from_pool(ranked_SE, k)
             decided = LayerRouting(taken_ES, logits_SE, capacity_loss(logits_SE, taken_ES))
             return self._assign(taken_ES, scores_SE, k), decided
         if self.inference == "static":
-            k = routing.expert_capacity(len(tokens_SD), self.moe.experts, self.capacity)
-            taken_ES = routing.top_k_mask(scores_SE.t(), k)
+            k = self._capacity(tokens, self.capacity)
+            taken_ES = routing.top_k_mask(ranked_SE.t(), k)
             return self._assign(taken_ES, scores_SE, k), LayerRouting(taken_ES, logits_SE)
         wanted_SE = self.capacity_predictor.wanted(logits_SE)
         if self.inference == "pooled":
-            taken_ES = routing.counted_mask(scores_SE, wanted_SE.sum(dim=0))
+            taken_ES = routing.counted_mask(ranked_SE, wanted_SE.sum(dim=0))
         else:
             taken_ES = wanted_SE.t()
         return routing.ragged_assignment(taken_ES, scores_SE), LayerRouting(taken_ES, logits_SE)
 
-    def _capacity(self, tokens: int) -> int:
-        return routing.expert_capacity(tokens, self.moe.experts, self.moe.capacity)
+    def _capacity(self, tokens: int, capacity: float) -> int:
+        moe = self.moe
+        return routing.expert_capacity(tokens, moe.experts, capacity, moe.capacity_rounding)
 
     def _take_from_pool(self, scores_SE: Tensor, k: int) -> Tensor:
         scores_ES = scores_SE.t().contiguous()
@@ -124,7 +126,9 @@ class MoEFeedForward(nn.Module):
             if self.shared_expert is None
             else self.shared_expert(tokens_SD)
         )
-        return routing.combine(base_SD, rows, gates, token_index)
+        if autocast_dtype(tokens_SD) is not None:  # what an expert adds is not rounded away
+            base_SD, rows = base_SD.float(), rows.float()
+        return routing.combine(base_SD, rows, gates, token_index).to(tokens_SD.dtype)
 
 
 def routing_loss(routings: list[LayerRouting], moe: MoEConfig) -> Tensor | float:

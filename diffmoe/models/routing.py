@@ -4,11 +4,17 @@ Shape letters, in all of models/: B samples, T tokens per sample, S tokens in th
 D width, E experts, e experts on this rank, K tokens per expert, H expert hidden width, N rows.
 """
 
-from typing import NamedTuple
+from fractions import Fraction
+from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from diffmoe.models.precision import outside_autocast
+
+Rounding = Literal["exact", "release"]
 
 
 class Assignment(NamedTuple):
@@ -23,15 +29,44 @@ class Assignment(NamedTuple):
     counts_E: Tensor | None = None
 
 
-def expert_capacity(tokens: int, experts: int, capacity: float) -> int:
-    """K of Eq. 6: how many of `tokens` every expert takes, at least one if there are any."""
-    return min(tokens, max(1, int(tokens / experts * capacity)))
+def expert_capacity(
+    tokens: int, experts: int, capacity: float, rounding: Rounding = "exact"
+) -> int:
+    """K of Eq. 6: how many of `tokens` every expert takes, at least one if there are any.
+
+    rounding: "exact" is the floor of S * C / E; "release" computes it in floats, as the paper's
+    code does, which at times is one less (C = E = 7). tokens may be symbolic (torch.export).
+    """
+    if rounding == "exact":
+        numerator, denominator = _ratio(capacity)
+        k = tokens * numerator // (experts * denominator)
+    else:
+        k = int(tokens / experts * capacity)
+    return torch.sym_min(tokens, torch.sym_max(1, k))
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _ratio(capacity: float) -> tuple[int, int]:
+    """The fraction whose digits a float holds: 7/10 for 0.7, which is no float itself."""
+    ratio = Fraction(capacity).limit_denominator(1_000_000)
+    return ratio.numerator, ratio.denominator
 
 
 def router_scores(tokens_SD: Tensor, weight_ED: Tensor) -> Tensor:
     """Softmax over experts (Eq. 4), (S, E), in fp32 at least, whatever the tokens' type."""
     dtype = torch.promote_types(tokens_SD.dtype, torch.float32)
-    return F.linear(tokens_SD.to(dtype), weight_ED.to(dtype)).softmax(dim=-1)
+    with outside_autocast(tokens_SD):
+        return F.linear(tokens_SD.to(dtype), weight_ED.to(dtype)).softmax(dim=-1)
+
+
+def ranked(scores_SE: Tensor) -> Tensor:
+    """The scores to choose by: without gradient, and NaN below all others.
+
+    So every expert finds its K whatever the scores are, and a sample that has become NaN takes no
+    other sample's place.
+    """
+    return scores_SE.detach().nan_to_num(nan=-1.0)
 
 
 def take_largest(values_XS: Tensor, kth_X: Tensor, ties_X: Tensor) -> Tensor:
@@ -66,22 +101,19 @@ def ragged_assignment(taken_ES: Tensor, scores_SE: Tensor) -> Assignment:
 def gather(tokens_SD: Tensor, token_index: Tensor) -> Tensor:
     """The chosen tokens, (*token_index.shape, D)."""
     # The backward of index_select adds rows; that of an index in brackets, numbers one by one.
-    rows = tokens_SD.index_select(0, token_index.flatten())
-    return rows.view(*token_index.shape, tokens_SD.shape[1])
+    return tokens_SD.index_select(0, token_index.flatten()).unflatten(0, token_index.shape)
 
 
 def combine(base_SD: Tensor, rows: Tensor, gates: Tensor, token_index: Tensor) -> Tensor:
     """base_SD plus every row times its gate, at the row's token. rows: (*gates.shape, D)."""
     gated = rows * gates.unsqueeze(-1).to(rows.dtype)
-    return base_SD.index_add(0, token_index.flatten(), gated.reshape(-1, gated.shape[-1]))
+    return base_SD.index_add(0, token_index.flatten(), gated.flatten(0, -2))
 
 
-def expert_choice_mask(scores_SE: Tensor, tokens_per_sample: int, capacity: float) -> Tensor:
-    """Every expert takes its best K = int(T / E * C) tokens of each sample (EC-DiT). -> (E, S)."""
-    experts = scores_SE.shape[1]
-    k = expert_capacity(tokens_per_sample, experts, capacity)
+def expert_choice_mask(scores_SE: Tensor, tokens_per_sample: int, k: int) -> Tensor:
+    """Every expert takes its best k tokens of each sample (EC-DiT). -> (E, S)."""
     scores_XT = scores_SE.t().reshape(-1, tokens_per_sample)
-    return top_k_mask(scores_XT, k).view(experts, -1)
+    return top_k_mask(scores_XT, k).view(scores_SE.shape[1], -1)
 
 
 def token_choice_mask(scores_SE: Tensor, k: int) -> Tensor:

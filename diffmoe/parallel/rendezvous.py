@@ -147,33 +147,49 @@ def _gather(store: dist.Store, rank: int, world: int, where: str) -> None:
             "run a MASTER_PORT of its own"
         )
     store.set(f"world/{rank}", str(world))
-    if rank != 0:
-        _wait(lambda: store.check(["all here"]), lambda: "rank 0 to see all ranks", where)
-        told = json.loads(store.get("all here"))
+    if rank == 0:
+        problem = _look(store, world, where)
+        store.set("all here", json.dumps(problem))
     else:
-        missing = set(range(world))
+        _wait(lambda: store.check(["all here"]), lambda: "rank 0 to see all ranks", where)
+        problem = json.loads(store.get("all here"))
+    if problem is None:
+        return
+    # The store goes with rank 0: the others must have heard.
+    heard, deadline = store.add("heard", 1), time.monotonic() + 3
+    while rank == 0 and heard < world and time.monotonic() < deadline:
+        time.sleep(0.05)
+        heard = store.add("heard", 0)
+    raise UserError(problem)
 
-        def all_here() -> bool:
-            for other in sorted(missing):
-                if not store.check([f"world/{other}"]):
-                    return False  # the rest is looked at when this one has come
-                missing.discard(other)
-            return True
 
-        def who() -> str:
-            late = [r for r in sorted(missing) if not store.check([f"world/{r}"])]
-            return f"{ranks_named(late)} of {world}"
+def _look(store: dist.Store, world: int, where: str) -> str | None:
+    """Rank 0 waits for all and looks who they are. Returns what is wrong with them."""
+    missing = set(range(world))
 
+    def all_here() -> bool:
+        for other in sorted(missing):
+            if not store.check([f"world/{other}"]):
+                return False  # the rest is looked at when this one has come
+            missing.discard(other)
+        return True
+
+    def who() -> str:
+        late = [rank for rank in sorted(missing) if not store.check([f"world/{rank}"])]
+        return f"{ranks_named(late)} of {world}"
+
+    try:
         _wait(all_here, who, where)
-        worlds = [int(store.get(f"world/{r}")) for r in range(world)]
-        other = next((r for r in range(world) if worlds[r] != world), None)
-        told = other and (
-            f"rank {other} was started with WORLD_SIZE={worlds[other]}, rank 0 with {world}, both "
-            f"at {where}; start all ranks by the same command"
-        )
-        store.set("all here", json.dumps(told))
-    if told:
-        raise UserError(told)
+    except UserError as error:
+        return str(error)
+    for rank in range(world):
+        theirs = int(store.get(f"world/{rank}"))
+        if theirs != world:
+            return (
+                f"rank {rank} was started with WORLD_SIZE={theirs}, rank 0 with {world}, both at "
+                f"{where}; start all ranks by the same command"
+            )
+    return None
 
 
 def _wait(done: Callable[[], bool], who: Callable[[], str], where: str) -> None:

@@ -4,7 +4,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
+from diffmoe.files import read_text
 from diffmoe.parallel.topology import Topology
 
 # Only DeepSpeed's inference uses this extension; building it needs a compiler and over a minute.
@@ -37,10 +37,10 @@ _OVERLAPS = [
 def read_ds_config(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON. Raises UserError naming the file and what is wrong with it."""
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"cannot read --ds_config {path}: {error.strerror}") from None
-    except ValueError as error:  # not JSON, or not even text
+    except (ValueError, RecursionError) as error:  # not JSON, or not even text
         raise UserError(f"--ds_config {path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"--ds_config {path} must hold an object, it holds {settings!r}")

@@ -142,12 +142,14 @@ class Layout:
         if moe.type == "token_choice":
             return self.tokens * moe.top_k
         if moe.type == "expert_choice":
-            k = expert_capacity(self.tokens_per_sample, moe.experts, moe.capacity)
-            return self.micro_batch * moe.experts * k
+            return self.micro_batch * moe.experts * self._capacity(self.tokens_per_sample)
         ranks = {"micro_batch": 1, "expert_parallel": self.expert_parallel, "global": self.world}
         pool = ranks[moe.token_pool]
-        k = expert_capacity(self.tokens * pool, moe.experts, moe.capacity)
-        return moe.experts * k // pool
+        return moe.experts * self._capacity(self.tokens * pool) // pool
+
+    def _capacity(self, tokens: int) -> int:
+        moe = self.config.moe
+        return expert_capacity(tokens, moe.experts, moe.capacity, moe.capacity_rounding)
 
     def changed(self, changes: dict[str, Any]) -> "Layout":
         """With other settings, dotted keys, on the same machine."""

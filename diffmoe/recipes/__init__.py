@@ -8,7 +8,9 @@ import yaml
 
 from diffmoe.config import Config, set_value, validated
 from diffmoe.errors import UserError
+from diffmoe.files import read_text
 
+_LIMIT = 64 << 10  # bytes of a file, and values in it; recipes have some two thousand bytes
 RECIPES = Path(__file__).parent
 # Recipes of one file each; the others are put together from parts.
 _WHOLE = ("mnist", "captioned_digits", "t2i_s_e8", "t2i_l_e16")
@@ -49,8 +51,8 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
         if not equals:
             raise UserError(f"override {override!r} has no '='; write it as section.key=value")
         try:
-            set_value(values, key, yaml.load(text, Loader=_NumbersLoader))
-        except yaml.YAMLError as error:
+            set_value(values, key, _parsed(text))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"override {override!r} is not valid YAML: {error}") from None
     return validated(values, source)
 
@@ -100,14 +102,42 @@ _NumbersLoader.add_implicit_resolver(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(), Loader=_NumbersLoader)
+        values = _parsed(read_text(path, _LIMIT))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold sections such as 'model:', it holds {values!r}")
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path} must hold sections such as 'model:', it holds {values!r:.200}")
     return values
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML document. Raises YAMLError, ValueError, or RecursionError for deep ones.
+
+    Aliases are counted as what they stand for: ten that each stand for ten others, and so on, would
+    fill any memory.
+    """
+    loader = _NumbersLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _values(root, {}) > _LIMIT:
+            raise ValueError(f"its aliases stand for over {_LIMIT} values")
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many values a node stands for, those behind its aliases included."""
+    if id(node) not in counted:
+        counted[id(node)] = _LIMIT  # until it is known: one that holds itself has no end
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for pair in parts for part in pair] if node.id == "mapping" else parts
+        counted[id(node)] = 1 + sum(_values(part, counted) for part in parts)
+    return counted[id(node)]
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

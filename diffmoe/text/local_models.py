@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.errors import UserError
+from diffmoe.files import read_text
 
 _KINDS = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}
 
@@ -17,8 +18,8 @@ def model_kind(folder: str | Path) -> str:
     """ "t5" or "clip", as config.json says. Raises UserError for anything else."""
     file = Path(folder) / "config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
+        found = json.loads(read_text(file)).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{folder} is no local folder of a text encoder: {file} cannot be read ({error}); "
             "nothing is downloaded, put it there"

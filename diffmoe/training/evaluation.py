@@ -24,7 +24,7 @@ from diffmoe.inference.capacity import CapacityByTime, merged
 from diffmoe.inference.generation import Order
 from diffmoe.inference.images import grid, sample_images
 from diffmoe.inference.prompts import Prompts, asked, encoder_of, read_captions
-from diffmoe.inference.sampling import SamplingSettings
+from diffmoe.inference.sampling import SamplingSettings, check_guidance
 from diffmoe.inference.sharing import equal_share
 from diffmoe.models.dit import DiT
 from diffmoe.training import history
@@ -46,6 +46,7 @@ def check(config: Config, manifest: Manifest) -> None:
     prompts = _prompts(config)
     check_judges(prompts, evaluation.classifier, evaluation.truth)
     _settings(config).chosen_sampler(config)
+    check_guidance(config, _settings(config), prompts)
     autoencoder_of(manifest.model_dump())
     if evaluation.classifier:
         load_classifier(evaluation.classifier)
@@ -88,7 +89,8 @@ class LiveEvaluation:
         self.settings = _settings(config)
         self.prompts = _prompts(config, device)
         choices = config.model.num_classes if self.prompts is None else len(self.prompts)
-        self.order = Order(config.evaluation.num_samples, tuple(range(choices)))
+        evaluation = config.evaluation
+        self.order = Order(evaluation.num_samples, tuple(range(choices)), evaluation.labels)
         self.decode = autoencoder_of(manifest.model_dump(), device).decode
         self.weights = next(iter(reversed(ema.averages)), "live")
         self._judges: list[Any] | None = None
@@ -100,7 +102,7 @@ class LiveEvaluation:
             history.keep(file, lambda result: (clock_of_live(result) or 0) <= samples)
 
     def run(self, clock: dict[str, int]) -> None:
-        """Every rank calls it. Given up if any rank is asked to stop meanwhile."""
+        """Every rank calls it. Given up where any is asked to stop meanwhile, or cannot sample."""
         began = time.monotonic()
         with self.ema.in_place_of_weights(self.engine, self.weights):
             self.network.eval()
@@ -108,35 +110,48 @@ class LiveEvaluation:
             self.network.train()
         if made is None:
             self.telemetry.say("asked to stop: the evaluation under way is given up")
+        elif isinstance(made, UserError):
+            self.telemetry.say(f"warning: no evaluation at {clock['samples']} samples: {made}")
         elif self.network.topology.rank == 0:
             try:
                 self._judge(clock, *made, began)
             except (UserError, OSError) as error:  # a figure less is no reason to end a run
                 self.telemetry.say(f"warning: no evaluation at {clock['samples']} samples: {error}")
 
-    def _sample(self) -> tuple[np.ndarray, CapacityByTime | None] | None:
-        """All images on rank 0, none on the others; None on all if any was asked to stop."""
+    def _sample(self) -> tuple[np.ndarray, CapacityByTime | None] | UserError | None:
+        """All images on rank 0, none on the others.
+
+        None on all if any was asked to stop, an error on all if any could not sample.
+        """
         topology, evaluation = self.network.topology, self.config.evaluation
         images, capacity = [], []
         for start in range(0, self.order.number, evaluation.batch * topology.world):
             end = min(start + evaluation.batch * topology.world, self.order.number)
             mine = equal_share(range(start, end), topology.rank, topology.world)
             labels = [self.order.label(index, self.settings.seed) for index in mine]
-            told = sample_images(
-                self.network,
-                self.config,
-                self.decode,
-                labels,
-                mine,
-                self.settings,
-                prompts=self.prompts,
-            )
+            try:
+                told = sample_images(
+                    self.network,
+                    self.config,
+                    self.decode,
+                    labels,
+                    mine,
+                    self.settings,
+                    prompts=self.prompts,
+                    batch=len(mine),  # at once: ranks that share experts fail behind the last pass
+                )
+            except UserError as error:
+                told = error
             everyone: list | None = [None] * topology.world if topology.rank == 0 else None
             dist.gather_object(told, everyone)
-            asked = torch.tensor(float(self.stop.asked), device=self.device)
-            dist.all_reduce(asked)
-            if asked:
+            failed = isinstance(told, UserError)
+            ends = torch.tensor([float(self.stop.asked), float(failed)], device=self.device)
+            dist.all_reduce(ends)
+            if ends[0]:
                 return None
+            if ends[1]:
+                problems = (one for one in everyone or [told] if isinstance(one, UserError))
+                return next(problems, UserError("another rank could not sample"))
             if everyone is not None:
                 images.append(torch.cat([part for part, _ in everyone])[: end - start])
                 capacity += [seen for _, seen in everyone if seen is not None]
@@ -159,11 +174,12 @@ class LiveEvaluation:
                 "kind": "training",
                 "path": self.config.output,
                 "number": len(images),
+                "labels": self.order.labels,
                 **vars(self.settings),
                 **({} if self.prompts is None else {"captions": self.prompts.captions}),
                 "model": {
                     "weights": self.weights,
-                    "routing": network.moe_config.inference if network.moe_layers else None,
+                    "routing": network.routing and network.routing.kind,
                     "capacity": None,
                 },
             },

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.errors import UserError
+from diffmoe.files import open_regular
 
 
 def keep(file: Path, wanted: Callable[[Any], bool]) -> None:
@@ -14,7 +15,7 @@ def keep(file: Path, wanted: Callable[[Any], bool]) -> None:
     Raises UserError for a file that cannot be read or written.
     """
     try:
-        content = file.read_bytes()
+        content = _content(file)
         kept = b"".join(line + b"\n" for line, value in _parsed(content) if wanted(value))
         if kept != content:
             temporary = file.with_name(f".{file.name}.tmp")
@@ -31,11 +32,16 @@ def keep(file: Path, wanted: Callable[[Any], bool]) -> None:
 def entries(file: Path) -> Iterator[Any]:
     """The values that a file holds, without what is no JSON; none where there is no file."""
     try:
-        content = file.read_bytes()
+        content = _content(file)
     except OSError:
         return
     for _, value in _parsed(content):
         yield value
+
+
+def _content(file: Path) -> bytes:
+    with open_regular(file) as opened:
+        return opened.read()
 
 
 def _parsed(content: bytes) -> Iterator[tuple[bytes, Any]]:

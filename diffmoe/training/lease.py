@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from diffmoe.errors import UserError
+from diffmoe.files import read_bytes
 from diffmoe.parallel.agree import from_first_rank
 
 BEAT = 5.0  # seconds between two signs of life
@@ -176,8 +177,9 @@ def hold(output: Path) -> Iterator[Lease]:
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             lease = Lease(output)
-        except OSError as error:
-            problem = f"output={output} cannot be written: {error.strerror}; choose another output"
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            problem = f"output={output} cannot be written: {reason}; choose another output"
         except UserError as error:
             problem = str(error)
     problem = from_first_rank(problem)
@@ -255,7 +257,7 @@ def _beats(path: Path) -> int | None:
 def _read(path: Path) -> Holder | None:
     """None if it cannot be read, or not yet."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_bytes(path))
         kinds = Holder.__annotations__
         if all(isinstance(values[name], kind) for name, kind in kinds.items()):
             return Holder(*(values[name] for name in kinds))

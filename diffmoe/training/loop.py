@@ -1,5 +1,6 @@
 """The training loop, top to bottom. One clock, in samples, drives all that repeats."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -181,6 +182,8 @@ def train(
         means = {name: mean / topology.world for name, mean in zip(losses, means, strict=True)}
         gradient_norm = float(engine.get_global_grad_norm())
         if lost:
+            with contextlib.suppress(UserError):  # a save under way fails for the same reason
+                saver.wait()
             raise UserError(lost_message(folder))
         if bad_shards:  # several ranks may have met the same one
             which = data.bad_flags().to(device)

@@ -1,5 +1,6 @@
 """Writes checkpoints behind the training: it waits for a copy of this rank's pieces, no longer."""
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.files import write_atomically
 from diffmoe.models.dit import DiT
+from diffmoe.parallel.agree import from_first_rank
 from diffmoe.training.checkpoint import all_finite, describe, for_sampling, pieces
 from diffmoe.training.ema import EMA
 from diffmoe.training.lease import Lease
@@ -49,6 +51,8 @@ class Saver:
         self.folder = Path(config.output)
         self.first = dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=COLLECTIVES)
+        # A run that was taken over may still be writing when it wakes.
+        self._writer = from_first_rank(secrets.token_hex(4))
         snapshot_precision = {"fp32": torch.float32, "bf16": torch.bfloat16}
         self._copies = {
             "step": HostCopy(),
@@ -142,7 +146,7 @@ class Saver:
 
     def _write(self, path: Path, state: dict[str, Tensor], about: dict[str, Any]) -> str | None:
         """What was wrong on the first rank that failed, the same on all ranks; None if nothing."""
-        torn = folder.temporary(path)
+        torn = folder.temporary(path, self._writer)
 
         def prepare(_: None) -> None:
             self.lease.check()
@@ -151,7 +155,8 @@ class Saver:
 
         def commit(written: list[Hashes]) -> None:
             self.lease.check()
-            folder.commit(path, about, {k: v for hashes in written for k, v in hashes.items()})
+            files = {name: entry for hashes in written for name, entry in hashes.items()}
+            folder.commit(torn, path, about, files)
 
         problem = self._on_first_rank(prepare, None)
         if problem is None:
@@ -164,7 +169,7 @@ class Saver:
             problems = [told for told in everyone or [] if isinstance(told, str)]
             problem = self._on_first_rank(commit, everyone, problems[0] if problems else None)
         if self.first:
-            if problem is not None and not self.lease.lost:
+            if problem is not None:
                 folder.remove(torn)
             elif problem is None and path.name.startswith("step-"):
                 self._tidy(path)

@@ -56,9 +56,9 @@ def start(
             make_way(config, going_on)
         telemetry = Telemetry(config, active=topology.rank == 0)
         finished = train(config, topology, chosen, settings, going_on, stop, lease, telemetry)
-    peers.close()
-    dist.destroy_process_group()
-    telemetry.finish()  # no rank waits for it, and the exit code is decided
+        peers.close()
+        dist.destroy_process_group()
+        telemetry.finish()  # no rank waits for it, and the exit code is decided
     return finished
 
 

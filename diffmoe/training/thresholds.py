@@ -29,7 +29,8 @@ class ThresholdTracker:
             return
         logits_LES = torch.stack([layer.capacity_logits_SE.t() for layer in routing])
         L, E, S = logits_LES.shape
-        k = expert_capacity(S * self.pool.ranks, moe.experts, moe.capacity)
+        tokens = S * self.pool.ranks
+        k = expert_capacity(tokens, moe.experts, moe.capacity, moe.capacity_rounding)
         kth = self.pool.kth_largest(logits_LES.view(L * E, S), k)
         self._seen_LE.append(kth.view(L, E).sigmoid())
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,36 @@ def test_a_calibrated_capacity_is_chosen_by_its_number(folder: Path):
     assert np.array_equal(pixels(pipeline(labels=[1, 2], steps=2)), usual)
 
 
+def test_other_settings_than_a_calibration_s_are_told_with_the_capacity_met(tmp_path: Path):
+    model, settings = exported(tmp_path / "model"), SamplingSettings(steps=2, guidance=1.5)
+    entry = Calibrated(
+        weights="ema", capacity=0.8, measured=0.8, common=False, over="trajectory", samples=1,
+        sampling=settings, log_odds=[[0.0] * 4] * 2,
+    )  # fmt: skip
+    store(model, "0.8", entry)
+    pipeline = diffmoe.Pipeline(model, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline(labels=[1], steps=2, capacity=0.8)
+    with pytest.warns(UserWarning, match=r"guidance 1\.5; with guidance 3.0 met capacity \d\.\d+"):
+        pipeline(labels=[1], steps=2, capacity=0.8, guidance=3.0)
+
+
+def test_a_model_trained_without_label_dropout_is_not_guided(tmp_path: Path):
+    model = exported(tmp_path / "model", label_dropout=0.0)
+    pipeline = diffmoe.Pipeline(model, device="cpu")
+    with pytest.warns(UserWarning, match="guidance 1: the model was trained without label dropout"):
+        images = pipeline(labels=[1, 2], steps=2)
+    assert np.array_equal(pixels(images), pixels(pipeline(labels=[1, 2], steps=2, guidance=1)))
+    with pytest.raises(UserError, match=r"guidance 1\.5: .* take guidance 1$"):
+        pipeline(labels=[1], steps=2, guidance=1.5)
+    assert "guidance=1)" in (model / "README.md").read_text()
+    usual = diffmoe.Pipeline(exported(tmp_path / "silent"), device="cpu")  # an export of before
+    guided = pixels(usual(labels=[1, 2], steps=2))
+    assert np.array_equal(guided, pixels(usual(labels=[1, 2], steps=2, guidance=1.5)))
+    assert not np.array_equal(guided, pixels(images))
+
+
 def test_a_run_is_as_good_as_an_export(single_run: Config):
     pipeline = diffmoe.Pipeline(single_run.output, device="cpu", weights="live")
     assert pipeline.folder == newest(single_run)
@@ -138,7 +169,7 @@ def test_inference_needs_nothing_of_training(folder: Path, single_run: Config):
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     rooms, *sizes = done.stdout.splitlines()
-    allowed = "config conversion data errors files hash_cache models parallel seeding"
+    allowed = "config conversion data errors files hash_cache models parallel redaction seeding"
     assert set(rooms.split()) <= set(allowed.split())
     assert sizes == ["(8, 8)", "(8, 8)"]
 

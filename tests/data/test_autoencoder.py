@@ -16,6 +16,11 @@ def test_uint8_rounds_to_the_nearest_level_and_clamps():
     assert ends.flatten().tolist() == [0, 0, 128, 255, 255]
 
 
+def test_pixels_that_are_no_numbers_are_no_black_image():
+    with pytest.raises(UserError, match="pixels that are no numbers"):
+        load_autoencoder("identity").decode(torch.full((1, 1, 2, 2), torch.nan))
+
+
 def test_pixels_decode_to_themselves_channels_last():
     latents = torch.zeros(2, 3, 4, 5)
     latents[:, 0], latents[:, 2] = 1, -1

@@ -30,7 +30,7 @@ def samples(directory):
         address = manifest.address(directory, shard)
         opened = OpenShard(open_shard(address, shard, attempts=1), shard, manifest, address)
         for index in range(len(opened)):
-            pixels = np.round((opened.array(index).astype(np.float32) + 1) * 127.5)
+            pixels = opened.array(index)
             yield pixels.transpose(1, 2, 0), opened.captions(index).lines
         opened.close()
 

@@ -11,6 +11,7 @@ from diffmoe.data.encoding import encode_images
 from diffmoe.data.fetching import open_shard
 from diffmoe.data.images import find_images, load_image
 from diffmoe.data.manifest import TextContent
+from diffmoe.data.numbers import restored
 from diffmoe.data.reading import OpenShard
 from diffmoe.errors import UserError
 from tests.data.conftest import members, photograph
@@ -45,7 +46,8 @@ def captions_in(directory, manifest) -> dict[str, list[str]]:
         address = manifest.address(directory, shard)
         opened = OpenShard(open_shard(address, shard, attempts=1), shard, manifest, address)
         for index, key in enumerate(opened.keys):
-            image = PixelAutoencoder().decode(torch.from_numpy(opened.array(index).copy())[None])
+            values = torch.from_numpy(restored(opened.array(index), manifest.dtype))
+            image = PixelAutoencoder().decode(values[None])
             found[key] = (opened.captions(index).lines, image[0].numpy())
         opened.close()
     return found

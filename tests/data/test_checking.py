@@ -22,7 +22,7 @@ def test_good_data_has_no_problems_and_a_sheet(photos, tmp_path):
     text = str(report)
     for part in [
         "30 samples of 3 classes in 3 shards",
-        "content sample of 3x16x16 in float16, flips True",
+        "content sample of 3x16x16 in uint8, flips True (mirrored on reading)",
         "samples per class: 10 to 10",
         "bee 2.0       10 ####",
         "no problems",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffmoe import resumable
 from diffmoe.data import conversion, encoding
-from diffmoe.data.autoencoder import KLAutoencoder, PixelAutoencoder
+from diffmoe.data.autoencoder import KLAutoencoder, PixelAutoencoder, to_uint8
 from diffmoe.data.conversion import default_shards
 from diffmoe.data.encoding import encode_images
 from diffmoe.data.images import find_images, load_image
@@ -49,7 +49,8 @@ def test_pixels_come_back_exactly_with_their_mirror_images(photos, tmp_path):
         sample, pixels = samples[item.key], load_image(item, 16)
         assert sample.label == item.label
         for array, wanted in [(sample.array, pixels), (sample.flip, pixels[:, ::-1])]:
-            (image,) = PixelAutoencoder().decode(torch.from_numpy(array.copy())[None])
+            values = torch.from_numpy(restored(array, "uint8"))
+            (image,) = PixelAutoencoder().decode(values[None])
             assert np.array_equal(image, wanted)
 
 
@@ -126,7 +127,7 @@ def test_ranks_come_from_torchrun_or_srun(monkeypatch):
 # In a shard's middle, between a tar's name and its record, between the records and the manifest.
 @pytest.mark.parametrize(
     ("name", "moments"),
-    [("stored", [1, 2, 15, 40]), ("write_json", [1, 2, 4, 5]), ("_finish", [1])],
+    [("stored", [1, 2, 15, 25]), ("write_json", [1, 2, 4, 5]), ("_finish", [1])],
 )
 def test_a_killed_packing_goes_on_to_the_same_bytes(photos, tmp_path, name, moments):
     pack_pixels(photos, tmp_path / "whole", workers=1)
@@ -274,3 +275,24 @@ def test_the_command_on_two_ranks(photos, tmp_path, tool, tiny_vae):
     assert wrong.returncode == 2
     assert "dtype: float16 there, bfloat16 now" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_the_background_is_a_setting_of_the_work(tmp_path, tool):
+    """Transparent everywhere: the packed image is the background, and only that."""
+    root = tmp_path / "images"
+    (root / "a").mkdir(parents=True)
+    Image.new("RGBA", (16, 16), (1, 2, 3, 0)).save(root / "a" / "0.png")
+    pack_pixels(root, tmp_path / "white", shards=1)
+    done = tool(
+        *("encode_latents", "--images", root, "--out", tmp_path / "black", "--pixels"),
+        *("--size", 16, "--background", "black"),
+    )
+    assert done.returncode == 0, done.stderr
+    for name, level in [("white", 255), ("black", 0)]:
+        manifest = Manifest.load(tmp_path / name)
+        (sample,) = samples_of(tmp_path / name, manifest).values()
+        values = torch.from_numpy(restored(sample.array, manifest.dtype))
+        assert (to_uint8(values[None]) == level).all()
+    message = r"background: \[255, 255, 255\] there, \[9, 9, 9\] now"
+    with pytest.raises(UserError, match=message):
+        pack_pixels(root, tmp_path / "white", shards=1, background=(9, 9, 9))

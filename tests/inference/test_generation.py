@@ -14,7 +14,7 @@ from diffmoe.errors import UserError
 from diffmoe.inference import generation
 from diffmoe.inference.formats import write_adm, write_png
 from diffmoe.inference.generation import Order, generate, shard_arrays
-from diffmoe.inference.images import grid
+from diffmoe.inference.images import EvaluationCount, grid
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.parallel.topology import create_topology
 from diffmoe.resumable import Ranks
@@ -271,3 +271,28 @@ def test_nothing_to_make_is_refused(tmp_path):
     with pytest.raises(UserError, match="0 images"):
         make(tmp_path / "none", order=Order(0, (0,)))
     assert not (tmp_path / "none").exists()
+
+
+def test_dopri5_tells_how_many_evaluations_it_took(tmp_path):
+    pytest.importorskip("torchdiffeq")
+    network, passes = network_of(RGB), []
+    network.register_forward_pre_hook(lambda *_: passes.append(None))
+    settings = SamplingSettings(sampler="dopri5", guidance=1.5)
+    decode = PixelAutoencoder().decode
+    options = {"model": {}, "batch": 2, "shard_size": 3}
+    made = generate(tmp_path / "out", network, RGB, decode, Order(3, (0, 1)), settings, **options)
+    found = made.manifest["evaluations"]  # of two batches, guided: two passes each
+    assert found == len(passes) / 2 / 2
+    assert found > 20
+    assert EvaluationCount.told(found).startswith(f"dopri5 took {found:.0f} evaluations a batch")
+    assert "evaluations" not in make(tmp_path / "euler").manifest
+
+
+def test_images_that_are_no_numbers_are_not_written(tmp_path):
+    network = network_of(RGB)
+    network.final.bias.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="image 0 is not made of finite numbers"):
+        generate(
+            tmp_path / "out", network, RGB, PixelAutoencoder().decode, ORDER, SETTINGS, model={}
+        )
+    assert not list((tmp_path / "out").glob("samples*"))

@@ -1,6 +1,8 @@
 """What the report on routing says, against counts made by hand."""
 
 import re
+import runpy
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from diffmoe.evaluation.routing import BINS, predictor_accuracy, sampling_routin
 from diffmoe.evaluation.routing_page import write_page
 from diffmoe.inference.passes import noise_passes
 from diffmoe.inference.sampling import SamplingSettings, sample_latents
+from diffmoe.inference.thresholds import Calibrated, store
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode
+from tests.conversion.models import NAMES, exported
 from tests.inference.networks import CONFIG, network_of
 from tests.tiny import tiny_config
 from tests.training.runs import pack
@@ -110,6 +115,9 @@ def test_the_predictor_is_held_against_the_selection_of_training(tmp_path):
     passes = noise_passes(network, config, 24, 8, seed=3)
     found = predictor_accuracy(network, passes)
     assert {layer.inference for layer in network.moe_layers} == {"per_token"}
+    with network.routed(RoutingMode("static", 0.5)):
+        predictor_accuracy(network, passes)
+        assert [layer.capacity for layer in network.moe_layers] == [0.5, 0.5]
 
     pairs = []
     network.route_by("static")
@@ -147,3 +155,20 @@ def test_a_dense_model_has_no_report():
     config = tiny_config(model__in_channels=3, moe__type="dense")
     with pytest.raises(UserError, match="a dense model routes nothing"):
         report(network_of(config), config)
+
+
+def test_the_command_reports_on_chosen_classes_of_an_exported_model(tmp_path, monkeypatch, capsys):
+    model = exported(tmp_path / "model", RGB, class_names=NAMES)
+    entry = Calibrated(
+        weights="ema", capacity=0.8, measured=0.8, common=False, over="trajectory", samples=1,
+        sampling=SamplingSettings(steps=2, guidance=1.5), log_odds=[[0.0] * 4] * 2,
+    )  # fmt: skip
+    store(model, "0.8", entry)
+    words = ["--classes=deer,1", "--capacity=0.8", "--samples=4", "--steps=2", "--guidance=3"]
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(sys, "argv", ["", str(model), *words, "--out", str(page), "--device=cpu"])
+    runpy.run_path("tools/report_routing.py")["main"]()
+    told = capsys.readouterr()
+    met = re.match(r"capacity ([\d.]+), ", told.out)[1]
+    assert f"guidance 1.5; with guidance 3.0 met capacity {met}" in told.err
+    assert "4 images, 2 steps, guidance 3.0" in page.read_text()

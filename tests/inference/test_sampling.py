@@ -1,14 +1,18 @@
 """Sampling from a network: keyed by seed and image, whatever the batch and the ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
-from diffmoe.inference.sampling import Forward, SamplingSettings, sample_latents
+from diffmoe.inference.prompts import asked, encoder_of
+from diffmoe.inference.sampling import Forward, SamplingSettings, fitted, sample_latents
 from diffmoe.parallel.topology import create_topology
 from tests.inference.networks import CONFIG, DDPM, network_of
 from tests.ranks import run_ranks
+from tests.tiny import BYTES, tiny_config
 
 LABELS = [0, 1, 2, 3, 4, 0]
 SETTINGS = [
@@ -157,3 +161,61 @@ def test_a_class_that_is_not_there_is_refused(label: int):
 def test_settings_that_do_not_fit_the_model_are_refused(config, settings, message):
     with pytest.raises(UserError, match=message):
         sample_latents(network_of(config), config, [0], [0], SamplingSettings(**settings))
+
+
+UNDROPPED = tiny_config(training__label_dropout=0)
+UNDROPPED_TEXT = tiny_config(model__text=BYTES, training__label_dropout=0)
+
+
+def test_guidance_needs_a_null_label_that_was_trained():
+    network = network_of(UNDROPPED)
+    with pytest.raises(UserError, match=r"guidance 1\.5: .* training\.label_dropout=0 .* 1$"):
+        sample_latents(network, UNDROPPED, [0], [0], SamplingSettings(steps=1, guidance=1.5))
+    plain = SamplingSettings(steps=2)
+    found = sample_latents(network, UNDROPPED, [0], [0], plain)
+    assert torch.equal(found, sample_latents(network_of(CONFIG), CONFIG, [0], [0], plain))
+
+
+def test_where_nobody_chose_guidance_it_is_what_the_model_can_do():
+    said: list[str] = []
+    unset = SamplingSettings(steps=3, guidance=None, seed=4)
+    assert fitted(unset, CONFIG, None, said.append) == replace(unset, guidance=1.5)
+    assert said == []
+    assert fitted(unset, UNDROPPED, None, said.append) == replace(unset, guidance=1.0)
+    assert len(said) == 1
+    assert said[0].startswith("guidance 1: the model was trained without label dropout")
+    chosen = replace(unset, guidance=3.0)
+    assert fitted(chosen, UNDROPPED, None, said.append) == chosen  # to be refused
+    assert len(said) == 1
+
+
+def test_a_negative_prompt_takes_the_place_of_a_null_caption_that_was_never_trained():
+    config, settings = UNDROPPED_TEXT, SamplingSettings(steps=1, guidance=2.0)
+    plain, negative = (asked(config, encoder_of(config), ["red"], n) for n in (None, "dim"))
+    with pytest.raises(UserError, match="take guidance 1, or give a negative prompt"):
+        sample_latents(network_of(config), config, [0], [0], settings, prompts=plain)
+    sample_latents(network_of(config), config, [0], [0], settings, prompts=negative)
+    assert fitted(replace(settings, guidance=None), config, negative, print).guidance == 1.5
+
+
+def test_a_caption_that_was_not_given_is_refused():
+    prompts = asked(UNDROPPED_TEXT, encoder_of(UNDROPPED_TEXT), ["red"])
+    config, settings = UNDROPPED_TEXT, SamplingSettings(steps=1)
+    with pytest.raises(UserError, match=r"caption number 1 is outside 0\.\.0 \(1 were given\)"):
+        sample_latents(network_of(config), config, [1], [0], settings, prompts=prompts)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dopri5", "sde", "ddpm", "ddim"])
+def test_weights_that_are_no_numbers_make_no_images(sampler):
+    config = DDPM if sampler in ("ddpm", "ddim") else CONFIG
+    network = network_of(config)
+    network.final.bias.data[0] = torch.nan
+    settings = SamplingSettings(sampler=sampler, steps=3)
+    with pytest.raises(UserError, match="image 7 is not made of finite numbers: the model's wei"):
+        sample_latents(network, config, [0, 1], [7, 8], settings)
+
+
+def test_an_overflow_on_the_way_stops_sampling():
+    settings = SamplingSettings(steps=3, guidance=1e38)
+    with pytest.raises(UserError, match=r"sampling overflowed \(guidance 1e\+38, 3 steps\)"):
+        sample_latents(network_of(CONFIG), CONFIG, [0], [0], settings)

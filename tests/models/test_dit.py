@@ -345,3 +345,13 @@ def test_no_two_experts_nor_two_layers_start_equal():
     again = initialized()
     for one, other in zip(network.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_rotary_positions_are_where_the_network_is_though_linspace_were_not(monkeypatch):
+    """transformers makes torch.linspace forget the device context, for good if it came first."""
+    on_cpu, linspace = {"device": "cpu"}, torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **how: linspace(*args, **on_cpu | how))
+    config = tiny_config(model__rope=True)
+    with torch.device("meta"):
+        network = DiT(config.model, config.moe)
+    assert network.rotation.is_meta

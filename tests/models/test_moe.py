@@ -150,6 +150,15 @@ def test_no_token_wanted_by_any_expert_gives_zero():
     assert (x.grad == 0).all()
 
 
+@pytest.mark.parametrize(("rounding", "k"), [("exact", 61), ("release", 60)])
+@pytest.mark.parametrize("way", [way for way in WAYS if "token" not in way[0]], ids=str)
+def test_the_layer_takes_k_as_it_is_told_to_round(way, rounding: str, k: int):
+    layer = tiny_layer(way, moe__experts=7, moe__capacity=7.0, moe__capacity_rounding=rounding)
+    _, decided = layer(tokens(1, 61))
+    if way[0] == "expert_choice" or way[2] or way[1] == "static":
+        assert decided.taken_ES.sum(dim=1).tolist() == [k] * 7
+
+
 def test_the_capacity_loss_sends_no_gradient_into_tokens_or_router():
     layer = tiny_layer()
     x = tokens(2, 16)

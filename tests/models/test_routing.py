@@ -1,5 +1,8 @@
 """Routing by hand: small scores whose right answer can be read off the page."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +40,33 @@ def test_an_expert_takes_k_of_eq_6_at_least_one_at_most_all(
     tokens: int, experts: int, capacity: float, k: int
 ):
     assert expert_capacity(tokens, experts, capacity) == k
+
+
+# The decimal that is written, or the ratio that is computed: K knows both by their digits.
+EXACT = [*map(Fraction, ("0.1", "0.3", "0.7", "1.1", "1.4", "2.9")), *map(Fraction, (1, 2))]
+EXACT += [Fraction(1, 3), Fraction(2, 3), Fraction(7, 6), Fraction(22, 7)]
+
+
+@pytest.mark.parametrize("experts", range(1, 65))
+def test_k_is_exact_for_every_number_of_experts(experts: int):
+    for tokens in range(1, 300):
+        assert expert_capacity(tokens, experts, float(experts)) == tokens
+        for capacity in EXACT:
+            exact = math.floor(tokens * min(capacity, experts) / experts)
+            capacity = float(min(capacity, experts))
+            assert expert_capacity(tokens, experts, capacity) == max(1, exact)
+
+
+def test_k_of_the_release_is_that_of_its_floats():
+    lost = set()
+    for experts in range(1, 65):
+        for tokens in range(experts, 300):
+            for capacity in {0.7, 1.0, min(2.0, experts), float(experts)}:
+                k = expert_capacity(tokens, experts, capacity, "release")
+                assert k == max(1, int(tokens / experts * capacity))
+                if k < expert_capacity(tokens, experts, capacity):
+                    lost.add(experts)
+    assert {7, 11, 13, 14} <= lost
 
 
 def test_router_scores_are_a_softmax_over_experts():
@@ -136,21 +166,21 @@ def test_expert_choice_takes_the_best_tokens_of_each_sample():
     # the second sample's scores for expert 0 are lower than the first's.
     first = torch.tensor([0.9, 0.7, 0.8, 0.6, 0.1, 0.2, 0.4, 0.3])
     scores = torch.stack([first, 1 - first], dim=1)
-    taken = routing.expert_choice_mask(scores, tokens_per_sample=4, capacity=1.0)
+    taken = routing.expert_choice_mask(scores, tokens_per_sample=4, k=2)
     assert torch.equal(taken, mask("x.x...xx", ".x.xxx.."))
 
 
 def test_expert_choice_of_a_sample_does_not_see_its_batch():
     scores = random_scores(3 * 8, 4, levels=4)
-    together = routing.expert_choice_mask(scores, 8, 1.0)
+    together = routing.expert_choice_mask(scores, 8, 2)
     for sample in range(3):
         tokens = slice(8 * sample, 8 * sample + 8)
-        alone = routing.expert_choice_mask(scores[tokens], 8, 1.0)
+        alone = routing.expert_choice_mask(scores[tokens], 8, 2)
         assert torch.equal(alone, together[:, tokens])
 
 
 def test_expert_choice_of_no_samples_is_empty():
-    assert routing.expert_choice_mask(torch.zeros(0, 4), 8, 1.0).shape == (4, 0)
+    assert routing.expert_choice_mask(torch.zeros(0, 4), 8, 2).shape == (4, 0)
 
 
 def test_token_choice_takes_the_best_experts_and_ties_fall_to_the_lower_expert():

@@ -61,9 +61,11 @@ def kill_many(folder: Path, kills: int, seed: int) -> Counter:
 
 
 def impatient(rank: int) -> None:
+    from diffmoe.parallel import rendezvous
     from diffmoe.training import peers
 
-    peers.INTERVAL, peers.JOIN, peers.SILENCE = 0.2, 15.0, 30.0
+    rendezvous.JOIN = 15.0
+    peers.INTERVAL, peers.SILENCE = 0.2, 30.0
 
 
 def _wait_for_a_save(output: Path, before: list[str], further: int) -> None:

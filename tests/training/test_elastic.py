@@ -103,6 +103,7 @@ def resume_on_each(folder: Path) -> None:
     from diffmoe.training.resume import Resume
     from diffmoe.training.saver import Saver
     from diffmoe.training.signals import StopRequest
+    from diffmoe.training.telemetry import Telemetry
 
     init = Saver.__init__
 
@@ -126,7 +127,9 @@ def resume_on_each(folder: Path) -> None:
                 output.mkdir(parents=True)
             dist.barrier()
             lease, stop = Lease(output, active=False), StopRequest()
-            assert loop.train(config, topology, torch.device("cpu"), {}, source, stop, lease)
+            telemetry = Telemetry(config, active=topology.rank == 0)
+            cpu = torch.device("cpu")
+            assert loop.train(config, topology, cpu, {}, source, stop, lease, telemetry)
         parallel_state.destroy_model_parallel()
 
 

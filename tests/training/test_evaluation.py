@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,48 @@ def test_figures_are_those_of_the_checkpoint_of_the_same_moment(tmp_path: Path):
     assert set(found[1]["metrics"]) == {f"accuracy-{CLASSIFIER}"}
     with Image.open(Path(config.output) / "evaluation" / "samples-00000004.png") as picture:
         assert picture.size == (8 * 8, 2 * 8)
+
+
+def test_drawn_labels_are_those_of_the_same_seed_offline(tmp_path: Path):
+    config = _config(tmp_path, 2, evaluation__labels="random", evaluation__seed=5)
+    train(config)
+    live = _told(config)[0]
+    settings = SamplingSettings(steps=3, guidance=1.5, seed=5)
+    made = sample_model(newest(config), tmp_path / "offline", 13, settings, labels="random")
+    images = open_images(made.folder)
+    offline = results.measure(images, extractor(), load_reference(tmp_path / "real", extractor()))
+    assert live["metrics"] == pytest.approx(offline["metrics"], rel=2e-3, abs=1e-3)
+    assert live["images"]["labels"] == images.about["labels"] == "random"
+    balanced = _config(tmp_path, 2, output=str(tmp_path / "balanced"), evaluation__seed=5)
+    train(balanced)
+    (told, *_) = _told(balanced)
+    assert told["images"]["labels"] == "balanced"
+    assert told["metrics"] != live["metrics"]
+
+
+class NotANumber:
+    """One rank's share of the second evaluation is not finite."""
+
+    def __call__(self, rank: int) -> None:
+        from diffmoe.inference import images
+
+        sample_latents, calls = images.sample_latents, []
+
+        def broken(network, config, labels, indices, settings, **options):
+            calls.append(None)
+            # Of 13 images two ranks make three rounds.
+            settings = replace(settings, guidance=1e38 if rank == 1 and len(calls) == 5 else 1.5)
+            return sample_latents(network, config, labels, indices, settings, **options)
+
+        images.sample_latents = broken
+
+
+def test_images_that_are_no_numbers_cost_an_evaluation_and_no_run(tmp_path: Path):
+    config = _config(tmp_path, parallel__expert_parallel=2)
+    assert train(config, world=2, prepare=NotANumber()) == [True, True]
+    assert {result["clock"]["samples"] for result in _told(config)} == {16}
+    pictures = sorted((Path(config.output) / "evaluation").glob("*.png"))
+    assert [picture.name for picture in pictures] == ["samples-00000002.png"]
 
 
 def _captioned(folder: Path, **changes: Any) -> Config:
@@ -217,6 +260,7 @@ def test_figures_that_cannot_be_had_do_not_end_the_run(tmp_path: Path):
         ({"evaluation__extractor": "mobilenet"}, "extractor mobilenet: choose"),
         ({"evaluation__classifier": "letters"}, "classifier letters: choose"),
         ({"evaluation__sampler": "ddim"}, "a flow model takes euler"),
+        ({"training__label_dropout": 0}, "guidance 1.5: the model was trained with training.lab"),
         ({"evaluation__reference": "empty"}, "holds no images"),
     ],
 )

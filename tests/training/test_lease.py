@@ -17,7 +17,7 @@ from diffmoe.training import lease
 from diffmoe.training.lease import Holder, Lease, hold
 from tests.training.commands import wait_for_metrics
 from tests.training.processes import ranks_of
-from tests.training.runs import metrics, newest, pack, run_config
+from tests.training.runs import metrics, newest, pack, run_config, train
 
 ELSEWHERE = {"host": "n17", "machine": "another boot", "pid": 4321}
 
@@ -268,6 +268,48 @@ def test_two_runs_never_mix(tmp_path: Path):
     assert "is no longer held by this run" in log.read_text()
     assert {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*")} == found
     assert [line["step"] for line in metrics(config)] == list(range(1, step + 51))
+
+
+@pytest.mark.parametrize("moment", ["before", "in the middle"])
+def test_a_save_is_no_checkpoint_once_the_folder_is_lost(tmp_path: Path, moment: str):
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 2, training__checkpoint_samples=8)
+    with pytest.raises(AssertionError, match="is no longer held by this run: process 4321 on n17"):
+        train(config, prepare=LoseTheFolder(tmp_path / "run", moment))
+    assert list(Path(config.output).glob("step-*")) == []
+    if moment == "before":  # what another run may be writing there stays
+        assert (tmp_path / "run/.step-00000001.tmp/theirs").exists()
+
+
+class LoseTheFolder:
+    """Another run takes the folder over before the first save, or while it is written."""
+
+    def __init__(self, output: Path, moment: str) -> None:
+        self.output, self.moment = output, moment
+
+    def __call__(self, rank: int) -> None:
+        from diffmoe.training import saver
+
+        lease.STALE = 0.0  # always looks
+        begin, write = saver.Saver.begin, saver.write
+
+        def beginning(*values):
+            if self.moment == "before":
+                self.lose()
+                (self.output / ".step-00000001.tmp").mkdir()
+                (self.output / ".step-00000001.tmp/theirs").touch()
+            begin(*values)
+
+        def writing(*values):
+            written = write(*values)
+            self.lose()
+            return written
+
+        saver.Saver.begin, saver.write = beginning, writing
+
+    def lose(self) -> None:
+        (self.output / "lease-1.json").unlink(missing_ok=True)
+        left(self.output, **ELSEWHERE)
 
 
 def hasty(rank: int) -> None:

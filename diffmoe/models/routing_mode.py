@@ -1,0 +1,41 @@
+"""How a DiffMoE network routes in evaluation: one value, which the network holds whole."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from diffmoe.errors import UserError
+
+Kind = Literal["per_token", "pooled", "static"]
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingMode:
+    """For `DiT.routing`, or `with network.routed(mode):`.
+
+    kind: per_token (Eq. 14; an image does not depend on its batch mates), pooled (Alg. 4) or
+    static (each expert's best K tokens of the batch, as in training).
+    capacity: C of static; None: that of training.
+    log_odds_LE: calibrated thresholds, as logits, by layer and expert; None: those that training
+    tracked.
+    """
+
+    kind: Kind = "per_token"
+    capacity: float | None = None
+    log_odds_LE: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise UserError(f"routing {self.kind}: choose per_token, pooled or static")
+        if self.capacity is not None and self.kind != "static":
+            raise UserError(
+                f"capacity {self.capacity:g} belongs to static routing; {self.kind} goes by "
+                "thresholds (tools/calibrate.py finds those of a capacity)"
+            )
+
+
+def check_capacity(capacity: float, experts: int) -> None:
+    """Raise UserError for one that no routing can meet, as NaN."""
+    if not 0 < capacity <= experts:
+        raise UserError(f"capacity {capacity:g}: choose one above 0, at most {experts} (experts)")
