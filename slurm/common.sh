@@ -6,15 +6,19 @@
 #   DIFFMOE_DATA       folder of shards: becomes data.path
 #   DIFFMOE_RUN        folder of the run: becomes output; default runs/RECIPE
 #   DIFFMOE_RECIPE     a recipe's name or a YAML file instead of the script's own
-#   DIFFMOE_VENV       virtual environment to enter; default .venv where there is one
+#   DIFFMOE_VENV       virtual environment, or prefix of a Python; default .venv where there is one
 #   DIFFMOE_CONTAINER  command before python, such as "apptainer exec --nv diffmoe.sif"
 #   DIFFMOE_HOME       the repository, where it is not the folder that sbatch was called in
 #   DIFFMOE_INTERFACE  network interface of NCCL and gloo, such as ib0; default their own choice
 #   DIFFMOE_MASTER     address of rank 0; default the first node's name
 #   DIFFMOE_PORT       rank 0's port; default from the job's number
-#   DIFFMOE_CHAIN      set by tools/submit.py --chain: a saved job ends well, the next one goes on
+#   DIFFMOE_CHAIN      set by tools/submit.py --chain: the chain's name; jobs do not requeue, and
+#   DIFFMOE_LINK       NUMBER/ALL, this job's: stopped, it ends well, since the next one goes on; the
+#                      last one fails if the run is not done
 #
 # Arguments of the script go to train.py: sbatch slurm/train_xl.sh training.precision=bf16
+# With sbatch --export=NONE, or chosen variables, these too must be chosen; tools/submit.py writes
+# them into the script.
 #
 # Launch: one task per GPU by srun, each becomes the rank of its number. torchrun, one a node, would
 # be a second supervisor: it keeps USR1 to itself and turns every exit code into 1, and train.py's
@@ -23,10 +27,16 @@
 # Ends: 0 finished. USR1 (Slurm sends it before the time limit and before preemption) makes the run
 # save, and the job requeues itself. A lost node makes Slurm requeue it. scancel makes the run save
 # (within the cluster's KillWait) and ends it. Any other failure ends the job with the traceback in
-# its log. Three starts of a job in a row without a new checkpoint end it too.
+# its log. Three starts of a job in a row without a new checkpoint end it too, whatever ended them:
+# RUN/slurm-starts counts each before anything else is done, and says how the last one ended.
 
-DIFFMOE_STARTS=3 # without a new checkpoint
-SAVED=85         # train.py's exit code
+DIFFMOE_STARTS=3           # without a new checkpoint
+SAVED=85                   # train.py's exit code
+SIGNALLED=$((128 + 10))    # what dies of USR1: not listening for it, or not yet
+
+asked=0
+trap 'asked=1' USR1 # it may come before there are ranks to hand it to
+cd "${DIFFMOE_HOME:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
 
 # diffmoe_port JOB [LOW HIGH]: a port outside LOW..HIGH, from which the kernel takes ports of its
 # own for outgoing connections (default: /proc/sys/net/ipv4/ip_local_port_range). Jobs whose numbers
@@ -46,12 +56,13 @@ diffmoe_port() {
 
 # Enters the environment, and exports how the ranks find each other.
 diffmoe_environment() {
-    cd "${DIFFMOE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
     local venv=${DIFFMOE_VENV:-}
     [ -z "$venv" ] && [ -e .venv/bin/activate ] && venv=.venv
-    if [ -n "$venv" ]; then
+    if [ -e "$venv/bin/activate" ]; then
         # shellcheck disable=SC1091
         source "$venv/bin/activate" || exit 2
+    elif [ -n "$venv" ]; then
+        export PATH="$venv/bin:$PATH"
     fi
     MASTER_ADDR=${DIFFMOE_MASTER:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     MASTER_PORT=${DIFFMOE_PORT:-$(diffmoe_port "$SLURM_JOB_ID")} || exit 2
@@ -68,24 +79,25 @@ diffmoe_environment() {
 diffmoe_ranks() {
     local logs=$1 step follower code
     shift
-    mkdir -p "$logs" || return 2
+    ((asked)) && return "$SIGNALLED"
     : >"$logs/rank-0000.log"
     tail -n +1 -F "$logs/rank-0000.log" 2>/dev/null &
     follower=$!
-    asked=0
     # Slurm signals the tasks itself when a job is cancelled; this shell stays to tell the end.
     trap : TERM
-    trap 'asked=1; kill -USR1 "$step"' USR1
     # Variables of a task's own are expanded by the task. The first rank to fail tells why, and the
-    # others end by themselves: --wait is for those that cannot.
+    # others end by themselves: --wait is for those that cannot. --export: what was exported here
+    # reaches the tasks whatever sbatch was told to export.
     # shellcheck disable=SC2016,SC2086
-    srun --mpi=none --kill-on-bad-exit=0 --wait=120 --open-mode=append \
+    srun --mpi=none --export=ALL --kill-on-bad-exit=0 --wait=120 --open-mode=append \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
-        --output="$logs/rank-%4t.log" bash -c '
+        --output="${logs//%/%%}/rank-%4t.log" bash -c '
             export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
             export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1} GROUP_RANK=$SLURM_NODEID
             exec "$@"' rank ${DIFFMOE_CONTAINER:-} python "$@" &
     step=$!
+    trap 'asked=1; kill -USR1 "$step"' USR1
+    ((asked)) && kill -USR1 "$step" # it came while srun was started
     wait "$step"
     code=$?
     while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
@@ -110,39 +122,65 @@ diffmoe_tracebacks() {
 }
 
 # diffmoe_count_start FOLDER PROGRESS: fails if the last DIFFMOE_STARTS starts of this job all found
-# the same progress.
+# the same progress, and says how the last one ended.
 diffmoe_count_start() {
     local record=$1/slurm-starts now="${DIFFMOE_CHAIN:-$SLURM_JOB_ID} $2"
-    local job='' progress='' starts=0
-    [ -e "$record" ] && read -r job progress starts <"$record"
+    local job='' progress='' starts=0 ended=''
+    [ -e "$record" ] && { read -r job progress starts && read -r ended; } <"$record"
     if [ "$job $progress" != "$now" ]; then starts=0; fi
     if ((starts >= DIFFMOE_STARTS)); then
-        echo "error: $DIFFMOE_STARTS starts of this job in a row came no further than '$2';" \
-            "see $1/logs for why, then submit it again" >&2
+        echo "error: $DIFFMOE_STARTS starts of this job in a row came no further than '$2'." \
+            "The last one ${ended:-was ended from outside (a lost node, KILL, out of memory)}." \
+            "See $1/logs, then submit it again" >&2
         return 1
     fi
     echo "$now $((starts + 1))" >"$record"
+}
+
+# diffmoe_ended FOLDER HOW: what diffmoe_count_start is to tell of this start.
+diffmoe_ended() {
+    echo "$2" >>"$1/slurm-starts"
+}
+
+# diffmoe_reached RUN: samples so far and in all, of the newest checkpoint.
+diffmoe_reached() {
+    local checkpoint=start samples total
+    [ -e "$1/latest" ] && checkpoint=$(<"$1/latest")
+    samples=$(sed -n 's/.*"samples": *\([0-9]*\).*/\1/p;T;q' "$1/$checkpoint/run.json" 2>/dev/null)
+    total=$(sed -n 's/^ *total_samples: *//p' "$1/config.yaml" 2>/dev/null)
+    echo "${samples:-0} of ${total:-all} samples"
 }
 
 # diffmoe_job FOLDER PROGRESS PYTHON_ARGUMENTS...: the whole job; does not return.
 # FOLDER: for its logs. PROGRESS: a word that changes when the work gets on.
 diffmoe_job() {
     local folder=$1 progress=$2 code
-    local logs=$folder/logs/job-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+    local logs=$folder/logs/job-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} link=${DIFFMOE_LINK:-}
     shift 2
     mkdir -p "$logs" || exit 2
     diffmoe_count_start "$folder" "$progress" || exit 1
+    diffmoe_environment
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS ranks on" \
         "$SLURM_JOB_NODELIST, rank 0 at $MASTER_ADDR:$MASTER_PORT, logs in $logs"
     diffmoe_ranks "$logs" "$@"
     code=$?
-    # What does not listen for USR1, or not yet, dies of it.
-    if ((asked)) && ((code == SAVED || code == 128 + 10)); then
-        if [ -n "${DIFFMOE_CHAIN:-}" ]; then
-            echo "stopped in time; the next job of the chain goes on"
-            exit 0
+    if ((asked)) && ((code == SAVED || code == SIGNALLED)); then
+        if ((code == SAVED)); then
+            echo "stopped in time, and saved"
+        else
+            diffmoe_ended "$folder" "was asked to stop (USR1: time limit or preemption) after \
+${SECONDS} s, too early to save anything; give it more time (sbatch --time)"
+            echo "warning: stopped after $SECONDS s, too early to save anything"
         fi
-        echo "stopped in time; requeueing job $SLURM_JOB_ID"
+        if [ -n "${DIFFMOE_CHAIN:-}" ] && [ "${link%/*}" != "${link#*/}" ]; then
+            echo "job $link of the chain ends; the next one goes on"
+            exit 0
+        elif [ -n "${DIFFMOE_CHAIN:-}" ]; then
+            echo "error: the chain's last job ends, and the run is not done:" \
+                "$(diffmoe_reached "$folder"); submit the same again, it goes on" >&2
+            exit "$SAVED"
+        fi
+        echo "requeueing job $SLURM_JOB_ID"
         if scontrol requeue "$SLURM_JOB_ID"; then
             sleep 60 # until Slurm ends this shell
             exit "$SAVED"
@@ -151,6 +189,7 @@ diffmoe_job() {
     elif ((code == SAVED)); then
         echo "saved; submit the same again and it goes on"
     elif ((code)); then
+        diffmoe_ended "$folder" "failed with code $code"
         diffmoe_tracebacks "$logs" >&2
         echo "error: failed with code $code; every rank's log is in $logs" >&2
     fi
@@ -161,7 +200,6 @@ diffmoe_job() {
 diffmoe_train() {
     local recipe=${DIFFMOE_RECIPE:-$1} run latest=start argument
     shift
-    diffmoe_environment
     run=$(basename "$recipe")
     run=${DIFFMOE_RUN:-runs/${run%.y*ml}}
     for argument; do
@@ -179,7 +217,6 @@ diffmoe_train() {
 diffmoe_tool() {
     local out=${1%/} files
     shift
-    diffmoe_environment
-    files=$(find "$out" -type f 2>/dev/null | wc -l)
+    files=$(find "$out" -type f ! -name '*.tmp' 2>/dev/null | wc -l) # those are what kills left
     diffmoe_job "$out-job" "$files-files" "$@"
 }

@@ -21,7 +21,6 @@ run=${DIFFMOE_RUN:?set it to the folder of the run to evaluate}
 reference=${DIFFMOE_REFERENCE:?set it to a reference, see tools/evaluate.py --help}
 out=${DIFFMOE_OUT:-evaluation/$(basename "$run")}
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    cd "${DIFFMOE_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
     averages=("$run"/ema-*/)
     [ -d "${averages[0]}" ] || averages=("$run"/step-*/)
     if ((SLURM_ARRAY_TASK_ID >= ${#averages[@]})) || [ ! -d "${averages[0]}" ]; then

@@ -6,10 +6,11 @@
 
 Without --expert-parallel, --zero-stage or --micro-batch all choices are tried, with and without
 activation checkpointing, and one is recommended. Needs neither a GPU nor the data. Settings are
-written as for train.py.
+written as for train.py. With --ds_config, what DeepSpeed offloads is counted on the host.
 """
 
 import argparse
+import math
 import re
 
 from diffmoe.errors import run_command
@@ -25,6 +26,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--nodes", type=int, default=1, help="default 1")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default 8")
+    parser.add_argument("--ds_config", metavar="JSON", help="its offload, buckets and stage count")
     parser.add_argument("--expert-parallel", type=int, metavar="P")
     parser.add_argument("--zero-stage", type=int, choices=[1, 2])
     parser.add_argument("--micro-batch", type=int, metavar="N", help="samples of a GPU at a time")
@@ -37,8 +39,12 @@ def parse() -> argparse.Namespace:
         ("--within", default.within / 1e9, "GB/s of a GPU inside its node"),
         ("--between", default.between / 1e9, "GB/s of a GPU between nodes"),
         ("--device-bandwidth", default.device / 1e9, "GB/s of a GPU's own memory"),
+        ("--host-bandwidth", default.host / 1e9, "GB/s of a GPU to its host, for offloaded states"),
     ):
         card.add_argument(flag, type=float, default=value, help=f"{unit}; default {value:g}")
+    card.add_argument(
+        "--node-memory", type=float, metavar="GB", help="of a job's host; default not compared"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
 
@@ -46,7 +52,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     from diffmoe.planning.estimate import plan, recommended
-    from diffmoe.planning.layouts import layouts
+    from diffmoe.planning.layouts import Zero, layouts
     from diffmoe.planning.telling import detail, table
     from diffmoe.recipes import load_config
 
@@ -54,26 +60,36 @@ def main() -> None:
     if re.fullmatch(r"(s|b|l|xl)_e\d+", name):
         name = f"diffmoe_{name}_flow"
     config = load_config(name, options.overrides)
+    given = {}
+    if options.ds_config:
+        from diffmoe.parallel.zero import read_ds_config, reconcile
+
+        given = read_ds_config(options.ds_config)
+        config = reconcile(config, given, options.ds_config)
     machine = Machine(
         memory=options.gpu_memory * 1e9,
+        node_memory=math.inf if options.node_memory is None else options.node_memory * 1e9,
         flops_bf16=options.tflops_bf16 * 1e12,
         flops_fp32=options.tflops_fp32 * 1e12,
         within=options.within * 1e9,
         between=options.between * 1e9,
         device=options.device_bandwidth * 1e9,
+        host=options.host_bandwidth * 1e9,
     )
     choices = layouts(
         config,
         options.nodes,
         options.gpus_per_node,
         options.expert_parallel,
-        options.zero_stage,
+        options.zero_stage or given.get("zero_optimization", {}).get("stage"),
         options.micro_batch,
+        Zero.of(given),
     )
     plans = [plan(layout, machine) for layout in choices]
     print(f"{name}, {options.nodes} nodes x {options.gpus_per_node} GPUs\n")
     print(table(plans))
-    print(f"\nrecommended: {detail(recommended(plans))}\n\n{machine.assumptions()}")
+    best = detail(recommended(plans), machine.node_memory)
+    print(f"\nrecommended: {best}\n\n{machine.assumptions()}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,24 @@
 
   python tools/submit.py xl --nodes 4 --account A data.path=/data/imagenet256 --dry-run
   python tools/submit.py l --recipe diffmoe_l_e8_flow --time 24:00:00 --chain 5 data.path=DIR
+  python tools/submit.py b --sbatch "--qos=long -C ib" --sbatch "--exclude=n7" data.path=DIR
 
-Refused here, not after the queue: a wrong setting, data or DeepSpeed JSON, a number of GPUs that
-does not fit, too little GPU memory or disk space, a checkpoint of another run. Prints the plan,
-writes the exact script beside the run (RUN/submitted/) and submits it. --dry-run shows it and
-changes nothing. --chain N queues N jobs, each going on where the last one was stopped by its time
-limit, for clusters that do not requeue. Needs no GPU.
+Refused here, not after the queue: all that train.py refuses at its start (settings, data, DeepSpeed
+JSON, what evaluation needs, a checkpoint of another run), a number of GPUs that does not fit, too
+little memory of GPUs or nodes, too little disk space. Prints the plan, writes the exact script
+beside the run (RUN/submitted/) and submits it. The script holds all that was chosen here, the
+DIFFMOE_* variables of slurm/common.sh too, so the job needs nothing of this shell's environment.
+
+--dry-run shows it and changes nothing. --sbatch takes any further options of sbatch; requeued jobs
+and all jobs of a chain keep them. --chain N queues N jobs, each going on where the last one was
+stopped by its time limit, for clusters that do not requeue; the last one fails if the run is not
+done. Needs no GPU.
 """
 
 import argparse
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +29,13 @@ from diffmoe.planning.machine import Machine
 HOME = Path(__file__).resolve().parents[1]
 RECIPES = {size: f"diffmoe_{size}_e16_flow" for size in ("s", "b", "l", "xl")}
 DEFAULT_NODES = {"s": 1, "b": 1, "l": 1, "xl": 4}
+# Settings that name a file or folder.
+PATHS = (
+    *("data.path", "data.cache", "training.init"),
+    *(f"evaluation.{key}" for key in ("reference", "prompts", "text_encoder", "truth")),
+)
+# DIFFMOE_ variables that are the machine's; the others are the run's, and chosen here.
+MACHINE = ("VENV", "CONTAINER", "INTERFACE", "MASTER", "PORT")
 
 
 def parse() -> argparse.Namespace:
@@ -35,8 +50,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--gpu-memory", type=float, default=80, metavar="GB", help="of a GPU; default 80"
     )
-    for option in ("account", "partition", "time", "cpus-per-task", "mem"):
+    for option in ("account", "partition", "time", "cpus-per-task"):
         parser.add_argument(f"--{option}", help="as sbatch's")
+    parser.add_argument("--mem", help="of a node, as sbatch's; default the template's")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help='further ones of sbatch, such as "--qos=long --exclude=n7"; may be given repeatedly',
+    )
     parser.add_argument(
         "--chain", type=int, default=1, metavar="N", help="jobs after each other; default 1"
     )
@@ -45,22 +68,36 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="change nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(_joined(sys.argv[1:]))
+
+
+def _joined(words: list[str]) -> list[str]:
+    """`--sbatch OPTIONS` as `--sbatch=OPTIONS`, or argparse takes OPTIONS for some of ours."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--sbatch":
+            joined[-1] = f"--sbatch={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def main() -> None:
     options = parse()
-    from diffmoe.planning.submission import check, script, template_settings
+    from diffmoe.planning.sbatch import further_options, node_memory, script, template_settings
+    from diffmoe.planning.submission import check
     from diffmoe.planning.telling import detail
     from diffmoe.recipes import load_config
 
     template = (HOME / f"slurm/train_{options.size}.sh").read_text()
     recipe = options.recipe or RECIPES[options.size]
     nodes = options.nodes or DEFAULT_NODES[options.size]
+    run_options = further_options(options.sbatch, options.gpus_per_node)
     config = load_config(recipe, [*template_settings(template), *options.overrides])
-    machine = Machine(memory=options.gpu_memory * 1e9)
+    memory = node_memory(options.mem, template)
+    machine = Machine(memory=options.gpu_memory * 1e9, node_memory=memory)
     planned = check(config, options.ds_config, nodes, options.gpus_per_node, machine)
-    print(f"{recipe} on {nodes} nodes x {options.gpus_per_node} GPUs: {detail(planned)}")
+    print(f"{recipe} on {nodes} nodes x {options.gpus_per_node} GPUs: {detail(planned, memory)}")
     print(machine.assumptions(), "\n")
 
     run = Path(config.output).absolute()
@@ -69,20 +106,24 @@ def main() -> None:
         "nodes": str(nodes),
         "ntasks-per-node": str(options.gpus_per_node),
         "gpus-per-node": str(options.gpus_per_node),
-        "output": str(run / "submitted/%x-%j.out"),
+        "output": str(run).replace("%", "%%") + "/submitted/%x-%j.out",
     }
     for option in ("account", "partition", "time", "cpus-per-task", "mem"):
         if value := getattr(options, option.replace("-", "_")):
             resources[option] = value
-    environment = {"DIFFMOE_HOME": str(HOME), "DIFFMOE_RUN": str(run)}
+    names = (f"DIFFMOE_{name}" for name in MACHINE)
+    environment = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if "DIFFMOE_CONTAINER" not in environment:  # which brings a Python of its own
+        environment.setdefault("DIFFMOE_VENV", sys.prefix)
+    environment |= {"DIFFMOE_HOME": str(HOME), "DIFFMOE_RUN": str(run)}
     if options.chain > 1:
         environment["DIFFMOE_CHAIN"] = name
     arguments = [recipe if options.recipe is None else _absolute(recipe)]
     for flag, value in (("--ds_config", options.ds_config), ("--device", options.device)):
         if value:
             arguments += [flag, _absolute(value) if flag == "--ds_config" else value]
-    arguments += [one for one in options.overrides if not one.startswith("output=")]
-    text = script(template, resources, environment, arguments)
+    arguments += [_located(one) for one in options.overrides if not one.startswith("output=")]
+    text = script(template, resources | run_options, environment, arguments)
     if options.dry_run:
         print(text)
         return
@@ -90,9 +131,9 @@ def main() -> None:
     written.parent.mkdir(parents=True, exist_ok=True)
     written.write_text(text)
     jobs: list[str] = []
-    for _ in range(options.chain):
+    for link in range(1, options.chain + 1):
         after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
-        jobs.append(_sbatch([*after, str(written)]))
+        jobs.append(_sbatch([*after, str(written), f"{link}/{options.chain}"]))
     print(f"submitted {written} as {', '.join(f'job {job}' for job in jobs)}; follow it with")
     print(f"  squeue -j {','.join(jobs)}\n  tail -F {run}/submitted/*-{jobs[0]}.out")
     print(f"stop it, saved, with\n  scancel {' '.join(reversed(jobs))}")
@@ -111,6 +152,12 @@ def _sbatch(arguments: list[str]) -> str:
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def _located(override: str) -> str:
+    """A setting that names a path from here, for a job that runs in the repository."""
+    key, _, value = override.partition("=")
+    return f"{key}={_absolute(value)}" if key in PATHS else override
 
 
 if __name__ == "__main__":

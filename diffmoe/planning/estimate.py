@@ -6,26 +6,34 @@ from dataclasses import dataclass
 from diffmoe.errors import UserError
 from diffmoe.planning.activations import activation_bytes
 from diffmoe.planning.flops import step_flops
+from diffmoe.planning.host import HostMemory, host_memory
 from diffmoe.planning.layouts import Layout
 from diffmoe.planning.machine import Machine
-from diffmoe.planning.memory import Memory, memory, partition
+from diffmoe.planning.memory import MASTER, Memory, averages, memory, partition
 from diffmoe.planning.traffic import Collective, traffic
 
 
 @dataclass(frozen=True)
 class Plan:
-    """seconds: of one optimizer step; fits: on the machine's GPUs."""
+    """seconds: of one optimizer step; fits_gpu, fits_node: GPU's memory, and the node's."""
 
     layout: Layout
     memory: Memory
+    host: HostMemory
     traffic: list[Collective]
     flops: int
     seconds: float
-    fits: bool
+    fits_gpu: bool
+    fits_node: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_gpu and self.fits_node
 
 
 def plan(layout: Layout, machine: Machine) -> Plan:
     needed, moved, flops = memory(layout), traffic(layout), step_flops(layout)
+    host = host_memory(layout)
     rate = machine.flops_bf16 if layout.element == 2 else machine.flops_fp32
     seconds = flops / rate
     seconds += sum(c.within / machine.within + c.between / machine.between for c in moved)
@@ -34,9 +42,14 @@ def plan(layout: Layout, machine: Machine) -> Plan:
     again = layout.config.training.activation_checkpointing
     kept = activation_bytes(layout.changed({"training.activation_checkpointing": False}))
     seconds += (5 + 2 * again) * kept * layout.accumulation / machine.device
-    seconds += 2 * (needed.masters + needed.moments + needed.ema) / machine.device
-    seconds += 4 * partition(layout) * 4 / machine.device
-    return Plan(layout, needed, moved, flops, seconds, needed.total <= machine.memory)
+    own, states = partition(layout), (3 + averages(layout)) * MASTER
+    seconds += (
+        own * (2 * states + 4 * MASTER) / (machine.host if layout.zero.offload else machine.device)
+    )
+    if layout.zero.offload:  # gradients go, weights come
+        seconds += 2 * own * layout.element / machine.host
+    fits = needed.total <= machine.memory, host.total <= machine.node_memory
+    return Plan(layout, needed, host, moved, flops, seconds, *fits)
 
 
 def recommended(plans: Iterable[Plan]) -> Plan:
@@ -47,6 +60,14 @@ def recommended(plans: Iterable[Plan]) -> Plan:
     plans = list(plans)
     fitting = [one for one in plans if one.fits]
     if not fitting:
+        on_gpu = [one for one in plans if one.fits_gpu]
+        if on_gpu:
+            least = min(on_gpu, key=lambda one: one.host.total)
+            raise UserError(
+                f"no layout fits: of those that fit the GPUs, {least.layout.describe()} needs the "
+                f"least host memory, {least.host.total / 1e9:.1f} GB a node; give the nodes more, "
+                "take more of them, or a DeepSpeed JSON without offload"
+            )
         least = min(plans, key=lambda one: one.memory.total)
         raise UserError(
             f"no layout fits: the smallest, {least.layout.describe()}, needs "

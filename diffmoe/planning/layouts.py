@@ -1,7 +1,7 @@
 """Ways to spread one run over a machine."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,11 +17,42 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
+class Zero:
+    """What a DeepSpeed JSON says of memory.
+
+    bucket: elements of a reduce bucket. buckets: how many of them there are at once. offload:
+    masters, moments, averages and their gradients lie in host memory; pinned: page-locked there.
+    (allgather_bucket_size cuts a collective into pieces, and needs no memory.)
+    """
+
+    bucket: int = 25_000_000  # what diffmoe.parallel.zero sets where the JSON is silent
+    buckets: int = 1
+    offload: bool = False
+    pinned: bool = False
+
+    @classmethod
+    def of(cls, ds_settings: Mapping[str, Any]) -> "Zero":
+        """ds_settings: the JSON, as diffmoe.parallel.zero.read_ds_config reads it."""
+        zero = ds_settings.get("zero_optimization", {})
+        offload = zero.get("offload_optimizer") or {}
+        return cls(
+            bucket=int(zero.get("reduce_bucket_size", cls.bucket)),
+            buckets=2 if zero.get("overlap_comm") else 1,
+            offload=offload.get("device", "none") != "none",
+            pinned=bool(offload.get("pin_memory")),
+        )
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """Trainable elements that one rank holds: dense ones, and its share of the experts."""
+    """Trainable elements that one rank holds: dense ones, and its share of the experts.
+
+    largest: of one parameter.
+    """
 
     dense: int
     experts: int
+    largest: int
 
 
 @lru_cache(maxsize=64)
@@ -34,19 +65,21 @@ def sizes_of(model_json: str, moe_json: str, expert_parallel: int) -> Sizes:
             topology,
         )
     experts = sum(parameter.numel() for parameter in network.expert_parameters().values())
-    return Sizes(sum(p.numel() for p in network.parameters()) - experts, experts)
+    every = [parameter.numel() for parameter in network.parameters()]
+    return Sizes(sum(every) - experts, experts, max(every))
 
 
 @dataclass(frozen=True)
 class Layout:
     """One configuration on one machine; all sizes that the estimates need.
 
-    nodes, gpus_per_node: of the machine; every GPU is one rank.
+    nodes, gpus_per_node: of the machine; every GPU is one rank. zero: of the DeepSpeed JSON.
     """
 
     config: Config
     nodes: int
     gpus_per_node: int
+    zero: Zero = Zero()
 
     @property
     def world(self) -> int:
@@ -120,7 +153,7 @@ class Layout:
 
     def changed(self, changes: dict[str, Any]) -> "Layout":
         """With other settings, dotted keys, on the same machine."""
-        return Layout(self.config.replace(changes), self.nodes, self.gpus_per_node)
+        return replace(self, config=self.config.replace(changes))
 
     def describe(self) -> str:
         checkpointing = self.config.training.activation_checkpointing
@@ -138,6 +171,7 @@ def layouts(
     expert_parallel: int | None = None,
     zero_stage: int | None = None,
     micro_batch: int | None = None,
+    zero: Zero = Zero(),
 ) -> Iterator[Layout]:
     """Every layout that keeps the run's batch; a given value narrows the choice.
 
@@ -177,4 +211,4 @@ def layouts(
                         "training.accumulation": batch // (world * micro),
                         "training.activation_checkpointing": checkpointing,
                     }
-                    yield Layout(config, nodes, gpus_per_node).changed(changes)
+                    yield Layout(config, nodes, gpus_per_node, zero).changed(changes)

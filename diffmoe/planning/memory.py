@@ -6,7 +6,6 @@ from diffmoe.planning.activations import activation_bytes
 from diffmoe.planning.layouts import Layout
 
 MASTER = 4  # bytes: masters, moments and averages are fp32
-REDUCE_BUCKET = 25_000_000  # elements; what diffmoe.parallel.zero sets where the JSON is silent
 # What CUDA, NCCL and the libraries keep outside of tensors; and what PyTorch's allocator loses.
 CONTEXT_BYTES = 2 * 2**30
 FRAGMENTATION = 1.06
@@ -66,13 +65,18 @@ def memory(layout: Layout) -> Memory:
     # bucket by bucket. Both copy their partition before the optimizer works on it.
     whole = 0 if layout.config.parallel.zero_stage == 2 else sizes.dense + sizes.experts
     sent = layout.rows * layout.config.model.width * element
+    # Offloaded, the optimizer's share is in host memory (host.py); one gradient passes at a time.
+    here = 0 if layout.zero.offload else own
+    passing = sizes.largest * element if layout.zero.offload else 0
     return Memory(
         parameters=flat * element,
-        gradients=whole * element + own * (MASTER if element == MASTER else MASTER + element),
-        masters=own * MASTER,
-        moments=2 * own * MASTER,
-        ema=averages(layout) * own * MASTER,
+        gradients=whole * element
+        + here * (MASTER if element == MASTER else MASTER + element)
+        + passing,
+        masters=here * MASTER,
+        moments=2 * here * MASTER,
+        ema=averages(layout) * here * MASTER,
         activations=activation_bytes(layout),
         all_to_all=2 * sent if layout.expert_parallel > 1 else 0,
-        buckets=REDUCE_BUCKET * element,
+        buckets=layout.zero.buckets * layout.zero.bucket * element,
     )

@@ -1,5 +1,6 @@
 """Plans as text."""
 
+import math
 from dataclasses import fields
 
 from diffmoe.planning.estimate import Plan
@@ -21,20 +22,33 @@ def table(plans: list[Plan]) -> str:
             one.layout.describe().ljust(width)
             + kinds
             + f"{one.memory.total / GB:7.1f}{one.seconds:8.3f}"
-            + ("" if one.fits else "  does not fit")
+            + _misfit(one)
         )
     return "\n".join(lines)
 
 
-def detail(one: Plan) -> str:
-    """The layout as settings of train.py, and what its collectives move."""
-    layout, needed = one.layout, one.memory
+def _misfit(one: Plan) -> str:
+    if one.fits:
+        return ""
+    return "  does not fit" if not one.fits_gpu else "  does not fit the node's host memory"
+
+
+def detail(one: Plan, node_memory: float) -> str:
+    """The layout as settings of train.py, what it needs, and what its collectives move.
+
+    node_memory: bytes of the host that a job gets of each node.
+    """
+    layout, needed, host = one.layout, one.memory, one.host
     batch = layout.config.training.batch_size
     lines = [
         settings(one),
         f"  memory: {needed.tensors / GB:.2f} GB of tensors, {needed.total / GB:.1f} GB with "
         f"{FRAGMENTATION - 1:.0%} lost by the allocator and {CONTEXT_BYTES / GB:.1f} GB of CUDA "
-        f"and libraries; {'fits' if one.fits else 'does not fit'}",
+        f"and libraries; {'fits' if one.fits_gpu else 'does not fit'}",
+        f"  host memory: {host.total / GB:.1f} GB a node{_given(one, node_memory)}: "
+        f"{host.processes / GB:.1f} of processes and the larger of",
+        f"    {host.network / GB:.1f} of new weights, {host.saves / GB:.1f} of copies for saving "
+        f"+ {host.states / GB:.1f} of offloaded states + {host.loader / GB:.1f} of batches",
         f"  work: {one.flops / 1e12:.2f} TFLOP a GPU and step; about {one.seconds:.3f} s a step, "
         f"{batch / one.seconds:.0f} samples/s",
         "  collectives of one step, MB that one GPU sends:      in its node  between nodes",
@@ -45,6 +59,12 @@ def detail(one: Plan) -> str:
         for c in one.traffic
     ]
     return "\n".join(lines)
+
+
+def _given(one: Plan, node_memory: float) -> str:
+    if math.isinf(node_memory):
+        return ""
+    return f" of {node_memory / GB:.1f}, {'fits' if one.fits_node else 'does not fit'}"
 
 
 def settings(one: Plan) -> str:

@@ -7,13 +7,10 @@ import torch
 import torch.distributed as dist
 
 from diffmoe.config import Config
-from diffmoe.data.fetching import Fetch, check_addresses
-from diffmoe.data.manifest import Manifest
-from diffmoe.errors import UserError
 from diffmoe.parallel.device import own_device
 from diffmoe.parallel.topology import create_topology
-from diffmoe.parallel.zero import engine_settings, read_ds_config, reconcile
-from diffmoe.training import agreement, evaluation, initial
+from diffmoe.parallel.zero import read_ds_config, reconcile
+from diffmoe.training import agreement, preflight
 from diffmoe.training.lease import hold
 from diffmoe.training.loop import train
 from diffmoe.training.peers import Peers, join
@@ -49,12 +46,7 @@ def start(
     }
     agreement.check_settings(config, settings, options)
     agreement.check_folders(config, resume)
-    world = dist.get_world_size()
-    config.check_world(world)
-    engine_settings(config, settings, world)
-    check_data(config)
-    initial.check(config)
-    evaluation.check(config, Manifest.load(config.data.path))
+    preflight.check(config, settings, dist.get_world_size())
     with hold(Path(config.output)) as lease:
         going_on = find_checkpoint(config, resume, allow_changed)
         topology = create_topology(config.parallel.expert_parallel)
@@ -68,19 +60,6 @@ def start(
         dist.destroy_process_group()
         telemetry.finish()  # no rank waits for it, and the exit code is decided
     return finished
-
-
-def check_data(config: Config) -> None:
-    """Hold the shards and their manifest against the configuration."""
-    if config.data.path is None:
-        raise UserError(
-            "data.path is not set: give the folder of shards, data.path=DIR "
-            "(python tools/prepare_data.py --help makes one)"
-        )
-    manifest = Manifest.load(config.data.path)
-    check_addresses(config.data.path, manifest, Fetch.of(config.data))
-    manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
-    manifest.check_model(config.model)
 
 
 def _connect(device: str | None, timeout_seconds: float | None) -> tuple[torch.device, Peers]:

@@ -17,7 +17,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.inference.passes import real_examples
 from diffmoe.recipes import load_config
-from diffmoe.training.start import check_data as check_before_training
+from diffmoe.training.preflight import check_data as check_before_training
 from tests.training.runs import pack as pack_run
 from tests.training.runs import run_config
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from diffmoe.benchmarks.collectives import Collectives
 from diffmoe.benchmarks.memory import Saved
+from diffmoe.checkpoints.network import threshold_buffers
+from diffmoe.checkpoints.pieces import HostCopy
 from diffmoe.config import Config
 from diffmoe.data.examples import micro_batches
 from diffmoe.diffusion import create_objective
@@ -15,6 +17,7 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import create_engine, engine_settings
+from diffmoe.training.checkpoint import pieces
 from diffmoe.training.ema import EMA
 from diffmoe.training.thresholds import ThresholdTracker
 from tests.tiny import random_batch, randomize
@@ -24,7 +27,7 @@ def size(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def step_on_rank(config: Config) -> dict[str, Any]:
+def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """One optimizer step. -> bytes of this rank by kind, and of its collectives."""
     objective = create_objective(config.diffusion)
     topology = create_topology(config.parallel.expert_parallel)
@@ -36,7 +39,7 @@ def step_on_rank(config: Config) -> dict[str, Any]:
         num_experts=config.moe.experts,
         optimizer=torch.optim.AdamW,
         optimizer_options={"lr": 1e-3},
-        settings=engine_settings(config, {}, topology.world),
+        settings=engine_settings(config, ds_settings or {}, topology.world),
         topology=topology,
     )
     ema = EMA(engine, config.training.ema_decay, config.training.ema_stds)
@@ -50,6 +53,15 @@ def step_on_rank(config: Config) -> dict[str, Any]:
         work(group)
 
     zero._optimizer_step = noting
+    buckets: list[int] = []
+    set_up = zero.setup_buckets
+
+    def counting() -> None:
+        set_up()
+        held = [part for bucket in zero.ipg_buckets.values() for part in bucket.buffer]
+        buckets.append(size(held))
+
+    zero.setup_buckets = counting
     lanes = config.data.lanes // topology.world
     mine = range(topology.rank * lanes, (topology.rank + 1) * lanes)
     with Collectives() as sent:
@@ -75,6 +87,18 @@ def step_on_rank(config: Config) -> dict[str, Any]:
         "moments": size(moments),
         "ema": size([average for kind in ema.averages.values() for average in kind]),
         "sent": dict(sent.bytes),
+        "buckets": max(buckets),
+        "passing": [
+            size(getattr(zero, name, []))
+            for name in (
+                "param_buffer_of_bit16_for_cpu_offload_groups",
+                "temp_grad_buffer_for_cpu_offload",
+                "temp_grad_buffer_for_gpu_offload",
+            )
+        ],
+        "accumulated": size(getattr(zero, "accumulated_grads_in_cpu", {}).values()),
+        "saves": size(HostCopy().take(pieces(engine, network, ema)).values()),
+        "buffers": size(buffer for _, buffer in threshold_buffers(network)),
     }
 
 

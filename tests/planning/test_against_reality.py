@@ -13,7 +13,8 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.planning.activations import kept_bytes
 from diffmoe.planning.flops import forward_flops, step_flops
-from diffmoe.planning.layouts import Layout
+from diffmoe.planning.host import PINNED, host_memory
+from diffmoe.planning.layouts import Layout, Zero
 from diffmoe.planning.memory import memory, partition
 from diffmoe.planning.traffic import traffic
 from tests.planning.measured import saved_bytes, step_in_pretence, step_on_rank
@@ -58,11 +59,45 @@ def test_memory_and_traffic_equal_a_real_step(
         for kind in ("parameters", "masters", "moments", "ema"):
             assert told[kind] == getattr(planned, kind), kind
         assert told["gradient_partition"] == 4 * partition(layout)
+        assert told["buckets"] == planned.buckets
+    # Copies for saving: to padding, and what the planner adds for pinned memory.
+    saved = sum(told["saves"] - told["buffers"] for told in ranks_told)
+    assert host_memory(layout).saves / PINNED == pytest.approx(saved, rel=0.01)
     # A wide pool shares its rows out unevenly between ranks; the sum is as planned.
     sent: Counter[str] = Counter()
     for told in ranks_told:
         sent.update(told["sent"])
     assert sent == {name: world * size for name, size in predicted_bytes(layout).items()}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_offloaded_states_equal_a_real_step(steps: int):
+    """They leave the GPU's memory for the host's, whatever device the test has."""
+    config = tiny_config(
+        parallel__expert_parallel=2,
+        parallel__zero_stage=2,
+        training__precision="bf16",
+        training__accumulation=steps,
+    )
+    settings = {
+        "zero_optimization": {
+            "reduce_bucket_size": 5000,
+            "overlap_comm": True,
+            "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        }
+    }
+    layout = Layout(config, 1, 2, Zero.of(settings))
+    planned, host = memory(layout), host_memory(layout)
+    assert (planned.masters, planned.moments, planned.ema) == (0, 0, 0)
+    states = 0
+    for told in run_ranks(2, step_on_rank, config, settings):
+        returning, leaving, arriving = told["passing"]
+        assert planned.gradients == arriving
+        assert planned.buckets == told["buckets"]
+        kinds = ("masters", "gradient_partition", "moments", "ema", "accumulated")
+        states += sum(told[kind] for kind in kinds) + returning + leaving
+    assert host.states == states
+    assert host.saves == pytest.approx(2 * 4 * 4 * partition(layout))  # not pinned once more
 
 
 @pytest.mark.parametrize(("world", "ranks"), [(64, 8), (256, 16)])

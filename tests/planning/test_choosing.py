@@ -47,7 +47,7 @@ def test_the_recommended_one_fits_and_is_the_quickest():
     with pytest.raises(
         UserError, match=r"no layout fits: the smallest, P=8 stage 2 micro-batch 4 x 8"
     ):
-        recommended([replace(one, fits=False) for one in plans])
+        recommended([replace(one, fits_gpu=False) for one in plans])
 
 
 def test_groups_inside_a_node_send_nothing_between_nodes():

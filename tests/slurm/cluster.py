@@ -1,6 +1,7 @@
 """A real Slurm of two nodes on this machine, and jobs on it."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -105,7 +106,7 @@ class Job:
 
     def field(self, name: str) -> str:
         told = self.cluster.command("scontrol", "--oneliner", "show", "job", self.number)
-        return next(part.split("=", 1)[1] for part in told.split() if part.startswith(name + "="))
+        return re.search(rf"(?:^| ){name}=(.*?)(?= [A-Z][\w/:]*=| *\n)", told)[1]
 
     @property
     def log(self) -> str:

@@ -9,7 +9,7 @@ import pytest
 from diffmoe.planning.estimate import plan
 from diffmoe.planning.layouts import Layout
 from diffmoe.planning.machine import Machine
-from diffmoe.planning.submission import template_settings
+from diffmoe.planning.sbatch import template_settings
 from diffmoe.recipes import load_config
 from tests.training.commands import ROOT
 
@@ -65,6 +65,34 @@ def test_starts_are_counted_until_something_was_saved(tmp_path: Path):
         "c step-20 2",
     ]
     assert "error: 3 starts of this job in a row came no further than 'start'" in done.stderr
+    assert "The last one was ended from outside" in done.stderr
+
+
+def test_how_the_last_start_ended_is_told(tmp_path: Path):
+    (tmp_path / "slurm-starts").write_text("7 start 2\nfailed with code 1\n")
+    count = f"SLURM_JOB_ID=7; diffmoe_count_start {tmp_path} start"
+    assert bash(count).returncode == 0
+    # The third start's own end replaces the second's.
+    bash(f"diffmoe_ended {tmp_path} 'was asked to stop after 5 s'")
+    told = bash(count)
+    assert told.returncode == 1
+    assert "came no further than 'start'. The last one was asked to stop after 5 s." in told.stderr
+
+
+def test_files_that_kills_leave_are_no_progress(tmp_path: Path):
+    for name in ("samples-0.npz", "samples-1.npz.host-12.tmp"):
+        (tmp_path / name).touch()
+    told = bash(f'diffmoe_job() {{ echo "$@"; }}; diffmoe_tool {tmp_path} tools/sample.py')
+    assert told.stdout.split() == [f"{tmp_path}-job", "1-files", "tools/sample.py"]
+
+
+def test_a_prefix_without_activate_is_a_python_too(tmp_path: Path):
+    """Such as conda's."""
+    told = bash(
+        f"DIFFMOE_VENV={tmp_path}; DIFFMOE_MASTER=n1; SLURM_JOB_ID=7; diffmoe_environment; "
+        "echo $PATH"
+    )
+    assert told.stdout.startswith(f"{tmp_path}/bin:")
 
 
 @pytest.mark.parametrize("size", TEMPLATES)

@@ -1,6 +1,7 @@
 """Jobs of the templates on a real Slurm of two nodes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_a_saved_link_of_a_chain_on_one_node_hands_over(
         DIFFMOE_DATA=str(data),
         DIFFMOE_RUN=str(run),
         DIFFMOE_CHAIN="chain",
+        DIFFMOE_LINK="1/2",
         DIFFMOE_CONTAINER="env TEST_PROBE=1 TEST_SECONDS_A_STEP=0.15",
         WANDB_MODE="disabled",
     )
@@ -132,7 +134,7 @@ def test_usr1_saves_requeues_and_the_end_is_the_same(
     assert reached % 20, "saved at the signal, not at an interval"
     identity = (run / "wandb_id").read_text().split()[0]
     assert job.end() == "COMPLETED", job.log
-    assert "stopped in time; requeueing" in job.log
+    assert "stopped in time, and saved\nrequeueing" in job.log
     assert "error: this cluster does not requeue" not in job.log
     assert f"resumed {run}/step-{reached:08d} at {8 * reached} samples" in job.log
     assert_identical(tensors(run / newest(run)), tensors(undisturbed / newest(undisturbed)))
@@ -182,6 +184,38 @@ def test_a_fourth_start_without_progress_fails(cluster: Cluster, data: Path, tmp
     assert job.end() == "FAILED"
     assert "error: 3 starts of this job in a row came no further than 'start'" in job.log
     assert newest(run) == "none"
+
+
+def test_a_signal_before_there_are_ranks_is_counted_and_told(
+    cluster: Cluster, data: Path, tmp_path: Path
+):
+    """A time limit shorter than the start: here it comes while the environment is entered."""
+    run, venv = tmp_path / "run", tmp_path / "venv/bin"
+    run.mkdir()
+    venv.mkdir(parents=True)
+    (venv / "activate").write_text("kill -USR1 $$\n")
+    job = cluster.submit(
+        *SETTINGS,
+        script="train_s.sh",
+        options=(*TWO_NODES, "--hold"),
+        DIFFMOE_RECIPE="mnist",
+        DIFFMOE_DATA=str(data),
+        DIFFMOE_RUN=str(run),
+        DIFFMOE_VENV=str(venv.parent),
+    )
+    (run / "slurm-starts").write_text(f"{job.number} start 2\n")
+    cluster.command("scontrol", "release", job.number)
+    job.restarted()
+    assert job.end() == "FAILED"
+    assert job.field("ExitCode") == "1:0"
+    assert "s, too early to save anything\nrequeueing job" in job.log
+    assert re.search(
+        "error: 3 starts of this job in a row came no further than 'start'. The last one was asked "
+        r"to stop \(USR1: time limit or preemption\) after \d+ s, too early to save anything; "
+        r"give it more time \(sbatch --time\)\.",
+        job.log,
+    )
+    assert not list(run.glob("logs/*/rank-*.log"))
 
 
 def test_scancel_leaves_a_checkpoint_and_no_requeue(cluster: Cluster, data: Path, tmp_path: Path):

@@ -1,23 +1,30 @@
 """tools/submit.py: refuses on the login node, shows the plan, submits what it shows."""
 
+import importlib.util
 import re
-import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from diffmoe.errors import UserError
+from diffmoe.errors import UserError, run_command
 from diffmoe.planning import submission
 from diffmoe.planning.machine import Machine
+from diffmoe.planning.sbatch import further_options, node_memory
 from tests.slurm.cluster import Cluster, Job
-from tests.slurm.test_jobs import SETTINGS
-from tests.training.commands import ROOT, command
+from tests.slurm.test_jobs import SETTINGS, steps
+from tests.training.commands import ROOT
 from tests.training.runs import pack, run_config
 
 SUBMIT = str(ROOT / "tools/submit.py")
 SIZE = ("s", "--recipe", "mnist", "--nodes", "2", "--gpus-per-node", "1", "--cpus-per-task", "1")
+
+EVALUATED = ("training.evaluate_every=8",)
+
+Submit = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -25,19 +32,31 @@ def data(tmp_path: Path) -> Path:
     return pack(tmp_path / "data", shape=(1, 28, 28), classes=10)
 
 
-def submit(data: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    run = data.parent / "run"
-    settings = (*SETTINGS, f"data.path={data}", f"output={run}")
-    return command(sys.executable, SUBMIT, *SIZE, *settings, *more)
+@pytest.fixture
+def submit(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Submit:
+    """tools/submit.py in this process, of `data` into RUN beside it: exit code, output, errors."""
+    spec = importlib.util.spec_from_file_location("submit_tool", SUBMIT)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def call(*more: str) -> tuple[int, str, str]:
+        settings = (*SETTINGS, f"data.path={data}", f"output={data.parent / 'run'}")
+        monkeypatch.setattr(sys, "argv", [SUBMIT, *SIZE, *settings, *more])
+        with pytest.raises(SystemExit) as end:
+            run_command(tool.main)
+        return end.value.code, *capsys.readouterr()
+
+    return call
 
 
-def test_a_dry_run_shows_all_and_changes_nothing(data: Path):
+def test_a_dry_run_shows_all_and_changes_nothing(data: Path, submit: Submit):
     before = sorted(data.parent.rglob("*"))
-    done = submit(data, "--dry-run", "--account", "ours", "--time", "01:00:00")
-    assert done.returncode == 0, done.stderr
+    code, told, _ = submit("--dry-run", "--account", "ours", "--time", "01:00:00")
+    assert code == 0
     for part in (
         "mnist on 2 nodes x 1 GPUs",
         "parallel.expert_parallel=2",
+        "GB a node of 214.7, fits",
         "all_to_all of tokens to experts and back over 2 ranks",
         "assumed: products reach 396 TFLOP/s",
         "#SBATCH --nodes=2\n",
@@ -47,7 +66,7 @@ def test_a_dry_run_shows_all_and_changes_nothing(data: Path):
         f"export DIFFMOE_RUN={data.parent}/run\n",
         "diffmoe_train mnist parallel.expert_parallel=8 parallel.zero_stage=2 --device cpu",
     ):
-        assert part in done.stdout, part
+        assert part in told, part
     assert sorted(data.parent.rglob("*")) == before
 
 
@@ -60,13 +79,30 @@ def test_a_dry_run_shows_all_and_changes_nothing(data: Path):
         (("--ds_config", "/none.json"), "cannot read --ds_config /none.json"),
         (("model.colour=red",), "unknown key model.colour"),
         (("--gpu-memory", "2"), "--gpu-memory is 2"),
+        (("--mem", "3G"), "GB of host memory a node, and the job asks for 3.2 (--mem); give 5G"),
+        (("--mem", "much"), "--mem much: write it as sbatch takes it"),
+        (("--sbatch", "--nodes=4"), "--nodes itself, so that what it checks is what runs"),
+        (("--sbatch", "--gres=gpu:a100:2"), "asks for 2 GPUs a node, and --gpus-per-node is 1"),
+        (
+            (*EVALUATED, "evaluation.reference=/none.npz"),
+            "evaluation.reference=/none.npz: the data is grey",
+        ),
+        (
+            (*EVALUATED, "evaluation.classifier=digits", "evaluation.sampler=ddim"),
+            "sampler ddim: a flow model takes",
+        ),
+        (
+            (*EVALUATED, "evaluation.classifier=/none.pt"),
+            "/none.pt",
+        ),
     ],
 )
-def test_what_cannot_run_is_refused(data: Path, more: tuple[str, ...], message: str):
-    done = submit(data, *more)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_cannot_run_is_refused(
+    data: Path, submit: Submit, more: tuple[str, ...], message: str
+):
+    code, _, told = submit(*more)
+    assert code == 2
+    assert message in told
     assert not (data.parent / "run").exists()
 
 
@@ -79,16 +115,99 @@ def test_too_little_disk_space_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         submission.check(config, None, 1, 2, Machine())
 
 
-def test_a_submitted_chain_trains_to_the_end(cluster: Cluster, data: Path):
-    run = data.parent / "run"
-    settings = (*SETTINGS, "training.total_samples=80", f"data.path={data}", f"output={run}")
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path):
+    pack(tmp_path / "data")
+    (tmp_path / "taken").touch()
+    config = run_config(tmp_path, 1).replace({"output": str(tmp_path / "taken/run")})
+    with pytest.raises(UserError, match=r"taken/run: .*/taken cannot be written"):
+        submission.check(config, None, 1, 2, Machine())
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (["--qos=long --gres=gpu:a100:8"], {"qos": "long", "gres": "gpu:a100:8"}),
+        (["--constraint ib", "--exclude=n7,n8"], {"constraint": "ib", "exclude": "n7,n8"}),
+        (["-C 'ib&fast' -xn7 -q long"], {"constraint": "ib&fast", "exclude": "n7", "qos": "long"}),
+        (["--exclusive --reservation=ours"], {"exclusive": None, "reservation": "ours"}),
+        (["--gres=gpu:8(S:0),nvme:1"], {"gres": "gpu:8(S:0),nvme:1"}),
+        (["--comment 'a b'"], {"comment": "a b"}),
+    ],
+)
+def test_further_options_by_their_long_names(given: list[str], options: dict[str, str | None]):
+    assert further_options(given, 8) == options
+
+
+@pytest.mark.parametrize("given", ["long", "qos=long", "-t 1", "--output x", "--array=0-3", "---"])
+def test_what_is_no_option_or_ours_is_refused(given: str):
+    with pytest.raises(UserError, match=f'^--sbatch "{given.split()[0]}": '):
+        further_options([given], 8)
+
+
+def test_memory_of_a_node():
+    template = "#!/bin/bash\n#SBATCH --mem=200G\n"
+    sizes = {None: 200 * 2**30, "1T": 2**40, "5000": 5000 * 2**20, "0": float("inf")}
+    assert {mem: node_memory(mem, template) for mem in sizes} == sizes
+
+
+def test_a_script_holds_all_settings_and_no_other_variables(
+    submit: Submit, data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DIFFMOE_RECIPE", "another")
+    monkeypatch.setenv("DIFFMOE_DATA", "/elsewhere")
+    monkeypatch.setenv("DIFFMOE_INTERFACE", "ib0")
+    monkeypatch.chdir(data.parent)
+    options = ("--sbatch", "--qos=long --gres=gpu:1", "--sbatch", "-C ib", "--chain", "3")
+    code, told, _ = submit("--dry-run", *options, "data.path=data")
+    assert code == 0
+    script = told[told.index("#!/bin/bash") :]
+    assert re.findall("export (.*)=(.*)", script) == [
+        ("DIFFMOE_INTERFACE", "ib0"),
+        ("DIFFMOE_VENV", sys.prefix),
+        ("DIFFMOE_HOME", str(ROOT)),
+        ("DIFFMOE_RUN", str(data.parent / "run")),
+        ("DIFFMOE_CHAIN", re.search(r"DIFFMOE_CHAIN=(\S+)", script)[1]),
+        ("DIFFMOE_LINK", "${1:-}"),
+    ]
+    assert script.index('unset "${!DIFFMOE_@}"') < script.index("export ")
+    for line in ("--qos=long", "--gres=gpu:1", "--constraint=ib", "--ntasks-per-node=1"):
+        assert f"#SBATCH {line}\n" in script
+    assert "#SBATCH --gpus-per-node" not in script  # Slurm would add it to --gres
+    assert script.index("#SBATCH --constraint") < script.index("unset")
+    assert f"data.path={data}" in script  # the job runs in the repository
+
+
+def test_a_chain_keeps_its_options_and_fails_if_it_ends_before_the_run(
+    cluster: Cluster, data: Path
+):
+    """In a folder with a space, and with next to nothing exported."""
+    run = data.parent / "a run%j"
+    settings = (*SETTINGS, f"data.path={data}", f"output={run}", "data.workers=0")
+    exported = "--export=SLURM_CONF,TEST_SECONDS_A_STEP,WANDB_MODE"
     told = cluster.command(
-        sys.executable, SUBMIT, *SIZE, *settings, "--chain", "2", WANDB_MODE="disabled"
+        *(sys.executable, SUBMIT, "s", "--recipe", "mnist", "--nodes", "1", *settings),
+        *("--gpus-per-node", "2", "--cpus-per-task", "1", "--chain", "2"),
+        *("--sbatch", "--gres=gpu:2 --constraint=fast", "--sbatch", exported),
+        TEST_SECONDS_A_STEP="0.15",
+        WANDB_MODE="disabled",
+        DIFFMOE_RECIPE="another",
     )
-    first, second = (Job(cluster, number) for number in re.findall(r"job (\d+)", told))
-    assert second.field("Dependency").startswith(f"afterok:{first.number}")
+    jobs = [Job(cluster, number) for number in re.findall(r"job (\d+)", told)]
+    assert jobs[1].field("Dependency").startswith(f"afterok:{jobs[0].number}")
     assert len(list((run / "submitted").glob("*.sh"))) == 1
-    assert first.end() == "COMPLETED", first.log
-    assert (run / "latest").read_text() == "step-00000010"
-    assert f"tail -F {run}/submitted/*-{first.number}.out" in told
-    cluster.command("scancel", second.number)
+    assert f"tail -F {run}/submitted/*-{jobs[0].number}.out" in told
+    for job in jobs:
+        assert (job.field("Features"), job.field("TresPerNode")) == ("fast", "gres:gpu:2")
+        before = steps(run)
+        job.wait_for(partial(lambda n: steps(run) > n, before + 2), "steps")
+        job.signal_as_before_a_limit()
+        job.end()
+    logs = [(run / f"submitted/diffmoe-s-{job.number}.out").read_text() for job in jobs]
+    assert jobs[0].field("JobState") == "COMPLETED", logs[0]
+    assert "job 1/2 of the chain ends; the next one goes on" in logs[0]
+    assert jobs[1].field("JobState") == "FAILED", logs[1]
+    assert jobs[1].field("ExitCode") == "85:0"
+    assert (
+        f"error: the chain's last job ends, and the run is not done: {8 * steps(run)} of 480 "
+        "samples; submit the same again, it goes on"
+    ) in logs[1]

@@ -13,7 +13,7 @@ from diffmoe.checkpoints.folder import read_about
 from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.training.start import check_data
+from diffmoe.training.preflight import check_data
 from tests.training.commands import TRAIN, command, write_config
 from tests.training.runs import pack, run_config, train
 

@@ -1,0 +1,40 @@
+"""All that a run is refused for before it starts, wherever that can be known: also on a login node.
+
+train.py asks once its ranks have joined, tools/submit.py before the job is queued. What needs the
+ranks or their devices is checked by start.py alone.
+"""
+
+from typing import Any
+
+from diffmoe.config import Config
+from diffmoe.data.fetching import Fetch, check_addresses
+from diffmoe.data.manifest import Manifest
+from diffmoe.errors import UserError
+from diffmoe.parallel.zero import engine_settings
+from diffmoe.training import evaluation, initial
+
+
+def check(config: Config, ds_settings: dict[str, Any], world: int) -> None:
+    """Raise UserError for what a run of `world` ranks would fail on.
+
+    config: reconciled with ds_settings, the DeepSpeed JSON.
+    """
+    config.check_world(world)
+    engine_settings(config, ds_settings, world)
+    manifest = check_data(config)
+    initial.check(config)
+    evaluation.check(config, manifest)
+
+
+def check_data(config: Config) -> Manifest:
+    """Hold the shards and their manifest against the configuration."""
+    if config.data.path is None:
+        raise UserError(
+            "data.path is not set: give the folder of shards, data.path=DIR "
+            "(python tools/prepare_data.py --help makes one)"
+        )
+    manifest = Manifest.load(config.data.path)
+    check_addresses(config.data.path, manifest, Fetch.of(config.data))
+    manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
+    manifest.check_model(config.model)
+    return manifest
