@@ -11,7 +11,7 @@ from PIL import Image
 from diffmoe.conversion.opening import locate, open_network, weights_of
 from diffmoe.data.autoencoder import autoencoder_of
 from diffmoe.errors import UserError
-from diffmoe.inference.classes import class_number
+from diffmoe.inference.classes import label_numbers
 from diffmoe.inference.images import sample_images
 from diffmoe.inference.prompts import asked, encoder_of
 from diffmoe.inference.sampling import SamplingSettings, fitted
@@ -73,7 +73,10 @@ class Pipeline:
         prompts = asked(self.config, self.encoder, captions, negative_prompt)
         if (prompts is None) == (labels is None):
             raise UserError("give labels=[...] to a model of classes, prompt=... to a text model")
-        numbers = range(len(prompts)) if prompts else [self._number(label) for label in labels]
+        if prompts:
+            numbers: Sequence[int] = range(len(prompts))
+        else:
+            numbers = label_numbers(labels, self.class_names, self.folder)
         calibrated = turn_dial(self.network, self.folder, None, capacity, self.weights)
         chosen = SamplingSettings(steps=steps, guidance=guidance, seed=seed, **settings)
         chosen = fitted(chosen, self.config, prompts, _warn)
@@ -91,11 +94,6 @@ class Pipeline:
         if differing:
             _warn(differing)
         return [Image.fromarray(image.squeeze(-1).numpy()) for image in images]
-
-    def _number(self, label: int | str) -> int:
-        if not isinstance(label, str):
-            return int(label)
-        return class_number(label, self.class_names, self.folder)
 
 
 def _warn(text: str) -> None:

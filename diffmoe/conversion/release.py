@@ -118,6 +118,7 @@ def config_from_release(family: str, options: dict[str, Any]) -> Config:
             "shared_expert_activation": "swiglu" if shared and family != "DiffMoE" else "gelu",
             "capacity_loss_weight": options.get("CapacityPred_loss_weight", 0.01),
             "inference": "pooled",
+            "capacity_rounding": "release",
         }
     return Config.model_validate(
         {"model": model, "moe": moe, "training": {"label_dropout": options["class_dropout_prob"]}}
@@ -231,6 +232,7 @@ def _mixture(shapes: Shapes, width: int, capacity: float, top_k: int) -> dict[st
         "shared_expert_activation": shared_activation,
         "top_k": top_k,
         "inference": "pooled",
+        "capacity_rounding": "release",
     }
 
 

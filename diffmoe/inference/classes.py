@@ -1,7 +1,9 @@
 """Classes by their numbers or by the names that a model knows."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffmoe.errors import UserError
 
@@ -40,3 +42,30 @@ def class_numbers(text: str, names: Sequence[str], folder: Path) -> list[int]:
                 ) from None
             numbers.append(class_number(word, names, folder))
     return numbers
+
+
+def label_numbers(labels: Any, names: Sequence[str], folder: Path) -> list[int]:
+    """Of a sequence (or a tensor) of numbers and names. Raises UserError for anything else."""
+    if (
+        isinstance(labels, str)
+        or not isinstance(labels, Iterable)
+        or getattr(labels, "ndim", 1) != 1
+    ):
+        raise UserError(
+            f"labels={labels!r}: give a list, one label an image, such as labels=[3, 0]"
+        )
+    found = [_label_number(label, names, folder) for label in labels]
+    if not found:
+        raise UserError("labels=[] asks for no image; give one label an image, such as labels=[3]")
+    return found
+
+
+def _label_number(label: Any, names: Sequence[str], folder: Path) -> int:
+    if isinstance(label, str):
+        return class_number(label, names, folder)
+    if not isinstance(label, bool):
+        try:
+            return operator.index(label)
+        except TypeError:
+            pass
+    raise UserError(f"label {label!r} is neither the number nor the name of a class")

@@ -50,7 +50,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
                 f"{path}: '{section}' belongs to the run's configuration; remove it here and set "
                 "optimizer.* there"
             )
-    for section in ("fp16", "bf16", "zero_optimization"):
+    for section in ("fp16", "bf16", "zero_optimization", "data_types"):
         if not isinstance(settings.get(section, {}), dict):
             raise UserError(
                 f"{path}: '{section}' must be an object such as "
@@ -120,6 +120,14 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
             f"train_micro_batch_size_per_gpu={given} in the DeepSpeed JSON, but "
             f"training.batch_size={training.batch_size} over {world} ranks times "
             f"training.accumulation={training.accumulation} is {micro_batch}; leave it out"
+        )
+    accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
+    stage = config.parallel.zero_stage
+    if training.precision == "bf16" and accumulated == "fp32" and stage == 1:
+        # DeepSpeed takes its BF16_Optimizer then, whose masters lie otherwise.
+        raise UserError(
+            "data_types.grad_accum_dtype=fp32 in the DeepSpeed JSON is supported with "
+            f"parallel.zero_stage=2 alone, it is {stage}; set it 2, or leave the option out"
         )
     zero = {"reduce_bucket_size": 25_000_000, "allgather_bucket_size": 25_000_000}
     zero |= settings.get("zero_optimization", {}) | {"stage": config.parallel.zero_stage}

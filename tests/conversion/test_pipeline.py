@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,11 @@ from tests.training.runs import newest
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(tmp_path_factory.mktemp("pipeline") / "out", class_names=NAMES)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> diffmoe.Pipeline:
+    return diffmoe.Pipeline(folder, device="cpu")
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
@@ -52,6 +58,31 @@ def test_names_of_classes_are_as_good_as_numbers(folder: Path):
         pipeline(labels=["dog"])
     with pytest.raises(UserError, match=r"class 5 is outside 0\.\.4"):
         pipeline(labels=[5])
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([2.7], "label 2.7 is neither the number nor the name of a class"),
+        ([True], "label True is neither"),
+        ([None], "label None is neither"),
+        (torch.tensor([1.0]), "is neither"),
+        ([-1], "-1"),
+        ([], "labels=\\[\\] asks for no image"),
+        (3, "labels=3: give a list"),
+        ("cat", "labels='cat': give a list"),
+        (torch.tensor([[1, 2]]), "give a list"),
+    ],
+)
+def test_what_is_no_label_is_told_so(pipeline: diffmoe.Pipeline, labels: Any, told: str):
+    with pytest.raises(UserError, match=told):
+        pipeline(labels=labels, steps=1)
+
+
+def test_labels_may_be_a_tensor_or_an_array(pipeline: diffmoe.Pipeline):
+    expected = pixels(pipeline(labels=[3, 0], steps=1))
+    for labels in (torch.tensor([3, 0]), np.array([3, 0]), range(3, -1, -3)):
+        assert np.array_equal(pixels(pipeline(labels=labels, steps=1)), expected)
 
 
 def test_the_batch_and_its_size_change_no_image(folder: Path):

@@ -211,6 +211,16 @@ def test_a_micro_batch_in_the_json_that_does_not_follow_is_refused():
     )
 
 
+def test_gradients_that_accumulate_in_fp32_beside_bf16_need_stage_2():
+    config = Config.model_validate({"training": {"precision": "bf16"}})
+    given = {"data_types": {"grad_accum_dtype": "fp32"}}
+    with pytest.raises(UserError, match=r"grad_accum_dtype=fp32.*zero_stage=2 alone, it is 1"):
+        engine_settings(config, given, world=1)
+    for allowed in ({"parallel.zero_stage": 2}, {"training.precision": "fp32"}):
+        settings = engine_settings(config.replace(allowed), given, world=1)
+        assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -63,3 +63,17 @@ def test_resuming_twice_equals_not_stopping(
     kinds = {name.split("/")[0] for name in state}
     assert kinds == {"weights", "exp_avg", "exp_avg_sq", "ema", "buffers"}
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_gradients_that_accumulate_in_fp32_beside_bf16_resume_as_well(tmp_path: Path):
+    pack(tmp_path / "data")
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text('{"data_types": {"grad_accum_dtype": "fp32"}}')
+    changes = {**EVERYTHING, "parallel__zero_stage": 2, "parallel__expert_parallel": 2}
+    whole = run_config(tmp_path, 4, **changes)
+    parts = whole.replace({"output": str(tmp_path / "parts")})
+    assert train(whole, 2, ds_config=str(ds_config)) == [True] * 2
+    stopping = SignalDuringStep(2)
+    assert train(parts, 2, prepare=stopping, ds_config=str(ds_config)) == [False] * 2
+    assert train(parts, 2, ds_config=str(ds_config)) == [True] * 2
+    assert_identical(tensors(newest(parts)), tensors(newest(whole)))
