@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
@@ -18,7 +19,7 @@ from diffmoe.models.blocks import (
     modulate,
     rotary_angles,
 )
-from diffmoe.models.conditioning import Condition, TextEmbedder
+from diffmoe.models.conditioning import Condition, Text, TextEmbedder
 from diffmoe.models.experts import Experts
 from diffmoe.models.inputs import check_inputs
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
@@ -44,6 +45,11 @@ class DiTOutput(NamedTuple):
 
     prediction: Tensor
     routing: list[LayerRouting]
+
+
+# torch.export.save and load find the types by these names; torch has no public function for it.
+for _kind in (Text, DiTOutput, LayerRouting):
+    pytree._register_namedtuple(_kind, serialized_type_name=f"diffmoe.{_kind.__name__}")
 
 
 class DiT(nn.Module):

@@ -110,7 +110,7 @@ def test_the_releases_options_and_its_tensors_tell_the_same(name: str, tmp_path:
     expected = config_from_release(kind, release)
     assert found.model == expected.model
     if kind != "DiT":
-        unseen = {"capacity_loss_weight", "capacity_rounding"}
+        unseen = {"capacity_loss_weight"}
         assert found.moe.model_dump(exclude=unseen) == expected.moe.model_dump(exclude=unseen)
     assert (found.label_dropout == 0) == (release["class_dropout_prob"] == 0)
 

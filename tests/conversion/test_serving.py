@@ -20,6 +20,15 @@ def network(tmp_path: Path) -> DiT:
     return diffmoe.load(exported(tmp_path / "model"), device="cpu")
 
 
+class Prediction(nn.Module):
+    def __init__(self, network: DiT) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return self.network(x, t, labels).prediction
+
+
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 3, 8, 8, generator=generator)
@@ -49,15 +58,49 @@ def test_per_token_breaks_the_graph_only_where_shapes_depend_on_data(network):
 
 @torch.no_grad()
 def test_static_routing_exports(network):
-    class Prediction(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            return self.network(x, t, labels).prediction
-
     network.route_by("static")
-    program = torch.export.export(Prediction(), inputs())
+    program = torch.export.export(Prediction(network), inputs())
     expected = network(*inputs()).prediction
     torch.testing.assert_close(program.module()(*inputs()), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_static_routing_exports_with_any_number_of_images(network, tmp_path: Path):
+    """Also after it was stored, with all that a network returns."""
+    network.route_by("static")
+    images = torch.export.Dim("images", min=1, max=512)
+    program = torch.export.export(network, inputs(), dynamic_shapes=({0: images},) * 3)
+    torch.export.save(program, tmp_path / "network.pt2")
+    stored = torch.export.load(tmp_path / "network.pt2").module()
+    for number in (1, 2, 3, 7, 16):
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(number, 3, 8, 8, generator=generator)
+        given = x, torch.rand(number, generator=generator), torch.arange(number) % 5
+        expected = network(*given)
+        for found in (program.module()(*given), stored(*given)):
+            torch.testing.assert_close(found.prediction, expected.prediction, rtol=0, atol=1e-6)
+            assert torch.equal(found.routing[0].taken_ES, expected.routing[0].taken_ES)
+
+
+@torch.no_grad()
+def test_static_routing_runs_in_onnx_with_any_number_of_images(network, tmp_path: Path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network.route_by("static")
+    images = torch.export.Dim("images", min=1, max=512)
+    names = ["x", "t", "labels"]
+    torch.onnx.export(
+        Prediction(network),
+        inputs(),
+        tmp_path / "network.onnx",
+        dynamo=True,
+        dynamic_shapes=({0: images},) * 3,
+        input_names=names,
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    for number in (1, 5, 9):
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(number, 3, 8, 8, generator=generator)
+        given = x, torch.rand(number, generator=generator), torch.arange(number) % 5
+        fed = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
+        found = torch.from_numpy(session.run(None, fed)[0])
+        torch.testing.assert_close(found, network(*given).prediction, rtol=0, atol=1e-5)
