@@ -72,7 +72,7 @@ class Kind(NamedTuple):
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    with open_source(path, options=Options(objective="flow", heads=2)) as source:
+    with open_source(path, options=Options(objective="flow", heads=2, num_classes=10)) as source:
         source = source.checked()
         return {name: source.read(name).clone() for name in source.shapes}
 

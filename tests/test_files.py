@@ -165,9 +165,10 @@ def test_class_folders_are_not_left_by_links(photos: Path):
     photograph(7).save(photos.parent / "private/7.png")
     for link, target in (("a/7.png", "../../private/7.png"), ("b/more", "../../private")):
         (photos / link).symlink_to(target)
-        for read in (_encode, open_images):
-            with pytest.raises(UserError, match=rf"{link} is a link that leads out"):
-                read(photos)
+        with pytest.raises(UserError, match=rf"{link} is a link that leads out"):
+            _encode(photos)
+        with pytest.raises(UserError, match=rf"{link} is a link that leads out"):
+            check_tree(photos, "")
         (photos / link).unlink()
     (photos / "b/again.png").symlink_to("1.png")  # within the folder
     (photos / "c").symlink_to("../private")
@@ -176,15 +177,14 @@ def test_class_folders_are_not_left_by_links(photos: Path):
     assert _encode(photos, follow_links=True) == 6
 
 
-def test_loops_and_special_files_in_class_folders_are_refused(photos: Path):
+def test_loops_and_special_files_in_folders_of_latents_are_refused(photos: Path):
     (photos / "a/loop").symlink_to("..")
     with pytest.raises(UserError, match="a link to a folder that it lies in"):
         check_tree(photos, "")
     (photos / "a/loop").unlink()
     os.mkfifo(photos / "a/8.png")
-    for read in (_encode, open_images):
-        with pytest.raises(UserError, match=r"a/8\.png is a pipe"):
-            read(photos)
+    with pytest.raises(UserError, match=r"a/8\.png is a pipe"):
+        check_tree(photos, "")
 
 
 # YAML.

@@ -184,10 +184,10 @@ def test_damage_of_what_we_wrote_for_diffusers_is_noticed(tmp_path: Path):
 
 
 def as_hub_cache(folder: Path) -> None:
-    """Every file a link to a blob that is named for its SHA-256."""
+    """Every file a link to a blob that is named for its SHA-256; the folder is a revision's."""
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         content = file.read_bytes()
-        blob = folder.parent / "blobs" / hashlib.sha256(content).hexdigest()
+        blob = folder.parent.parent / "blobs" / hashlib.sha256(content).hexdigest()
         blob.parent.mkdir(exist_ok=True)
         file.rename(blob)
         file.symlink_to(blob)
@@ -205,6 +205,8 @@ def as_hub_download(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 @pytest.mark.parametrize("laid_out", [as_hub_cache, as_hub_download])
 def test_damage_of_a_download_is_noticed(laid_out, part: str, pipeline: Path, tmp_path: Path):
+    (tmp_path / "model/snapshots").mkdir(parents=True)
+    pipeline = pipeline.rename(tmp_path / "model/snapshots/0123")
     laid_out(pipeline)
     converted(pipeline, tmp_path / "a")
     damage(pipeline / part / WEIGHTS)
