@@ -22,6 +22,7 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.data.numbers import restored
 from diffmoe.data.reading import OpenShard, Sample, unreadable
 from diffmoe.errors import UserError
+from diffmoe.redaction import redact
 from diffmoe.seeding import keyed_generator
 
 # Latents of a wrong scale are off by 5 or more; whitened ones (EDM2: 0.5) and pixels lie within.
@@ -63,9 +64,9 @@ def check_data(
     for sample, captions, address in _samples(directory, manifest, report, fetch):
         if sample.key in places:
             report.problems.append(
-                f"sample key {sample.key} is in {places[sample.key]} and again in {address}"
+                f"sample key {sample.key} is in {places[sample.key]} and again in {redact(address)}"
             )
-        places[sample.key] = address
+        places[sample.key] = redact(address)
         labels[sample.label] += 1
         dtypes[str(sample.array.dtype)] += 1
         statistics.add(sample.array)

@@ -30,6 +30,7 @@ from diffmoe.data.manifest import FILE_NAME, Manifest, Shard, is_url, starts_pro
 from diffmoe.ending import at_any_end
 from diffmoe.errors import UserError
 from diffmoe.files import open_regular
+from diffmoe.redaction import redact
 
 ATTEMPTS = 3
 BACK_OFF = 1.0  # seconds before the second attempt; four times as long before each next one
@@ -71,15 +72,15 @@ class Fetch(NamedTuple):
         try:
             address = rewrite_url(address)
         except ValueError as error:
-            raise UserError(f"shard {address}: {error}") from None
+            raise UserError(f"shard {redact(address)}: {redact(str(error))}") from None
         if not starts_program(address):
             return address
         if utils.enforce_security:
-            raise UserError(f"shard {address} starts a program, which WDS_SECURE=1 forbids")
+            raise UserError(f"shard {redact(address)} starts a program, which WDS_SECURE=1 forbids")
         if not self.allow_commands:
             raise UserError(
-                f"shard {address} would start a program on this machine. If you trust who made the "
-                f"data's {FILE_NAME}, allow it: data.allow_commands=true of train.py, "
+                f"shard {redact(address)} would start a program on this machine. If you trust who "
+                f"made the data's {FILE_NAME}, allow it: data.allow_commands=true of train.py, "
                 "--allow-commands of a tool; else copy the shards here"
             )
         return address

@@ -20,6 +20,7 @@ from pydantic import (
 from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError
 from diffmoe.files import read_json, replacing
+from diffmoe.redaction import redact
 
 FILE_NAME = "manifest.json"
 
@@ -152,7 +153,9 @@ class Manifest(BaseModel):
         if not self.pixel_range[0] < self.pixel_range[1]:
             raise ValueError(f"pixel_range={self.pixel_range} must be black < white")
         if self.location is not None and _URL.match(self.location) and "{}" not in self.location:
-            raise ValueError(f"location={self.location!r} needs {{}} where the shard's name goes")
+            raise ValueError(
+                f"location={redact(self.location)!r} needs {{}} where the shard's name goes"
+            )
         if self.dtype == "uint8" or self.mirrored == "on_reading":
             self.version = 2
             if self.autoencoder != "identity" or self.content != "sample":

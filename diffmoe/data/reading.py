@@ -14,6 +14,7 @@ from diffmoe.data.numbers import numpy_types, restored
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
 from diffmoe.npz_files import decode_npy
+from diffmoe.redaction import printable, redact
 
 
 class Sample(NamedTuple):
@@ -35,17 +36,17 @@ class OpenShard:
     """
 
     def __init__(self, file: BinaryIO, shard: Shard, manifest: Manifest, address: str):
-        self.manifest, self.address = manifest, address
+        self.manifest, self.shown = manifest, printable(redact(address))
         self._file, self._number = file, file.fileno()
         try:
             entries = tar_entries(self._number)
         except ValueError as error:
             raise UserError(
-                f"shard {address} is no whole tar ({error}); pack the data again"
+                f"shard {self.shown} is no whole tar ({error}); pack the data again"
             ) from None
         if len(entries) != shard.samples:
             raise UserError(
-                f"shard {address} holds {len(entries)} samples, {shard.samples} in {FILE_NAME}; "
+                f"shard {self.shown} holds {len(entries)} samples, {shard.samples} in {FILE_NAME}; "
                 "copy it again or pack the data again"
             )
         self.keys = [entry.key for entry in entries]
@@ -113,7 +114,7 @@ class OpenShard:
         )
 
     def where(self, index: int) -> str:
-        return f"shard {self.address}, sample {self.keys[index]}"
+        return f"shard {self.shown}, sample {self.keys[index]}"
 
     def not_finite(self, index: int) -> UserError:
         return UserError(
@@ -178,7 +179,9 @@ def read_shard(path: str | Path, manifest: Manifest) -> list[Sample]:
 
 
 def unreadable(address: str, reason: str) -> str:
-    return f"shard {address} cannot be read ({reason}); copy it again or pack the data again"
+    """What is told of it, without what may be a secret."""
+    shown, why = printable(redact(address)), printable(redact(reason))
+    return f"shard {shown} cannot be read ({why}); copy it again or pack the data again"
 
 
 def _listed(path: str | Path, manifest: Manifest) -> Shard:

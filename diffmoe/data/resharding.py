@@ -12,6 +12,7 @@ from diffmoe.data.reading import unreadable
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
 from diffmoe.npz_files import decode_npy
+from diffmoe.redaction import redact
 from diffmoe.resumable import Ranks
 
 
@@ -61,7 +62,7 @@ def rewrite(
     for shard in manifest.shards:
         address = manifest.address(directory, shard)
         if is_url(address):
-            raise UserError(f"{address} is no file; copy the shards here first")
+            raise UserError(f"{redact(address)} is no file; copy the shards here first")
         try:
             with open_shard(address, shard, attempts=1) as file:
                 entries = tar_entries(file.fileno())

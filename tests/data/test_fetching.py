@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import threading
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from diffmoe.data import fetching
-from diffmoe.data.fetching import Fetch, ReadAhead, Unreadable, open_shard
-from diffmoe.data.manifest import Shard
+from diffmoe.data.checking import check_data
+from diffmoe.data.fetching import Fetch, ReadAhead, Unreadable, check_addresses, open_shard
+from diffmoe.data.manifest import Manifest, Shard
+from diffmoe.errors import UserError
 from diffmoe.files import sha256_of
+from tests.training.runs import pack
 
 ALLOWED = Fetch(allow_commands=True)
 CONTENT = os.urandom(3_000_000)
@@ -180,3 +184,23 @@ def test_what_hangs_where_no_pipe_can_tell_is_given_up_too(monkeypatch, shard):
     with pytest.raises(Unreadable, match="no progress for"):
         ReadAhead("/nfs/x", shard, Fetch(stall_seconds=0.05)).result()
     answer.set()
+
+
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        ("http://me:secret@127.0.0.1:9/{}?token=secret", "127.0.0.1:9"),
+        ("pipe:false -H 'Authorization: secret' {}", "pipe:false"),
+    ],
+)
+def test_secrets_of_an_address_are_not_told(tmp_path, location, told):
+    folder = pack(tmp_path / "data", [3])
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"location": location}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (problem,) = check_data(folder, None, fetch=ALLOWED).problems
+    assert told in problem
+    assert "secret" not in problem
+    if location.startswith("pipe:"):
+        with pytest.raises(UserError, match="would start a program") as refused:
+            check_addresses(folder, Manifest.load(folder), Fetch())
+        assert "secret" not in str(refused.value)
