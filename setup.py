@@ -59,6 +59,7 @@ setup(
             *TEXT,
             *VAE,
             "scipy>=1.13,<2",
+            "torchmetrics>=1.4,<2",
             "onnx>=1.18,<2",
             "onnxruntime>=1.22,<2",
             "onnxscript>=0.5,<1",

@@ -1,6 +1,7 @@
 """The configuration: recipes, overrides, and what a wrong value is told."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -399,3 +400,21 @@ def test_worlds_that_fit_pass():
 def test_a_configuration_does_not_change_under_its_user():
     with pytest.raises(ValueError, match="frozen"):
         Config().seed = 1
+
+
+def _floats() -> list[str]:
+    """All settings that are numbers with a fraction, by their dotted names."""
+    return [
+        f"{section}.{name}"
+        for section, kind in Config.model_fields.items()
+        if hasattr(kind.annotation, "model_fields")
+        for name, field in kind.annotation.model_fields.items()
+        if float in (field.annotation, *get_args(field.annotation))
+    ]
+
+
+@pytest.mark.parametrize("key", _floats())
+def test_every_float_is_finite(key: str):
+    for value in (".inf", "-.inf", ".nan"):
+        with pytest.raises(UserError, match=rf"{key}="):
+            load_config("mnist", [f"{key}={value}"])

@@ -95,6 +95,7 @@ def test_help_tells_every_default(tool: str, monkeypatch: pytest.MonkeyPatch):
 def test_what_help_repeats_is_what_the_code_does(monkeypatch: pytest.MonkeyPatch):
     """Written out in the tools, whose --help imports little."""
     from diffmoe.conversion import foreign, tensors
+    from diffmoe.data.conversion import default_shards
     from diffmoe.data.importing import FORMATS
     from diffmoe.evaluation.curves import AXES
     from diffmoe.evaluation.extractors import DEFAULT
@@ -109,4 +110,6 @@ def test_what_help_repeats_is_what_the_code_does(monkeypatch: pytest.MonkeyPatch
     assert option("convert_checkpoint", "--scale").default == foreign.Options.scale
     assert option("convert_checkpoint", "--max-shard-gb").default * 1e9 == tensors.MAX_SHARD_BYTES
     assert option("evaluate", "--extractor").default == DEFAULT
+    for tool in ("encode_latents", "import_latents"):
+        assert f"at least {default_shards(1000)}" in option(tool, "--shards").help
     assert tuple(option("evaluate", "--against").choices) == tuple(AXES)

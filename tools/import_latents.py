@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
         "--shards",
         type=int,
         metavar="N",
-        help="tar files; default one per 1,000 samples, at least 16 (a run needs one per lane)",
+        help="tar files; default one per 1,000 samples, at least 32 (a run needs one per lane)",
     )
     parser.add_argument(
         "--max-bad", type=int, default=0, metavar="N", help="files that may fail; default 0"

