@@ -5,6 +5,7 @@ import torch
 
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
+from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.training.thresholds import ThresholdTracker
 from tests.models.test_moe import WAYS, WIDTH, tiny_layer, tokens
 from tests.tiny import BYTES, FROZEN, random_batch, randomize, tiny_config
@@ -68,8 +69,9 @@ def inputs_of(config) -> tuple:
 def test_evaluation_is_close_to_fp32(variant: str, inference: str, dtype: torch.dtype):
     config = tiny_config(moe__inference=inference, moe__capacity=4.0, **VARIANTS[variant])
     network = randomize(DiT(config.model, config.moe)).eval()
-    if network.has_thresholds:
-        network.set_log_odds(torch.full((len(network.moe_layers), 4), -1e9))
+    if inference != "static" and network.routing is not None:
+        log_odds = torch.full((len(network.moe_layers), 4), -1e9)
+        network.routing = RoutingMode(inference, log_odds_LE=log_odds)
     inputs = inputs_of(config)
     with torch.inference_mode():
         expected = network(*inputs).prediction
