@@ -3,11 +3,12 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests.ports import free_port
 
 _context = multiprocessing.get_context("forkserver")
 # Imported once, in the server from which every rank is forked.
@@ -27,14 +28,12 @@ def run_ranks(
     past `timeout` seconds fails the test with its traceback.
     connect: join the ranks by gloo first; else they find a launcher's environment variables.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with tempfile.TemporaryDirectory() as folder:
         environment = {
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
+            "MASTER_PORT": str(free_port()),
         }
-        free.close()
         receivers, processes = [], []
         for rank in range(world):
             receiver, sender = _context.Pipe(duplex=False)

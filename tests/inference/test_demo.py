@@ -23,6 +23,7 @@ from diffmoe.inference.passes import trajectory_passes
 from diffmoe.inference.sampling import SamplingSettings
 from diffmoe.inference.thresholds import Calibrated, store, stored
 from tests.inference.networks import CONFIG, network_of
+from tests.ports import free_port
 from tests.tiny import BYTES, tiny_config
 from tests.training.runs import pack, run_config, train
 
@@ -97,9 +98,7 @@ def served(folder: Path, *words: str, text: TextContent | None = None, **changes
     pack(folder / "data", shape=(3, 8, 8), **({} if text is None else {"text": text}))
     config = run_config(folder, 3, model__in_channels=3, **changes)
     train(config)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "tools/demo.py", config.output, "--port", str(port), *words],
         cwd=ROOT,

@@ -12,6 +12,7 @@ import pytest
 
 from diffmoe.errors import UserError
 from diffmoe.parallel.rendezvous import meet
+from tests.ports import free_port
 from tests.ranks import _context
 
 
@@ -71,11 +72,6 @@ def listening() -> Iterator[int]:
         server.bind(("127.0.0.1", 0))
         server.listen()
         yield server.getsockname()[1]
-
-
-def free_port() -> int:
-    with listening() as port:
-        return port
 
 
 def test_ranks_meet_and_may_come_late(meeting: Meeting):

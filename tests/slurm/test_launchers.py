@@ -1,12 +1,12 @@
 """Several nodes without Slurm, pretended on loopback: torchrun, and DeepSpeed's hostfile."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.training.commands import ROOT, TRAIN, environment, write_config
 from tests.training.runs import metrics, newest, pack, run_config
 
@@ -27,9 +27,7 @@ def launcher(name: str, node: int, port: str, folder: Path) -> list[str]:
 def test_two_nodes_share_the_experts(name: str, tmp_path: Path):
     pack(tmp_path / "data")
     config = run_config(tmp_path, 3, parallel__expert_parallel=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     path = write_config(config)
     nodes = [
         subprocess.Popen(

@@ -7,7 +7,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from diffmoe.config import Config
+from tests.ports import free_port
 from tests.ranks import _context
 from tests.training.commands import write_config
 
@@ -30,10 +30,11 @@ class Ranks:
         arguments: tuple[str, ...] = (),
     ) -> None:
         """prepare: called on every rank before the command; can be sent to a process."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        joined = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        joined = {
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         argv = ["--config", write_config(config), "--device", "cpu", *arguments]
         self.logs = [Path(f"{config.output}.rank{rank}.log") for rank in range(world)]
         for log in self.logs:  # of an earlier start

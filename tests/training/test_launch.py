@@ -1,7 +1,6 @@
 """The launchers, as users start them; a failure reaches the terminal once."""
 
 import json
-import socket
 import sys
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.ports import free_port
 from tests.training.commands import TRAIN, command, write_config
 from tests.training.runs import SAMPLES, metrics, newest, pack, run_config
 
@@ -17,9 +17,7 @@ TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", TRAI
 
 
 def deepspeed() -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     return [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, TRAIN]
 
 

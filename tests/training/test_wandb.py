@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from diffmoe.training import wandb_run
+from tests.ports import free_port
 from tests.training.commands import TRAIN, environment, write_config
 from tests.training.runs import metrics, newest, pack, run_config, train
 
@@ -258,7 +259,7 @@ def test_a_run_ends_well_although_wandbs_process_hangs(tmp_path: Path):
         HOME=str(tmp_path), TMPDIR=str(tmp_path / "tmp"), WANDB_MODE="offline", WORLD_SIZE="2"
     )
     settings.pop("WANDB_SERVICE", None)
-    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", hooked, "--config", write_config(config)],
@@ -282,11 +283,3 @@ def test_a_run_ends_well_although_wandbs_process_hangs(tmp_path: Path):
     assert "died" not in told[0] + told[1]
     assert not core[0].is_running() or core[0].status() == psutil.STATUS_ZOMBIE
     assert list((tmp_path / "tmp").iterdir()) == []
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
