@@ -287,7 +287,8 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_an_npy_header_is_held_against_its_bytes(tmp_path: Path, kind: str):
+def test_an_npy_header_is_held_against_its_bytes(tmp_path: Path, monkeypatch, kind: str):
+    monkeypatch.chdir(tmp_path)
     raw = _npy(HEADERS[kind], b"\0\0\0\0")
     with pytest.raises(ValueError, match=r"bytes|npy header|array of shape|objects"):
         decode_npy(raw)

@@ -28,7 +28,8 @@ ALLOWED = Fetch(allow_commands=True)
 def folder(tmp_path: Path, monkeypatch) -> Path:
     """Data whose manifest has been given a command that leaves a mark in the current folder."""
     folder = pack_run(tmp_path / "data")
-    change(folder, location=f"pipe:touch was-run; cat {folder}/{{}}")
+    # Absolute: a reader that is ahead may open its next shard after this folder has been left.
+    change(folder, location=f"pipe:touch {tmp_path}/was-run; cat {folder}/{{}}")
     monkeypatch.chdir(tmp_path)
     return folder
 
