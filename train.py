@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def fail(message: str, code: int, may_be_a_peer: bool = False) -> NoReturn:
     """Tell it and leave: once for the whole run, where the ranks have joined."""
-    peers = sys.modules.get("diffmoe.training.peers")  # loaded by what lets the ranks join
+    peers = sys.modules.get("diffmoe.training.watchdog")  # loaded by what lets the ranks join
     if peers is not None:
         peers.leave(message, code, may_be_a_peer)
     # Before that, a wrong setting is told once a machine, a crash by each rank.

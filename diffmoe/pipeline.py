@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from diffmoe.conversion.opening import locate, open_network, weights_of
-from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.capacity.thresholds import turn_dial
+from diffmoe.data.autoencoders import autoencoder_of
+from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
-from diffmoe.inference.classes import label_numbers
-from diffmoe.inference.images import sample_images
-from diffmoe.inference.prompts import asked, encoder_of
-from diffmoe.inference.sampling import SamplingSettings, fitted
-from diffmoe.inference.thresholds import turn_dial
+from diffmoe.export.open import locate, open_network, weights_of
 from diffmoe.parallel.device import default_device
+from diffmoe.sampling.classes import label_numbers
+from diffmoe.sampling.images import sample_images
+from diffmoe.sampling.latents import fitted
+from diffmoe.text.prompts import asked, encoder_of
 
 
 class Pipeline:
@@ -67,7 +68,7 @@ class Pipeline:
         without label dropout, which warns. capacity: experts that an average token meets; None: as
         in training; others must be calibrated (tools/calibrate.py), and a calibration with other
         settings warns of the capacity met. batch: at a time. settings: more fields of
-        diffmoe.inference.sampling.SamplingSettings.
+        diffmoe.diffusion.settings.SamplingSettings.
         """
         captions = [prompt] if isinstance(prompt, str) else prompt or ()
         prompts = asked(self.config, self.encoder, captions, negative_prompt)

@@ -6,9 +6,9 @@ from typing import get_args
 import pytest
 import torch
 
+from diffmoe.capacity.meter import activated_parameters
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.inference.capacity import activated_parameters
 from diffmoe.models.dit import DiT
 from diffmoe.recipes import load_config, recipe_names
 

@@ -24,34 +24,34 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffmoe.capacity.thresholds import Calibrated, store, stored
 from diffmoe.checkpoints.network import load_network
+from diffmoe.conversion.detect_format import open_source
 from diffmoe.conversion.foreign import Options, write_foreign
 from diffmoe.conversion.info import info
-from diffmoe.conversion.opening import load
-from diffmoe.conversion.recognise import open_source
-from diffmoe.conversion.stored_tensors import StoredTensors
-from diffmoe.data.checking import check_data
-from diffmoe.data.encoding import encode_images
-from diffmoe.data.importing import import_latents
 from diffmoe.data.manifest import Manifest
-from diffmoe.data.shards import LatentStream
+from diffmoe.data.stream import LatentStream
 from diffmoe.errors import UserError
 from diffmoe.evaluation.geneval import _lines as geneval_lines
 from diffmoe.evaluation.image_sets import batches, open_images
 from diffmoe.evaluation.references import check_reference, load_reference, store_reference
 from diffmoe.evaluation.results import read as read_results
 from diffmoe.evaluation.scenes import load_truth
-from diffmoe.inference.prompts import read_captions
-from diffmoe.inference.thresholds import Calibrated, store, stored
+from diffmoe.export.open import load
+from diffmoe.export.stored_tensors import StoredTensors
 from diffmoe.parallel.zero import read_ds_config
+from diffmoe.prepare.checking import check_data
+from diffmoe.prepare.encoding import encode_images
+from diffmoe.prepare.importing import import_latents
 from diffmoe.recipes import load_config
+from diffmoe.text.prompts import read_captions
 from diffmoe.training.resume import find_checkpoint
-from tests.conversion.models import exported, release_file, source_of
-from tests.damage import copied, damage, watched
-from tests.data.conftest import photograph
-from tests.evaluation.pictures import extractor, pictures, write_samples
-from tests.tiny import tiny_config
-from tests.training.runs import pack, run_config, train
+from tests.helpers.damage import copied, damage, watched
+from tests.helpers.models import exported, release_file, source_of
+from tests.helpers.pictures import extractor, pictures, write_samples
+from tests.helpers.runs import pack, run_config, train
+from tests.helpers.shards import photograph
+from tests.helpers.tiny import tiny_config
 
 MUTATIONS = int(os.environ.get("DIFFMOE_MUTATIONS", "40"))
 ROOT = Path(__file__).parents[1]
@@ -249,9 +249,9 @@ def latents_of(kind: str) -> tuple[Callable[[Path], Path], Callable[[Path], Any]
         return root
 
     def read(path: Path) -> int:
-        from diffmoe.data import foreign
+        from diffmoe.prepare import foreign_latents
 
-        foreign._open_safetensors.cache_clear()  # which knows files by their names
+        foreign_latents._open_safetensors.cache_clear()  # which knows files by their names
         out = path.parent / "imported"
         shutil.rmtree(out, ignore_errors=True)
         answers = {"vae": "somebody/vae", "classes": 5, "scale": 0.5, "multiplier": 1.0}

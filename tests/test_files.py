@@ -14,23 +14,23 @@ import torch
 from safetensors.torch import save_file
 
 from diffmoe import files
-from diffmoe.conversion.opening import load
-from diffmoe.conversion.recognise import open_source
+from diffmoe.conversion.detect_format import open_source
 from diffmoe.conversion.state_dicts import load_state
-from diffmoe.conversion.stored_tensors import StoredTensors
-from diffmoe.data.encoding import encode_images
 from diffmoe.data.fetching import Unreadable, open_shard
 from diffmoe.data.manifest import Manifest, Shard
 from diffmoe.data.tar_index import MEMBER_LIMIT, Member, read_member, tar_members
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
+from diffmoe.export.open import load
+from diffmoe.export.stored_tensors import StoredTensors
 from diffmoe.files import check_tree, contained, read_bytes, read_json, read_lines, sha256_of
 from diffmoe.npz_files import decode_npy, npz_rows, read_npz
+from diffmoe.prepare.encoding import encode_images
 from diffmoe.recipes import load_config
-from tests.conversion.models import exported
-from tests.damage import watched
-from tests.data.conftest import photograph
-from tests.tiny import tiny_config
+from tests.helpers.damage import watched
+from tests.helpers.models import exported
+from tests.helpers.shards import photograph
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.commands import ROOT, environment
+from tests.helpers.commands import ROOT, environment
 
 TOOLS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*.py"))
 COMMANDS = ["train.py", *TOOLS]
@@ -94,11 +94,12 @@ def test_help_tells_every_default(tool: str, monkeypatch: pytest.MonkeyPatch):
 
 def test_what_help_repeats_is_what_the_code_does(monkeypatch: pytest.MonkeyPatch):
     """Written out in the tools, whose --help imports little."""
-    from diffmoe.conversion import foreign, tensors
-    from diffmoe.data.conversion import default_shards
-    from diffmoe.data.importing import FORMATS
+    from diffmoe.conversion import foreign
     from diffmoe.evaluation.curves import AXES
     from diffmoe.evaluation.extractors import DEFAULT
+    from diffmoe.export import tensors
+    from diffmoe.prepare.importing import FORMATS
+    from diffmoe.prepare.sharding import default_shards
 
     def option(tool: str, flag: str) -> argparse.Action:
         found = options_of(parser_of(f"tools/{tool}.py", monkeypatch))

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe.arguments import add_device, positive
+from diffmoe.cli import add_device, positive
 from diffmoe.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    from diffmoe.data.speed import LANES
+    from diffmoe.benchmarks.reading import LANES
     from diffmoe.recipes import load_config
 
     if options.batch % LANES:
@@ -109,7 +109,7 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raise UserError for what could not be written after minutes of measuring."""
-    from diffmoe.resumable import writable
+    from diffmoe.work import writable
 
     plot = getattr(options, "plot", None)
     if plot is not None:
@@ -125,7 +125,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def measure_reading(options: argparse.Namespace, report: Report) -> None:
-    from diffmoe.data.speed import reading_speeds, waiting_share, write_moments
+    from diffmoe.benchmarks.reading import reading_speeds, waiting_share, write_moments
 
     for flips in (True, False):
         with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ Or with --over noise on real data at the noise levels of training.
 
 import argparse
 
-from diffmoe.arguments import (
+from diffmoe.cli import (
     add_allow_commands,
     add_device,
     add_labels,
@@ -56,14 +56,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from diffmoe.conversion.opening import locate, open_network, weights_of
-    from diffmoe.inference.calibration import calibrate
-    from diffmoe.inference.generation import Order
-    from diffmoe.inference.passes import noise_passes, trajectory_passes
-    from diffmoe.inference.sampling import fitted
-    from diffmoe.inference.thresholds import Calibrated, name_of, store
+    from diffmoe.capacity.calibration import calibrate
+    from diffmoe.capacity.thresholds import Calibrated, name_of, store
+    from diffmoe.export.open import locate, open_network, weights_of
     from diffmoe.parallel.device import own_device
-    from diffmoe.resumable import writable
+    from diffmoe.sampling.latents import fitted
+    from diffmoe.sampling.many_images import Order
+    from diffmoe.sampling.passes import noise_passes, trajectory_passes
+    from diffmoe.work import writable
 
     device = own_device(options.device)
     folder = locate(options.run)

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffmoe.arguments import add_allow_commands, add_device
+from diffmoe.cli import add_allow_commands, add_device
 from diffmoe.errors import UserError, run_command
 
 
@@ -43,11 +43,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from diffmoe.data.checking import check_data
     from diffmoe.data.fetching import Fetch
-    from diffmoe.data.resharding import reshard
     from diffmoe.parallel.device import own_device
-    from diffmoe.resumable import Ranks
+    from diffmoe.prepare.checking import check_data
+    from diffmoe.prepare.resharding import reshard
+    from diffmoe.work import Ranks
 
     if options.reshard is not None:
         manifest = reshard(

@@ -25,7 +25,7 @@ from diffmoe.errors import UserError, run_command
 from diffmoe.redaction import printable
 
 if TYPE_CHECKING:
-    from diffmoe.conversion.sources import Source
+    from diffmoe.export.sources import Source
 
 FORMATS = ("release", "dit", "sit", "diffusers")
 
@@ -151,9 +151,9 @@ def main() -> None:
         parser.add_argument("path", metavar="PATH", type=Path)
         return show(parser.parse_args(sys.argv[2:]).path)
     options = parse()
+    from diffmoe.conversion.detect_format import open_source
     from diffmoe.conversion.foreign import Options, write_foreign
-    from diffmoe.conversion.recognise import open_source
-    from diffmoe.conversion.writing import refuse_existing, write_exported
+    from diffmoe.export.writing import refuse_existing, write_exported
 
     refuse_existing(options.target)
     unsaid = Options(

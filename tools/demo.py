@@ -15,17 +15,17 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from diffmoe.arguments import add_device, add_prompts, prompts_of
+from diffmoe.cli import add_device, add_prompts, prompts_of
 from diffmoe.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from diffmoe.config import Config
-    from diffmoe.inference.dial import Dial
-    from diffmoe.inference.images import Decode
-    from diffmoe.inference.prompts import Prompts
     from diffmoe.models.dit import DiT
+    from diffmoe.sampling.dial import Dial
+    from diffmoe.sampling.images import Decode
+    from diffmoe.text.prompts import Prompts
 
 
 def parse() -> argparse.Namespace:
@@ -49,11 +49,12 @@ def main() -> None:
         import gradio
     except ImportError:
         raise UserError('the page needs gradio: pip install -e ".[demo]"') from None
-    from diffmoe.conversion.opening import locate, open_network, weights_of
-    from diffmoe.data.autoencoder import autoencoder_of
-    from diffmoe.inference.dial import Dial
-    from diffmoe.inference.sampling import SamplingSettings, fitted
+    from diffmoe.data.autoencoders import autoencoder_of
+    from diffmoe.diffusion.settings import SamplingSettings
+    from diffmoe.export.open import locate, open_network, weights_of
     from diffmoe.parallel.device import own_device
+    from diffmoe.sampling.dial import Dial
+    from diffmoe.sampling.latents import fitted
 
     device = own_device(options.device)
     if not 0 < options.port < 65536:
@@ -160,10 +161,10 @@ def answer(
     """
     from PIL import Image
 
-    from diffmoe.evaluation.routing import sampling_routing
-    from diffmoe.evaluation.routing_figures import capacity_by_time, compute_map, picture
-    from diffmoe.inference.capacity import activated_parameters
-    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.capacity.meter import activated_parameters
+    from diffmoe.diffusion.settings import SamplingSettings
+    from diffmoe.routing_report.analysis import sampling_routing
+    from diffmoe.routing_report.figures import capacity_by_time, compute_map, picture
 
     dial.turn(network, capacity)
     settings = SamplingSettings(steps=int(steps), guidance=guidance, seed=int(seed or 0))

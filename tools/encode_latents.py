@@ -28,7 +28,7 @@ Links that lead out of IMAGES need --follow-links. tools/check_data.py looks the
 import argparse
 import sys
 
-from diffmoe.arguments import add_device
+from diffmoe.cli import add_device
 from diffmoe.errors import run_command
 
 
@@ -81,10 +81,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from diffmoe.data.decoding import color
-    from diffmoe.data.encoding import encode_images
     from diffmoe.parallel.device import own_device
-    from diffmoe.resumable import Ranks
+    from diffmoe.prepare.decoding import color
+    from diffmoe.prepare.encoding import encode_images
+    from diffmoe.work import Ranks
 
     ranks = Ranks.of_environment()
     manifest = encode_images(

@@ -15,7 +15,7 @@ work under torchrun or srun, each with shards of its own.
 import argparse
 import sys
 
-from diffmoe.arguments import add_device, positive
+from diffmoe.cli import add_device, positive
 from diffmoe.config import BYTES
 from diffmoe.data.captions import CAPTION_BYTES
 from diffmoe.errors import run_command
@@ -43,9 +43,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     from diffmoe.parallel.device import own_device
-    from diffmoe.resumable import Ranks
+    from diffmoe.prepare.text_features import encode_text
     from diffmoe.text.encoders import ByteEncoder, TransformersEncoder
-    from diffmoe.text.features import encode_text
+    from diffmoe.work import Ranks
 
     ranks = Ranks.of_environment()
     if options.encoder == BYTES:

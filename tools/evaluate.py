@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe.arguments import (
+from diffmoe.cli import (
     add_device,
     add_labels,
     add_prompts,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from diffmoe.evaluation.image_sets import ImageSet
     from diffmoe.evaluation.references import Reference
     from diffmoe.evaluation.scenes import Scene, SceneReader
-    from diffmoe.inference.prompts import Prompts
+    from diffmoe.text.prompts import Prompts
 
 EXTRACTOR = "efficientnet_lite0@224"
 
@@ -137,12 +137,12 @@ def main() -> None:
 def evaluate_run(options: argparse.Namespace) -> None:
     import torch.distributed as dist
 
-    from diffmoe.conversion.opening import locate
     from diffmoe.evaluation.image_sets import open_images
     from diffmoe.evaluation.models import check_judges, sample_model, snapshots
-    from diffmoe.inference.sharing import share_experts
+    from diffmoe.export.open import locate
     from diffmoe.parallel.device import own_device
-    from diffmoe.resumable import Ranks
+    from diffmoe.sampling.sharing import share_experts
+    from diffmoe.work import Ranks
 
     judge = Judge(options)
     device, ranks = own_device(options.device), Ranks.of_environment()
@@ -183,8 +183,8 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 
 def evaluate_images(options: argparse.Namespace) -> None:
-    from diffmoe.data.decoding import color
     from diffmoe.evaluation.image_sets import open_images
+    from diffmoe.prepare.decoding import color
 
     images = open_images(options.images, color(options.background)).expect(options.num)
     Judge(options).tell(images, Path(options.out), {})
@@ -194,13 +194,13 @@ class Judge:
     """Reference, extractor and classifier of a command, loaded once and when first needed."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from diffmoe.data.decoding import color
-        from diffmoe.evaluation.accuracy import load_classifier
         from diffmoe.evaluation.clip_score import Clip
         from diffmoe.evaluation.extractors import load_extractor
+        from diffmoe.evaluation.judges import load_classifier
         from diffmoe.evaluation.references import check_reference
         from diffmoe.evaluation.scenes import load_truth
         from diffmoe.parallel.device import own_device
+        from diffmoe.prepare.decoding import color
 
         if not (options.reference or options.classifier or options.clip or options.truth):
             raise UserError("nothing to judge by: give --reference REF, --classifier NAME or both")
@@ -252,10 +252,10 @@ class Judge:
 
 
 def make_reference(options: argparse.Namespace) -> None:
-    from diffmoe.data.decoding import color
     from diffmoe.evaluation.extractors import load_extractor
     from diffmoe.evaluation.references import compute_reference, store_reference
     from diffmoe.parallel.device import own_device
+    from diffmoe.prepare.decoding import color
 
     extractor = load_extractor(options.extractor, own_device(options.device))
     reference = compute_reference(

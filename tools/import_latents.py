@@ -70,8 +70,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from diffmoe.data.importing import import_latents
-    from diffmoe.resumable import Ranks
+    from diffmoe.prepare.importing import import_latents
+    from diffmoe.work import Ranks
 
     answers = {
         "vae": options.vae,

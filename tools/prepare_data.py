@@ -43,8 +43,8 @@ def main() -> None:
         )
         kind.add_argument("--overwrite", action="store_true", help="replace the data of DIR")
     options = parser.parse_args()
-    from diffmoe.data.captioned_digits import pack_captioned_digits
-    from diffmoe.data.mnist import pack_mnist
+    from diffmoe.digits.captioned_digits import pack_captioned_digits
+    from diffmoe.digits.mnist import pack_mnist
 
     pack = {"mnist": pack_mnist, "captioned-digits": pack_captioned_digits}[options.kind]
     recipe = KINDS[options.kind][-1]

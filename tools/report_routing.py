@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffmoe.arguments import (
+from diffmoe.cli import (
     add_allow_commands,
     add_device,
     add_labels,
@@ -60,18 +60,18 @@ def main() -> None:
     options = parse()
     from tqdm import tqdm
 
-    from diffmoe.conversion.opening import locate, open_network, weights_of
-    from diffmoe.data.autoencoder import autoencoder_of
-    from diffmoe.evaluation.routing import predictor_accuracy, sampling_routing
-    from diffmoe.evaluation.routing_page import write_page
-    from diffmoe.inference.capacity import activated_parameters
-    from diffmoe.inference.classes import class_numbers
-    from diffmoe.inference.generation import Order
-    from diffmoe.inference.passes import noise_passes
-    from diffmoe.inference.sampling import fitted
-    from diffmoe.inference.thresholds import turn_dial
+    from diffmoe.capacity.meter import activated_parameters
+    from diffmoe.capacity.thresholds import turn_dial
+    from diffmoe.data.autoencoders import autoencoder_of
+    from diffmoe.export.open import locate, open_network, weights_of
     from diffmoe.parallel.device import own_device
-    from diffmoe.resumable import writable
+    from diffmoe.routing_report.analysis import predictor_accuracy, sampling_routing
+    from diffmoe.routing_report.page import write_page
+    from diffmoe.sampling.classes import class_numbers
+    from diffmoe.sampling.latents import fitted
+    from diffmoe.sampling.many_images import Order
+    from diffmoe.sampling.passes import noise_passes
+    from diffmoe.work import writable
 
     device = own_device(options.device)
     folder = locate(options.run)

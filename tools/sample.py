@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe.arguments import (
+from diffmoe.cli import (
     add_device,
     add_labels,
     add_prompts,
@@ -34,13 +34,13 @@ from diffmoe.arguments import (
 from diffmoe.errors import UserError, run_command
 
 if TYPE_CHECKING:
+    from diffmoe.capacity.meter import CapacityByTime
     from diffmoe.checkpoints.network import Snapshot
-    from diffmoe.inference.capacity import CapacityByTime
-    from diffmoe.inference.images import Decode
-    from diffmoe.inference.prompts import Prompts
-    from diffmoe.inference.sampling import SamplingSettings
+    from diffmoe.diffusion.settings import SamplingSettings
     from diffmoe.models.dit import DiT
-    from diffmoe.resumable import Ranks
+    from diffmoe.sampling.images import Decode
+    from diffmoe.text.prompts import Prompts
+    from diffmoe.work import Ranks
 
 
 def parse() -> argparse.Namespace:
@@ -112,15 +112,15 @@ def main() -> None:
     options = parse()
     import torch.distributed as dist
 
-    from diffmoe.conversion.opening import locate, open_network, weights_of
-    from diffmoe.data.autoencoder import autoencoder_of
-    from diffmoe.inference.classes import class_numbers
-    from diffmoe.inference.generation import identity
-    from diffmoe.inference.sampling import fitted
-    from diffmoe.inference.sharing import share_experts
-    from diffmoe.inference.thresholds import turn_dial
+    from diffmoe.capacity.thresholds import turn_dial
+    from diffmoe.data.autoencoders import autoencoder_of
+    from diffmoe.export.open import locate, open_network, weights_of
     from diffmoe.parallel.device import own_device
-    from diffmoe.resumable import Ranks
+    from diffmoe.sampling.classes import class_numbers
+    from diffmoe.sampling.latents import fitted
+    from diffmoe.sampling.many_images import identity
+    from diffmoe.sampling.sharing import share_experts
+    from diffmoe.work import Ranks
 
     ranks = Ranks.of_environment()
     device = own_device(options.device)
@@ -169,9 +169,9 @@ def _picture(
     from PIL import Image
     from tqdm import tqdm
 
-    from diffmoe.evaluation.digits import digit_agreement
-    from diffmoe.inference.images import EvaluationCount, grid, sample_images
-    from diffmoe.resumable import writable
+    from diffmoe.digits.nearest_neighbor import digit_agreement
+    from diffmoe.sampling.images import EvaluationCount, grid, sample_images
+    from diffmoe.work import writable
 
     out = Path(options.out or "grid.png")
     if out.suffix.lower() not in Image.registered_extensions():
@@ -215,9 +215,9 @@ def _folder(
     model: dict[str, Any],
 ) -> CapacityByTime | None:
     """Returns the capacity of the samples on the rank that closes the work."""
-    from diffmoe.inference.formats import write_adm, write_png
-    from diffmoe.inference.generation import Order, generate
-    from diffmoe.inference.images import EvaluationCount
+    from diffmoe.sampling.formats import write_adm, write_png
+    from diffmoe.sampling.images import EvaluationCount
+    from diffmoe.sampling.many_images import Order, generate
 
     folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
     choices = classes or range(len(prompts) if prompts else config.model.num_classes)
@@ -262,7 +262,7 @@ def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:
     """C_avg, what it means in parameters, and its course from noise to data."""
     import torch
 
-    from diffmoe.inference.capacity import activated_parameters
+    from diffmoe.capacity.meter import activated_parameters
 
     if capacity is None:
         return

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffmoe.benchmarks.timing import forward_backward
 from diffmoe.models import routing
-from diffmoe.models.capacity import capacity_loss
+from diffmoe.models.capacity_predictor import capacity_loss
 from diffmoe.models.moe import MoEFeedForward
 from diffmoe.models.routing import Assignment
 

@@ -5,12 +5,14 @@ import torch
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.timing import take_turns
 from diffmoe.benchmarks.training import dense_twin
+from diffmoe.capacity.calibration import Passes, calibrate
+from diffmoe.capacity.forward import Observer
 from diffmoe.config import Config
-from diffmoe.inference.calibration import Passes, calibrate
-from diffmoe.inference.sampling import Observer, SamplingSettings, sample_latents
+from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.planning.layouts import Layout
+from diffmoe.sampling.latents import sample_latents
 
 
 def benchmark_sampling(

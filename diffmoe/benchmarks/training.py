@@ -19,13 +19,13 @@ import torch.distributed as dist
 from diffmoe.benchmarks.ceiling import products
 from diffmoe.benchmarks.layer import DTYPES
 from diffmoe.benchmarks.memory import Saved, peak_bytes
+from diffmoe.benchmarks.reading import LANES, write_moments
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
 from diffmoe.benchmarks.timing import forward_backward, seconds_of, synchronize, take_turns
 from diffmoe.config import Config
 from diffmoe.data.examples import Examples, micro_batches
-from diffmoe.data.shards import Batch, LatentStream
-from diffmoe.data.speed import LANES, write_moments
+from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
@@ -34,11 +34,11 @@ from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.planning.flops import step_flops
 from diffmoe.planning.layouts import Layout
 from diffmoe.training.ema import EMA
-from diffmoe.training.report import RoutingReport
+from diffmoe.training.routing_metrics import RoutingReport
 from diffmoe.training.step import build, losses_of
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
-from diffmoe.tuples import mapped
+from diffmoe.tree import mapped
 
 OURS = "diffmoe fp32"
 

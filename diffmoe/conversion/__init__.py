@@ -1,1 +1,1 @@
-"""One inference format, and a way in and out for everyone's weights."""
+"""Other projects' weights, in and out; a dense model into a mixture."""

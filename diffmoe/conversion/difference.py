@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from diffmoe.conversion.hugging_face import CLASS
-from diffmoe.conversion.sources import Source
-from diffmoe.conversion.tensors import empty_network, fill
 from diffmoe.errors import UserError
+from diffmoe.export.sources import Source
+from diffmoe.export.tensors import empty_network, fill
 from diffmoe.seeding import keyed_generator
 
 # The lines that make it exact: diffusers' configuration has no field for this.

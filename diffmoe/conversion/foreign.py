@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from diffmoe.conversion import hugging_face
-from diffmoe.conversion.about import About, parse_about
-from diffmoe.conversion.autoencoders import autoencoder_files, local_folder, own_config
 from diffmoe.conversion.difference import in_words, measured, readme
 from diffmoe.conversion.downloads import check_downloads
-from diffmoe.conversion.exported import CARD, CHECKSUMS
 from diffmoe.conversion.layouts import Layout, account_theirs, reader, translated
 from diffmoe.conversion.release import (
     is_derived,
@@ -23,13 +20,16 @@ from diffmoe.conversion.release import (
     release_layout,
     sections_from_shapes,
 )
-from diffmoe.conversion.sources import Source
 from diffmoe.conversion.state_dicts import StateDict, load_state
-from diffmoe.conversion.stored_tensors import StoredTensors, hold_against
-from diffmoe.conversion.tensors import Shapes, expected_shapes
-from diffmoe.conversion.writing import new_file, new_folder
-from diffmoe.data.autoencoder import canonical_name
+from diffmoe.data.autoencoders import canonical_name
 from diffmoe.errors import UserError
+from diffmoe.export.autoencoder_folder import autoencoder_files, local_folder, own_config
+from diffmoe.export.exported import CARD, CHECKSUMS
+from diffmoe.export.metadata import About, parse_about
+from diffmoe.export.sources import Source
+from diffmoe.export.stored_tensors import StoredTensors, hold_against
+from diffmoe.export.tensors import Shapes, expected_shapes
+from diffmoe.export.writing import new_file, new_folder
 from diffmoe.files import sha256_of
 from diffmoe.models.blocks import grid_positions
 

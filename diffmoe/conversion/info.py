@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffmoe.capacity.thresholds import stored
 from diffmoe.checkpoints.folder import complete
 from diffmoe.checkpoints.inspect import open_checkpoint
 from diffmoe.config import ModelConfig, MoEConfig
-from diffmoe.conversion.card import conditioning, family, parameter_counts
-from diffmoe.conversion.exported import ExportedModel, is_exported
 from diffmoe.conversion.foreign import Options, foreign_source
 from diffmoe.conversion.hugging_face import transformer_folder
 from diffmoe.conversion.release import label_rows
 from diffmoe.conversion.state_dicts import StateDict, load_state
-from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
-from diffmoe.inference.thresholds import stored
+from diffmoe.export.exported import ExportedModel, is_exported
+from diffmoe.export.model_card import conditioning, family, parameter_counts
+from diffmoe.export.tensors import Shapes
 
 Lines = dict[str, str]
 

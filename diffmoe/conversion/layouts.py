@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffmoe.conversion.tensors import Shapes
 from diffmoe.errors import UserError
+from diffmoe.export.tensors import Shapes
 
 
 class Parts(NamedTuple):

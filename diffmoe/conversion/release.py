@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffmoe.config import Config, ModelConfig, MoEConfig
 from diffmoe.conversion.layouts import Layout, same, stacked, without_last_row
-from diffmoe.conversion.tensors import Shapes, expected_shapes
 from diffmoe.errors import UserError
+from diffmoe.export.tensors import Shapes, expected_shapes
 
 _FAMILIES = {
     "DiffMoE": "diffmoe",

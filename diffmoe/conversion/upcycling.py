@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffmoe.conversion.about import About
-from diffmoe.conversion.sources import Source
-from diffmoe.conversion.tensors import empty_network, expected_shapes
 from diffmoe.errors import UserError
+from diffmoe.export.metadata import About
+from diffmoe.export.sources import Source
+from diffmoe.export.tensors import empty_network, expected_shapes
 from diffmoe.models.dit import DiT
 from diffmoe.seeding import keyed_generator
 

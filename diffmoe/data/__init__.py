@@ -1,1 +1,1 @@
-"""Latents on disk and the streams that read them: manifest, packing, lanes, shards, autoencoder."""
+"""Latents on disk and the streams that read them: manifest, packing, lanes, stream."""

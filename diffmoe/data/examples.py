@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffmoe.conditions import Condition, unconditional
 from diffmoe.config import Config
-from diffmoe.data.shards import Batch
+from diffmoe.data.stream import Batch
 from diffmoe.diffusion import Objective
-from diffmoe.models.conditioning import Condition, unconditional
 from diffmoe.seeding import keyed_generator
-from diffmoe.tuples import mapped
+from diffmoe.tree import mapped
 
 
 class Examples(NamedTuple):

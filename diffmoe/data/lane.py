@@ -10,7 +10,7 @@ from diffmoe.data.reading import OpenShard
 from diffmoe.errors import UserError
 
 if TYPE_CHECKING:
-    from diffmoe.data.shards import LatentStream
+    from diffmoe.data.stream import LatentStream
 
 
 class Spot(NamedTuple):

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffmoe.conditions import Condition
 from diffmoe.diffusion.samplers import Model
 from diffmoe.errors import UserError
-from diffmoe.models.conditioning import Condition
 
 
 def guided(

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from diffmoe.data.autoencoder import autoencoder_of
-from diffmoe.data.decoding import WHITE, Color
-from diffmoe.data.images import EXTENSIONS, image_files, read_image
+from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
-from diffmoe.inference.generation import MANIFEST, read_manifest, shard_arrays
 from diffmoe.npz_files import npz_header, npz_rows, read_npz
+from diffmoe.prepare.decoding import WHITE, Color
+from diffmoe.prepare.images import EXTENSIONS, image_files, read_image
 from diffmoe.redaction import printable
+from diffmoe.sampling.many_images import MANIFEST, read_manifest, shard_arrays
 
 
 class Part(NamedTuple):

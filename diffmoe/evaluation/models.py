@@ -6,19 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffmoe.capacity.thresholds import turn_dial
 from diffmoe.checkpoints.folder import complete, names
 from diffmoe.config import Config
-from diffmoe.conversion.opening import open_network, weights_of
-from diffmoe.data.autoencoder import autoencoder_of
+from diffmoe.data.autoencoders import autoencoder_of
+from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scenes import load_truth
-from diffmoe.inference.generation import Order, generate, identity
-from diffmoe.inference.images import EvaluationCount
-from diffmoe.inference.prompts import Prompts
-from diffmoe.inference.sampling import SamplingSettings, fitted
-from diffmoe.inference.thresholds import turn_dial
+from diffmoe.export.open import open_network, weights_of
 from diffmoe.parallel.topology import Topology
-from diffmoe.resumable import Ranks
+from diffmoe.sampling.images import EvaluationCount
+from diffmoe.sampling.latents import fitted
+from diffmoe.sampling.many_images import Order, generate, identity
+from diffmoe.text.prompts import Prompts
+from diffmoe.work import Ranks
 
 
 class Sampled(NamedTuple):

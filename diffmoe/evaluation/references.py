@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmoe.data.decoding import WHITE, Color
 from diffmoe.errors import UserError
 from diffmoe.evaluation.extractors import Extractor
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.moments import Gaussian
 from diffmoe.evaluation.summary import summarise
 from diffmoe.npz_files import npz_header, read_npz, write_npz
+from diffmoe.prepare.decoding import WHITE, Color
 
 # For precision, recall and KID; as many as the ImageNet reference of ADM holds.
 KEPT_FEATURES = 10_000

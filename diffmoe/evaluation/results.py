@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from diffmoe.errors import UserError
-from diffmoe.evaluation.accuracy import Classify, class_accuracy
 from diffmoe.evaluation.clip_score import Clip, clip_score
 from diffmoe.evaluation.extractors import Extractor
-from diffmoe.evaluation.figures import figures
 from diffmoe.evaluation.image_sets import ImageSet
+from diffmoe.evaluation.judges import Classify, class_accuracy
+from diffmoe.evaluation.metrics import figures
 from diffmoe.evaluation.references import Reference
 from diffmoe.evaluation.scenes import Scene, SceneReader, real_accuracy, scene_accuracy
 from diffmoe.evaluation.summary import summarise

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from diffmoe.data.captioned_digits import COLOURS, SIZE, Digits, Scene, all_scenes, halves
+from diffmoe.digits.captioned_digits import COLOURS, SIZE, Digits, Scene, all_scenes, halves
+from diffmoe.digits.digit_network import fit_digits
 from diffmoe.errors import UserError
-from diffmoe.evaluation.digit_network import fit_digits
 from diffmoe.evaluation.image_sets import ImageSet, batches
 from diffmoe.files import read_text
 

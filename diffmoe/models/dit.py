@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from diffmoe.conditions import Condition, Text
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.models.blocks import (
@@ -19,11 +20,11 @@ from diffmoe.models.blocks import (
     modulate,
     rotary_angles,
 )
-from diffmoe.models.conditioning import Condition, Text, TextEmbedder
 from diffmoe.models.experts import Experts
 from diffmoe.models.inputs import check_inputs
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.models.routing_mode import RoutingMode, check_capacity
+from diffmoe.models.text_embedding import TextEmbedder
 from diffmoe.parallel.topology import Topology
 from diffmoe.seeding import keyed_generator
 

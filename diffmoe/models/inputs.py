@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from diffmoe.conditions import Condition, Text
 from diffmoe.config import BYTES, ModelConfig, TextConfig
-from diffmoe.models.conditioning import Condition, Text
 
 _LABEL_TYPES = (torch.int64, torch.int32)  # those of nn.Embedding
 

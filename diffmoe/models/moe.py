@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models import routing
 from diffmoe.models.blocks import dense_mlp, maybe_checkpoint
-from diffmoe.models.capacity import CapacityPredictor, capacity_loss
+from diffmoe.models.capacity_predictor import CapacityPredictor, capacity_loss
 from diffmoe.models.experts import Experts
 from diffmoe.models.precision import autocast_dtype
 from diffmoe.models.routing import Assignment

@@ -1,1 +1,1 @@
-"""Captions into what a model is conditioned on: encoders, and their features beside the data."""
+"""Captions into what a model is conditioned on: encoders and prompts."""

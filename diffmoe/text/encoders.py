@@ -5,12 +5,12 @@ from typing import Protocol
 
 import torch
 
+from diffmoe.conditions import Text
 from diffmoe.config import BYTES
 from diffmoe.data.captions import CAPTION_BYTES
-from diffmoe.data.conditions import Caption, byte_tokens, padded
+from diffmoe.data.collate import Caption, byte_tokens, padded
 from diffmoe.data.manifest import TextContent
 from diffmoe.errors import UserError
-from diffmoe.models.conditioning import Text
 from diffmoe.text.local_models import checksum_of, load_model, load_preparation, model_kind
 
 _MODELS = {"t5": "T5EncoderModel", "clip": "CLIPTextModel"}

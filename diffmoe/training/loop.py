@@ -14,23 +14,23 @@ from diffmoe.config import Config, OptimizerConfig
 from diffmoe.data.examples import micro_batches
 from diffmoe.data.fetching import Fetch
 from diffmoe.data.manifest import Manifest
-from diffmoe.data.shards import LatentStream
+from diffmoe.data.stream import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import Topology
-from diffmoe.training import checkpoint, initial, peers
+from diffmoe.training import checkpoint, init_from, watchdog
+from diffmoe.training.async_save import Saver
 from diffmoe.training.due import crossed, due
 from diffmoe.training.ema import EMA
-from diffmoe.training.evaluation import LiveEvaluation
 from diffmoe.training.lease import Lease, lost_message
-from diffmoe.training.report import RoutingReport
+from diffmoe.training.live_evaluation import LiveEvaluation
 from diffmoe.training.resume import Resume
-from diffmoe.training.saver import Saver
+from diffmoe.training.routing_metrics import RoutingReport
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.step import build, losses_of
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
-from diffmoe.tuples import mapped
+from diffmoe.tree import mapped
 
 # Steps in a row without a finite loss and gradient norm before the run gives up.
 PATIENCE = 10
@@ -77,7 +77,7 @@ def train(
     objective = create_objective(config.diffusion)
     network, engine = build(config, ds_settings, topology, device)
     if training.init and resume_from is None:
-        initial.load(Path(training.init), engine, network)
+        init_from.load(Path(training.init), engine, network)
     ema = EMA(engine, training.ema_decay, training.ema_stds)
     thresholds = ThresholdTracker(network)
 
@@ -129,11 +129,11 @@ def train(
         saver.begin(clock, "ema")
         saver.wait()
     if "evaluation" in resume.missed:
-        with peers.busy("evaluating"):
+        with watchdog.busy("evaluating"):
             evaluation.run(clock)
 
     while samples < training.total_samples:
-        peers.step_begins(step + 1)
+        watchdog.step_begins(step + 1)
         before, samples = samples, samples + training.batch_size
         logging_now = crossed(config.logging.log_samples, before, samples)
         report = RoutingReport(network) if logging_now else None
@@ -245,7 +245,7 @@ def train(
             stopped_by = stop.told()
             break
         if "evaluation" in now_due:
-            with peers.busy("evaluating"):
+            with watchdog.busy("evaluating"):
                 evaluation.run(clock)
 
     telemetry.close()

@@ -11,7 +11,7 @@ from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.parallel.zero import engine_settings
-from diffmoe.training import evaluation, initial
+from diffmoe.training import init_from, live_evaluation
 
 
 def check(config: Config, ds_settings: dict[str, Any], world: int) -> None:
@@ -22,8 +22,8 @@ def check(config: Config, ds_settings: dict[str, Any], world: int) -> None:
     config.check_world(world)
     engine_settings(config, ds_settings, world)
     manifest = check_data(config)
-    initial.check(config)
-    evaluation.check(config, manifest)
+    init_from.check(config)
+    live_evaluation.check(config, manifest)
 
 
 def check_data(config: Config) -> Manifest:

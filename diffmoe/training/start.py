@@ -13,10 +13,10 @@ from diffmoe.parallel.zero import read_ds_config, reconcile
 from diffmoe.training import agreement, preflight
 from diffmoe.training.lease import hold
 from diffmoe.training.loop import train
-from diffmoe.training.peers import Peers, join
 from diffmoe.training.resume import find_checkpoint, make_way
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.telemetry import Telemetry
+from diffmoe.training.watchdog import Peers, join
 
 
 def start(

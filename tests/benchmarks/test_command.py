@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_config
-from tests.training.commands import command
+from tests.helpers.commands import command
+from tests.helpers.tiny import tiny_config
 
 COMMANDS = {
     "train": (

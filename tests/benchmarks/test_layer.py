@@ -16,7 +16,7 @@ from diffmoe.models import routing
 from diffmoe.models.moe import MoEFeedForward
 from diffmoe.planning.flops import mixture_flops, router_products
 from diffmoe.planning.layouts import Layout
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")
 

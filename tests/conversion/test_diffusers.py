@@ -13,17 +13,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatch
 
 import diffmoe
 from diffmoe.conversion import hugging_face
-from diffmoe.conversion.exported import ExportedModel
 from diffmoe.conversion.foreign import Options, foreign_source, write_foreign
-from diffmoe.conversion.sources import Source
-from diffmoe.conversion.writing import write_exported
-from diffmoe.data.autoencoder import KLAutoencoder
+from diffmoe.data.autoencoders import KLAutoencoder
 from diffmoe.errors import UserError
-from tests.conversion.autoencoders import autoencoder
-from tests.conversion.models import source_of
-from tests.conversion.test_verifying import damage
-from tests.inference.networks import network_of
-from tests.tiny import tiny_config
+from diffmoe.export.exported import ExportedModel
+from diffmoe.export.sources import Source
+from diffmoe.export.writing import write_exported
+from tests.export.test_verifying import damage
+from tests.helpers.autoencoders import autoencoder
+from tests.helpers.models import source_of
+from tests.helpers.networks import network_of
+from tests.helpers.tiny import tiny_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -11,14 +11,14 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 import diffmoe
-from diffmoe.conversion.exported import ExportedModel
 from diffmoe.conversion.foreign import Options, foreign_source, write_foreign
 from diffmoe.conversion.release import config_from_release
-from diffmoe.conversion.sources import exported_source
-from diffmoe.conversion.writing import write_exported
 from diffmoe.errors import UserError
+from diffmoe.export.exported import ExportedModel
+from diffmoe.export.sources import exported_source
+from diffmoe.export.writing import write_exported
 from diffmoe.models.dit import DiT
-from tests.conversion.models import (
+from tests.helpers.models import (
     DIFFMOE,
     RELEASE,
     options_of,
@@ -28,8 +28,8 @@ from tests.conversion.models import (
     release_state,
     source_of,
 )
-from tests.inference.networks import network_of
-from tests.tiny import BYTES, tiny_config
+from tests.helpers.networks import network_of
+from tests.helpers.tiny import BYTES, tiny_config
 
 FLOW = Options(objective="flow", heads=4, num_classes=10)
 KIND = {"ecdit": "ECDiT", "tcdit": "TCDiT", "dense": "DiT"}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmoe.conversion.detect_format import open_source
 from diffmoe.conversion.foreign import Options
-from diffmoe.conversion.recognise import open_source
 from diffmoe.errors import UserError
 
 

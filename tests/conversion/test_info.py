@@ -10,9 +10,9 @@ import torch
 from diffmoe.config import Config
 from diffmoe.conversion.info import info
 from diffmoe.errors import UserError
-from tests.conversion.models import exported, release_file, release_state
-from tests.tiny import tiny_config
-from tests.training.commands import command
+from tests.helpers.commands import command
+from tests.helpers.models import exported, release_file, release_state
+from tests.helpers.tiny import tiny_config
 
 
 def test_a_training_checkpoint_is_told(spread_run: Config):

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 import diffmoe
-from diffmoe.conversion.exported import ExportedModel
 from diffmoe.conversion.foreign import Options, foreign_source, write_foreign
 from diffmoe.conversion.release import _ratio, config_from_release
-from diffmoe.conversion.sources import exported_source
 from diffmoe.conversion.upcycling import upcycle
-from diffmoe.conversion.writing import write_exported
 from diffmoe.errors import UserError
+from diffmoe.export.exported import ExportedModel
+from diffmoe.export.sources import exported_source
+from diffmoe.export.writing import write_exported
 from diffmoe.models.dit import DiT
-from tests.conversion.models import RELEASE, options_of, reference, release_input, release_state
-from tests.conversion.release_model import forward, random_state
+from tests.helpers.models import RELEASE, options_of, reference, release_input, release_state
+from tests.helpers.release_model import forward, random_state
 
 KINDS = {"ecdit": "ECDiT", "tcdit": "TCDiT", "dense": "DiT"}
 BASE = {

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 import diffmoe
-from diffmoe.conversion.sources import Source, checkpoint_source
-from diffmoe.conversion.tensors import empty_network, fill
 from diffmoe.conversion.upcycling import grow, upcycle
-from diffmoe.conversion.writing import write_exported
 from diffmoe.errors import UserError
+from diffmoe.export.sources import Source, checkpoint_source
+from diffmoe.export.tensors import empty_network, fill
+from diffmoe.export.writing import write_exported
 from diffmoe.models.dit import DiT
-from tests.conversion.models import source_of
-from tests.tiny import tiny_config
-from tests.training.runs import metrics, newest, pack, run_config, tensors, train
+from tests.helpers.models import source_of
+from tests.helpers.runs import metrics, newest, pack, run_config, tensors, train
+from tests.helpers.tiny import tiny_config
 
 ROUTINGS = ["per_token", "pooled", "static"]
 

@@ -8,9 +8,9 @@ import pytest
 
 from diffmoe.data.fetching import Fetch
 from diffmoe.data.lanes import lane_shards
-from diffmoe.data.shards import LatentStream
+from diffmoe.data.stream import LatentStream
 from diffmoe.errors import UserError
-from tests.data.conftest import ROOT
+from tests.helpers.shards import ROOT
 
 COUNTS = [5, 7, 3, 6, 4, 8, 5]
 SEED, LANES, N = 3, 2, 2

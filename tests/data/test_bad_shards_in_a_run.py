@@ -7,7 +7,7 @@ import pytest
 
 from diffmoe.data.lanes import lane_shards
 from tests.data.test_bad_shards import damage
-from tests.training.runs import (
+from tests.helpers.runs import (
     SAMPLES,
     assert_identical,
     metrics,

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from diffmoe.data import fetching
-from diffmoe.data.checking import check_data
 from diffmoe.data.fetching import Fetch, ReadAhead, Unreadable, check_addresses, open_shard
 from diffmoe.data.manifest import Manifest, Shard
 from diffmoe.errors import UserError
 from diffmoe.files import sha256_of
-from tests.training.runs import pack
+from diffmoe.prepare.checking import check_data
+from tests.helpers.runs import pack
 
 ALLOWED = Fetch(allow_commands=True)
 CONTENT = os.urandom(3_000_000)

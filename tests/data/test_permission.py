@@ -10,16 +10,16 @@ from webdataset.gopen import gopen_schemes
 
 from diffmoe.checkpoints.folder import stored_config
 from diffmoe.config import Config
-from diffmoe.data.checking import check_data
 from diffmoe.data.fetching import Fetch, check_addresses, open_shard
 from diffmoe.data.manifest import Manifest, starts_program
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
-from diffmoe.inference.passes import real_examples
+from diffmoe.prepare.checking import check_data
 from diffmoe.recipes import load_config
+from diffmoe.sampling.passes import real_examples
 from diffmoe.training.preflight import check_data as check_before_training
-from tests.training.runs import pack as pack_run
-from tests.training.runs import run_config
+from tests.helpers.runs import pack as pack_run
+from tests.helpers.runs import run_config
 
 ALLOWED = Fetch(allow_commands=True)
 

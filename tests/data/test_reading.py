@@ -7,7 +7,7 @@ import pytest
 
 from diffmoe.data.reading import decode_npy, read_shard
 from diffmoe.errors import UserError
-from tests.data.conftest import relist
+from tests.helpers.shards import relist
 
 
 def test_a_shard_reads_back_what_was_packed_in_file_order(tmp_path, pack):

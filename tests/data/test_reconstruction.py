@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe.data.autoencoder import KLAutoencoder, autoencoder_of
-from diffmoe.data.encoding import encode_images
-from diffmoe.data.images import find_images, load_image
+from diffmoe.data.autoencoders import KLAutoencoder, autoencoder_of
 from diffmoe.data.latents import model_latents
 from diffmoe.data.reading import read_shard
+from diffmoe.prepare.encoding import encode_images
+from diffmoe.prepare.images import find_images, load_image
 from diffmoe.seeding import keyed_generator
-from tests.data.conftest import build_vae
+from tests.helpers.shards import build_vae
 
 SIZE = 16
 

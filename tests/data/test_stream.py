@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from diffmoe.data.lanes import lane_shards
-from diffmoe.data.shards import Batch, LatentStream
+from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
-from diffmoe.tuples import joined
+from diffmoe.tree import joined
 
 RAGGED = [5, 7, 3, 6, 4, 8, 5]  # 38 samples; 4 lanes do not divide the 7 shards
 LANES, N = 4, 3

@@ -16,7 +16,7 @@ from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import TextContent
 from diffmoe.training.telemetry import Telemetry
 from tests.data.test_stream import RAGGED, batches, equal
-from tests.training.runs import run_config
+from tests.helpers.runs import run_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 import torch
-from diffmoe.data.shards import LatentStream
+from diffmoe.data.stream import LatentStream
 from diffmoe.data.manifest import Manifest
 folder = Path(sys.argv[1])
 manifest = Manifest.load(folder)

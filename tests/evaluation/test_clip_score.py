@@ -9,13 +9,13 @@ import torch
 
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
-from tests.evaluation.pictures import pictures, write_samples
-from tests.inference.test_commands import told
+from tests.helpers.pictures import pictures, write_samples
+from tests.sampling.test_commands import told
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra text)")
 
 from diffmoe.evaluation.clip_score import Clip, clip_score
-from tests.text.folders import save_clip, save_t5
+from tests.helpers.text_folders import save_clip, save_t5
 
 CAPTIONS = ["a red one", "a blue two left of a green three", "two", "three", "of a red three left"]
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffmoe.conversion.opening import locate
+from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation.curves import lines
 from diffmoe.evaluation.models import sample_model
-from diffmoe.inference.sampling import SamplingSettings
-from tests.evaluation.pictures import NAME, pictures, write_files, write_samples
-from tests.inference.test_commands import command, told
-from tests.training.runs import pack, run_config, train
+from diffmoe.export.open import locate
+from tests.helpers.pictures import NAME, pictures, write_files, write_samples
+from tests.helpers.runs import pack, run_config, train
+from tests.sampling.test_commands import command, told
 
 TOOL, FD = "tools/evaluate.py", f"FD-{NAME}"
 
@@ -151,9 +151,9 @@ def test_class_accuracy_by_folders_and_a_function(tmp_path):
         write_files(tmp_path / "png" / str(brightest[index]), images[index : index + 1])
     words = [TOOL, "images", tmp_path / "png", "--out", tmp_path, "--classifier"]
     assert len(set(brightest)) == 3
-    told(*words, "tests.evaluation.pictures:brightest_channel")
+    told(*words, "tests.helpers.pictures:brightest_channel")
     (found,) = results(tmp_path)
-    assert found["metrics"] == {"accuracy-tests.evaluation.pictures:brightest_channel": 1.0}
+    assert found["metrics"] == {"accuracy-tests.helpers.pictures:brightest_channel": 1.0}
 
 
 def test_class_accuracy_of_real_digits(tmp_path):

@@ -10,7 +10,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation import extractors
 from diffmoe.evaluation.extractors import load_extractor, resized
 from diffmoe.files import sha256_of
-from tests.evaluation.pictures import NAME, pictures
+from tests.helpers.pictures import NAME, pictures
 
 
 class Means(nn.Module):
@@ -149,7 +149,7 @@ def test_a_function_is_named_as_it_is_written():
         ("efficientnet_lite0@100", "multiple of 32"),
         ("absent.pt", "absent.pt is missing; nothing is downloaded"),
         ("tests.absent:f", "cannot be imported"),
-        ("tests.evaluation.pictures:absent", "cannot be imported"),
+        ("tests.helpers.pictures:absent", "cannot be imported"),
     ],
 )
 def test_extractors_that_are_none_are_refused(specification, message):
@@ -158,7 +158,7 @@ def test_extractors_that_are_none_are_refused(specification, message):
 
 
 def test_features_of_another_shape_are_refused():
-    extractor = load_extractor("tests.evaluation.pictures:colours")
+    extractor = load_extractor("tests.helpers.pictures:colours")
     flat = extractor._replace(features=lambda p: extractor.features(p)._replace(pooled=p))
     with pytest.raises(UserError, match=r"pooled of 4 images has shape \(4, 3, 8, 8\)"):
         flat(torch.from_numpy(pictures(4)))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmoe.data.images import find_images, load_image
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import batches, open_images
 from diffmoe.evaluation.summary import summarise
 from diffmoe.npz_files import npz_rows
-from tests.evaluation.pictures import extractor, not_a_number, pictures, write_files, write_samples
-from tests.training.runs import pack
+from diffmoe.prepare.images import find_images, load_image
+from tests.helpers.pictures import extractor, not_a_number, pictures, write_files, write_samples
+from tests.helpers.runs import pack
 
 IMAGES = pictures(23)
 

@@ -6,13 +6,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe.errors import UserError
-from diffmoe.evaluation import kernel_distance as kernel_distance_module
-from diffmoe.evaluation import manifold
-from diffmoe.evaluation.frechet import frechet_distance, too_few
+from diffmoe.evaluation import kid as kernel_distance_module
+from diffmoe.evaluation import precision_recall
+from diffmoe.evaluation.fid import frechet_distance, too_few
 from diffmoe.evaluation.inception_score import InceptionScore
-from diffmoe.evaluation.kernel_distance import kernel_distance, unbiased_mmd
-from diffmoe.evaluation.manifold import precision_and_recall
+from diffmoe.evaluation.kid import kernel_distance, unbiased_mmd
 from diffmoe.evaluation.moments import Gaussian, Moments
+from diffmoe.evaluation.precision_recall import precision_and_recall
 from diffmoe.seeding import keyed_generator
 
 
@@ -161,7 +161,7 @@ def brute_precision(samples: np.ndarray, reference: np.ndarray, k: int) -> float
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_by_definition(monkeypatch, k):
-    monkeypatch.setattr(manifold, "_BLOCK", 500)  # several blocks, the last one smaller
+    monkeypatch.setattr(precision_recall, "_BLOCK", 500)  # several blocks, the last one smaller
     samples, reference = draw(61, 3), draw(83, 3, seed=1, shift=0.5)
     found = precision_and_recall(samples, reference, k)
     expected = brute_precision(samples.numpy(), reference.numpy(), k)
@@ -179,15 +179,15 @@ def test_precision_and_recall_tell_quality_from_coverage():
 
 
 def test_distances_are_never_held_all_at_once(monkeypatch):
-    shapes, blocks = [], manifold._blocks
+    shapes, blocks = [], precision_recall._blocks
 
     def watched(rows, columns):
         for start, squared in blocks(rows, columns):
             shapes.append(squared.numel())
             yield start, squared
 
-    monkeypatch.setattr(manifold, "_blocks", watched)
-    monkeypatch.setattr(manifold, "_BLOCK", 10_000)
+    monkeypatch.setattr(precision_recall, "_blocks", watched)
+    monkeypatch.setattr(precision_recall, "_BLOCK", 10_000)
     precision_and_recall(draw(400, 3), draw(500, 3, seed=1))
     assert max(shapes) <= 10_000
     assert sum(shapes) == 400 * 500 * 2 + 400**2 + 500**2

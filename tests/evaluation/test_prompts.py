@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffmoe.conversion.opening import locate
+from diffmoe.capacity.thresholds import Calibrated, store
+from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.models import check_judges, sample_model
-from diffmoe.inference.generation import Order
-from diffmoe.inference.prompts import asked, encoder_of
-from diffmoe.inference.sampling import SamplingSettings
-from diffmoe.inference.thresholds import Calibrated, store
-from tests.conversion.models import exported
-from tests.tiny import BYTES, tiny_config
+from diffmoe.export.open import locate
+from diffmoe.sampling.many_images import Order
+from diffmoe.text.prompts import asked, encoder_of
+from tests.helpers.models import exported
+from tests.helpers.tiny import BYTES, tiny_config
 
 TEXT = tiny_config(model__in_channels=3, model__text=BYTES)
 CLASSES = tiny_config(model__in_channels=3)

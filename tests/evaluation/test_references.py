@@ -6,8 +6,8 @@ import torch
 
 from diffmoe.errors import UserError
 from diffmoe.evaluation.extractors import INCEPTION
-from diffmoe.evaluation.figures import figures
 from diffmoe.evaluation.image_sets import open_images
+from diffmoe.evaluation.metrics import figures
 from diffmoe.evaluation.references import (
     check_reference,
     compute_reference,
@@ -15,7 +15,7 @@ from diffmoe.evaluation.references import (
     store_reference,
 )
 from diffmoe.evaluation.summary import summarise
-from tests.evaluation.pictures import NAME, extractor, pictures, write_samples
+from tests.helpers.pictures import NAME, extractor, pictures, write_samples
 
 
 @pytest.fixture

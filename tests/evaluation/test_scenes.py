@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from diffmoe.data.captioned_digits import COLOURS, Digits, Scene, all_scenes, halves
+from diffmoe.digits import digit_network
+from diffmoe.digits.captioned_digits import COLOURS, Digits, Scene, all_scenes, halves
 from diffmoe.errors import UserError
-from diffmoe.evaluation import digit_network, results
+from diffmoe.evaluation import results
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.scenes import SceneReader, load_truth, real_accuracy, scene_accuracy
-from tests.evaluation.pictures import write_samples
+from tests.helpers.pictures import write_samples
 
 SCENES = all_scenes()[:: len(all_scenes()) // 40][:40]
 CAPTIONS = [scene.captions()[k % 2] for k, scene in enumerate(SCENES)]

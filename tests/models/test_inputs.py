@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from diffmoe.models.conditioning import Text
+from diffmoe.conditions import Text
 from diffmoe.models.dit import DiT
-from tests.tiny import BYTES, FROZEN, WITHOUT_POOLED, random_text, randomize, tiny_config
+from tests.helpers.tiny import BYTES, FROZEN, WITHOUT_POOLED, random_text, randomize, tiny_config
 
 
 def network(**changes) -> DiT:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from diffmoe.models import routing
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import MoEFeedForward
+from tests.helpers.tiny import randomize, tiny_config
 from tests.models.test_experts import one_after_the_other
-from tests.tiny import randomize, tiny_config
 
 INFERENCE = ["per_token", "pooled", "static"]
 FAMILIES = ["diffmoe", "expert_choice", "token_choice"]

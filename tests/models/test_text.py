@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffmoe.conditions import Text, unconditional
 from diffmoe.config import Config
-from diffmoe.models.conditioning import Text, unconditional
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
-from diffmoe.tuples import mapped
-from tests.tiny import BYTES, FROZEN, WITHOUT_POOLED, random_text, randomize, tiny_config
+from diffmoe.tree import mapped
+from tests.helpers.tiny import BYTES, FROZEN, WITHOUT_POOLED, random_text, randomize, tiny_config
 
 KINDS = pytest.mark.parametrize("text", [BYTES, FROZEN, WITHOUT_POOLED], ids=str)
 

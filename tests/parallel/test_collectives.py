@@ -8,8 +8,8 @@ from diffmoe.config import Config
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import create_topology
-from tests.ranks import run_ranks
-from tests.tiny import randomize, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import randomize, tiny_config
 
 
 def all_to_alls_on_rank(config: Config) -> tuple[int, int]:

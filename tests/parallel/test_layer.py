@@ -10,8 +10,8 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.moe import MoEFeedForward
 from diffmoe.parallel.dispatch import Dispatch
 from diffmoe.parallel.topology import Topology, create_topology
-from tests.ranks import run_ranks
-from tests.tiny import randomize, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import randomize, tiny_config
 
 LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 INFERENCE = ["per_token", "pooled", "static"]

@@ -15,8 +15,8 @@ from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training.thresholds import ThresholdTracker
-from tests.ranks import run_ranks
-from tests.tiny import BYTES, FROZEN, random_batch, randomize, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import BYTES, FROZEN, random_batch, randomize, tiny_config
 
 STEPS, LR, CLIP = 3, 0.5, 0.3
 LAYOUTS = [

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffmoe.models.routing import take_largest, top_k_mask
 from diffmoe.parallel.pool import TokenPool
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 
 def select(values_XS: Tensor, ks: list[int]) -> list[Tensor]:

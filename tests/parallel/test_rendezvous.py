@@ -12,8 +12,8 @@ import pytest
 
 from diffmoe.errors import UserError
 from diffmoe.parallel.rendezvous import meet
-from tests.ports import free_port
-from tests.ranks import _context
+from tests.helpers.ports import free_port
+from tests.helpers.ranks import _context
 
 
 class Meeting:

@@ -17,9 +17,9 @@ from diffmoe.planning.host import PINNED, host_memory
 from diffmoe.planning.layouts import Layout, Zero
 from diffmoe.planning.memory import memory, partition
 from diffmoe.planning.traffic import traffic
-from tests.planning.measured import saved_bytes, step_in_pretence, step_on_rank
-from tests.ranks import run_ranks
-from tests.tiny import BYTES, random_batch, randomize, tiny_config
+from tests.helpers.measured import saved_bytes, step_in_pretence, step_on_rank
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import BYTES, random_batch, randomize, tiny_config
 
 # Ranks, P, stage, precision, micro-batches, more.
 LAYOUTS = [

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.slurm.cluster import Cluster, missing
+from tests.helpers.cluster import Cluster, missing
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.evaluation.pictures import NAME as EXTRACTOR
-from tests.slurm.cluster import Cluster, Job
-from tests.training.commands import ROOT
-from tests.training.runs import assert_identical, pack, run_config, tensors, train
+from tests.helpers.cluster import Cluster, Job
+from tests.helpers.commands import ROOT
+from tests.helpers.pictures import NAME as EXTRACTOR
+from tests.helpers.runs import assert_identical, pack, run_config, tensors, train
 
 STEPS = 60
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")

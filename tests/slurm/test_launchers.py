@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.ports import free_port
-from tests.training.commands import ROOT, TRAIN, environment, write_config
-from tests.training.runs import metrics, newest, pack, run_config
+from tests.helpers.commands import ROOT, TRAIN, environment, write_config
+from tests.helpers.ports import free_port
+from tests.helpers.runs import metrics, newest, pack, run_config
 
 BIN = Path(sys.executable).parent
 

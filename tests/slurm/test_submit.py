@@ -14,10 +14,10 @@ from diffmoe.errors import UserError, run_command
 from diffmoe.planning import submission
 from diffmoe.planning.machine import Machine
 from diffmoe.planning.sbatch import further_options, node_memory
-from tests.slurm.cluster import Cluster, Job
+from tests.helpers.cluster import Cluster, Job
+from tests.helpers.commands import ROOT
+from tests.helpers.runs import pack, run_config
 from tests.slurm.test_jobs import SETTINGS, steps
-from tests.training.commands import ROOT
-from tests.training.runs import pack, run_config
 
 SUBMIT = str(ROOT / "tools/submit.py")
 SIZE = ("s", "--recipe", "mnist", "--nodes", "2", "--gpus-per-node", "1", "--cpus-per-task", "1")

@@ -7,11 +7,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from diffmoe.data.checking import check_data
+from diffmoe.prepare.checking import check_data
+from diffmoe.prepare.text_features import encode_text
 from diffmoe.text.encoders import TransformersEncoder
-from diffmoe.text.features import encode_text
-from tests.data.conftest import relist
-from tests.text.test_features import pack
+from tests.helpers.shards import relist
+from tests.prepare.test_text_features import pack
 
 
 def npy(array: np.ndarray) -> bytes:

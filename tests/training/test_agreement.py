@@ -9,9 +9,9 @@ import pytest
 
 from diffmoe.checkpoints.folder import names
 from diffmoe.parallel.agree import disagreements
-from tests.ranks import run_ranks
-from tests.training.processes import ranks_of
-from tests.training.runs import metrics, newest, pack, run_config, train
+from tests.helpers.processes import ranks_of
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import metrics, newest, pack, run_config, train
 
 
 def of_this_rank() -> list[str]:

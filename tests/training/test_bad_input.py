@@ -14,8 +14,8 @@ from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.preflight import check_data
-from tests.training.commands import TRAIN, command, write_config
-from tests.training.runs import pack, run_config, train
+from tests.helpers.commands import TRAIN, command, write_config
+from tests.helpers.runs import pack, run_config, train
 
 
 def refusal(function: Callable[..., Any], *arguments: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from diffmoe.checkpoints.network import load_network
 from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.config import Config
-from tests.training.runs import (
+from tests.helpers.runs import (
     clock,
     newest,
     pack,

@@ -11,7 +11,7 @@ from diffmoe.checkpoints.folder import complete, names, verify
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint
-from tests.training.runs import (
+from tests.helpers.runs import (
     SignalDuringStep,
     assert_identical,
     clock,

@@ -7,8 +7,8 @@ import torch
 
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
-from tests.tiny import FROZEN, random_batch, randomize, tiny_config
-from tests.training.runs import metrics, newest, pack, run_config, tensors, train
+from tests.helpers.runs import metrics, newest, pack, run_config, tensors, train
+from tests.helpers.tiny import FROZEN, random_batch, randomize, tiny_config
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from diffmoe.checkpoints.folder import leftovers, names, verify
-from tests.training.kill_test import kill_many
-from tests.training.processes import ranks_of
-from tests.training.runs import clock, metrics, newest, pack, run_config, train
+from tests.helpers.kill_test import kill_many
+from tests.helpers.processes import ranks_of
+from tests.helpers.runs import clock, metrics, newest, pack, run_config, train
 
 
 def test_killed_at_random_moments_it_loses_nothing_that_was_saved(tmp_path: Path):

@@ -13,9 +13,9 @@ from diffmoe.evaluation import results
 from diffmoe.training import history
 from diffmoe.training.due import due
 from diffmoe.training.resume import find_checkpoint
-from tests.evaluation.pictures import NAME, pictures, write_files
-from tests.killing import killed
-from tests.training.runs import assert_identical, newest, pack, run_config, tensors, train
+from tests.helpers.killing import killed
+from tests.helpers.pictures import NAME, pictures, write_files
+from tests.helpers.runs import assert_identical, newest, pack, run_config, tensors, train
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def trained(tmp_path_factory) -> Config:
         evaluation__steps=2,
         evaluation__reference=str(folder / "real"),
         evaluation__extractor=NAME,
-        evaluation__classifier="tests.evaluation.pictures:brightest_channel",
+        evaluation__classifier="tests.helpers.pictures:brightest_channel",
         parallel__expert_parallel=2,
     )
     assert train(config, world=2) == [True] * 2

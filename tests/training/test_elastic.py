@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from diffmoe.config import Config
-from tests.ranks import run_ranks
-from tests.training.runs import (
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import (
     SignalDuringStep,
     assert_identical,
     metrics,
@@ -99,9 +99,9 @@ def resume_on_each(folder: Path) -> None:
 
     from diffmoe.parallel.topology import create_topology
     from diffmoe.training import checkpoint, loop
+    from diffmoe.training.async_save import Saver
     from diffmoe.training.lease import Lease
     from diffmoe.training.resume import Resume
-    from diffmoe.training.saver import Saver
     from diffmoe.training.signals import StopRequest
     from diffmoe.training.telemetry import Telemetry
 

@@ -17,8 +17,7 @@ from diffmoe.checkpoints.profiles import (
     reconstruct,
 )
 from diffmoe.errors import UserError
-from tests.test_config import refusal
-from tests.training.runs import (
+from tests.helpers.runs import (
     SignalDuringStep,
     assert_identical,
     clock,
@@ -28,6 +27,7 @@ from tests.training.runs import (
     tensors,
     train,
 )
+from tests.test_config import refusal
 
 EDM2 = (0.05, 0.10)
 

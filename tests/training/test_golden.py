@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import metrics, pack, run_config, train
+from tests.helpers.runs import metrics, pack, run_config, train
 
 # Of flow matching with the experts on two ranks, and of DDPM with learned variances in bf16.
 GOLDEN: dict[str, tuple[int, dict[str, Any], list[float]]] = {

@@ -22,9 +22,9 @@ from diffmoe.checkpoints.inspect import compare, open_checkpoint
 from diffmoe.checkpoints.network import load_network
 from diffmoe.checkpoints.old_index import _NAMES, fields_of
 from diffmoe.checkpoints.pieces import Piece, write
-from diffmoe.conversion.recognise import open_source
+from diffmoe.conversion.detect_format import open_source
 from diffmoe.errors import UserError
-from tests.training.runs import pack, run_config, tensors, train
+from tests.helpers.runs import pack, run_config, tensors, train
 
 OLD = Path(__file__).parent / "old_checkpoint.tar.xz"
 

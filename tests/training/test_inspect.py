@@ -14,8 +14,8 @@ from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError, run_command
 from diffmoe.models.dit import DiT
-from tests.training.commands import ROOT, command
-from tests.training.runs import newest, pack, run_config, tensors, train
+from tests.helpers.commands import ROOT, command
+from tests.helpers.runs import newest, pack, run_config, tensors, train
 
 TOOL = "tools/checkpoint.py"
 

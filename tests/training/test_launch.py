@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.ports import free_port
-from tests.training.commands import TRAIN, command, write_config
-from tests.training.runs import SAMPLES, metrics, newest, pack, run_config
+from tests.helpers.commands import TRAIN, command, write_config
+from tests.helpers.ports import free_port
+from tests.helpers.runs import SAMPLES, metrics, newest, pack, run_config
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", TRAIN]

@@ -15,9 +15,9 @@ import pytest
 from diffmoe.errors import UserError
 from diffmoe.training import lease
 from diffmoe.training.lease import Holder, Lease, hold
-from tests.training.commands import wait_for_metrics
-from tests.training.processes import ranks_of
-from tests.training.runs import metrics, newest, pack, run_config, train
+from tests.helpers.commands import wait_for_metrics
+from tests.helpers.processes import ranks_of
+from tests.helpers.runs import metrics, newest, pack, run_config, train
 
 ELSEWHERE = {"host": "n17", "machine": "another boot", "pid": 4321}
 
@@ -288,10 +288,10 @@ class LoseTheFolder:
         self.output, self.moment = output, moment
 
     def __call__(self, rank: int) -> None:
-        from diffmoe.training import saver
+        from diffmoe.training import async_save
 
         lease.STALE = 0.0  # always looks
-        begin, write = saver.Saver.begin, saver.write
+        begin, write = async_save.Saver.begin, async_save.write
 
         def beginning(*values):
             if self.moment == "before":
@@ -305,7 +305,7 @@ class LoseTheFolder:
             self.lose()
             return written
 
-        saver.Saver.begin, saver.write = beginning, writing
+        async_save.Saver.begin, async_save.write = beginning, writing
 
     def lose(self) -> None:
         (self.output / "lease-1.json").unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import torch
 
 from diffmoe.config import OptimizerConfig
 from diffmoe.training.loop import PATIENCE, crossed, learning_rate
-from tests.training.runs import (
+from tests.helpers.runs import (
     assert_identical,
     clock,
     metrics,
@@ -196,6 +196,6 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path: Path):
 
 
 def never_look(rank: int) -> None:
-    from diffmoe.training import saver
+    from diffmoe.training import async_save
 
-    saver.all_finite = lambda ema: True
+    async_save.all_finite = lambda ema: True

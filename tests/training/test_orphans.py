@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from diffmoe.config import Config
-from tests.training.commands import ROOT, TRAIN, environment, wait_for_metrics, write_config
-from tests.training.processes import ranks_of
-from tests.training.runs import clock, metrics, newest, pack, run_config
+from tests.helpers.commands import ROOT, TRAIN, environment, wait_for_metrics, write_config
+from tests.helpers.processes import ranks_of
+from tests.helpers.runs import clock, metrics, newest, pack, run_config
 from tests.training.test_launch import TORCHRUN, deepspeed
 
 
@@ -121,16 +121,16 @@ def test_a_closed_terminal_is_a_stop(tmp_path: Path):
 
 def stuck_readers(rank: int) -> None:
     """As on a file server that hangs: from the fourth step on no sample comes."""
-    from diffmoe.data import shards
+    from diffmoe.data import stream
 
-    seeded = shards.keyed_generator
+    seeded = stream.keyed_generator
 
     def stuck(seed, purpose, clock, lane):
         if clock == 3 * 8:
             time.sleep(1000)
         return seeded(seed, purpose, clock, lane)
 
-    shards.keyed_generator = stuck
+    stream.keyed_generator = stuck
 
 
 def test_a_second_ctrl_c_leaves_no_process_behind(tmp_path: Path):

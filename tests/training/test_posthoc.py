@@ -10,7 +10,7 @@ from diffmoe.checkpoints.network import load_network
 from diffmoe.checkpoints.posthoc import reconstruct_ema
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from tests.training.runs import assert_identical, newest, pack, run_config, tensors, train
+from tests.helpers.runs import assert_identical, newest, pack, run_config, tensors, train
 
 STEPS = 24
 

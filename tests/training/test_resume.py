@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import (
+from tests.helpers.runs import (
     SignalDuringStep,
     assert_identical,
     clock,

@@ -14,8 +14,8 @@ from diffmoe.checkpoints.folder import complete, names, verify
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint, make_way
-from tests.training.commands import command
-from tests.training.runs import pack, run_config, train
+from tests.helpers.commands import command
+from tests.helpers.runs import pack, run_config, train
 from tests.training.test_inspect import tool  # noqa: F401 (a fixture)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.commands import TRAIN, command, environment, wait_for_metrics, write_config
-from tests.training.processes import ranks_of
-from tests.training.runs import SignalDuringStep, clock, metrics, newest, pack, run_config, train
+from tests.helpers.commands import TRAIN, command, environment, wait_for_metrics, write_config
+from tests.helpers.processes import ranks_of
+from tests.helpers.runs import SignalDuringStep, clock, metrics, newest, pack, run_config, train
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import metrics, newest, pack, run_config, train
+from tests.helpers.runs import metrics, newest, pack, run_config, train
 
 
 def test_metrics_hold_what_the_run_did(tmp_path: Path):

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmoe.conversion.opening import open_network
-from diffmoe.conversion.sources import checkpoint_source
-from diffmoe.conversion.writing import write_exported
 from diffmoe.data.manifest import TextContent
+from diffmoe.export.open import open_network
+from diffmoe.export.sources import checkpoint_source
+from diffmoe.export.writing import write_exported
 from diffmoe.seeding import keyed_generator
-from tests.tiny import BYTES, FROZEN, random_text
-from tests.training.runs import (
+from tests.helpers.runs import (
     SignalDuringStep,
     assert_identical,
     metrics,
@@ -21,6 +20,7 @@ from tests.training.runs import (
     tensors,
     train,
 )
+from tests.helpers.tiny import BYTES, FROZEN, random_text
 
 CONTENT = TextContent(encoder="bytes", length=BYTES["length"])
 EVERYTHING = {

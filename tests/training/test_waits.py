@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from diffmoe.config import Config
-from tests.training.runs import pack, run_config, train
+from tests.helpers.runs import pack, run_config, train
 
 STEPS = 4
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__")

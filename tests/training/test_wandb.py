@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from diffmoe.training import wandb_run
-from tests.ports import free_port
-from tests.training.commands import TRAIN, environment, write_config
-from tests.training.runs import metrics, newest, pack, run_config, train
+from tests.helpers.commands import TRAIN, environment, write_config
+from tests.helpers.ports import free_port
+from tests.helpers.runs import metrics, newest, pack, run_config, train
 
 
 class Keyless:

@@ -1,0 +1,92 @@
+"""How much a model computes: capacity by time, layer and expert, and activated parameters."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmoe.capacity.forward import Forward
+from diffmoe.models.dit import DiT
+
+
+class CapacityByTime(NamedTuple):
+    """Capacity C (Eq. 8) at every time of a sampling run, fp64 on the CPU.
+
+    times: (n,) rising, 0 noise to 1 data. capacity: (n, L, E): E times the share of tokens that
+    the expert of the layer took. tokens: (n,) how many it is a share of.
+    """
+
+    times: Tensor
+    capacity: Tensor
+    tokens: Tensor
+
+    @property
+    def by_time(self) -> Tensor:
+        """C of the whole forward pass (Eq. 9), (n,)."""
+        return self.capacity.mean(dim=(1, 2))
+
+    @property
+    def by_layer_and_expert(self) -> Tensor:
+        """(L, E), over all evaluations."""
+        weights = self.tokens / self.tokens.sum()
+        return (self.capacity * weights[:, None, None]).sum(0)
+
+    @property
+    def average(self) -> float:
+        """C_avg (Eq. 15): the mean over evaluations, layers and experts."""
+        return float(self.by_layer_and_expert.mean())
+
+
+def merged(parts: list[CapacityByTime]) -> CapacityByTime:
+    """Of several runs, as if they had been one; equal times fall together."""
+    times, place = torch.cat([part.times for part in parts]).unique(return_inverse=True)
+    tokens = torch.cat([part.tokens for part in parts])
+    taken = torch.cat([part.capacity for part in parts]) * tokens[:, None, None]
+    total = tokens.new_zeros(len(times)).index_add(0, place, tokens)
+    summed = taken.new_zeros(len(times), *taken.shape[1:]).index_add(0, place, taken)
+    return CapacityByTime(times, summed / total[:, None, None], total)
+
+
+class CapacityMeter:
+    """An observer (sampling.Observer) that counts what the experts take. Nothing waits for it."""
+
+    def __init__(self) -> None:
+        self._times: list[Tensor] = []
+        self._shares_LE: list[Tensor] = []
+        self._tokens: list[int] = []
+
+    def __call__(self, forward: Forward) -> None:
+        if not forward.routing:
+            return
+        taken_LES = torch.stack([layer.taken_ES for layer in forward.routing])
+        _, E, S = taken_LES.shape
+        self._times.append(forward.time)
+        self._shares_LE.append(taken_LES.sum(dim=2).double() * E / S)
+        self._tokens.append(S)
+
+    def read(self) -> CapacityByTime | None:
+        """What was seen since the last reading; None without any MoE layer."""
+        if not self._times:
+            return None
+        seen = CapacityByTime(
+            torch.stack(self._times).double().cpu(),
+            torch.stack(self._shares_LE).cpu(),
+            torch.tensor(self._tokens, dtype=torch.float64),
+        )
+        self.__init__()
+        return merged([seen])
+
+
+def activated_parameters(network: DiT, capacity: float | None) -> float:
+    """Parameters that work on an average token (Eq. 40), of the whole network.
+
+    capacity: C_avg; None for a dense network. An expert counts with the share C / E of tokens that
+    it works on; everything else, shared experts, router and predictor included, counts whole. Eq.
+    40 says the same for MoE in every second block: (1 + C) / (1 + E) of all feed-forwards.
+    """
+    experts = sum(parameter.numel() for parameter in network.expert_parameters().values())
+    experts *= network.topology.expert_parallel
+    rest = network.parameter_count() - experts
+    if not experts:
+        return rest
+    return rest + experts * capacity / network.moe_config.experts

@@ -1,0 +1,32 @@
+"""What a path holds, and the source that it gives."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffmoe.conversion.foreign import Format, Options, foreign_source
+from diffmoe.conversion.hugging_face import transformer_folder
+from diffmoe.errors import UserError
+from diffmoe.export.exported import is_exported
+from diffmoe.export.sources import Source, checkpoint_source, exported_source
+
+
+@contextlib.contextmanager
+def open_source(
+    path: Path,
+    weights: str = "ema",
+    form: Format | None = None,
+    options: Options | None = None,
+) -> Iterator[Source]:
+    """Any path that can be converted. weights, form, options: as in the sources' functions."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run, a checkpoint, or a model")
+    if is_exported(path):
+        with exported_source(path) as source:
+            yield source
+    elif path.is_file() or form is not None or transformer_folder(path):
+        with foreign_source(path, weights, form, options) as source:
+            yield source
+    else:
+        with checkpoint_source(path, weights) as source:
+            yield source

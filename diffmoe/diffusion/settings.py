@@ -1,0 +1,76 @@
+"""How to walk from noise to data: the settings of sampling, their defaults and their checks."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from diffmoe.config import Config
+from diffmoe.errors import UserError
+
+GUIDANCE = 1.5  # where nobody chooses another
+Sampler = Literal["euler", "heun", "dopri5", "sde", "ddpm", "ddim"]
+SAMPLERS = {"flow": ("euler", "heun", "dopri5", "sde"), "ddpm": ("ddpm", "ddim")}
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to walk from noise to data. Together with the weights and labels it decides the images.
+
+    sampler: None takes the objective's own, euler or ddpm.
+    guidance: scale; 1 is none, None leaves it to `fitted`.
+    guidance_interval: where guidance acts, from 0 (noise) to 1 (data).
+    guided_channels: guide the first ones alone, as the release's DDPM runs do with 3.
+    shift: spacing of a flow's times (samplers.time_grid). eta: noise of ddim.
+    """
+
+    sampler: Sampler | None = None
+    steps: int = 250
+    guidance: float | None = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guided_channels: int | None = None
+    shift: float = 1.0
+    eta: float = 0.0
+    seed: int = 0
+
+    def chosen_sampler(self, config: Config) -> Sampler:
+        """The sampler; raises UserError where the settings do not fit the model's objective."""
+        objective = config.diffusion.objective
+        fitting = SAMPLERS[objective]
+        sampler = self.sampler or fitting[0]
+        if sampler not in fitting:
+            raise UserError(f"sampler {sampler}: a {objective} model takes {', '.join(fitting)}")
+        for name in ("guidance", "shift", "eta"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name}={getattr(self, name)}: give a finite number")
+        least = 1 if objective == "flow" and sampler != "sde" else 2
+        most = 1000 if objective == "ddpm" else math.inf
+        if sampler != "dopri5" and not least <= self.steps <= most:
+            raise UserError(
+                f"{self.steps} sampling steps: {sampler} takes {least} or more"
+                + (", up to 1000" if objective == "ddpm" else "")
+            )
+        channels = config.model.in_channels
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= channels:
+            raise UserError(f"guided_channels={self.guided_channels}: choose 1 to {channels}")
+        if self.shift != 1 and (objective == "ddpm" or sampler == "dopri5"):
+            raise UserError(f"shift={self.shift} spaces the steps of euler, heun and sde alone")
+        if not 0 <= self.eta <= 1 or not 1e-3 <= self.shift <= 1e3:
+            raise UserError(
+                f"eta={self.eta}, shift={self.shift}: eta is from 0 to 1, shift from 0.001 to 1000"
+            )
+        if self.eta and sampler != "ddim":
+            raise UserError(f"eta={self.eta} belongs to the sampler ddim; {sampler} has none")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise UserError(
+                f"guidance interval {','.join(map(str, interval))}: two rising times from 0, "
+                "noise, to 1, data"
+            )
+        return sampler
+
+
+def time_of(config: Config, t: Tensor) -> Tensor:
+    """The network's t (n,) as a time from 0, noise, to 1, data."""
+    return t if config.diffusion.objective == "flow" else 1 - t.float() / 1000

@@ -1,0 +1,1 @@
+"""The toy data sets, and the classifiers that judge samples of them."""

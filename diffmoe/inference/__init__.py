@@ -1,1 +1,0 @@
-"""From a trained network to samples: settings, the compute dial, many samples on many ranks."""

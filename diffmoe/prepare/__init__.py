@@ -1,0 +1,1 @@
+"""Image folders, captions and other projects' latents into shards; resharding and checking them."""

@@ -1,0 +1,263 @@
+"""Looking a data folder over: every shard, every sample, what the model would see of them."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from diffmoe.config import BYTES
+from diffmoe.data.autoencoders import autoencoder_of
+from diffmoe.data.captions import Captions
+from diffmoe.data.fetching import Fetch, Unreadable, open_shard
+from diffmoe.data.latents import model_latents
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.numbers import restored
+from diffmoe.data.reading import OpenShard, Sample, unreadable
+from diffmoe.errors import UserError
+from diffmoe.prepare.flat_images import FlatImages, flat_on_sheet
+from diffmoe.redaction import redact
+from diffmoe.seeding import keyed_generator
+
+# Latents of a wrong scale are off by 5 or more; whitened ones (EDM2: 0.5) and pixels lie within.
+_DEVIATIONS = (0.35, 2.8)
+_TOLD = 20  # problems that are printed in full
+_SHEET = 32  # samples on the contact sheet
+
+
+@dataclass
+class Report:
+    """What was found: `problems` are wrong, `lines` are for reading."""
+
+    problems: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = [f"problem: {problem}" for problem in self.problems[:_TOLD]]
+        if len(self.problems) > _TOLD:
+            told.append(f"and {len(self.problems) - _TOLD} more problems")
+        return "\n".join([*self.lines, *(told or ["no problems"])])
+
+
+def check_data(
+    directory: str | Path,
+    sheet: str | Path | None,
+    device: str | torch.device = "cpu",
+    fetch: Fetch = Fetch(),  # noqa: B008 (a tuple)
+) -> Report:
+    """Read a data folder whole. Raises UserError only where there is no manifest to go by.
+
+    sheet: where to write a PNG of up to 32 samples, each above its mirror image.
+    """
+    manifest = Manifest.load(directory)
+    report, statistics, flat = Report(), _Statistics(manifest), FlatImages(manifest)
+    labels, dtypes, places = Counter(), Counter(), {}
+    shown: list[Sample] = []
+    of_each = max(1, _SHEET // manifest.classes)
+    lengths: list[list[int]] = []
+    for sample, captions, address in _samples(directory, manifest, report, fetch):
+        if sample.key in places:
+            report.problems.append(
+                f"sample key {sample.key} is in {places[sample.key]} and again in {redact(address)}"
+            )
+        places[sample.key] = redact(address)
+        labels[sample.label] += 1
+        dtypes[str(sample.array.dtype)] += 1
+        statistics.add(sample.array)
+        flat.add(sample.key, sample.array)
+        if captions is not None:
+            lengths.append(_lengths(captions, manifest))
+        if len(shown) < _SHEET and labels[sample.label] <= of_each:
+            shown.append(sample)
+    shape = "x".join(map(str, manifest.shape))
+    kinds = ", ".join(sorted(dtypes)) if manifest.dtype is None else manifest.dtype
+    report.lines += [
+        manifest.summary(directory),
+        f"content {manifest.content} of {shape} in {kinds}, flips {manifest.flips}"
+        + (" (mirrored on reading)" if manifest.mirrored == "on_reading" else "")
+        + f", scaled {manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
+        f"autoencoder {manifest.autoencoder}, pixels {manifest.pixel_range}; {manifest.source}",
+        *_histogram(labels, manifest),
+        *_caption_lines(lengths, manifest),
+    ]
+    if labels:
+        report.lines += [*statistics.lines(), *flat.lines(problems=False)]
+        report.problems += [*statistics.problems(), *flat.lines(problems=True)]
+        if sheet is not None:
+            _write_sheet(shown, manifest, sheet, device, report)
+    return report
+
+
+def _samples(
+    directory: str | Path, manifest: Manifest, report: Report, fetch: Fetch
+) -> Iterator[tuple[Sample, Captions | None, str]]:
+    """Every good sample, its captions and its shard; what is not good goes to the report."""
+    for shard in tqdm(manifest.shards, unit="shard", dynamic_ncols=True, disable=None):
+        address = shard.name
+        try:
+            address = manifest.address(directory, shard)
+            file = open_shard(address, shard, fetch, attempts=1)
+            opened = OpenShard(file, shard, manifest, address)
+        except Unreadable as error:
+            report.problems.append(unreadable(address, str(error)))
+            continue
+        except UserError as error:
+            report.problems.append(str(error))
+            continue
+        with closing(opened):
+            for index in range(len(opened)):
+                try:
+                    sample = opened.sample(index)
+                    captions = None if manifest.text is None else opened.captions(index)
+                except UserError as error:
+                    report.problems.append(str(error))
+                else:
+                    yield sample, captions, shard.name
+
+
+class _Statistics:
+    """Mean and standard deviation per channel of what the model would see, without drawing."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        channels = manifest.shape[0]
+        self._n, self._lowest = 0, math.inf
+        self._sum, self._squares = np.zeros(channels), np.zeros(channels)
+
+    def add(self, array: np.ndarray) -> None:
+        manifest = self.manifest
+        z = restored(array, manifest.dtype).astype(np.float64)
+        variance = np.zeros(1)
+        if manifest.content != "sample":
+            z, spread = np.split(z, 2)
+            self._lowest = min(self._lowest, spread.min())
+            is_std = manifest.content == "mean_std"
+            variance = spread**2 if is_std else np.exp(np.clip(spread, -30, 20))
+        self._n += z[0].size
+        self._sum += z.sum((1, 2))
+        self._squares += (z**2 + variance).sum((1, 2))
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each channel, scaled and shifted."""
+        mean = self._sum / self._n
+        deviation = np.sqrt(np.maximum(self._squares / self._n - mean**2, 0))
+        if not self.manifest.scaled:
+            scale = np.abs(self.manifest.scale)
+            mean, deviation = (mean - self.manifest.shift) * self.manifest.scale, deviation * scale
+        return mean, deviation
+
+    def lines(self) -> list[str]:
+        mean, deviation = self.moments()
+        return [
+            "as the model sees them, per channel:",
+            "  mean      " + " ".join(f"{x:8.4f}" for x in mean),
+            "  deviation " + " ".join(f"{x:8.4f}" for x in deviation),
+        ]
+
+    def problems(self) -> list[str]:
+        manifest, problems = self.manifest, []
+        _, deviation = self.moments()
+        lowest, highest = deviation.min(), deviation.max()
+        if manifest.autoencoder != "identity" and not (
+            _DEVIATIONS[0] <= lowest and highest <= _DEVIATIONS[1]
+        ):
+            problems.append(
+                f"the standard deviation of a channel is {lowest if lowest < 0.35 else highest:.3g}"
+                f", far from 1: scale={manifest.scale} with scaled={manifest.scaled} looks wrong "
+                "(left out, or applied twice?)"
+            )
+        if manifest.content == "mean_std" and self._lowest < 0:
+            problems.append(
+                f"a standard deviation is {self._lowest:.3g}, below 0: are these log-variances "
+                "(content=mean_logvar)?"
+            )
+        if manifest.content == "mean_logvar" and self._lowest >= 0:
+            problems.append(
+                f"no log-variance is below 0 (the lowest is {self._lowest:.3g}): are these "
+                "standard deviations (content=mean_std)?"
+            )
+        return problems
+
+
+def _histogram(labels: Counter, manifest: Manifest) -> list[str]:
+    counts = [labels[label] for label in range(manifest.classes)]
+    names = manifest.class_names or [str(label) for label in range(manifest.classes)]
+    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    lines = [
+        f"samples per class: {min(counts)} to {max(counts)}, median {int(np.median(counts))}"
+        + (f"; none of {len(empty)} classes, such as {empty[0]}" if empty else "")
+    ]
+    if manifest.classes <= 20:
+        widest = max(map(len, names))
+        most = max(max(counts), 1)
+        for name, count in zip(names, counts, strict=True):
+            lines.append(f"  {name:{widest}} {count:8} {'#' * round(40 * count / most)}")
+    return lines
+
+
+def _lengths(captions: Captions, manifest: Manifest) -> list[int]:
+    """Tokens of each caption; of bytes those that there are, not only those that are read."""
+    if manifest.text.encoder == BYTES:
+        return [len(line.encode()) for line in captions.lines]
+    return captions.lengths.tolist()
+
+
+def _caption_lines(lengths: list[list[int]], manifest: Manifest) -> list[str]:
+    if not lengths:
+        return []
+    text, each = manifest.text, [len(of_sample) for of_sample in lengths]
+    every = [length for of_sample in lengths for length in of_sample]
+    full = sum(length >= text.length for length in every) / len(every)
+    return [
+        f"captions for {text.encoder}, at most {text.length} tokens, width {text.width}, pooled "
+        f"{text.pooled}",
+        f"  {min(each)} to {max(each)} a sample, {min(every)} to {max(every)} tokens each; "
+        f"{full:.1%} of them have {text.length} or more; what is beyond is cut off",
+    ]
+
+
+def _write_sheet(
+    samples: list[Sample],
+    manifest: Manifest,
+    path: str | Path,
+    device: str | torch.device,
+    report: Report,
+) -> None:
+    """The report gets where it is, or why it is not, and what is wrong with its images."""
+    try:
+        autoencoder = autoencoder_of(manifest.model_dump(), device)
+    except UserError as error:
+        report.lines.append(f"no contact sheet: {error}")
+        return
+    samples = sorted(samples, key=lambda sample: sample.label)
+    rows = [[sample.array for sample in samples]]
+    if manifest.flips:
+        rows.append([sample.flip for sample in samples])
+    strips = []
+    for arrays in rows:
+        latents = model_latents(arrays, manifest, keyed_generator("contact sheet"))
+        images = autoencoder.decode(latents.to(torch.float32)).cpu().numpy()  # (N,H,W,3 or 1)
+        strips.append(images)
+    columns = min(8, len(samples))
+    height, width, channels = strips[0].shape[1:]
+    lines = -(-len(samples) // columns)
+    page = np.full((lines * len(strips) * height, columns * width, channels), 255, np.uint8)
+    for number in range(len(samples)):
+        line, column = divmod(number, columns)
+        for row, images in enumerate(strips):
+            top, left = (line * len(strips) + row) * height, column * width
+            page[top : top + height, left : left + width] = images[number]
+    if channels not in (1, 3):
+        report.lines.append(f"no contact sheet: {channels} channels are no picture")
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(page.squeeze(-1) if channels == 1 else page).save(path)
+    report.lines.append(f"contact sheet, in order of class, each above its mirror image: {path}")
+    if manifest.autoencoder != "identity":  # pixels were all looked at
+        report.problems += flat_on_sheet(strips[0])

@@ -1,0 +1,1 @@
+"""What the experts of a trained model do: analysis, figures, one page."""

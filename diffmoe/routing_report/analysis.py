@@ -1,0 +1,211 @@
+"""What the experts of a trained model do: along its sampling, and on real data.
+
+Shape letters as in models/routing.py. Only the passes with the label are looked at: those that
+guidance adds would blur the classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmoe.capacity.forward import Forward
+from diffmoe.capacity.meter import CapacityByTime, CapacityMeter
+from diffmoe.config import Config
+from diffmoe.diffusion.samplers import Progress
+from diffmoe.diffusion.settings import SamplingSettings
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.sampling.images import Decode, sample_images
+from diffmoe.sampling.passes import Passes
+from diffmoe.text.prompts import Prompts
+
+BINS = 20
+# An expert that takes less than this share of the capacity it should have is called dead.
+DEAD = 0.01
+
+
+class SamplingRouting(NamedTuple):
+    """Of n samples. Shares and means are over the evaluations of the sampling run, fp64 or fp32.
+
+    capacity: by time, layer and expert. untaken: (times, L), tokens that no expert takes.
+    by_sample: (n,) C of each sample. compute: (n, T) experts at work on a token, mean over layers.
+    places: (L, E, T) share of samples in which the expert takes the token there.
+    overlap: (L, E, E): of the tokens that expert i takes, the share that j takes too.
+    labels: (n,); images: uint8 (n, H, W, C).
+    """
+
+    capacity: CapacityByTime
+    untaken: Tensor
+    by_sample: Tensor
+    compute: Tensor
+    places: Tensor
+    overlap: Tensor
+    labels: Tensor
+    images: Tensor
+
+    def by_class(self) -> dict[int, float]:
+        """Mean C of each class, the hardest first."""
+        means = {
+            int(label): float(self.by_sample[self.labels == label].mean())
+            for label in self.labels.unique()
+        }
+        return dict(sorted(means.items(), key=lambda item: -item[1]))
+
+    def dead_experts(self) -> list[tuple[int, int]]:
+        """(layer, expert) of those that take next to nothing, both counted from 0."""
+        capacity_LE = self.capacity.by_layer_and_expert
+        dead = capacity_LE < DEAD * capacity_LE.mean()
+        return [(int(layer), int(expert)) for layer, expert in dead.nonzero()]
+
+
+class PredictorAccuracy(NamedTuple):
+    """The capacity predictor against the selection of training, on real data.
+
+    precision, recall: (L,). predicted, taken: (BINS,) mean probability and share really taken, of
+    the token-expert pairs in each bin of probability; counts: (BINS,) how many these are.
+    """
+
+    precision: Tensor
+    recall: Tensor
+    predicted: Tensor
+    taken: Tensor
+    counts: Tensor
+
+
+def sampling_routing(
+    network: DiT,
+    config: Config,
+    decode: Decode,
+    labels: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    prompts: Prompts | None = None,
+    batch: int = 50,
+    progress: Progress | None = None,
+) -> SamplingRouting:
+    """Sample images of `labels` and look at every evaluation.
+
+    prompts: of a text model, whose labels are numbers of its captions. progress: of images done.
+    """
+    if not network.moe_layers:
+        raise UserError("a dense model routes nothing; there is no report to write")
+    meter, batches = CapacityMeter(), []
+
+    def watch(samples: int) -> Callable[[Forward], None]:
+        seen = _Batch(samples)
+        batches.append(seen)
+
+        def observe(forward: Forward) -> None:
+            if not forward.unconditional:
+                meter(forward)
+                seen.add(forward)
+
+        return observe
+
+    images, _ = sample_images(
+        network,
+        config,
+        decode,
+        labels,
+        range(len(labels)),
+        settings,
+        prompts=prompts,
+        batch=batch,
+        watch=watch,
+        progress=progress,
+    )
+    untaken: dict[float, list[Tensor]] = {}
+    looks: dict[float, int] = {}
+    for seen in batches:
+        for time, share_L in ((float(time), share_L) for time, share_L in seen.untaken):
+            untaken.setdefault(time, []).append(share_L.cpu() * seen.samples)
+            looks[time] = looks.get(time, 0) + seen.samples
+    together_LEE = sum(seen.together_LEE for seen in batches)
+    own_LE = together_LEE.diagonal(dim1=1, dim2=2)
+    return SamplingRouting(
+        capacity=meter.read(),
+        untaken=torch.stack([sum(untaken[time]) / looks[time] for time in sorted(untaken)]),
+        by_sample=torch.cat([seen.by_sample for seen in batches]),
+        compute=torch.cat([seen.compute for seen in batches]),
+        places=sum(seen.places * seen.samples for seen in batches) / len(labels),
+        overlap=together_LEE / own_LE.clamp(min=1)[:, :, None],
+        labels=torch.tensor(labels),
+        images=images,
+    )
+
+
+class _Batch:
+    """Sums over the evaluations of one batch of B samples."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples, self.passes = samples, 0
+        self.untaken: list[tuple[Tensor, Tensor]] = []
+        self._compute_BT: Tensor | int = 0
+        self._places_LET: Tensor | int = 0
+        self._together_LEE: Tensor | int = 0
+
+    def add(self, forward: Forward) -> None:
+        taken_LES = torch.stack([layer.taken_ES for layer in forward.routing]).float()
+        L = len(taken_LES)
+        self.untaken.append((forward.time, (taken_LES.sum(1) == 0).double().mean(1)))
+        by_sample = taken_LES.unflatten(2, (self.samples, -1))  # (L, E, B, T)
+        self._compute_BT = self._compute_BT + by_sample.sum((0, 1)) / L
+        self._places_LET = self._places_LET + by_sample.mean(2)
+        self._together_LEE = self._together_LEE + taken_LES @ taken_LES.transpose(1, 2)
+        self.passes += 1
+
+    @property
+    def compute(self) -> Tensor:
+        return (self._compute_BT / self.passes).cpu()
+
+    @property
+    def by_sample(self) -> Tensor:
+        return self.compute.mean(1)
+
+    @property
+    def places(self) -> Tensor:
+        return (self._places_LET / self.passes).cpu()
+
+    @property
+    def together_LEE(self) -> Tensor:
+        """How many tokens experts i and j both took."""
+        return self._together_LEE.double().cpu()
+
+
+@torch.inference_mode()
+def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
+    """Run passes over real data with the selection of training and hold the predictor against it.
+
+    The pool is one pass's batch. Afterwards the network routes as before.
+    """
+    layers = len(network.moe_layers)
+    right, said, really = (torch.zeros(layers, dtype=torch.float64) for _ in range(3))
+    sums = torch.zeros(3, BINS, dtype=torch.float64)  # probability, taken, pairs
+
+    def observe(forward: Forward) -> None:
+        for number, (layer, decided) in enumerate(
+            zip(network.moe_layers, forward.routing, strict=True)
+        ):
+            logits_SE, taken_SE = decided.capacity_logits_SE, decided.taken_ES.t()
+            wanted_SE = layer.capacity_predictor.wanted(logits_SE)
+            right[number] += int((wanted_SE & taken_SE).sum())
+            said[number] += int(wanted_SE.sum())
+            really[number] += int(taken_SE.sum())
+            probability = logits_SE.sigmoid().flatten().double().cpu()
+            place = (probability * BINS).long().clamp(max=BINS - 1)
+            for row, values in enumerate(
+                (probability, taken_SE.flatten().double().cpu(), torch.ones_like(probability))
+            ):
+                sums[row].index_add_(0, place, values)
+
+    as_in_training = replace(network.routing, kind="static", capacity=None)
+    with network.routed(as_in_training):
+        passes.run(observe)
+    predicted, taken, counts = sums
+    filled = counts.clamp(min=1)
+    return PredictorAccuracy(
+        right / said.clamp(min=1), right / really, predicted / filled, taken / filled, counts
+    )

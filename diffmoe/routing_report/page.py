@@ -1,0 +1,129 @@
+"""One self-contained HTML page on what the experts of a model do."""
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffmoe.routing_report import figures
+from diffmoe.routing_report.analysis import PredictorAccuracy, SamplingRouting
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+img{max-width:100%}table{border-collapse:collapse}td,th{padding:.1rem .8rem;text-align:right}
+.alarm{background:#fde8e6;border-left:4px solid #c0392b;padding:.5rem 1rem}
+.fine{background:#e8f6ec;border-left:4px solid #27ae60;padding:.5rem 1rem}"""
+
+
+def write_page(
+    file: Path,
+    title: str,
+    facts: dict[str, str],
+    routing: SamplingRouting,
+    accuracy: PredictorAccuracy | None,
+    captions: Sequence[str] | None = None,
+) -> None:
+    """Write the page. facts: what to say of the model and the run, by name.
+
+    accuracy: None leaves the part on the predictor out (no data at hand, or no predictor).
+    captions: of a text model, by number; they stand in the place of classes.
+    """
+    sections = [
+        (
+            "Capacity by time",
+            "How many experts work on an average token, from noise to data (Fig. 1c of the paper).",
+            figures.capacity_by_time(routing),
+        ),
+        (
+            "By layer and expert",
+            "The same for each expert (Fig. 12).",
+            figures.capacity_by_expert(routing),
+        ),
+        *_classes(routing, captions),
+        (
+            "Where each expert works",
+            "The share of samples and times in which the expert takes the token at this place.",
+            figures.places(routing),
+        ),
+        (
+            "Tokens that no expert takes",
+            "Only the residual connection carries them through the layer.",
+            figures.untaken(routing),
+        ),
+        (
+            "Overlap between experts",
+            "Two experts that take the same tokens may have learnt the same.",
+            figures.overlap(routing),
+        ),
+    ]
+    if accuracy is not None:
+        sections += [
+            (
+                "The capacity predictor: precision and recall",
+                "Against the selection of training, on real data at its noise levels: of the pairs "
+                "of token and expert above the threshold, how many training would take; of those "
+                "that it takes, how many are above.",
+                figures.precision_and_recall(accuracy),
+            ),
+            (
+                "The capacity predictor: calibration",
+                "On the dotted line a probability means what it says.",
+                figures.calibration_curve(accuracy),
+            ),
+        ]
+    rows = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
+        for key, value in facts.items()
+    )
+    body = "".join(
+        f"<h2>{heading}</h2><p>{text}</p><img alt='{heading}' src='data:image/png;base64,"
+        f"{base64.b64encode(figures.png(figure)).decode()}'>"
+        for heading, text, figure in sections
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{_verdict(routing)}"
+        f"<table>{rows}</table>{body}</html>",
+        encoding="utf-8",
+    )
+
+
+def _classes(routing: SamplingRouting, captions: Sequence[str] | None) -> list[tuple]:
+    """One section for up to ten classes or captions, else the hardest and the easiest ten."""
+    means = list(routing.by_class().items())
+    kind = "classes" if captions is None else "captions"
+    text = "Two samples of each; below a sample the number of experts at work on each token"
+
+    def section(heading: str, text: str, chosen: list[tuple[int, float]]) -> tuple:
+        name = str
+        if captions is not None:
+            name = captions.__getitem__
+            rows = (f"<li>C {mean:.2f}: {html.escape(name(label))}</li>" for label, mean in chosen)
+            text += f"</p><ul>{''.join(rows)}</ul><p>"
+        return heading, text, figures.classes(routing, chosen, name)
+
+    if len(means) <= 10:
+        return [section(f"{kind.title()}, those that take most compute first", f"{text}.", means)]
+    return [
+        section(
+            f"The hardest {kind}",
+            f"Those that take most compute. {text} (Fig. 13).",
+            means[:10],
+        ),
+        section(f"The easiest {kind}", "Those that take least (Fig. 14).", means[:-11:-1]),
+    ]
+
+
+def _verdict(routing: SamplingRouting) -> str:
+    """Dead experts, in words."""
+    dead = routing.dead_experts()
+    L, E = routing.capacity.by_layer_and_expert.shape
+    if not dead:
+        return f"<p class='fine'>None of the {L * E} experts is dead: all of them take tokens.</p>"
+    names = "; ".join(f"layer {layer}, expert {expert}" for layer, expert in dead)
+    return (
+        f"<p class='alarm'>{len(dead)} of {L * E} experts are dead: at inference they take less "
+        f"than 1 % of what an average expert takes. They are: {names}. Their weights are carried "
+        "along for nothing; calibrating the thresholds (tools/calibrate.py) gives every expert an "
+        "equal share.</p>"
+    )

@@ -1,0 +1,172 @@
+"""Samples from a trained network: labels and numbers of images in, latents out.
+
+The labels of a text model are numbers of its captions (prompts.Prompts).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from diffmoe.capacity.forward import Forward, Observer
+from diffmoe.conditions import Condition
+from diffmoe.config import Config
+from diffmoe.diffusion.ddpm import GaussianDiffusion
+from diffmoe.diffusion.guidance import guided
+from diffmoe.diffusion.samplers import Progress, SampleNoise, sample_ddpm, sample_flow
+from diffmoe.diffusion.settings import GUIDANCE, Sampler, SamplingSettings, time_of
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.text.prompts import NO_PROMPT, Prompts, conditions
+
+
+def fitted(
+    settings: SamplingSettings,
+    config: Config,
+    prompts: Prompts | None,
+    say: Callable[[str], None],
+) -> SamplingSettings:
+    """With a guidance where none was chosen: 1.5, or what the model can do, and then it is said."""
+    if settings.guidance is not None:
+        return settings
+    if _knows_null(config, prompts):
+        return replace(settings, guidance=GUIDANCE)
+    say("guidance 1: the model was trained without label dropout, so there is none to lead away by")
+    return replace(settings, guidance=1.0)
+
+
+def check_guidance(config: Config, settings: SamplingSettings, prompts: Prompts | None) -> None:
+    """Raise UserError where guidance would lead away from what the model never learned."""
+    if settings.guidance != 1 and not _knows_null(config, prompts):
+        way_out = "" if prompts is None else ", or give a negative prompt"
+        raise UserError(
+            f"guidance {settings.guidance:g}: the model was trained with training.label_dropout=0 "
+            f"and knows nothing that guidance could lead away from; take guidance 1{way_out}"
+        )
+
+
+def _knows_null(config: Config, prompts: Prompts | None) -> bool:
+    """Whether the unconditional pass is given what training has shown."""
+    has_negative = prompts is not None and prompts.negative is not None
+    return has_negative or config.training.label_dropout > 0
+
+
+def check_sampling(
+    network: DiT,
+    config: Config,
+    labels: Iterable[int],
+    settings: SamplingSettings,
+    prompts: Prompts | None = None,
+) -> Sampler:
+    """The sampler; raises UserError where settings, labels or prompts do not fit the network."""
+    sampler = settings.chosen_sampler(config)
+    if sampler == "dopri5" and network.topology.expert_parallel > 1:
+        raise UserError(
+            "dopri5 takes as many evaluations as its samples need, and ranks that share experts "
+            "must take equally many; choose heun, or expert parallelism 1"
+        )
+    check_guidance(config, settings, prompts)
+    if config.model.text is not None:
+        if prompts is None:
+            raise UserError(NO_PROMPT)
+        if prompts.negative is not None and settings.guidance == 1:
+            raise UserError("a negative prompt acts through guidance; set it above 1")
+    classes = config.model.num_classes if prompts is None else len(prompts)
+    wrong = next((label for label in labels if not 0 <= label < classes), None)
+    if wrong is not None:
+        kind = f"class {wrong}" if prompts is None else f"caption number {wrong}"
+        of = f"model.num_classes={classes}" if prompts is None else f"{classes} were given"
+        raise UserError(f"{kind} is outside 0..{classes - 1} ({of})")
+    return sampler
+
+
+@torch.inference_mode()
+def sample_latents(
+    network: DiT,
+    config: Config,
+    labels: Sequence[int],
+    indices: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    prompts: Prompts | None = None,
+    observe: Observer | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents (n, C, H, W), fp32 on the network's device, of the given classes or captions.
+
+    indices: numbers of the images. Image k has noise of its own, keyed (seed, k): with routing
+    per_token it is the same in any batch, in any order and on any number of ranks.
+    Raises UserError where settings, labels or prompts do not fit, and where latents come out that
+    are not finite: they would be decoded to black images.
+    """
+    sampler = check_sampling(network, config, labels, settings, prompts)
+    device = network.positions.device
+    channels, size = config.model.in_channels, config.model.input_size
+    noise = SampleNoise(settings.seed, indices, (channels, size, size))
+    is_flow = config.diffusion.objective == "flow"
+    diffusion = GaussianDiffusion()
+    wanted, null = conditions(labels, config, prompts, device)
+    low, high = settings.guidance_interval
+    if not is_flow:  # the inverse of time_of
+        low, high = (diffusion.steps * (1 - end) for end in (high, low))
+
+    def evaluate(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        out = network(x, t, condition)
+        if observe is not None:
+            observe(Forward(time_of(config, t)[0], condition is not wanted, out.routing))
+        if sampler == "dopri5":  # which would shorten its steps for ever
+            _check_finite(out.prediction, network, indices, settings)
+        return out.prediction
+
+    model = guided(
+        evaluate,
+        wanted,
+        null,
+        scale=settings.guidance,
+        channels=channels,
+        guided_channels=settings.guided_channels,
+        interval=(low, high) if settings.guidance_interval != (0, 1) else None,
+        keep_variance=not is_flow,
+    )
+    start = noise.draw().to(device)
+    if is_flow:
+        latents = sample_flow(
+            model,
+            start,
+            settings.steps,
+            sampler,
+            settings.shift,
+            draw=noise.draw,
+            progress=progress,
+        )
+    else:
+        latents = sample_ddpm(
+            model,
+            start,
+            diffusion,
+            settings.steps,
+            draw=noise.draw,
+            method=sampler,
+            eta=settings.eta,
+            progress=progress,
+        )
+    _check_finite(latents, network, indices, settings)
+    return latents
+
+
+def _check_finite(
+    values: Tensor, network: DiT, indices: Sequence[int], settings: SamplingSettings
+) -> None:
+    broken_n = ~values.isfinite().flatten(1).all(dim=1)
+    if not broken_n.any():
+        return
+    image = indices[int(broken_n.nonzero()[0])]
+    if all(parameter.isfinite().all() for parameter in network.parameters()):
+        cause = (
+            f"sampling overflowed (guidance {settings.guidance:g}, {settings.steps} steps); lower "
+            "the guidance, take more steps, or float32"
+        )
+    else:
+        cause = "the model's weights are not finite; take an earlier checkpoint"
+    raise UserError(f"image {image} is not made of finite numbers: {cause}")

@@ -1,0 +1,46 @@
+"""Ranks of a tool that hold the experts together."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from diffmoe.errors import UserError
+from diffmoe.parallel.rendezvous import meet
+from diffmoe.parallel.topology import Topology, create_topology
+from diffmoe.work import Ranks
+
+
+def equal_share(indices: range, rank: int, size: int) -> list[int]:
+    """The part of one of `size` ranks: all are equally long, as ranks that share experts need.
+
+    The last ones repeat the last index where it does not come out even.
+    """
+    each = -(-len(indices) // size)
+    first = indices.start + rank * each
+    return [min(index, indices[-1]) for index in range(first, first + each)]
+
+
+def share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> Topology:
+    """The groups of P ranks; with P = 1 no process group is made.
+
+    Raises UserError where P does not divide the number of ranks.
+    """
+    if expert_parallel < 1 or ranks.world % expert_parallel:
+        raise UserError(
+            f"--expert-parallel {expert_parallel} does not divide the {ranks.world} ranks started"
+        )
+    if expert_parallel == 1:
+        return Topology()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Ranks wait while one of them judges what all have made.
+    # srun sets names of its own.
+    os.environ |= {"RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.world)}
+    store, rank, world = meet()
+    timeout = timedelta(hours=12)
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    return create_topology(expert_parallel)

@@ -1,0 +1,93 @@
+"""Fixtures that several rooms share: real data, tiny encoders, runs on real ranks."""
+
+from pathlib import Path
+
+import pytest
+
+from diffmoe.config import Config
+from diffmoe.data import fetching
+from tests.helpers.runs import pack as pack_run
+from tests.helpers.runs import run_config, train
+from tests.helpers.shards import FIELDS, build_vae, pack, photograph, tool
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    """No waiting between attempts."""
+    monkeypatch.setattr(fetching, "BACK_OFF", 0.0)
+
+
+@pytest.fixture(name="pack", scope="session")
+def pack_fixture():
+    return pack
+
+
+@pytest.fixture
+def fields():
+    return dict(FIELDS)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """30 images in 3 class folders: JPEG and PNG, other modes, a subfolder, files to pass over."""
+    root = tmp_path_factory.mktemp("photos")
+    for index in range(30):
+        folder = root / ["cat", "Ant", "bee 2.0"][index % 3]
+        if index == 4:
+            folder = folder / "more"
+        folder.mkdir(exist_ok=True, parents=True)
+        image = photograph(index, 20 + index)
+        if index in (5, 6, 7):
+            image = image.convert({5: "L", 6: "CMYK", 7: "P"}[index])
+        kind = "png" if index in (7, 8, 9) else "jpg" if index % 2 else "JPEG"
+        image.save(folder / f"photo {index}.x.{kind}")
+    (root / "cat" / "notes.txt").write_text("not an image")
+    (root / "readme.md").write_text("beside the classes")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """Its folder, with a scale and a shift."""
+    folder = tmp_path_factory.mktemp("vae")
+    build_vae(scaling_factor=0.5, shift_factor=0.25).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(name="tool", scope="session")
+def tool_fixture():
+    return tool
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders t5 and clip of tiny encoders."""
+    pytest.importorskip("transformers", reason="transformers is not installed (extra text)")
+    from tests.helpers.text_folders import save_clip, save_t5
+
+    root = tmp_path_factory.mktemp("encoders")
+    save_t5(root / "t5")
+    save_clip(root / "clip")
+    return root
+
+
+def _run(folder: Path, world: int, **changes) -> Config:
+    pack_run(folder / "data", class_names=["plane", "car", "bird", "cat", "deer"])
+    config = run_config(
+        folder, 3, training__ema_stds=[0.05, 0.1], logging__log_samples=24, **changes
+    )
+    train(config, world)
+    return config
+
+
+@pytest.fixture(scope="session")
+def spread_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Two ranks that share the experts, ZeRO stage 2."""
+    folder = tmp_path_factory.mktemp("spread")
+    return _run(folder, 2, parallel__expert_parallel=2, parallel__zero_stage=2)
+
+
+@pytest.fixture(scope="session")
+def single_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """One rank, stage 1."""
+    return _run(tmp_path_factory.mktemp("single"), 1)

@@ -1,0 +1,138 @@
+"""What a real step of the real engine holds and sends, to hold the planner against."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe.benchmarks.collectives import Collectives
+from diffmoe.benchmarks.memory import Saved
+from diffmoe.checkpoints.network import threshold_buffers
+from diffmoe.checkpoints.pieces import HostCopy
+from diffmoe.config import Config
+from diffmoe.data.examples import micro_batches
+from diffmoe.diffusion import create_objective
+from diffmoe.models.dit import DiT
+from diffmoe.models.moe import routing_loss
+from diffmoe.parallel.topology import create_topology
+from diffmoe.parallel.zero import create_engine, engine_settings
+from diffmoe.training.checkpoint import pieces
+from diffmoe.training.ema import EMA
+from diffmoe.training.thresholds import ThresholdTracker
+from tests.helpers.tiny import random_batch, randomize
+
+
+def size(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One optimizer step. -> bytes of this rank by kind, and of its collectives."""
+    objective = create_objective(config.diffusion)
+    topology = create_topology(config.parallel.expert_parallel)
+    network = randomize(DiT(config.model, config.moe, topology)).train()
+    network.checkpoint_activations(config.training.activation_checkpointing)
+    engine = create_engine(
+        network,
+        experts=network.expert_parameters(),
+        num_experts=config.moe.experts,
+        optimizer=torch.optim.AdamW,
+        optimizer_options={"lr": 1e-3},
+        settings=engine_settings(config, ds_settings or {}, topology.world),
+        topology=topology,
+    )
+    ema = EMA(engine, config.training.ema_decay, config.training.ema_stds)
+    thresholds = ThresholdTracker(network)
+    zero = engine.optimizer
+    gradients: list[Tensor] = []
+    work = zero._optimizer_step
+
+    def noting(group: int) -> None:
+        gradients.append(zero.single_partition_of_fp32_groups[group].grad)
+        work(group)
+
+    zero._optimizer_step = noting
+    buckets: list[int] = []
+    set_up = zero.setup_buckets
+
+    def counting() -> None:
+        set_up()
+        held = [part for bucket in zero.ipg_buckets.values() for part in bucket.buffer]
+        buckets.append(size(held))
+
+    zero.setup_buckets = counting
+    lanes = config.data.lanes // topology.world
+    mine = range(topology.rank * lanes, (topology.rank + 1) * lanes)
+    with Collectives() as sent:
+        for examples in micro_batches(random_batch(config, 0, mine), config, mine, 0, objective):
+            output = engine(examples.x_t, examples.t, examples.condition)
+            loss = objective.loss(
+                output.prediction, examples.x_t, examples.data, examples.noise, examples.t
+            )["loss"].mean()
+            engine.backward(loss + routing_loss(output.routing, config.moe))
+            engine.step()
+            thresholds.observe(output.routing)
+        if config.moe.type == "diffmoe":
+            dist.all_reduce(thresholds.seen().double())  # beside the losses, which nobody counts
+    moments = [
+        zero.optimizer.state[part][key]
+        for part in zero.single_partition_of_fp32_groups
+        for key in ("exp_avg", "exp_avg_sq")
+    ]
+    return {
+        "parameters": size(zero.bit16_groups_flat),
+        "gradient_partition": size(gradients),
+        "masters": size(zero.single_partition_of_fp32_groups),
+        "moments": size(moments),
+        "ema": size([average for kind in ema.averages.values() for average in kind]),
+        "sent": dict(sent.bytes),
+        "buckets": max(buckets),
+        "passing": [
+            size(getattr(zero, name, []))
+            for name in (
+                "param_buffer_of_bit16_for_cpu_offload_groups",
+                "temp_grad_buffer_for_cpu_offload",
+                "temp_grad_buffer_for_gpu_offload",
+            )
+        ],
+        "accumulated": size(getattr(zero, "accumulated_grads_in_cpu", {}).values()),
+        "saves": size(HostCopy().take(pieces(engine, network, ema)).values()),
+        "buffers": size(buffer for _, buffer in threshold_buffers(network)),
+    }
+
+
+def saved_bytes(config: Config) -> int:
+    """What autograd keeps at the end of one forward of one process, each storage once."""
+    objective = create_objective(config.diffusion)
+    network = randomize(DiT(config.model, config.moe)).train()
+    network.checkpoint_activations(config.training.activation_checkpointing)
+    if config.training.precision == "bf16":
+        network.bfloat16()
+    lanes = range(config.data.lanes)
+    examples = next(
+        iter(micro_batches(random_batch(config, 0, lanes), config, lanes, 0, objective))
+    )
+    with Saved(network.parameters()) as saved:
+        output = network(examples.x_t, examples.t, examples.condition)
+        loss = objective.loss(
+            output.prediction, examples.x_t, examples.data, examples.noise, examples.t
+        )["loss"].mean()
+        loss = loss + routing_loss(output.routing, config.moe)
+    return saved.bytes
+
+
+def step_in_pretence(config: Config, world: int) -> dict[str, Any]:
+    """`step_on_rank` as rank 0 of a world of which nobody else exists; values are garbage."""
+    import deepspeed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    new_group = dist.new_group
+
+    def pretended(*args: Any, **kwargs: Any) -> Any:  # Megatron asks for gloo beside it
+        return new_group(*args, **{**kwargs, "backend": "fake"})
+
+    dist.new_group = pretended
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return step_on_rank(config)

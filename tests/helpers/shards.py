@@ -1,0 +1,104 @@
+"""Small real data: shards (sample i is an array whose first number is i, its label i modulo 7),
+photographs as files, an autoencoder with random weights.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffmoe.data.captions import Captions
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.packing import ShardWriter
+from diffmoe.files import sha256_of
+
+FIELDS = {
+    "content": "sample",
+    "scaled": True,
+    "shape": (2, 4, 4),
+    "flips": False,
+    "classes": 7,
+    "autoencoder": "identity",
+    "source": "tests",
+}
+
+
+def array_of(index: int, shape: tuple[int, ...], sign: int = 1) -> np.ndarray:
+    array = np.random.default_rng(index).standard_normal(shape).astype(np.float32)
+    array[0, 0, 0] = sign * index
+    return array
+
+
+def pack(
+    directory: Path,
+    counts: list[int],
+    captions_of: Callable[[int], Captions | None] = lambda index: None,
+    **changes,
+) -> Manifest:
+    """Shards of these counts; the mirrored array of sample i, if wanted, begins with -i."""
+    writer = ShardWriter(directory, counts, **{**FIELDS, **changes})
+    with writer:
+        for i in range(sum(counts)):
+            shape = writer.manifest.array_shape
+            flip = array_of(i, shape, sign=-1) if writer.manifest.flips else None
+            writer.add(f"{i:05d}", i % 7, array_of(i, shape), flip, captions_of(i))
+    return writer.manifest
+
+
+def relist(directory: Path) -> Manifest:
+    """Take the shards as they are now for those that the manifest means."""
+    manifest = Manifest.load(directory)
+    for shard in manifest.shards:
+        file = directory / shard.name
+        shard.bytes, shard.sha256 = file.stat().st_size, sha256_of(file)
+    manifest.save(directory)
+    return manifest
+
+
+def photograph(index: int, width: int = 24, height: int = 20) -> Image.Image:
+    """Smooth colours with an edge; every index another picture, no two symmetric."""
+    y, x = np.mgrid[0:height, 0:width]
+    red = 255 * x / width
+    green = 255 * ((x + y + 7 * index) % height) / height
+    blue = np.where(x > y, 200 - index, index)
+    return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
+
+
+def build_vae(width: int = 8, **config):
+    """A real AutoencoderKL with random weights: 16 pixels to a latent (4,8,8)."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (extra vae)")
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(width, 2 * width),
+        latent_channels=4,
+        norm_num_groups=4,
+        **config,
+    )
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def tool(name: str, *arguments, **environment) -> subprocess.CompletedProcess:
+    """Run tools/NAME.py as a user does."""
+    return subprocess.run(
+        [sys.executable, f"tools/{name}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def members(directory: Path) -> dict[str, bytes]:
+    """The bytes of every shard, by name."""
+    return {file.name: file.read_bytes() for file in sorted(directory.glob("*.tar"))}

@@ -1,0 +1,215 @@
+"""Class folders and tars as people have them: links, loops, permissions, names, things no image."""
+
+import io
+import os
+import tarfile
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffmoe.data.manifest import Manifest
+from diffmoe.errors import UserError
+from diffmoe.evaluation.image_sets import open_images
+from diffmoe.prepare.encoding import encode_images
+from diffmoe.prepare.images import find_images, load_image
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two class folders of two PNGs each."""
+    for number, name in enumerate(["cat/a", "cat/b", "dog/a", "dog/b"]):
+        file = tmp_path / "images" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (60 * number, 10, 10)).save(file)
+    return tmp_path / "images"
+
+
+def names(root: Path) -> list[str]:
+    return [item.name for item in find_images(root)[0]]
+
+
+def pack(root: Path, out: Path, **options) -> Manifest:
+    return encode_images(root, out, vae=None, size=8, shards=1, **options)
+
+
+def test_links_that_lead_out_are_followed_if_told_and_by_evaluation(root, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (root / "dog").rename(tmp_path / "elsewhere" / "dogs")
+    (root / "dog").symlink_to(tmp_path / "elsewhere" / "dogs", target_is_directory=True)
+    (root / "cat" / "b.png").rename(tmp_path / "elsewhere" / "b.png")
+    (root / "cat" / "b.png").symlink_to("../../elsewhere/b.png")
+    items, _ = find_images(root, follow_links=True)
+    assert [item.name for item in items] == ["cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png"]
+    assert pack(root, tmp_path / "out", follow_links=True).samples == 4
+    parts = list(open_images(root).parts())
+    assert np.concatenate([part.images for part in parts])[:, 0, 0, 0].tolist() == [0, 60, 120, 180]
+    assert np.concatenate([part.labels for part in parts]).tolist() == [0, 0, 1, 1]
+    for link in ("dog", "cat/b.png"):  # each alone is refused: somebody else may have made it
+        message = rf"{link} is a link that leads out of .*, to .*elsewhere.*--follow-links"
+        with pytest.raises(UserError, match=message):
+            find_images(root)
+        (root / link).unlink()
+        (root / link).with_suffix("").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("read", [partial(find_images, follow_links=True), open_images])
+@pytest.mark.parametrize(
+    ("link", "target", "message"),
+    [
+        ("cat/loop", ".", r"cat/loop leads back to .*cat"),
+        ("cat/up", "../..", r"leads back to"),
+        ("dog/pair", "../cat", None),  # twice the same, but no end without a loop
+        ("cat/itself", "itself", r"cat/itself is a link that leads nowhere"),
+        ("dog/more", "/nowhere/at/all", r"dog/more is a link that leads nowhere"),
+        ("bird", "/nowhere/at/all", r"bird is a link that leads nowhere"),
+    ],
+)
+def test_loops_and_links_to_nowhere_are_named(root, read, link, target, message):
+    (root / link).symlink_to(target)
+    if message is None:
+        assert len(find_images(root)[0]) == 6
+        assert open_images(root).number == 6
+        return
+    with pytest.raises(UserError, match=message):
+        read(root)
+
+
+def test_two_links_that_lead_to_each_other_are_named(root):
+    (root / "cat" / "d").symlink_to("../dog")
+    (root / "dog" / "c").symlink_to("../cat")
+    with pytest.raises(UserError, match="leads back to"):
+        find_images(root)
+
+
+@pytest.mark.timeout(60)
+def test_fifos_devices_endless_files_and_dangling_links_are_skipped_by_name(root, tmp_path):
+    os.mkfifo(root / "cat" / "fifo.png")
+    (root / "cat" / "gone.png").symlink_to("/nowhere.png")
+    (root / "cat" / "zero.png").symlink_to("/dev/zero")
+    (root / "dog" / "folder.png").mkdir()
+    with open(root / "dog" / "sparse.png", "wb") as stream:
+        stream.truncate(1 << 40)
+    manifest = pack(root, tmp_path / "out", follow_links=True)
+    assert manifest.samples == 4
+    skipped = dict(line.split(": ", 1) for line in manifest.skipped)
+    assert sorted(skipped) == ["cat/fifo.png", "cat/gone.png", "cat/zero.png", "dog/sparse.png"]
+    assert "no regular file" in skipped["cat/fifo.png"]
+    assert "no regular file" in skipped["cat/zero.png"]
+    assert "No such file" in skipped["cat/gone.png"]
+    assert "1,099,511,627,776 bytes" in skipped["dog/sparse.png"]
+    # Figures need every image: evaluation names them all at once.
+    with pytest.raises(UserError, match=r"4 of 8 images .*fifo\.png.*gone\.png.*zero\.png.* and 1"):
+        list(open_images(root).parts())
+
+
+@pytest.mark.timeout(60)
+def test_captions_and_tars_that_are_no_files_do_not_hang(root, tmp_path):
+    for name in ("cat/a", "cat/b", "dog/a"):
+        (root / name).with_suffix(".txt").write_text("a picture")
+    os.mkfifo(root / "dog" / "b.txt")
+    manifest = pack(root, tmp_path / "out", captions=True)
+    assert manifest.samples == 3
+    assert "dog/b.png" in manifest.skipped[0]
+    assert "no regular file" in manifest.skipped[0]
+    (tmp_path / "tars").mkdir()
+    os.mkfifo(tmp_path / "tars" / "a.tar")
+    with pytest.raises(UserError, match=r"a\.tar cannot be read: .*it is a pipe"):
+        find_images(tmp_path / "tars")
+
+
+def test_a_giant_member_of_a_sparse_tar_is_skipped(root, tmp_path):
+    place = tmp_path / "tars"
+    place.mkdir()
+    image = (root / "cat" / "a.png").read_bytes()
+    with open(place / "a.tar", "wb") as stream:
+        for name, size, content in [("a.png", len(image), image), ("b.png", 6 << 30, b"")]:
+            for member, length, data in [(name, size, content), (name[0] + ".cls", 1, b"0")]:
+                info = tarfile.TarInfo(member)
+                info.size = length
+                stream.write(info.tobuf(tarfile.GNU_FORMAT))
+                start = stream.tell()
+                stream.write(data)
+                stream.seek(start + -(-length // 512) * 512)
+        stream.truncate(stream.tell() + 1024)
+    manifest = pack(place, tmp_path / "out", classes=1)
+    assert manifest.samples == 1
+    assert "a.tar/b: ValueError: 6,442,450,944 bytes" in manifest.skipped[0]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_what_may_not_be_read_is_named():
+    """As nobody, in a folder that nobody may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        for name in ("closed", "open", "open/below"):
+            (root / name).mkdir()
+            Image.new("RGB", (8, 8)).save(root / name / "a.png")
+        (root / "closed").chmod(0o000)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match=r"closed cannot be listed: Permission denied"):
+                find_images(root)
+            with pytest.raises(UserError, match=r"closed cannot be listed: Permission denied"):
+                open_images(root)
+            os.seteuid(0)
+            (root / "closed").chmod(0o755)
+            (root / "closed" / "a.png").chmod(0o000)
+            (root / "open").chmod(0o744)  # names can be listed, but nothing entered
+            os.seteuid(65534)
+            with pytest.raises(UserError, match=r"open/below cannot be listed: Permission denied"):
+                find_images(root)
+            os.seteuid(0)
+            (root / "open").chmod(0o755)
+            os.seteuid(65534)
+            closed = find_images(root)[0][0]
+            with pytest.raises(OSError, match="Permission denied"):
+                load_image(closed, 8)
+        finally:
+            os.seteuid(0)
+
+
+def test_names_that_are_no_utf8_are_shown_with_escapes(root, tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    (root / "cat").rename(root / odd)
+    (root / odd / "b.png").rename(root / odd / f"{odd}.png")
+    (root / odd / "bad\x1b.png").write_bytes(b"no image")
+    manifest = pack(root, tmp_path / "out")
+    assert manifest.class_names == ["caf\\udce9", "dog"]
+    assert manifest.skipped == [
+        "caf\\udce9/bad\\x1b.png: ValueError: not one of JPEG, PNG, PPM, BMP, TIFF, WEBP, GIF, "
+        "or damaged"
+    ]
+    assert Manifest.load(tmp_path / "out") == manifest
+    assert manifest.samples == 4
+    assert pack(root, tmp_path / "out") == manifest  # goes on where it was
+
+
+def test_names_in_tars_that_are_no_utf8_are_shown_with_escapes(root, tmp_path):
+    place = tmp_path / os.fsdecode(b"t\xe4rs")
+    place.mkdir()
+    with tarfile.open(place / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in [("ü.png", b"no image"), ("ü.cls", b"0"), ("v.cls", b"0")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+            if name == "v.cls":
+                image = (root / "cat" / "a.png").read_bytes()
+                info = tarfile.TarInfo("v.png")
+                info.size = len(image)
+                tar.addfile(info, io.BytesIO(image))
+    manifest = pack(place, tmp_path / "out", classes=1)
+    assert manifest.samples == 1
+    assert manifest.skipped[0].startswith("a.tar/\\udcfc: ValueError: not one of")
+    assert "t\\udce4rs" in manifest.source
+
+
+def test_an_animation_by_the_name_of_gif_is_found(root, tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime")]
+    frames[0].save(root / "dog" / "c.gif", save_all=True, append_images=frames[1:])
+    assert names(root)[-1] == "dog/c.gif"
+    assert load_image(find_images(root)[0][-1], 8)[0, 0].tolist() == [255, 0, 0]

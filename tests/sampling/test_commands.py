@@ -1,0 +1,192 @@
+"""The commands over a trained run: calibrate, sample, report."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffmoe.data.manifest import TextContent
+from tests.helpers.runs import pack, run_config, train
+from tests.helpers.tiny import BYTES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of two ranks that share the experts."""
+    folder = tmp_path_factory.mktemp("commands")
+    pack(folder / "data", shape=(3, 8, 8))
+    config = run_config(folder, 4, model__in_channels=3, parallel__expert_parallel=2)
+    train(config, world=2)
+    return Path(config.output)
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory) -> Path:
+    """A run that reads captions."""
+    folder = tmp_path_factory.mktemp("text")
+    content = TextContent(encoder="bytes", length=BYTES["length"])
+    pack(folder / "data", shape=(3, 8, 8), text=content)
+    config = run_config(folder, 2, model__in_channels=3, model__text=BYTES)
+    train(config)
+    return Path(config.output)
+
+
+def command(*words: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    start = [sys.executable, *launcher]
+    words = [str(word) for word in words]
+    return subprocess.run([*start, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def told(*words: str | Path, launcher: tuple[str, ...] = ()) -> str:
+    done = command(*words, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_dial_from_calibration_to_samples_and_report(run, tmp_path):
+    sampling = ["--steps", "4", "--guidance", "1.5", "--batch", "8"]
+    refused = command("tools/sample.py", run, *sampling, "--capacity", "0.5")
+    assert refused.returncode == 2
+    assert "tools/calibrate.py" in refused.stderr
+
+    steps = ["--steps", "4", "--samples", "16"]
+    output = told("tools/calibrate.py", run, "--capacity", "0.5", "2", *steps)
+    assert "stored as 0.5" in output
+    checkpoint = run / (run / "latest").read_text()
+    entries = json.loads((checkpoint / "thresholds.json").read_text())
+    assert entries["0.5"]["measured"] == pytest.approx(0.5, rel=0.01)
+    assert told("tools/checkpoint.py", "verify", run).strip().endswith("whole")
+
+    for capacity in ("0.5", "2"):
+        picture = tmp_path / f"{capacity}.png"
+        output = told(
+            *("tools/sample.py", run, *sampling, "--capacity", capacity),
+            *("--classes", "0,1,2,3", "--per-class", "4", "--out", picture),
+        )
+        measured = float(output.split("\ncapacity ")[1].split(":")[0])
+        assert measured == pytest.approx(float(capacity), rel=0.05)
+        assert Image.open(picture).size == (32, 32)
+
+    folder = ["tools/sample.py", run, *sampling, "--capacity", "0.5", "--num", "4"]
+    told(*folder, "--out", tmp_path / "folder")
+    told("tools/calibrate.py", run, "--capacity", "0.5", "--common", *steps)
+    refused = command(*folder, "--out", tmp_path / "folder")
+    assert refused.returncode == 2
+    assert "thresholds_sha256" in refused.stderr  # calibrated again: other images
+
+    page = tmp_path / "routing.html"
+    told("tools/report_routing.py", run, "--samples", "8", "--steps", "3", "--out", page)
+    assert "The capacity predictor" in page.read_text()
+
+
+def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    words = ["tools/sample.py", run, "--num-samples", "10", "--shard-size", "4", "--steps", "3"]
+    output = told(*words, "--out", tmp_path / "two", "--expert-parallel", "2", launcher=launcher)
+    assert output.count("10 samples at 32 training samples") == 1
+    told(*words, "--out", tmp_path / "one", "--format", "adm")
+    adm = np.load(tmp_path / "one" / "samples_10x8x8x3.npz")["arr_0"]
+    shards = [np.load(tmp_path / "two" / f"samples-00000{part}.npz") for part in range(3)]
+    images = np.concatenate([shard["images"] for shard in shards])
+    assert np.abs(images.astype(int) - adm).max() <= 1
+    manifest = json.loads((tmp_path / "two" / "samples.json").read_text())
+    assert manifest["model"]["checkpoint"] == (run / "latest").read_text()
+    assert manifest["model"]["routing"] == "per_token"
+
+    # A checkpoint that a bit has flipped in gives no folder of samples.
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run / (run / "latest").read_text(), damaged)
+    file = damaged / "__0_0.distcp"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    refused = command("tools/sample.py", damaged, "--num", "4", "--out", tmp_path / "three")
+    assert refused.returncode == 2
+    assert "__0_0.distcp" in refused.stderr
+
+    refused = command(*words, "--out", tmp_path / "one", "--guidance", "3")
+    assert refused.returncode == 2
+    assert "guidance: 1.5 there, 3.0 now" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--guidance-interval", "0.5"], "guidance interval 0.5: two rising times"),
+        (["--guidance-interval", "a,b"], "--guidance-interval a,b: write numbers"),
+        (["--sampler", "rk4"], "sampler rk4: a flow model takes euler"),
+        (["--classes", "0,x"], "--classes 0,x: write numbers"),
+        (["--num", "4", "--classes", "99"], "class 99 is outside 0..4"),
+        (["--num", "4", "--expert-parallel", "2"], "--expert-parallel 2 does not divide the 1"),
+        (["--batch", "-3"], "argument --batch: -3 is below 1"),
+        (["--device", "foo"], "--device foo: write cpu, cuda or cuda:0"),
+        (["--routing", "static", "--capacity", "nan"], "capacity nan: choose one above 0"),
+    ],
+)
+def test_wrong_words_are_refused_before_any_work(run, tmp_path, words, message):
+    done = command("tools/sample.py", run, *words, "--out", tmp_path / "out.png")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_prompts_from_the_line_and_a_file_are_drawn_calibrated_and_reported(text_run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("no 1\n\n no 2 \n")
+    asked, quick = ["--prompt", "7", "--prompts", file], ["--steps", "2"]
+    picture = tmp_path / "grid.png"
+    negative = ["--negative-prompt", "9"]
+    output = told(
+        "tools/sample.py",
+        text_run,
+        *asked,
+        *quick,
+        *negative,
+        "--per-prompt",
+        "2",
+        "--out",
+        picture,
+    )
+    assert output.startswith("6 samples")
+    assert Image.open(picture).size == (16, 24)  # a row for each of three captions
+    out = tmp_path / "out"
+    told("tools/sample.py", text_run, *asked, *quick, *negative, "--num", "4", "--out", out)
+    listed = json.loads((out / "samples.json").read_text())
+    assert listed["captions"] == ["7", "no 1", "no 2"]
+    assert listed["negative_prompt"] == "9"
+    assert np.load(out / "samples-000000.npz")["labels"].tolist() == [0, 1, 2, 0]
+    calibrated = [*asked, "--capacity", "0.5", "--samples", "6", *quick]
+    assert "stored as 0.5" in told("tools/calibrate.py", text_run, *calibrated)
+    page = tmp_path / "routing.html"
+    told("tools/report_routing.py", text_run, *asked, *quick, "--samples", "6", "--out", page)
+    assert "Captions, those that take most compute first" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "draws captions, not classes: give at least one prompt"),
+        (["--prompt", "7", "--classes", "1"], "--classes and --check-digits are of models that"),
+        (["--prompt", "7", "--text-encoder", "t5"], "t5: the model reads bytes by itself"),
+        (["--prompts", "nowhere.txt"], "prompts nowhere.txt cannot be read"),
+        (["--prompt", "\udcff"], "is not UTF-8"),
+    ],
+    ids=["no prompt", "classes", "encoder", "no file", "bytes"],
+)
+def test_words_for_other_models_are_refused_by_a_text_model(text_run, words, message):
+    done = command("tools/sample.py", text_run, *words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+
+
+def test_a_prompt_for_a_class_model_is_refused(run):
+    done = command("tools/sample.py", run, "--prompt", "7")
+    assert done.returncode == 2
+    assert "draws classes (model.num_classes=5) and takes no prompts; give classes" in done.stderr

@@ -1,0 +1,61 @@
+"""Options that several tools share are spelled alike and mean the same."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffmoe.cli import settings_of
+from diffmoe.diffusion.settings import SamplingSettings
+from diffmoe.errors import UserError
+from tests.helpers.commands import ROOT
+
+TOOLS = {
+    "sample": ["run"],
+    "evaluate": ["run", "--num", "4"],
+    "calibrate": ["run", "--capacity", "1"],
+    "report_routing": ["run"],
+}
+WORDS = "--sampler heun --steps 7 --guidance 2 --guided-channels 1 --shift 3 --seed 5 --eta 0"
+EXPECTED = SamplingSettings("heun", 7, 2.0, (0.2, 0.9), 1, 3.0, 0.0, 5)
+
+
+def parsed(tool: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
+    spec = importlib.util.spec_from_file_location(Path(tool).stem, ROOT / f"tools/{tool}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words = [*TOOLS[tool], *words]
+    monkeypatch.setattr(sys, "argv", [tool, *words])
+    return module.parse(words) if tool == "evaluate" else module.parse()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_samples_by_the_same_words(tool, monkeypatch):
+    words = [*WORDS.split(), "--guidance-interval", "0.2,0.9"]
+    options = parsed(tool, words, monkeypatch)
+    assert settings_of(options) == EXPECTED
+    assert options.labels == "balanced"
+    assert parsed(tool, ["--labels", "random"], monkeypatch).labels == "random"
+    steps = 250 if tool in ("sample", "evaluate") else 50
+    usual = settings_of(parsed(tool, [], monkeypatch))
+    assert usual == SamplingSettings(steps=steps, guidance=None)
+    with pytest.raises(UserError, match="--guidance-interval a,b: write numbers with commas"):
+        parsed(tool, ["--guidance-interval", "a,b"], monkeypatch)
+
+
+def test_the_interval_that_evaluate_once_took_is_still_read(monkeypatch):
+    for words in (["0.2", "0.9"], ["0.2", "0.9", "--steps", "3"], ["0.2,0.9", "--steps", "3"]):
+        options = parsed("evaluate", ["--guidance-interval", *words], monkeypatch)
+        assert options.guidance_interval == (0.2, 0.9)
+
+
+def test_the_interval_of_sample_leaves_the_next_word_alone(monkeypatch):
+    monkeypatch.setitem(TOOLS, "sample", [])
+    options = parsed("sample", ["--guidance-interval", "0.2,0.9", "run"], monkeypatch)
+    assert (options.guidance_interval, options.run) == ((0.2, 0.9), "run")
+
+
+@pytest.mark.parametrize(("word", "found"), [("3", 3), ("cat,dog", "cat,dog"), ("3,5", "3,5")])
+def test_a_report_is_of_the_first_classes_or_of_a_list(word, found, monkeypatch):
+    assert parsed("report_routing", ["--classes", word], monkeypatch).classes == found
