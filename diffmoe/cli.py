@@ -38,7 +38,7 @@ def add_allow_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:
-    """--device, for parallel.device.own_device."""
+    """--device, for parallel.device.setup_device."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from diffmoe.capacity.thresholds import turn_dial
+from diffmoe.capacity.thresholds import set_capacity
 from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
@@ -78,7 +78,7 @@ class Pipeline:
             numbers: Sequence[int] = range(len(prompts))
         else:
             numbers = label_numbers(labels, self.class_names, self.folder)
-        calibrated = turn_dial(self.network, self.folder, None, capacity, self.weights)
+        calibrated = set_capacity(self.network, self.folder, None, capacity, self.weights)
         chosen = SamplingSettings(steps=steps, guidance=guidance, seed=seed, **settings)
         chosen = fitted(chosen, self.config, prompts, _warn)
         images, met = sample_images(

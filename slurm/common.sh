@@ -83,7 +83,7 @@ diffmoe_ranks() {
     : >"$logs/rank-0000.log"
     tail -n +1 -F "$logs/rank-0000.log" 2>/dev/null &
     follower=$!
-    # Slurm signals the tasks itself when a job is cancelled; this shell stays to tell the end.
+    # Slurm signals the tasks itself when a job is canceled; this shell stays to tell the end.
     trap : TERM
     # Variables of a task's own are expanded by the task. The first rank to fail tells why, and the
     # others end by themselves: --wait is for those that cannot. --export: what was exported here

@@ -282,7 +282,7 @@ def resumed(path: Path) -> Any:
 
 
 RESULT = {"metrics": {"FD": 1.0}, "number": 5, "images": {"path": "x"}, "warnings": []}
-TRUTH = [{"prompt": "p", "relation": "left of", "colours": ["red", "blue"], "digits": [1, 2]}]
+TRUTH = [{"prompt": "p", "relation": "left of", "colors": ["red", "blue"], "digits": [1, 2]}]
 YAML = "output: x\n" + yaml.safe_dump(tiny_config().model_dump(mode="json", exclude={"output"}))
 DS = (ROOT / "deepspeed_configs/zero1_bf16.json").read_text()
 KINDS = {

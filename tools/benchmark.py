@@ -153,7 +153,7 @@ def main() -> None:
     from diffmoe.benchmarks.report import Report
     from diffmoe.benchmarks.sampling import benchmark_sampling
     from diffmoe.benchmarks.training import benchmark_training
-    from diffmoe.parallel.device import default_device, own_device
+    from diffmoe.parallel.device import default_device, setup_device
 
     check_outputs(options)
     if options.part != "data":
@@ -169,7 +169,7 @@ def main() -> None:
     elif options.part == "ep":
         benchmark_expert_parallel(read_config(options), options.rounds, report)
     else:
-        config, device = read_config(options), own_device(options.device)
+        config, device = read_config(options), setup_device(options.device)
         if options.part == "sample":
             benchmark_sampling(config, options.steps, options.rounds, device, report)
         elif options.part == "train":

@@ -59,13 +59,13 @@ def main() -> None:
     from diffmoe.capacity.calibration import calibrate
     from diffmoe.capacity.thresholds import Calibrated, name_of, store
     from diffmoe.export.open import locate, open_network, weights_of
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.sampling.latents import fitted
-    from diffmoe.sampling.many_images import Order
+    from diffmoe.sampling.many_images import SampleRequest
     from diffmoe.sampling.passes import noise_passes, trajectory_passes
     from diffmoe.work import writable
 
-    device = own_device(options.device)
+    device = setup_device(options.device)
     folder = locate(options.run)
     weights = weights_of(folder, options.weights)
     writable(folder)
@@ -81,7 +81,7 @@ def main() -> None:
         prompts = prompts_of(options, config, device)
         kinds = config.model.num_classes if prompts is None else len(prompts)
         settings = fitted(settings_of(options), config, prompts, say)
-        order = Order(options.samples, tuple(range(kinds)), options.labels)
+        order = SampleRequest(options.samples, tuple(range(kinds)), options.labels)
         labels = [order.label(k, options.seed) for k in range(options.samples)]
         passes = trajectory_passes(network, config, labels, options.batch, settings, prompts)
     for capacity in options.capacity:

@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     from diffmoe.data.fetching import Fetch
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.prepare.checking import check_data
     from diffmoe.prepare.resharding import reshard
     from diffmoe.work import Ranks
@@ -61,7 +61,7 @@ def main() -> None:
             print(manifest.summary(options.out))
         return
     sheet = options.sheet or Path(options.data) / "contact_sheet.png"
-    device = own_device(options.device)
+    device = setup_device(options.device)
     try:
         report = check_data(
             options.data,

@@ -52,11 +52,11 @@ def main() -> None:
     from diffmoe.data.autoencoders import autoencoder_of
     from diffmoe.diffusion.settings import SamplingSettings
     from diffmoe.export.open import locate, open_network, weights_of
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.sampling.dial import Dial
     from diffmoe.sampling.latents import fitted
 
-    device = own_device(options.device)
+    device = setup_device(options.device)
     if not 0 < options.port < 65536:
         raise UserError(f"--port {options.port}: choose one from 1 to 65535")
     folder = locate(options.run)

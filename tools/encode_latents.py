@@ -18,7 +18,7 @@ work under torchrun or srun, each with shards of its own, for example with 8 GPU
 
   torchrun --nproc_per_node 8 tools/encode_latents.py --images ... --vae ... --out ...
 
-Images are read as people see them: turned as their EXIF says, transparency on --background, grey
+Images are read as people see them: turned as their EXIF says, transparency on --background, gray
 values of 16 bits and floats scaled, CMYK and palettes converted, the first frame of an animation.
 Color profiles are not applied. What cannot be read, or may mean anything (floats beyond 0..1,
 integers beyond 65535), is skipped and listed in manifest.json; more than --max-bad stop the work.
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.prepare.decoding import color
     from diffmoe.prepare.encoding import encode_images
     from diffmoe.work import Ranks
@@ -103,7 +103,7 @@ def main() -> None:
         follow_links=options.follow_links,
         max_bad=options.max_bad,
         overwrite=options.overwrite,
-        device=own_device(options.device),
+        device=setup_device(options.device),
         ranks=ranks,
     )
     if manifest is None:

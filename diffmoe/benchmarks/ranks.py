@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import diffmoe.parallel.zero  # noqa: F401  it keeps DeepSpeed from compiling an extension
-from diffmoe.parallel.device import own_device
+from diffmoe.parallel.device import setup_device
 
 
 @contextmanager
@@ -58,8 +58,8 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
 def rank_device() -> torch.device:
     """A GPU of its own where there are enough, else the CPU."""
     if torch.cuda.device_count() >= dist.get_world_size():
-        return own_device(f"cuda:{dist.get_rank()}")
-    return own_device("cpu")
+        return setup_device(f"cuda:{dist.get_rank()}")
+    return setup_device("cpu")
 
 
 def forget_groups() -> None:

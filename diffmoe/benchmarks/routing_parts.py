@@ -15,8 +15,8 @@ from diffmoe.models.routing import Assignment
 def take(layer: MoEFeedForward, scores_SE: Tensor) -> tuple[Tensor, Assignment]:
     """Which tokens every expert takes, as mask (E, S) and as static assignment."""
     k = layer._capacity(len(scores_SE), layer.moe.capacity)
-    taken_ES = layer._take_from_pool(routing.ranked(scores_SE), k)
-    return taken_ES, routing.static_assignment(taken_ES, scores_SE, k)
+    selected_ES = layer._take_from_pool(routing.ranked(scores_SE), k)
+    return selected_ES, routing.static_assignment(selected_ES, scores_SE, k)
 
 
 def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[], object]]:
@@ -25,7 +25,7 @@ def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[],
     tokens_SD must need a gradient.
     """
     scores_SE = routing.router_scores(tokens_SD, layer.router).detach()
-    taken_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
+    selected_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
     rows_EKD = routing.gather(tokens_SD, index_EK).detach().requires_grad_()
     gates_EK = gates_EK.detach().requires_grad_()
     predictor = layer.capacity_predictor
@@ -44,7 +44,7 @@ def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[],
             gates_EK,
         ),
         "predictor": forward_backward(
-            lambda *_: capacity_loss(predictor(tokens_SD), taken_ES), *predictor.parameters()
+            lambda *_: capacity_loss(predictor(tokens_SD), selected_ES), *predictor.parameters()
         ),
         "thresholds": lambda: layer.pool.kth_largest(logits_ES, k),
     }

@@ -34,11 +34,11 @@ from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.planning.flops import step_flops
 from diffmoe.planning.layouts import Layout
 from diffmoe.training.ema import EMA
-from diffmoe.training.routing_metrics import RoutingReport
+from diffmoe.training.routing_metrics import RoutingMetrics
 from diffmoe.training.step import build, losses_of
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
-from diffmoe.tree import mapped
+from diffmoe.tree import tree_map
 
 OURS = "diffmoe fp32"
 
@@ -86,7 +86,7 @@ class TrainingStep:
             clock = number * self.config.training.batch_size
             examples = micro_batches(batch, self.config, self._lanes, clock, self.objective)
         for one in examples:
-            one = mapped(self._to_device, one)
+            one = tree_map(self._to_device, one)
             with self._phase("forward and backward"):
                 loss = self.loss(one)
                 self.engine.backward(loss)
@@ -120,7 +120,7 @@ class TrainingStep:
         """What a forward keeps for its backward."""
         batch = next(self.batches)
         examples = micro_batches(batch, self.config, self._lanes, 0, self.objective)[0]
-        examples = mapped(self._to_device, examples)
+        examples = tree_map(self._to_device, examples)
         with Saved(self.network.parameters()) as saved:
             loss = self.loss(examples)
         del loss
@@ -301,7 +301,7 @@ def _logging_seconds(step: TrainingStep, steps_between: int, device: torch.devic
         telemetry.begin(0)
 
         def write() -> None:
-            routing = RoutingReport(step.network)
+            routing = RoutingMetrics(step.network)
             routing.observe(step.routing)
             telemetry.metrics(next(samples), routing.summary(routing.flat()))
 

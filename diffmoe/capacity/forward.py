@@ -12,7 +12,7 @@ class Forward(NamedTuple):
     """One evaluation of the network on the way.
 
     time: scalar tensor, 0 noise to 1 data. unconditional: the pass that guidance adds.
-    routing: each MoE layer's; expert i took token s of the batch where taken_ES[i, s].
+    routing: each MoE layer's; expert i took token s of the batch where selected_ES[i, s].
     """
 
     time: Tensor

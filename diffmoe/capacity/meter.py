@@ -58,10 +58,10 @@ class CapacityMeter:
     def __call__(self, forward: Forward) -> None:
         if not forward.routing:
             return
-        taken_LES = torch.stack([layer.taken_ES for layer in forward.routing])
-        _, E, S = taken_LES.shape
+        selected_LES = torch.stack([layer.selected_ES for layer in forward.routing])
+        _, E, S = selected_LES.shape
         self._times.append(forward.time)
-        self._shares_LE.append(taken_LES.sum(dim=2).double() * E / S)
+        self._shares_LE.append(selected_LES.sum(dim=2).double() * E / S)
         self._tokens.append(S)
 
     def read(self) -> CapacityByTime | None:

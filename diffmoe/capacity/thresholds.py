@@ -124,7 +124,7 @@ def hash_of(network: DiT) -> str | None:
     return hashlib.sha256(torch.stack(used).cpu().numpy().tobytes()).hexdigest()
 
 
-def turn_dial(
+def set_capacity(
     network: DiT,
     folder: Path,
     routing: str | None = None,

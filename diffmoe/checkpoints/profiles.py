@@ -37,7 +37,7 @@ class Reconstruction(NamedTuple):
 
 
 def constant_keep(decay: float, step: int) -> float:
-    """Of the average without bias: after n steps, weights_k counts as decay^(n - k), normalised.
+    """Of the average without bias: after n steps, weights_k counts as decay^(n - k), normalized.
 
     This is Adam's correction, put into the rate: d (1 - d^(n-1)) / (1 - d^n). It grows from 0 at
     step 1 through a plain mean towards `decay`.

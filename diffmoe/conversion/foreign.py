@@ -13,7 +13,7 @@ from torch import Tensor
 from diffmoe.conversion import hugging_face
 from diffmoe.conversion.difference import in_words, measured, readme
 from diffmoe.conversion.downloads import check_downloads
-from diffmoe.conversion.layouts import Layout, account_theirs, reader, translated
+from diffmoe.conversion.layouts import Layout, check_their_state_dict, reader, translated
 from diffmoe.conversion.release import (
     is_derived,
     label_rows,
@@ -25,7 +25,7 @@ from diffmoe.data.autoencoders import canonical_name
 from diffmoe.errors import UserError
 from diffmoe.export.autoencoder_folder import autoencoder_files, local_folder, own_config
 from diffmoe.export.exported import CARD, CHECKSUMS
-from diffmoe.export.metadata import About, parse_about
+from diffmoe.export.metadata import Metadata, parse_metadata
 from diffmoe.export.sources import Source
 from diffmoe.export.stored_tensors import StoredTensors, hold_against
 from diffmoe.export.tensors import Shapes, expected_shapes
@@ -104,7 +104,7 @@ def _diffusers(path: Path, form: Format | None, options: Options) -> Source:
     _plausible(about, stored.shapes, path)
     layout = hugging_face.diffusers_layout(about.model, about.moe)
     shapes = expected_shapes(about.model, about.moe)
-    account_theirs(stored.shapes, layout, shapes, str(folder))
+    check_their_state_dict(stored.shapes, layout, shapes, str(folder))
     read = reader(layout, stored.read, str(folder))
     return Source(str(path), about, shapes, read, notes=tuple(notes))
 
@@ -152,7 +152,9 @@ def _release(path: Path, state: StateDict, form: Format | None, options: Options
     layout = release_layout(about.model, about.moe, null_row=classes < rows)
     ours = expected_shapes(about.model, about.moe)
     derived = {name for name in shapes if is_derived(name)}
-    account_theirs({n: s for n, s in shapes.items() if n not in derived}, layout, ours, str(path))
+    check_their_state_dict(
+        {n: s for n, s in shapes.items() if n not in derived}, layout, ours, str(path)
+    )
     _check_positions(path, tensors, about)
     entry = f"its entry {state.entry!r}" if state.entry else "a plain state dict"
     names = "the release" if mixture else "DiT and SiT"
@@ -187,7 +189,7 @@ def _about(
     options: Options,
     weights: str,
     objective: str | None = None,
-) -> About:
+) -> Metadata:
     model, moe = sections
     size, channels = model["input_size"], model["in_channels"]
     latents: dict[str, Any] = {"shape": (channels, size, size)}
@@ -201,7 +203,7 @@ def _about(
         "latents": latents,
         "provenance": {"kind": "foreign", "name": where.name},
     }
-    return parse_about(values, where)
+    return parse_metadata(values, where)
 
 
 def _autoencoder(options: Options, channels: int) -> dict[str, Any]:
@@ -220,14 +222,14 @@ def _autoencoder(options: Options, channels: int) -> dict[str, Any]:
     return {"autoencoder": name, "scale": scale if options.scale is None else options.scale}
 
 
-def _plausible(about: About, found: Shapes, path: Path) -> None:
+def _plausible(about: Metadata, found: Shapes, path: Path) -> None:
     """Before blocks or experts are made in the number that a damaged file names."""
     blocks, experts = about.model.depth, about.moe.experts
     if blocks > len(found) or (about.moe.type != "dense" and experts > len(found)):
         raise UserError(f"{path}: {len(found)} tensors are not of {blocks} blocks")
 
 
-def _check_positions(path: Path, tensors: dict[str, Tensor], about: About) -> None:
+def _check_positions(path: Path, tensors: dict[str, Tensor], about: Metadata) -> None:
     found = tensors.get("pos_embed")
     if found is None:
         return

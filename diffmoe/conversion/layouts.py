@@ -80,7 +80,7 @@ def their_shapes(layout: Layout, ours: Shapes) -> Shapes:
     }
 
 
-def account_theirs(found: Shapes, layout: Layout, ours: Shapes, where: str) -> None:
+def check_their_state_dict(found: Shapes, layout: Layout, ours: Shapes, where: str) -> None:
     """See that their file has what the layout needs and nothing else, told in their names.
 
     Raises UserError naming the first tensors that are missing, left over or of another shape.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
-from diffmoe.export.metadata import About
+from diffmoe.export.metadata import Metadata
 from diffmoe.export.sources import Source
 from diffmoe.export.tensors import empty_network, expected_shapes
 from diffmoe.models.dit import DiT
@@ -164,7 +164,7 @@ def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Sou
     return Source(source.where, made, shapes, read, run=source.run, notes=notes)
 
 
-def _changed(about: About, moe: dict, told: str) -> About:
+def _changed(about: Metadata, moe: dict, told: str) -> Metadata:
     made = about.provenance
     return about.replace(moe=moe, provenance={**made.model_dump(), "steps": (*made.steps, told)})
 

@@ -11,7 +11,7 @@ from diffmoe.config import Config
 from diffmoe.data.stream import Batch
 from diffmoe.diffusion import Objective
 from diffmoe.seeding import keyed_generator
-from diffmoe.tree import mapped
+from diffmoe.tree import tree_map
 
 
 class Examples(NamedTuple):
@@ -50,7 +50,7 @@ def micro_batches(
     examples = []
     columns = (batch.latents, torch.cat(noise), torch.cat(t), condition)
     for m in range(parts):
-        data, eps, times, wanted = (mapped(partial(part, m=m), column) for column in columns)
+        data, eps, times, wanted = (tree_map(partial(part, m=m), column) for column in columns)
         x_t = objective.corrupt(data, eps, times)
         examples.append(Examples(data, eps, x_t, times, wanted))
     return examples

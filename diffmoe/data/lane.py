@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffmoe.data.stream import LatentStream
 
 
-class Spot(NamedTuple):
+class SampleRef(NamedTuple):
     """Where a sample lies."""
 
     shard: OpenShard
@@ -33,7 +33,7 @@ class Lane:
     def __init__(self, stream: "LatentStream", lane: int, bad_shards: dict[str, str]):
         self.stream, self.lane, self.bad_shards = stream, lane, bad_shards
 
-    def spots(self, offset: int) -> Iterator[Spot]:
+    def spots(self, offset: int) -> Iterator[SampleRef]:
         """All samples from the lane's `offset`-th on, forever."""
         stream, shards = self.stream, self.stream.manifest.shards
         counts = [shard.samples for shard in shards]
@@ -49,7 +49,7 @@ class Lane:
                 # `held` is `number`, unless another shard stands in for it.
                 indices = cycle(sample_order(stream.seed, epoch, held, len(opened)))
                 for index in islice(indices, offset, counts[number]):
-                    yield Spot(opened, index)
+                    yield SampleRef(opened, index)
             except GeneratorExit:
                 ahead.close()
                 raise

@@ -13,7 +13,7 @@ class _Failure(NamedTuple):
     error: BaseException
 
 
-def made_ready(items: Iterator[T], depth: int = READY) -> Iterator[T]:
+def prefetched(items: Iterator[T], depth: int = READY) -> Iterator[T]:
     """The same items in the same order, up to `depth` of them fetched ahead by a thread.
 
     items: a generator; it is closed in the end, unless it does not answer for 5 seconds.

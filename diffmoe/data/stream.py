@@ -29,12 +29,12 @@ from diffmoe.data.fetching import Fetch, end_commands
 from diffmoe.data.lane import Lane
 from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents
 from diffmoe.data.manifest import Manifest
-from diffmoe.data.prefetch import READY, made_ready
+from diffmoe.data.prefetch import READY, prefetched
 from diffmoe.data.reading import unreadable
 from diffmoe.ending import end_process
 from diffmoe.errors import UserError
 from diffmoe.seeding import keyed_generator
-from diffmoe.tree import joined
+from diffmoe.tree import tree_cat
 
 _AHEAD = 4  # batches that each worker keeps ready: enough to bridge the opening of a shard
 
@@ -181,7 +181,7 @@ class LatentStream:
         steps = _steps(chunks, max(1, self.workers))
         if self.workers:
             # Taking over what workers send costs time, too: a loop need not wait for it.
-            steps = made_ready(steps)
+            steps = prefetched(steps)
         try:
             for step in steps:
                 yield self._received(step)
@@ -249,7 +249,7 @@ def _steps(chunks: Iterator[Chunk | UserError], parts: int) -> Iterator[Chunk | 
             yield errors[0]
             return
         batches, bad_shards = zip(*step, strict=True)
-        yield Chunk(joined(batches), dict(ChainMap(*bad_shards)))
+        yield Chunk(tree_cat(batches), dict(ChainMap(*bad_shards)))
 
 
 def _tell(message: str) -> None:

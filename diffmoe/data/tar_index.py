@@ -68,7 +68,7 @@ def tar_members(file: int) -> list[Member]:
 
 
 def tar_entries(file: int) -> list[Entry]:
-    """The samples of a tar, as webdataset groups them: neighbours whose names agree up to a dot.
+    """The samples of a tar, as webdataset groups them: neighbors whose names agree up to a dot.
 
     Raises ValueError for what `tar_members` does, and for a sample with two members of one name.
     """

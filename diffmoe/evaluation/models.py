@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffmoe.capacity.thresholds import turn_dial
+from diffmoe.capacity.thresholds import set_capacity
 from diffmoe.checkpoints.folder import complete, names
 from diffmoe.config import Config
 from diffmoe.data.autoencoders import autoencoder_of
@@ -17,7 +17,7 @@ from diffmoe.export.open import open_network, weights_of
 from diffmoe.parallel.topology import Topology
 from diffmoe.sampling.images import EvaluationCount
 from diffmoe.sampling.latents import fitted
-from diffmoe.sampling.many_images import Order, generate, identity
+from diffmoe.sampling.many_images import SampleRequest, generate, identity
 from diffmoe.text.prompts import Prompts
 from diffmoe.work import Ranks
 
@@ -51,7 +51,7 @@ def sample_model(
 
     The folder, below `out`, is named for the checkpoint and all that decides the images: other
     settings go to another one, and what is there already is not made again. Returns None on all
-    ranks but the one that closes the work. rgb: a model of grey images is refused, before any is
+    ranks but the one that closes the work. rgb: a model of gray images is refused, before any is
     made. labels: "balanced" takes classes or prompts in turn, "random" draws one for each image.
     prompts_for: what a text model of a configuration is asked for. say: is told what was decided
     and found beside the samples.
@@ -61,10 +61,10 @@ def sample_model(
     network, config = snapshot.network, snapshot.config
     if rgb and (snapshot.latents["autoencoder"], snapshot.latents["shape"][0]) == ("identity", 1):
         raise UserError(
-            f"{model} makes grey images, and extractors take RGB; leave --reference out and give "
+            f"{model} makes gray images, and extractors take RGB; leave --reference out and give "
             "--classifier digits, or one of your own"
         )
-    calibrated = turn_dial(network, model, routing, capacity, weights)
+    calibrated = set_capacity(network, model, routing, capacity, weights)
     identified = identity(model, network, weights, capacity)
     prompts = prompts_for(config)
     settings = fitted(settings, config, prompts, say)
@@ -80,7 +80,9 @@ def sample_model(
         network,
         config,
         autoencoder_of(snapshot.latents, device).decode,
-        Order(number, tuple(range(len(prompts) if prompts else config.model.num_classes)), labels),
+        SampleRequest(
+            number, tuple(range(len(prompts) if prompts else config.model.num_classes)), labels
+        ),
         settings,
         model=identified,
         prompts=prompts,

@@ -36,10 +36,10 @@ class Moments:
             self._origin = features.mean(0)
             self._sum = torch.zeros_like(self._origin)
             self._outer = self._sum.new_zeros(len(self._sum), len(self._sum))
-        centred = features - self._origin
+        centered = features - self._origin
         self.number += len(features)
-        self._sum += centred.sum(0)
-        self._outer.addmm_(centred.T, centred)
+        self._sum += centered.sum(0)
+        self._outer.addmm_(centered.T, centered)
 
     def gaussian(self) -> Gaussian:
         """On the CPU. Raises UserError for fewer than two vectors, which have no covariance."""

@@ -12,7 +12,7 @@ _BLOCK = 1 << 25  # distances at a time: 128 MB
 
 
 def precision_and_recall(
-    samples: Tensor, reference: Tensor, neighbours: int = NEIGHBOURS
+    samples: Tensor, reference: Tensor, neighbors: int = NEIGHBOURS
 ) -> tuple[float, float]:
     """Shares of samples within the reference's manifold, and of the reference within theirs.
 
@@ -21,32 +21,32 @@ def precision_and_recall(
     A block of them is in memory at a time.
     """
     for name, features in (("samples", samples), ("reference", reference)):
-        if len(features) <= neighbours:
+        if len(features) <= neighbors:
             raise UserError(
-                f"precision and recall with {neighbours} neighbours: {len(features)} {name}; give "
-                f"at least {neighbours + 1}"
+                f"precision and recall with {neighbors} neighbors: {len(features)} {name}; give "
+                f"at least {neighbors + 1}"
             )
-    centre = reference.float().mean(0)  # near the origin, the squares below lose fewer digits
-    samples, reference = samples.float() - centre, reference.float() - centre
+    center = reference.float().mean(0)  # near the origin, the squares below lose fewer digits
+    samples, reference = samples.float() - center, reference.float() - center
     return (
-        _share_within(samples, reference, _radii(reference, neighbours)),
-        _share_within(reference, samples, _radii(samples, neighbours)),
+        _share_within(samples, reference, _radii(reference, neighbors)),
+        _share_within(reference, samples, _radii(samples, neighbors)),
     )
 
 
-def _radii(features: Tensor, neighbours: int) -> Tensor:
+def _radii(features: Tensor, neighbors: int) -> Tensor:
     """Squared distance to the k-th nearest other vector, (n,)."""
     found = []
     for start, squared in _blocks(features, features):
         rows = torch.arange(len(squared))
         squared[rows, start + rows] = torch.inf  # itself
-        found.append(squared.kthvalue(neighbours, dim=1).values)
+        found.append(squared.kthvalue(neighbors, dim=1).values)
     return torch.cat(found)
 
 
-def _share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
+def _share_within(points: Tensor, centers: Tensor, radii: Tensor) -> float:
     """Of `points`, those in any ball."""
-    inside = sum(int((squared <= radii).any(1).sum()) for _, squared in _blocks(points, centres))
+    inside = sum(int((squared <= radii).any(1).sum()) for _, squared in _blocks(points, centers))
     return inside / len(points)
 
 

@@ -12,7 +12,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.extractors import Extractor
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.moments import Gaussian
-from diffmoe.evaluation.summary import summarise
+from diffmoe.evaluation.summary import summarize
 from diffmoe.npz_files import npz_header, read_npz, write_npz
 from diffmoe.prepare.decoding import WHITE, Color
 
@@ -68,7 +68,7 @@ def compute_reference(
 ) -> Reference:
     """Of all images of a folder or file; `background` is for transparent ones."""
     images = open_images(path, background)
-    found = summarise(images, extractor, batch, keep=KEPT_FEATURES)
+    found = summarize(images, extractor, batch, keep=KEPT_FEATURES)
     about = {
         "path": str(path),
         "moments": "computed from its images",
@@ -135,7 +135,7 @@ def _adm(file: Path, extractor: Extractor, batch: int) -> Reference:
     about = {"path": str(file), "moments": "stored in it (mu, sigma, mu_s, sigma_s)"}
     if npz_header(file, "arr_0") is None:
         return Reference(pooled, spatial, None, about)
-    found = summarise(open_images(file), extractor, batch, keep=KEPT_FEATURES)
+    found = summarize(open_images(file), extractor, batch, keep=KEPT_FEATURES)
     about |= {"image_shape": list(found.shape), "features": f"of {found.number} images, its arr_0"}
     return Reference(pooled, spatial, found.features, about)
 

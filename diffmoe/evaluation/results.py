@@ -20,7 +20,7 @@ from diffmoe.evaluation.judges import Classify, class_accuracy
 from diffmoe.evaluation.metrics import figures
 from diffmoe.evaluation.references import Reference
 from diffmoe.evaluation.scenes import Scene, SceneReader, real_accuracy, scene_accuracy
-from diffmoe.evaluation.summary import summarise
+from diffmoe.evaluation.summary import summarize
 from diffmoe.files import read_lines
 
 FILE_NAME = "results.jsonl"
@@ -31,7 +31,7 @@ def measure(
     images: ImageSet, extractor: Extractor, reference: Reference, batch: int = 50
 ) -> dict[str, Any]:
     """A result: metrics by name, warnings, images, reference, extractor, cost, versions."""
-    found = summarise(images, extractor, batch)
+    found = summarize(images, extractor, batch)
     values, warned = figures(found, reference, extractor)
     return {
         "metrics": values,

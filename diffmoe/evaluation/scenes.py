@@ -1,4 +1,4 @@
-"""Do pictures of coloured digits show what was asked? Classifiers fitted on real ones answer."""
+"""Do pictures of colored digits show what was asked? Classifiers fitted on real ones answer."""
 
 import json
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ _REAL = 10  # held-out canvases of each scene
 
 
 class SceneReader:
-    """Reads the colour and the digit at the two places of a relation."""
+    """Reads the color and the digit at the two places of a relation."""
 
     def __init__(self) -> None:
         real = Digits()
         self._digits = fit_digits(real.shapes, real.labels)
         rng, scenes = np.random.default_rng(0), all_scenes()[::12]
-        self._colours = _mean_colours([(scene, real.draw(scene, rng)) for scene in scenes])
+        self._colors = _mean_colors([(scene, real.draw(scene, rng)) for scene in scenes])
 
     def __call__(self, canvases: np.ndarray, relations: Sequence[str]) -> list[Scene]:
         """uint8 canvases (n,32,32,3) to what each shows where its relation looks."""
@@ -34,12 +34,12 @@ class SceneReader:
                 for place in halves(*pair)
             ]
         )
-        distances = np.linalg.norm(_hues(places)[:, None] - self._colours, axis=-1)
-        colours = np.array(list(COLOURS))[distances.argmin(1)].reshape(-1, 2).tolist()
+        distances = np.linalg.norm(_hues(places)[:, None] - self._colors, axis=-1)
+        colors = np.array(list(COLOURS))[distances.argmin(1)].reshape(-1, 2).tolist()
         digits = self._digits(places.max(-1)).reshape(-1, 2).tolist()
         return [
             Scene(relation, tuple(names), tuple(numbers))
-            for relation, names, numbers in zip(relations, colours, digits, strict=True)
+            for relation, names, numbers in zip(relations, colors, digits, strict=True)
         ]
 
 
@@ -49,7 +49,9 @@ def load_truth(file: str | Path) -> dict[str, Scene]:
         entries = json.loads(read_text(file, encoding="utf-8-sig"))
         truth = {
             entry["prompt"]: Scene(
-                entry["relation"], tuple(entry["colours"]), tuple(entry["digits"])
+                entry["relation"],
+                tuple(entry["colors" if "colors" in entry else "colours"]),  # as once written
+                tuple(entry["digits"]),
             )
             for entry in entries
         }
@@ -66,7 +68,7 @@ def load_truth(file: str | Path) -> dict[str, Scene]:
 def scene_accuracy(
     images: ImageSet, truth: dict[str, Scene], read: SceneReader, batch: int = 50
 ) -> dict[str, float]:
-    """Shares of digits, of colours, and of whole scenes that are as their captions say.
+    """Shares of digits, of colors, and of whole scenes that are as their captions say.
 
     Raises UserError unless the images are samples of ours whose captions `truth` knows.
     """
@@ -98,22 +100,22 @@ def _shares(shown: Sequence[Scene], wanted: Sequence[Scene]) -> dict[str, float]
 
     return {
         "digits": share([s.digits for s in shown], [s.digits for s in wanted]),
-        "colours": share([s.colours for s in shown], [s.colours for s in wanted]),
+        "colors": share([s.colors for s in shown], [s.colors for s in wanted]),
         "scenes": float(np.mean([s == w for s, w in zip(shown, wanted, strict=True)])),
     }
 
 
 def _hues(places: np.ndarray) -> np.ndarray:
-    """The mean colour (n,3) of each place, of length 1: a thin digit is as red as a thick one."""
+    """The mean color (n,3) of each place, of length 1: a thin digit is as red as a thick one."""
     means = places.astype(np.float64).mean((1, 2))
     return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
 
 
-def _mean_colours(drawn: list[tuple[Scene, np.ndarray]]) -> np.ndarray:
-    """The mean of each colour's hues (6,3), over all the places where it stands."""
+def _mean_colors(drawn: list[tuple[Scene, np.ndarray]]) -> np.ndarray:
+    """The mean of each color's hues (6,3), over all the places where it stands."""
     of: dict[str, list[np.ndarray]] = {name: [] for name in COLOURS}
     for scene, canvas in drawn:
         hues = _hues(np.concatenate(halves(canvas[None], scene.relation)))
-        for name, hue in zip(scene.colours, hues, strict=True):
+        for name, hue in zip(scene.colors, hues, strict=True):
             of[name].append(hue)
     return np.stack([np.mean(hues, axis=0) for hues in of.values()])

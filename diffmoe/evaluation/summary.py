@@ -35,7 +35,7 @@ class Summary(NamedTuple):
     extracting: float
 
 
-def summarise(
+def summarize(
     images: ImageSet, extractor: Extractor, batch: int = 50, keep: int | None = None
 ) -> Summary:
     """Run all images through the extractor once.

@@ -2,7 +2,7 @@
 
 model.safetensors      the tensors, or model-00001-of-00003.safetensors ... with
                        model.safetensors.index.json
-config.json            About
+config.json            Metadata
 vae/                   the autoencoder, where it was a folder of the machine that wrote this
 thresholds.json        calibrated capacities by name, where there are any
 checksums.json         sizes and SHA-256 of the tensors and config.json
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from diffmoe.errors import UserError
-from diffmoe.export.metadata import FILE_NAME, About, read_about
+from diffmoe.export.metadata import FILE_NAME, Metadata, read_about
 from diffmoe.export.stored_tensors import StoredTensors, hold_against
 from diffmoe.export.tensors import (
     DTYPE_NAMES,
     SINGLE,
-    account,
+    check_state_dict,
     empty_network,
     fill,
     stored_dtype,
@@ -49,9 +49,9 @@ class ExportedModel(StoredTensors):
     """
 
     def __init__(self, path: Path) -> None:
-        self.about: About = read_about(path)
+        self.about: Metadata = read_about(path)
         super().__init__(path, SINGLE)
-        account(self.shapes, self.about.model, self.about.moe, str(path))
+        check_state_dict(self.shapes, self.about.model, self.about.moe, str(path))
         for name, found in self.dtypes.items():
             dtype = stored_dtype(name, getattr(torch, self.about.dtype))
             if found != DTYPE_NAMES[dtype]:
@@ -72,7 +72,7 @@ def load_exported(
     dtype: torch.dtype = torch.float32,
     topology: Topology | None = None,
     verify: bool = True,
-) -> tuple[DiT, About]:
+) -> tuple[DiT, Metadata]:
     """The network of an exported folder, for evaluation; it never exists twice.
 
     topology: of ranks that share the experts; each reads its own ones. verify: hold the files

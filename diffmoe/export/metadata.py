@@ -66,7 +66,7 @@ class Provenance(_Part):
     steps: tuple[str, ...] = ()
 
 
-class About(_Part):
+class Metadata(_Part):
     """All of an exported model that is no tensor.
 
     weights: ema, live, or ema:STD. label_dropout: of its training, None where it is not known; with
@@ -99,7 +99,7 @@ class About(_Part):
         return values
 
     @model_validator(mode="after")
-    def _fit(self) -> "About":
+    def _fit(self) -> "Metadata":
         model = self.model
         shape = (model.in_channels, model.input_size, model.input_size)
         if self.latents.shape != shape:
@@ -124,9 +124,9 @@ class About(_Part):
         """The `weights` of the calibrated thresholds that hold for this model: ema or live."""
         return self.weights.partition(":")[0]
 
-    def replace(self, **changes: Any) -> "About":
+    def replace(self, **changes: Any) -> "Metadata":
         """A validated copy. changes: whole fields."""
-        return About.model_validate(self.model_dump() | changes)
+        return Metadata.model_validate(self.model_dump() | changes)
 
 
 def _section(values: Any, name: str) -> dict[str, Any]:
@@ -135,15 +135,15 @@ def _section(values: Any, name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def read_about(folder: Path) -> About:
+def read_about(folder: Path) -> Metadata:
     """config.json of an exported model. Raises UserError naming the file and the field."""
     file = contained(folder, FILE_NAME)
-    return parse_about(read_json(file), file)
+    return parse_metadata(read_json(file), file)
 
 
-def parse_about(values: Any, file: Path) -> About:
+def parse_metadata(values: Any, file: Path) -> Metadata:
     try:
-        return About.model_validate(values)
+        return Metadata.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
         raise UserError(f"{file}: {problems}; convert the model again") from None

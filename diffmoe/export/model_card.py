@@ -6,7 +6,7 @@ from typing import Any
 
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
-from diffmoe.export.metadata import About
+from diffmoe.export.metadata import Metadata
 from diffmoe.export.tensors import Shapes
 from diffmoe.files import read_lines
 from diffmoe.redaction import printable, redact, without_folders
@@ -51,7 +51,7 @@ def conditioning(model: ModelConfig) -> str:
     return f"captions of up to {model.text.length} tokens, encoder {model.text.encoder}"
 
 
-def model_card(about: About, shapes: Shapes, capacities: list[str], run: Path | None) -> str:
+def model_card(about: Metadata, shapes: Shapes, capacities: list[str], run: Path | None) -> str:
     """capacities: names of calibrated thresholds. run: the folder whose results.jsonl is shown."""
     model, latents = about.model, about.latents
     total, active = parameter_counts(shapes, about.moe)
@@ -98,7 +98,7 @@ files. The method is described in arXiv 2503.14487.
 {_results(run)}"""
 
 
-def _provenance(about: About) -> str:
+def _provenance(about: Metadata) -> str:
     made = about.provenance
     parts = [f"{made.kind} {made.name}"]
     if made.sha256:

@@ -19,8 +19,8 @@ from diffmoe.checkpoints.posthoc import combined
 from diffmoe.errors import UserError
 from diffmoe.export.autoencoder_folder import opened_from
 from diffmoe.export.exported import ExportedModel
-from diffmoe.export.metadata import About, parse_about
-from diffmoe.export.tensors import Read, Shapes, account, finite
+from diffmoe.export.metadata import Metadata, parse_metadata
+from diffmoe.export.tensors import Read, Shapes, check_state_dict, finite
 from diffmoe.files import sha256_of
 
 _LATENTS = ("shape", "scale", "shift", "autoencoder", "pixel_range", "source")
@@ -36,7 +36,7 @@ class Source:
     """
 
     where: str
-    about: About
+    about: Metadata
     shapes: Shapes
     read: Read
     thresholds: dict[str, Calibrated] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Source:
 
     def checked(self) -> "Source":
         """Itself: all tensors there, none left over, and each is looked at for NaN when read."""
-        account(self.shapes, self.about.model, self.about.moe, self.where)
+        check_state_dict(self.shapes, self.about.model, self.about.moe, self.where)
         return Source(**(self.__dict__ | {"read": self._finite}))
 
     def _finite(self, name: str) -> Tensor:
@@ -120,7 +120,7 @@ def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Te
             "sha256": sha256_of(path / CHECKSUMS),
         },
     }
-    made = parse_about(values, path / "run.json")
+    made = parse_metadata(values, path / "run.json")
     kind = made.calibrated_for
     calibrated = {
         name: entry

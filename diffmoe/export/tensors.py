@@ -73,7 +73,7 @@ def expected_shapes(model: ModelConfig, moe: MoEConfig) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def account(found: Shapes, model: ModelConfig, moe: MoEConfig, where: str) -> None:
+def check_state_dict(found: Shapes, model: ModelConfig, moe: MoEConfig, where: str) -> None:
     """See that a source has every tensor of the network in its shape, and nothing else.
 
     Raises UserError naming the first tensors that are missing, left over or of another shape.

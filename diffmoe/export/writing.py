@@ -21,7 +21,7 @@ from diffmoe.export.autoencoder_folder import (
     local_folder,
 )
 from diffmoe.export.exported import CARD, CHECKSUMS, load_exported
-from diffmoe.export.metadata import FILE_NAME, About
+from diffmoe.export.metadata import FILE_NAME, Metadata
 from diffmoe.export.model_card import model_card
 from diffmoe.export.sources import Source
 from diffmoe.export.tensors import (
@@ -171,7 +171,7 @@ def _compare(source: Source, folder: Path, kind: torch.dtype) -> int:
 
 
 @torch.inference_mode()
-def probe(network: DiT, about: About) -> dict[str, Tensor]:
+def probe(network: DiT, about: Metadata) -> dict[str, Tensor]:
     """Predictions for two fixed inputs, routed as the model is set, and with all experts at work.
 
     The second input has the null label, or no caption. -> {how it was routed: (2, C or 2C, H, W)}.

@@ -46,7 +46,7 @@ def dense_mlp(width: int, hidden: int, activation: str) -> MLP | SwiGLU:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, optionally with normalised queries and keys, rotary positions.
+    """Multi-head self-attention, optionally with normalized queries and keys, rotary positions.
 
     head_width: channels of one head; None shares the width out among the heads.
     """

@@ -40,6 +40,6 @@ class CapacityPredictor(nn.Module):
         return logits_SE.sigmoid() > self.thresholds
 
 
-def capacity_loss(logits_SE: Tensor, taken_ES: Tensor) -> Tensor:
+def capacity_loss(logits_SE: Tensor, selected_ES: Tensor) -> Tensor:
     """Binary cross-entropy against what was taken, mean over tokens and experts (Eq. 12, 13)."""
-    return F.binary_cross_entropy_with_logits(logits_SE, taken_ES.t().to(logits_SE.dtype))
+    return F.binary_cross_entropy_with_logits(logits_SE, selected_ES.t().to(logits_SE.dtype))

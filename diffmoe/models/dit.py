@@ -59,7 +59,7 @@ class DiT(nn.Module):
     def __init__(
         self, model: ModelConfig, moe: MoEConfig, topology: Topology | None = None
     ) -> None:
-        """Parameters are uninitialised: call `initialize`, or load them."""
+        """Parameters are uninitialized: call `initialize`, or load them."""
         super().__init__()
         topology = topology or Topology()
         self.config, self.moe_config, self.topology = model, moe, topology
@@ -216,7 +216,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "DiT":
-        """DiT's initialisation; the router's as in the paper's release.
+        """DiT's initialization; the router's as in the paper's release.
 
         Each tensor, and each expert under its global number, has a generator of its own, so the
         weights do not depend on how many ranks share the experts.

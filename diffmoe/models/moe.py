@@ -18,7 +18,7 @@ from diffmoe.parallel.topology import Topology
 class LayerRouting(NamedTuple):
     """What one MoE layer decided in one forward, for losses, thresholds and reports."""
 
-    taken_ES: Tensor
+    selected_ES: Tensor
     capacity_logits_SE: Tensor | None = None
     capacity_loss: Tensor | None = None
     balance_loss: Tensor | None = None
@@ -70,31 +70,33 @@ class MoEFeedForward(nn.Module):
         scores_SE = routing.router_scores(tokens_SD, self.router)
         ranked_SE = routing.ranked(scores_SE)
         if self.moe.type == "token_choice":
-            taken_ES = routing.token_choice_mask(ranked_SE, self.moe.top_k)
-            balance = routing.load_balancing_loss(scores_SE, taken_ES) if self.training else None
-            decided = LayerRouting(taken_ES, balance_loss=balance)
-            return routing.ragged_assignment(taken_ES, scores_SE), decided
+            selected_ES = routing.token_choice_mask(ranked_SE, self.moe.top_k)
+            balance = routing.load_balancing_loss(scores_SE, selected_ES) if self.training else None
+            decided = LayerRouting(selected_ES, balance_loss=balance)
+            return routing.ragged_assignment(selected_ES, scores_SE), decided
         if self.moe.type == "expert_choice":
             k = self._capacity(tokens_per_sample, self.moe.capacity)
-            taken_ES = routing.expert_choice_mask(ranked_SE, tokens_per_sample, k)
+            selected_ES = routing.expert_choice_mask(ranked_SE, tokens_per_sample, k)
             k *= tokens // tokens_per_sample
-            return self._assign(taken_ES, scores_SE, k), LayerRouting(taken_ES)
+            return self._assign(selected_ES, scores_SE, k), LayerRouting(selected_ES)
         logits_SE = self.capacity_predictor(tokens_SD)
         if self.training:
             k = self._capacity(tokens * self.pool.ranks, self.moe.capacity)
-            taken_ES = self._take_from_pool(ranked_SE, k)
-            decided = LayerRouting(taken_ES, logits_SE, capacity_loss(logits_SE, taken_ES))
-            return self._assign(taken_ES, scores_SE, k), decided
+            selected_ES = self._take_from_pool(ranked_SE, k)
+            decided = LayerRouting(selected_ES, logits_SE, capacity_loss(logits_SE, selected_ES))
+            return self._assign(selected_ES, scores_SE, k), decided
         if self.inference == "static":
             k = self._capacity(tokens, self.capacity)
-            taken_ES = routing.top_k_mask(ranked_SE.t(), k)
-            return self._assign(taken_ES, scores_SE, k), LayerRouting(taken_ES, logits_SE)
+            selected_ES = routing.top_k_mask(ranked_SE.t(), k)
+            return self._assign(selected_ES, scores_SE, k), LayerRouting(selected_ES, logits_SE)
         wanted_SE = self.capacity_predictor.wanted(logits_SE)
         if self.inference == "pooled":
-            taken_ES = routing.counted_mask(ranked_SE, wanted_SE.sum(dim=0))
+            selected_ES = routing.counted_mask(ranked_SE, wanted_SE.sum(dim=0))
         else:
-            taken_ES = wanted_SE.t()
-        return routing.ragged_assignment(taken_ES, scores_SE), LayerRouting(taken_ES, logits_SE)
+            selected_ES = wanted_SE.t()
+        return routing.ragged_assignment(selected_ES, scores_SE), LayerRouting(
+            selected_ES, logits_SE
+        )
 
     def _capacity(self, tokens: int, capacity: float) -> int:
         moe = self.moe
@@ -105,12 +107,12 @@ class MoEFeedForward(nn.Module):
         kth_E = self.pool.kth_largest(scores_ES, k)
         return routing.take_largest(scores_ES, kth_E, self.pool.ties(scores_ES, kth_E, k))
 
-    def _assign(self, taken_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
+    def _assign(self, selected_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
         """Static where every expert surely takes k tokens of every rank of the group."""
         equal_on_all_ranks = self.training or self.dispatch.size == 1
         if self.pool.ranks == 1 and equal_on_all_ranks:
-            return routing.static_assignment(taken_ES, scores_SE, k)
-        return routing.ragged_assignment(taken_ES, scores_SE)
+            return routing.static_assignment(selected_ES, scores_SE, k)
+        return routing.ragged_assignment(selected_ES, scores_SE)
 
     def _mix(
         self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None

@@ -83,19 +83,19 @@ def top_k_mask(values_XS: Tensor, k: int) -> Tensor:
     return take_largest(values_XS, kth_X, k - (values_XS > kth_X[:, None]).sum(dim=1))
 
 
-def static_assignment(taken_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
+def static_assignment(selected_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
     """The pairs of a mask in which every expert took exactly k tokens; no wait for the device."""
-    slot_ES = torch.where(taken_ES, taken_ES.cumsum(dim=1) - 1, k)
-    token_ES = torch.arange(taken_ES.shape[1], device=taken_ES.device).expand_as(taken_ES)
+    slot_ES = torch.where(selected_ES, selected_ES.cumsum(dim=1) - 1, k)
+    token_ES = torch.arange(selected_ES.shape[1], device=selected_ES.device).expand_as(selected_ES)
     # Tokens not taken are all written into a last column, which is cut off.
-    index_EK = token_ES.new_zeros(taken_ES.shape[0], k + 1).scatter(1, slot_ES, token_ES)[:, :k]
+    index_EK = token_ES.new_zeros(selected_ES.shape[0], k + 1).scatter(1, slot_ES, token_ES)[:, :k]
     return Assignment(index_EK, scores_SE.t().gather(1, index_EK))
 
 
-def ragged_assignment(taken_ES: Tensor, scores_SE: Tensor) -> Assignment:
+def ragged_assignment(selected_ES: Tensor, scores_SE: Tensor) -> Assignment:
     """The pairs of any mask. Waits for the device: their number decides shapes."""
-    expert_N, token_N = taken_ES.nonzero(as_tuple=True)
-    return Assignment(token_N, scores_SE[token_N, expert_N], taken_ES.sum(dim=1))
+    expert_N, token_N = selected_ES.nonzero(as_tuple=True)
+    return Assignment(token_N, scores_SE[token_N, expert_N], selected_ES.sum(dim=1))
 
 
 def gather(tokens_SD: Tensor, token_index: Tensor) -> Tensor:
@@ -130,10 +130,10 @@ def counted_mask(scores_SE: Tensor, counts_E: Tensor) -> Tensor:
     return torch.zeros_like(within_ES).scatter(1, order_ES, within_ES)
 
 
-def load_balancing_loss(scores_SE: Tensor, taken_ES: Tensor) -> Tensor:
+def load_balancing_loss(scores_SE: Tensor, selected_ES: Tensor) -> Tensor:
     """E times the sum over experts of (share of choices) x (mean score); 1 when balanced.
 
     The auxiliary loss of Switch Transformers (arXiv 2101.03961, Eq. 4), for token choice only.
     """
-    share_E = taken_ES.sum(dim=1) / taken_ES.sum()
+    share_E = selected_ES.sum(dim=1) / selected_ES.sum()
     return scores_SE.shape[1] * (share_E * scores_SE.mean(dim=0)).sum()

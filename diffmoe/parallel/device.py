@@ -12,7 +12,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def own_device(device: str | None) -> torch.device:
+def setup_device(device: str | None) -> torch.device:
     """A device by name; `cuda` alone is this rank's GPU, by torchrun's or srun's local rank.
 
     None: cuda where there is one, else cpu.

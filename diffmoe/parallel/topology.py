@@ -36,7 +36,7 @@ class Topology:
 
 
 def create_topology(expert_parallel: int) -> Topology:
-    """Build the groups, by Megatron-Core, over the initialised default process group."""
+    """Build the groups, by Megatron-Core, over the initialized default process group."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it tells at length which optional parts are missing
         from megatron.core import parallel_state

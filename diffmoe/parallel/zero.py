@@ -146,7 +146,7 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
 
 
 class ExpertParallelRoot(MoE):
-    """The root module by which DeepSpeed recognises a mixture of experts.
+    """The root module by which DeepSpeed recognizes a mixture of experts.
 
     It only delegates to the network: DeepSpeed treats an engine as MoE if some module is an
     instance of its own MoE layer, whose constructor would build layers that we do not want.

@@ -63,7 +63,7 @@ def _attention(layout: Layout) -> int:
     # Norm 1's output and statistics, modulated tokens, query, key and value, mixed, projected.
     elements = 3 * S * D + 4 * S * inner
     statistics = 2 * S * F32 + S * model.heads * F32  # and the softmax's, one a row
-    if model.qk_norm:  # the normalised ones beside the others
+    if model.qk_norm:  # the normalized ones beside the others
         elements += 2 * S * inner
         statistics += 2 * S * model.heads * F32
     if model.rope:  # turned ones

@@ -45,7 +45,7 @@ def cross_attention_bytes(layout: Layout) -> int:
     S, D, a = layout.tokens, model.width, layout.element
     places = layout.micro_batch * model.text.length
     inner = model.heads * model.width_of_head
-    # The normalised tokens, query, key and value, mixed.
+    # The normalized tokens, query, key and value, mixed.
     elements = S * D + 2 * (S + places) * inner
     statistics = 2 * S * F32 + S * model.heads * F32
     if model.qk_norm:
@@ -58,7 +58,7 @@ def embedding_bytes(layout: Layout) -> int:
     """What the captions' embedding saves, and the blocks look at."""
     text, D, a = layout.config.model.text, layout.config.model.width, layout.element
     M, W = layout.micro_batch * text.length, text.width
-    # Features, normalised; projected, and with the null caption in place.
+    # Features, normalized; projected, and with the null caption in place.
     kept = 2 * M * W * a + M * D * a
     # Of a block: its input, norms, query, key and value, mixed, and the MLP's two hidden ones.
     kept += text.depth * (2 * 4 + 8) * M * W * a

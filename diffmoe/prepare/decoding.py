@@ -1,6 +1,6 @@
 """The one reader of images: the bytes of a file in, what people see of it out, RGB with 8 bits.
 
-The way up that EXIF names is applied and transparency is put on a background; grey values of 16
+The way up that EXIF names is applied and transparency is put on a background; gray values of 16
 bits and floats are scaled, palettes and CMYK converted; of an animation the first frame is taken.
 Color profiles are not applied.
 """
@@ -76,7 +76,7 @@ def _rgb(image: Image.Image, background: Color) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """L, or LA, of grey values that are floats or wider integers."""
+    """L, or LA, of gray values that are floats or wider integers."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     low, high = values.min(), values.max()
     if image.mode == "F":
@@ -101,6 +101,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 @cache
 def _levels(bits: int) -> np.ndarray:
-    """The nearest grey of 8 bits for every value of 16; those beyond `bits` are white."""
+    """The nearest gray of 8 bits for every value of 16; those beyond `bits` are white."""
     values = np.arange(1 << 16) * 255 / ((1 << bits) - 1)
     return np.minimum(np.round(values), 255).astype(np.uint8)

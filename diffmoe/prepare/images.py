@@ -96,7 +96,7 @@ def load_image(item: ImageItem, size: int, background: Color = WHITE) -> np.ndar
     image = read_image(item.path, item.member, background)
     if max(image.size) > 100 * min(image.size):
         raise ValueError(f"{image.width}x{image.height} pixels: too narrow for a square")
-    return centre_crop(image, size)
+    return center_crop(image, size)
 
 
 def load_captions(item: ImageItem) -> list[str]:
@@ -108,7 +108,7 @@ def load_captions(item: ImageItem) -> list[str]:
     return caption_lines(member_bytes(item.path, item.txt, _MOST_TEXT))
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """DiT's (and ADM's) square of the middle, uint8 (size,size,3).
 
     The shorter side is halved by box averages while it is at least twice `size`, then brought to

@@ -30,7 +30,7 @@ DEAD = 0.01
 class SamplingRouting(NamedTuple):
     """Of n samples. Shares and means are over the evaluations of the sampling run, fp64 or fp32.
 
-    capacity: by time, layer and expert. untaken: (times, L), tokens that no expert takes.
+    capacity: by time, layer and expert. unselected: (times, L), tokens that no expert takes.
     by_sample: (n,) C of each sample. compute: (n, T) experts at work on a token, mean over layers.
     places: (L, E, T) share of samples in which the expert takes the token there.
     overlap: (L, E, E): of the tokens that expert i takes, the share that j takes too.
@@ -38,7 +38,7 @@ class SamplingRouting(NamedTuple):
     """
 
     capacity: CapacityByTime
-    untaken: Tensor
+    unselected: Tensor
     by_sample: Tensor
     compute: Tensor
     places: Tensor
@@ -117,17 +117,19 @@ def sampling_routing(
         watch=watch,
         progress=progress,
     )
-    untaken: dict[float, list[Tensor]] = {}
+    unselected: dict[float, list[Tensor]] = {}
     looks: dict[float, int] = {}
     for seen in batches:
-        for time, share_L in ((float(time), share_L) for time, share_L in seen.untaken):
-            untaken.setdefault(time, []).append(share_L.cpu() * seen.samples)
+        for time, share_L in ((float(time), share_L) for time, share_L in seen.unselected):
+            unselected.setdefault(time, []).append(share_L.cpu() * seen.samples)
             looks[time] = looks.get(time, 0) + seen.samples
     together_LEE = sum(seen.together_LEE for seen in batches)
     own_LE = together_LEE.diagonal(dim1=1, dim2=2)
     return SamplingRouting(
         capacity=meter.read(),
-        untaken=torch.stack([sum(untaken[time]) / looks[time] for time in sorted(untaken)]),
+        unselected=torch.stack(
+            [sum(unselected[time]) / looks[time] for time in sorted(unselected)]
+        ),
         by_sample=torch.cat([seen.by_sample for seen in batches]),
         compute=torch.cat([seen.compute for seen in batches]),
         places=sum(seen.places * seen.samples for seen in batches) / len(labels),
@@ -142,19 +144,19 @@ class _Batch:
 
     def __init__(self, samples: int) -> None:
         self.samples, self.passes = samples, 0
-        self.untaken: list[tuple[Tensor, Tensor]] = []
+        self.unselected: list[tuple[Tensor, Tensor]] = []
         self._compute_BT: Tensor | int = 0
         self._places_LET: Tensor | int = 0
         self._together_LEE: Tensor | int = 0
 
     def add(self, forward: Forward) -> None:
-        taken_LES = torch.stack([layer.taken_ES for layer in forward.routing]).float()
-        L = len(taken_LES)
-        self.untaken.append((forward.time, (taken_LES.sum(1) == 0).double().mean(1)))
-        by_sample = taken_LES.unflatten(2, (self.samples, -1))  # (L, E, B, T)
+        selected_LES = torch.stack([layer.selected_ES for layer in forward.routing]).float()
+        L = len(selected_LES)
+        self.unselected.append((forward.time, (selected_LES.sum(1) == 0).double().mean(1)))
+        by_sample = selected_LES.unflatten(2, (self.samples, -1))  # (L, E, B, T)
         self._compute_BT = self._compute_BT + by_sample.sum((0, 1)) / L
         self._places_LET = self._places_LET + by_sample.mean(2)
-        self._together_LEE = self._together_LEE + taken_LES @ taken_LES.transpose(1, 2)
+        self._together_LEE = self._together_LEE + selected_LES @ selected_LES.transpose(1, 2)
         self.passes += 1
 
     @property
@@ -189,15 +191,15 @@ def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
         for number, (layer, decided) in enumerate(
             zip(network.moe_layers, forward.routing, strict=True)
         ):
-            logits_SE, taken_SE = decided.capacity_logits_SE, decided.taken_ES.t()
+            logits_SE, selected_SE = decided.capacity_logits_SE, decided.selected_ES.t()
             wanted_SE = layer.capacity_predictor.wanted(logits_SE)
-            right[number] += int((wanted_SE & taken_SE).sum())
+            right[number] += int((wanted_SE & selected_SE).sum())
             said[number] += int(wanted_SE.sum())
-            really[number] += int(taken_SE.sum())
+            really[number] += int(selected_SE.sum())
             probability = logits_SE.sigmoid().flatten().double().cpu()
             place = (probability * BINS).long().clamp(max=BINS - 1)
             for row, values in enumerate(
-                (probability, taken_SE.flatten().double().cpu(), torch.ones_like(probability))
+                (probability, selected_SE.flatten().double().cpu(), torch.ones_like(probability))
             ):
                 sums[row].index_add_(0, place, values)
 

@@ -51,7 +51,7 @@ def capacity_by_time(routing: SamplingRouting) -> Figure:
     for layer, values in enumerate(routing.capacity.capacity.mean(2).t()):
         axes.plot(times, values, linewidth=1, alpha=0.6, label=f"MoE layer {layer}")
     axes.plot(times, routing.capacity.by_time, color="black", linewidth=2.5, label="all")
-    axes.axhline(1, color="grey", linestyle=":", linewidth=1)
+    axes.axhline(1, color="gray", linestyle=":", linewidth=1)
     axes.set(xlabel="time, from noise (0) to data (1)", ylabel="capacity C", ylim=(0, None))
     axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -77,10 +77,10 @@ def capacity_by_expert(routing: SamplingRouting) -> Figure:
     return figure
 
 
-def untaken(routing: SamplingRouting) -> Figure:
+def unselected(routing: SamplingRouting) -> Figure:
     """Share of tokens that no expert takes, by layer over time."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
-    for layer, values in enumerate(routing.untaken.t()):
+    for layer, values in enumerate(routing.unselected.t()):
         axes.plot(routing.capacity.times, values, label=f"MoE layer {layer}")
     axes.set(xlabel="time, from noise (0) to data (1)", ylabel="share of tokens", ylim=(0, 1))
     axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
@@ -144,7 +144,7 @@ def calibration_curve(accuracy: PredictorAccuracy) -> Figure:
         2, 1, figsize=(4.4, 5), height_ratios=(3, 1), sharex=True
     )
     filled = accuracy.counts > 0
-    curve.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    curve.plot([0, 1], [0, 1], color="gray", linestyle=":")
     curve.plot(accuracy.predicted[filled], accuracy.taken[filled], marker="o", markersize=4)
     curve.set(ylabel="share taken in training", xlim=(0, 1), ylim=(0, 1))
     bins = len(accuracy.counts)

@@ -47,11 +47,11 @@ def write_page(
         (
             "Tokens that no expert takes",
             "Only the residual connection carries them through the layer.",
-            figures.untaken(routing),
+            figures.unselected(routing),
         ),
         (
             "Overlap between experts",
-            "Two experts that take the same tokens may have learnt the same.",
+            "Two experts that take the same tokens may have learned the same.",
             figures.overlap(routing),
         ),
     ]

@@ -27,7 +27,7 @@ def write_png(folder: Path) -> Path:
 def write_adm(folder: Path, number: int, shape: tuple[int, int, int]) -> Path:
     """`samples_NxHxWx3.npz` with the images as `arr_0` and their labels as `arr_1`, uint8, int64.
 
-    One shard is in memory at a time. Raises UserError for grey images, which ADM does not take.
+    One shard is in memory at a time. Raises UserError for gray images, which ADM does not take.
     """
     if shape[2] != 3:
         raise UserError(f"ADM's evaluator takes RGB images, these have {shape[2]} channel(s)")

@@ -37,7 +37,7 @@ MANIFEST = "samples.json"
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleRequest:
     """Which images to make: their number and labels. Image k has label `label(k)`.
 
     classes: to choose from; of a text model the numbers of its captions. labels: "balanced" takes
@@ -55,7 +55,7 @@ class Order:
         return self.classes[int(torch.randint(len(self.classes), (), generator=generator))]
 
 
-class Made(NamedTuple):
+class SampleResult(NamedTuple):
     """A finished folder: its manifest, and C by time (None without experts).
 
     closes: of all ranks that see it finished, the one that tells and writes other formats.
@@ -71,7 +71,7 @@ def generate(
     network: DiT,
     config: Config,
     decode: Decode,
-    order: Order,
+    order: SampleRequest,
     settings: SamplingSettings,
     *,
     model: dict[str, Any],
@@ -79,7 +79,7 @@ def generate(
     batch: int = 50,
     shard_size: int = 1000,
     ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
-) -> Made | None:
+) -> SampleResult | None:
     """Make what is missing of the images. Returns None while other ranks still work.
 
     model: whatever else decides the images, see `identity`. A folder of another model, order,
@@ -161,7 +161,7 @@ def _images(
     network: DiT,
     config: Config,
     decode: Decode,
-    order: Order,
+    order: SampleRequest,
     settings: SamplingSettings,
     prompts: Prompts | None,
     indices: range,
@@ -232,7 +232,9 @@ def _save(
     }
 
 
-def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) -> Made | None:
+def _finish(
+    folder: Path, records: Records, plan: dict[str, Any], parts: int
+) -> SampleResult | None:
     """Write the manifest if every shard is there."""
     if not all(_is_there(records, part) for part in range(parts)):
         return None
@@ -255,11 +257,11 @@ def _finish(folder: Path, records: Records, plan: dict[str, Any], parts: int) ->
     evaluations = [shard["evaluations"] for shard in shards if "evaluations" in shard]
     if evaluations:
         manifest["evaluations"] = sum(evaluations) / len(evaluations)
-    return Made(manifest, capacity, write_json_once(folder / MANIFEST, manifest))
+    return SampleResult(manifest, capacity, write_json_once(folder / MANIFEST, manifest))
 
 
 def identity(folder: Path, network: DiT, weights: str, capacity: float | None) -> dict[str, Any]:
-    """What decides the images beside order and settings, of a network that `turn_dial` has set.
+    """What decides the images beside order and settings, of a network that `set_capacity` has set.
 
     sha256: of the checkpoint's or model's checksums.json, which holds those of all its files.
     routing: None where the model has no choice.

@@ -15,7 +15,7 @@ from diffmoe.diffusion.settings import SamplingSettings, time_of
 from diffmoe.models.dit import DiT
 from diffmoe.sampling.latents import sample_latents
 from diffmoe.text.prompts import Prompts
-from diffmoe.tree import mapped
+from diffmoe.tree import tree_map
 
 
 def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: int) -> Passes:
@@ -24,7 +24,7 @@ def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: i
 
     def run(observe: Observer) -> None:
         for part in parts:
-            part = mapped(lambda tensor: tensor.to(network.positions.device), part)
+            part = tree_map(lambda tensor: tensor.to(network.positions.device), part)
             out = network(part.x_t, part.t, part.condition)
             # One pass holds many times; it counts for their mean.
             observe(Forward(time_of(config, part.t).mean(), False, out.routing))
@@ -58,7 +58,7 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
         missing -= number
         for start in range(0, number, batch):
             some = slice(start, min(start + batch, number))
-            yield mapped(itemgetter(some), examples)
+            yield tree_map(itemgetter(some), examples)
         if not missing:
             return
 

@@ -12,7 +12,7 @@ from diffmoe.data.manifest import TextContent
 from diffmoe.errors import UserError
 from diffmoe.files import read_text
 from diffmoe.text.encoders import TextEncoder, open_encoder
-from diffmoe.tree import mapped
+from diffmoe.tree import tree_map
 
 NO_PROMPT = (
     "this model draws captions, not classes: give at least one prompt (--prompt, --prompts FILE)"
@@ -95,7 +95,7 @@ def conditions(
         return wanted, unconditional(wanted, everywhere, classes)
 
     def encoded(captions: list[str]) -> Condition:
-        return mapped(lambda tensor: tensor.to(device), prompts.encoder.encode(captions))
+        return tree_map(lambda tensor: tensor.to(device), prompts.encoder.encode(captions))
 
     wanted = encoded([prompts.captions[label] for label in labels])
     if prompts.negative is None:

@@ -8,7 +8,7 @@ import torch
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.export.exported import ExportedModel, is_exported
-from diffmoe.export.tensors import account
+from diffmoe.export.tensors import check_state_dict
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.zero import owned_ranges
@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     differing = [line for key, line in zip(now, differing, strict=True) if there[key] != now[key]]
     if differing:
         raise UserError(f"training.init={path} is another network: {'; '.join(differing)}")
-    account(model.shapes, config.model, config.moe, f"training.init={path}")
+    check_state_dict(model.shapes, config.model, config.moe, f"training.init={path}")
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from diffmoe.evaluation.scenes import SceneReader, load_truth
 from diffmoe.models.dit import DiT
 from diffmoe.sampling.images import grid, sample_images
 from diffmoe.sampling.latents import check_guidance
-from diffmoe.sampling.many_images import Order
+from diffmoe.sampling.many_images import SampleRequest
 from diffmoe.sampling.sharing import equal_share
 from diffmoe.text.prompts import Prompts, asked, encoder_of, read_captions
 from diffmoe.training import history
@@ -55,7 +55,7 @@ def check(config: Config, manifest: Manifest) -> None:
         return
     if (manifest.autoencoder, manifest.shape[0]) == ("identity", 1):
         raise UserError(
-            f"evaluation.reference={evaluation.reference}: the data is grey, and extractors take "
+            f"evaluation.reference={evaluation.reference}: the data is gray, and extractors take "
             "RGB; set evaluation.classifier instead, such as digits"
         )
     if not Path(evaluation.reference).exists():
@@ -91,7 +91,7 @@ class LiveEvaluation:
         self.prompts = _prompts(config, device)
         choices = config.model.num_classes if self.prompts is None else len(self.prompts)
         evaluation = config.evaluation
-        self.order = Order(evaluation.num_samples, tuple(range(choices)), evaluation.labels)
+        self.order = SampleRequest(evaluation.num_samples, tuple(range(choices)), evaluation.labels)
         self.decode = autoencoder_of(manifest.model_dump(), device).decode
         self.weights = next(iter(reversed(ema.averages)), "live")
         self._judges: list[Any] | None = None

@@ -25,12 +25,12 @@ from diffmoe.training.ema import EMA
 from diffmoe.training.lease import Lease, lost_message
 from diffmoe.training.live_evaluation import LiveEvaluation
 from diffmoe.training.resume import Resume
-from diffmoe.training.routing_metrics import RoutingReport
+from diffmoe.training.routing_metrics import RoutingMetrics
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.step import build, losses_of
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
-from diffmoe.tree import mapped
+from diffmoe.tree import tree_map
 
 # Steps in a row without a finite loss and gradient norm before the run gives up.
 PATIENCE = 10
@@ -136,7 +136,7 @@ def train(
         watchdog.step_begins(step + 1)
         before, samples = samples, samples + training.batch_size
         logging_now = crossed(config.logging.log_samples, before, samples)
-        report = RoutingReport(network) if logging_now else None
+        report = RoutingMetrics(network) if logging_now else None
 
         waited = time.monotonic()
         batch = next(stream)
@@ -148,7 +148,7 @@ def train(
 
         losses: dict[str, Tensor] = {}
         for examples in micro_batches(batch, config, my_lanes, before, objective):
-            examples = mapped(lambda tensor: tensor.to(device), examples)
+            examples = tree_map(lambda tensor: tensor.to(device), examples)
             loss, parts, routing = losses_of(engine, objective, examples, config)
             # A loss can overflow while its gradient is finite. NaN makes all gradients NaN, so that
             # the engine skips the step on every rank.

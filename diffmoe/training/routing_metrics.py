@@ -7,7 +7,7 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting
 
 
-class RoutingReport:
+class RoutingMetrics:
     """Collects one step's routing, the mean over micro-batches; the caller averages over ranks."""
 
     def __init__(self, network: DiT) -> None:
@@ -20,10 +20,10 @@ class RoutingReport:
         if not routing:
             return
         self._micro_batches += 1
-        taken_LES = torch.stack([layer.taken_ES for layer in routing])
+        selected_LES = torch.stack([layer.selected_ES for layer in routing])
         # Share of tokens that no expert takes, per layer: only the residual carries them on.
-        self._add("untaken_share", (~taken_LES.any(dim=1)).double().mean(dim=1))
-        loads_LE = taken_LES
+        self._add("unselected_share", (~selected_LES.any(dim=1)).double().mean(dim=1))
+        loads_LE = selected_LES
         if routing[0].capacity_logits_SE is not None:
             self._add("capacity_loss", torch.stack([layer.capacity_loss for layer in routing]))
             layers = zip(self.network.moe_layers, routing, strict=True)

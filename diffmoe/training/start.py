@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe.config import Config
-from diffmoe.parallel.device import own_device
+from diffmoe.parallel.device import setup_device
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import read_ds_config, reconcile
 from diffmoe.training import agreement, preflight
@@ -16,7 +16,7 @@ from diffmoe.training.loop import train
 from diffmoe.training.resume import find_checkpoint, make_way
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.telemetry import Telemetry
-from diffmoe.training.watchdog import Peers, join
+from diffmoe.training.watchdog import Watchdog, join
 
 
 def start(
@@ -62,9 +62,9 @@ def start(
     return finished
 
 
-def _connect(device: str | None, timeout_seconds: float | None) -> tuple[torch.device, Peers]:
+def _connect(device: str | None, timeout_seconds: float | None) -> tuple[torch.device, Watchdog]:
     """Join the launcher's process group (or make one of a single process), and pick the device."""
-    chosen = own_device(device)
+    chosen = setup_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # gloo beside nccl: checkpoints gather their plans on the CPU.

@@ -18,7 +18,7 @@ from diffmoe.parallel.zero import create_engine, engine_settings
 def build(
     config: Config, ds_settings: dict[str, Any], topology: Topology, device: torch.device
 ) -> tuple[DiT, DeepSpeedEngine]:
-    """The network at its initialisation, ready to train, and the engine that steps it."""
+    """The network at its initialization, ready to train, and the engine that steps it."""
     network = DiT(config.model, config.moe, topology).initialize(config.seed).to(device)
     network.checkpoint_activations(config.training.activation_checkpointing)
     network.train()

@@ -42,10 +42,10 @@ COLLECTIVES = timedelta(days=7)
 _LEFT = 1 << 40  # added to the count of a rank that ends in order
 
 # As the process group, one a process.
-_joined: "Peers | None" = None
+_joined: "Watchdog | None" = None
 
 
-class Peers:
+class Watchdog:
     """Watches in threads, from the joining of the ranks until `close`."""
 
     def __init__(
@@ -191,7 +191,7 @@ class Peers:
         excused = self.progress.long and not self.progress.overdue
         state = roll_call.own_state(self.progress.doing, excused)
         store.set(f"state/{self.rank}", json.dumps([roll, *state]))
-        if not excused:  # for as long again, if the judgement is mild
+        if not excused:  # for as long again, if the judgment is mild
             self.progress.excuse()
         return state
 
@@ -270,7 +270,7 @@ class Peers:
         ]
 
 
-def join(backend: str, timeout_seconds: float | None = None) -> Peers:
+def join(backend: str, timeout_seconds: float | None = None) -> Watchdog:
     """Make the launcher's process group, or one of a single process; watch from then on.
 
     timeout_seconds: of a step, see Progress.
@@ -278,7 +278,7 @@ def join(backend: str, timeout_seconds: float | None = None) -> Peers:
     global _joined
     store, rank, world = meet()
     store.set_timeout(COLLECTIVES)
-    _joined = Peers(store, rank, world, timeout_seconds)
+    _joined = Watchdog(store, rank, world, timeout_seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVES)
     return _joined
 

@@ -47,11 +47,11 @@ def test_the_parts_in_a_chain_are_the_layer():
     candidate = mixture_of(config, MoEFeedForward, CPU)
     layer, tokens = candidate.module, random_tokens(config, CPU)
     scores_SE = routing.router_scores(tokens[0], layer.router)
-    taken_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
+    selected_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
     rows_EKD = layer.experts(routing.gather(tokens[0], index_EK), None)
     mixed_SD = routing.combine(torch.zeros_like(tokens[0]), rows_EKD, gates_EK, index_EK)
     mixed, decided = layer(tokens)
-    assert torch.equal(taken_ES, decided.taken_ES)
+    assert torch.equal(selected_ES, decided.selected_ES)
     assert torch.equal(mixed_SD, mixed[0])
 
 

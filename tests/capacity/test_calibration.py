@@ -9,7 +9,7 @@ import torch
 
 from diffmoe.capacity.calibration import EVERY_TOKEN, Passes, calibrate, threshold_of
 from diffmoe.capacity.meter import CapacityMeter
-from diffmoe.capacity.thresholds import Calibrated, store, stored, turn_dial
+from diffmoe.capacity.thresholds import Calibrated, set_capacity, store, stored
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.sampling.many_images import identity
@@ -40,7 +40,7 @@ def test_equal_values_are_taken_all_or_none_whichever_is_nearer():
     assert thresholds[-1] == EVERY_TOKEN
 
 
-def test_neighbouring_numbers_are_told_apart():
+def test_neighboring_numbers_are_told_apart():
     low = torch.tensor(1.0)
     high = torch.nextafter(low, torch.tensor(2.0))  # no number lies between
     assert taken(torch.stack([low, high]), 0.5) == 1
@@ -146,23 +146,23 @@ def test_stored_thresholds_come_back_bit_for_bit_under_their_name(tmp_path):
     store(tmp_path, "2", ENTRY.model_copy(update={"capacity": 2.0}))
     assert stored(tmp_path)["0.8"] == ENTRY
     network = network_of(CONFIG)
-    turn_dial(network, tmp_path, capacity=0.80)
+    set_capacity(network, tmp_path, capacity=0.80)
     for layer, row in zip(network.moe_layers, ENTRY.log_odds, strict=True):
         assert torch.equal(layer.capacity_predictor.log_odds, torch.tensor(row))
         assert not any(name.endswith("log_odds") for name in layer.state_dict())
-    turn_dial(network, tmp_path)  # back to those of training
+    set_capacity(network, tmp_path)  # back to those of training
     assert all(layer.capacity_predictor.log_odds is None for layer in network.moe_layers)
 
 
 def test_a_capacity_that_nobody_calibrated_names_the_command(tmp_path):
     network = network_of(CONFIG)
     with pytest.raises(UserError, match=r"none is calibrated.*calibrate\.py .* --capacity 0\.7"):
-        turn_dial(network, tmp_path, capacity=0.7)
+        set_capacity(network, tmp_path, capacity=0.7)
     store(tmp_path, "0.8", ENTRY)
     with pytest.raises(UserError, match=r"calibrated are 0\.8"):
-        turn_dial(network, tmp_path, capacity=0.7)
+        set_capacity(network, tmp_path, capacity=0.7)
     with pytest.raises(UserError, match="live weights"):
-        turn_dial(network, tmp_path, capacity=0.8, weights="live")
+        set_capacity(network, tmp_path, capacity=0.8, weights="live")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"0.8": {"capacity": 1}}', '{"0.8": 3}'])
@@ -176,12 +176,12 @@ def test_thresholds_of_another_network_are_refused(tmp_path):
     entry = ENTRY.model_dump() | {"log_odds": [[0.0] * 3] * 2}
     (tmp_path / "thresholds.json").write_text(json.dumps({"0.8": entry}))
     with pytest.raises(UserError, match=r"2 layers of 3 experts, the model 2 of 4"):
-        turn_dial(network_of(CONFIG), tmp_path, capacity=0.8)
+        set_capacity(network_of(CONFIG), tmp_path, capacity=0.8)
 
 
 def test_static_routing_takes_its_capacity_without_thresholds(tmp_path):
     network = network_of(CONFIG)
-    turn_dial(network, tmp_path, routing="static", capacity=0.5)
+    set_capacity(network, tmp_path, routing="static", capacity=0.5)
     by_expert = measured(network, trajectory(network, CONFIG))
     torch.testing.assert_close(by_expert, torch.full_like(by_expert, 0.5))
 
@@ -191,8 +191,8 @@ def test_a_baseline_has_no_dial_and_records_none(tmp_path, family):
     network = network_of(tiny_config(moe__type=family))
     for name, value in (("routing", "static"), ("routing", "per_token"), ("capacity", 1.0)):
         with pytest.raises(UserError, match=f"a {family} model has no {name} to choose"):
-            turn_dial(network, tmp_path, **{name: value})
-    turn_dial(network, tmp_path)
+            set_capacity(network, tmp_path, **{name: value})
+    set_capacity(network, tmp_path)
     (tmp_path / "checksums.json").write_text("{}")
     told = identity(tmp_path, network, "ema", None)
     assert (told["routing"], told["capacity"], told["thresholds_sha256"]) == (None, None, None)
@@ -202,7 +202,7 @@ def test_what_the_dial_did_is_what_is_recorded(tmp_path):
     (tmp_path / "checksums.json").write_text("{}")
     network = network_of(CONFIG)
     for routing, capacity in ((None, None), ("pooled", None), ("static", 0.5)):
-        turn_dial(network, tmp_path, routing, capacity)
+        set_capacity(network, tmp_path, routing, capacity)
         told = identity(tmp_path, network, "ema", capacity)
         assert (told["routing"], told["capacity"]) == (routing or "per_token", capacity)
 
@@ -218,8 +218,8 @@ def test_a_calibration_says_what_it_was_made_with(tmp_path):
     assert told == {"sampler": "heun", "steps": 20, "guidance": 2.0}
     assert written["labels"] == "random"
     network = network_of(CONFIG)
-    assert turn_dial(network, tmp_path, capacity=0.8) == entry == stored(tmp_path)["0.8"]
-    assert turn_dial(network, tmp_path) is turn_dial(network, tmp_path, "static", 0.8) is None
+    assert set_capacity(network, tmp_path, capacity=0.8) == entry == stored(tmp_path)["0.8"]
+    assert set_capacity(network, tmp_path) is set_capacity(network, tmp_path, "static", 0.8) is None
 
 
 def test_sampling_otherwise_than_calibrated_tells_the_capacity_met():

@@ -53,7 +53,7 @@ def counted(network: DiT, routing: list[LayerRouting], tokens: int) -> float:
     names = network.expert_parameters()
     total = sum(p.numel() for name, p in network.named_parameters() if name not in names)
     for layer, decided in zip(network.moe_layers, routing, strict=True):
-        for expert, taken in enumerate(decided.taken_ES.sum(dim=1).tolist()):
+        for expert, taken in enumerate(decided.selected_ES.sum(dim=1).tolist()):
             size = sum(parameter[expert].numel() for parameter in layer.experts.parameters())
             total += size * taken / tokens
     return total

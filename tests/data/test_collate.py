@@ -14,7 +14,7 @@ from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
 from diffmoe.recipes import load_config
 from diffmoe.seeding import keyed_generator
-from diffmoe.tree import joined, mapped
+from diffmoe.tree import tree_cat, tree_map
 
 COUNTS, LANES, N = [7, 5, 6, 8], 4, 3
 LENGTH, WIDTH, POOLED = 9, 3, 2
@@ -63,7 +63,7 @@ def batches(stored, steps: int = 12, **changes) -> list[Batch]:
 def same(ours: list[Batch], theirs: list[Batch]) -> bool:
     flat = [], []
     for place, some in enumerate((ours, theirs)):
-        mapped(lambda tensor, place=place: flat[place].append(tensor), joined(some))
+        tree_map(lambda tensor, place=place: flat[place].append(tensor), tree_cat(some))
     return all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
 
 
@@ -95,7 +95,7 @@ def test_each_sample_comes_with_one_of_its_captions_and_all_come_up(stored):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_and_workers_change_no_caption(stored, workers):
     halves = [batches(stored, my_lanes=lanes, workers=workers) for lanes in ([0, 1], [2, 3])]
-    assert same([joined(step) for step in zip(*halves, strict=True)], batches(stored))
+    assert same([tree_cat(step) for step in zip(*halves, strict=True)], batches(stored))
 
 
 def test_a_resumed_stream_draws_the_same_captions(stored):

@@ -56,7 +56,7 @@ def test_manifest_that_is_not_json_is_named(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"colour": "red"}, r"manifest\.json: colour is unknown"),
+        ({"color": "red"}, r"manifest\.json: color is unknown"),
         ({"classes": None}, r"manifest\.json: classes is missing"),
         ({"version": 3}, r"version=3"),
         ({"content": "moments"}, r"content='moments'"),

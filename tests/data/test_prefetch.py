@@ -3,11 +3,11 @@ import time
 
 import pytest
 
-from diffmoe.data.prefetch import made_ready
+from diffmoe.data.prefetch import prefetched
 
 
 def test_items_come_in_order_and_end():
-    assert list(made_ready(iter_of(range(50)))) == list(range(50))
+    assert list(prefetched(iter_of(range(50)))) == list(range(50))
 
 
 def test_an_error_comes_after_the_items_before_it():
@@ -16,7 +16,7 @@ def test_an_error_comes_after_the_items_before_it():
         yield 2
         raise ValueError("broken")
 
-    items = made_ready(failing())
+    items = prefetched(failing())
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(ValueError, match="broken"):
         next(items)
@@ -24,7 +24,7 @@ def test_an_error_comes_after_the_items_before_it():
 
 def test_no_more_than_depth_and_one_in_hand_are_made_ahead():
     made = []
-    items = made_ready(iter_of(range(100), made), depth=2)
+    items = prefetched(iter_of(range(100), made), depth=2)
     next(items)
     time.sleep(0.3)
     assert len(made) <= 4
@@ -42,7 +42,7 @@ def test_closing_closes_the_source_and_ends_the_thread():
             closed.set()
 
     before = threading.active_count()
-    items = made_ready(source())
+    items = prefetched(source())
     next(items)
     items.close()
     assert closed.is_set()

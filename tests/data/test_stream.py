@@ -9,7 +9,7 @@ import torch
 from diffmoe.data.lanes import lane_shards
 from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
-from diffmoe.tree import joined
+from diffmoe.tree import tree_cat
 
 RAGGED = [5, 7, 3, 6, 4, 8, 5]  # 38 samples; 4 lanes do not divide the 7 shards
 LANES, N = 4, 3
@@ -70,7 +70,7 @@ def test_any_split_of_the_lanes_over_ranks_gives_the_same_batches(drawn, ranks, 
         batches(*drawn, my_lanes=range(r * share, (r + 1) * share), workers=workers)
         for r in range(ranks)
     ]
-    assert equal([joined(step) for step in zip(*parts, strict=True)], batches(*drawn))
+    assert equal([tree_cat(step) for step in zip(*parts, strict=True)], batches(*drawn))
 
 
 # Every step of three epochs: inside shards, at their ends, at the ends of ragged epochs.
@@ -96,7 +96,7 @@ def test_a_resume_of_a_resume_equals_the_undisturbed_stream(drawn, first, second
         batches(*drawn, steps=second, my_lanes=lanes, workers=1, clock=clock)
         for lanes in ([0, 1], [2, 3])
     ]
-    parts += [joined(step) for step in zip(*halves, strict=True)]
+    parts += [tree_cat(step) for step in zip(*halves, strict=True)]
     clock += second * LANES * N
     parts += batches(*drawn, steps=STEPS - first - second, workers=3, clock=clock)
     assert equal(parts, batches(*drawn))

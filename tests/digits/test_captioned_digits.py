@@ -35,7 +35,7 @@ def samples(directory):
         opened.close()
 
 
-def colour_of(pixels: np.ndarray) -> str:
+def color_of(pixels: np.ndarray) -> str:
     """By the brightest pixel: which channels are lit."""
     lit = pixels.reshape(-1, 3)[pixels.max(-1).argmax()] > 20
     (name,) = [
@@ -45,10 +45,10 @@ def colour_of(pixels: np.ndarray) -> str:
 
 
 def words_of(caption: str) -> tuple[str, str, str, str, str]:
-    """Colour, numeral, relation, colour, numeral."""
+    """Color, numeral, relation, color, numeral."""
     first, second = caption.removeprefix("a ").split(" a ")
-    colour, numeral, relation = first.split(" ", 2)
-    return (colour, numeral, relation, *second.split())
+    color, numeral, relation = first.split(" ", 2)
+    return (color, numeral, relation, *second.split())
 
 
 def test_captions_are_true_of_the_pixels(packed):
@@ -65,12 +65,12 @@ def test_captions_are_true_of_the_pixels(packed):
             assert not pixels[:, :8].any()
             assert not pixels[:, 24:].any()
             places = pixels[:16], pixels[16:]
-        assert tuple(map(colour_of, places)) == (one, two)
+        assert tuple(map(color_of, places)) == (one, two)
         assert a in NUMERALS
         assert b in NUMERALS
 
 
-def test_both_relations_all_colours_and_digits_occur(packed):
+def test_both_relations_all_colors_and_digits_occur(packed):
     told = [words_of(lines[0]) for _, lines in samples(packed)]
     assert {words[2] for words in told} == {"left of", "above"}
     assert {words[0] for words in told} == set(COLOURS)
@@ -89,7 +89,7 @@ def test_what_is_unseen_occurs_in_no_image(packed):
     for entry in truth:
         scene = by_caption[entry["prompt"]]
         assert not trained & set(scene.captions())  # nor the other way to say it
-        assert [list(scene.colours), list(scene.digits)] == [entry["colours"], entry["digits"]]
+        assert [list(scene.colors), list(scene.digits)] == [entry["colors"], entry["digits"]]
         assert scene.relation == entry["relation"]
 
 

@@ -71,12 +71,12 @@ def test_from_a_run_to_figures_that_repeat(run, reference, tmp_path):
     assert first["peak_memory_mb"] > 10
 
 
-def test_a_model_of_grey_images_is_refused_before_it_samples(run, tmp_path):
-    grey = run.parent / "grey"
-    pack(grey / "data", shape=(1, 8, 8))
-    config = run_config(grey, 1, model__in_channels=1)
+def test_a_model_of_gray_images_is_refused_before_it_samples(run, tmp_path):
+    gray = run.parent / "gray"
+    pack(gray / "data", shape=(1, 8, 8))
+    config = run_config(gray, 1, model__in_channels=1)
     train(config)
-    with pytest.raises(UserError, match="makes grey images, and extractors take RGB"):
+    with pytest.raises(UserError, match="makes gray images, and extractors take RGB"):
         sample_model(locate(config.output), tmp_path, 4, SamplingSettings(steps=2), rgb=True)
     assert not list(tmp_path.iterdir())
 

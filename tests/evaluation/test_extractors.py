@@ -158,7 +158,7 @@ def test_extractors_that_are_none_are_refused(specification, message):
 
 
 def test_features_of_another_shape_are_refused():
-    extractor = load_extractor("tests.helpers.pictures:colours")
+    extractor = load_extractor("tests.helpers.pictures:colors")
     flat = extractor._replace(features=lambda p: extractor.features(p)._replace(pooled=p))
     with pytest.raises(UserError, match=r"pooled of 4 images has shape \(4, 3, 8, 8\)"):
         flat(torch.from_numpy(pictures(4)))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import batches, open_images
-from diffmoe.evaluation.summary import summarise
+from diffmoe.evaluation.summary import summarize
 from diffmoe.npz_files import npz_rows
 from diffmoe.prepare.images import find_images, load_image
 from tests.helpers.pictures import extractor, not_a_number, pictures, write_files, write_samples
@@ -123,11 +123,11 @@ def test_an_unfinished_or_damaged_folder_is_refused(tmp_path):
 def test_arrays_that_are_no_images_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=message):
-        summarise(open_images(tmp_path / "a.npz"), extractor())
+        summarize(open_images(tmp_path / "a.npz"), extractor())
 
 
 def test_files_are_read_as_packing_reads_them(tmp_path):
-    """Grey becomes RGB, what is transparent lies on a background, and the camera is turned."""
+    """Gray becomes RGB, what is transparent lies on a background, and the camera is turned."""
     place = tmp_path / "png"
     place.mkdir()
     Image.fromarray(IMAGES[0, ..., 0]).save(place / "0.png")
@@ -172,7 +172,7 @@ def test_damaged_missing_and_empty_input_is_refused(tmp_path):
 
 def test_a_summary_is_that_of_all_images_in_any_batches(tmp_path):
     images = open_images(write_samples(tmp_path / "samples", IMAGES))
-    small, large = (summarise(images, extractor(), batch) for batch in (3, 50))
+    small, large = (summarize(images, extractor(), batch) for batch in (3, 50))
     features = extractor()(torch.from_numpy(IMAGES))
     for found in (small, large):
         assert found.number == 23
@@ -183,13 +183,13 @@ def test_a_summary_is_that_of_all_images_in_any_batches(tmp_path):
         assert torch.allclose(found.spatial.mean, features.spatial.double().mean(0), rtol=1e-6)
         assert found.duplicates == 0
     assert torch.equal(
-        summarise(images, extractor(), keep=5).features, features.pooled[[0, 4, 9, 13, 18]]
+        summarize(images, extractor(), keep=5).features, features.pooled[[0, 4, 9, 13, 18]]
     )
 
 
 def test_equal_images_are_counted(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.concatenate([IMAGES, IMAGES[:4]]))
-    assert summarise(open_images(tmp_path / "a.npz"), extractor()).duplicates == 4
+    assert summarize(open_images(tmp_path / "a.npz"), extractor()).duplicates == 4
 
 
 def test_features_that_are_no_numbers_are_refused_with_their_images(tmp_path):
@@ -198,4 +198,4 @@ def test_features_that_are_no_numbers_are_refused_with_their_images(tmp_path):
         features=lambda p: extractor().features(p)._replace(pooled=not_a_number(p))
     )
     with pytest.raises(UserError, match=r"images 0 to 9: extractor .*: pooled holds NaN"):
-        summarise(open_images(tmp_path / "a.npz"), broken, batch=10)
+        summarize(open_images(tmp_path / "a.npz"), broken, batch=10)

@@ -193,7 +193,7 @@ def test_distances_are_never_held_all_at_once(monkeypatch):
     assert sum(shapes) == 400 * 500 * 2 + 400**2 + 500**2
 
 
-def test_three_images_have_no_third_neighbour():
+def test_three_images_have_no_third_neighbor():
     with pytest.raises(UserError, match="3 samples; give at least 4"):
         precision_and_recall(draw(3, 2), draw(9, 2))
 

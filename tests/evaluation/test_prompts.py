@@ -11,7 +11,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.models import check_judges, sample_model
 from diffmoe.export.open import locate
-from diffmoe.sampling.many_images import Order
+from diffmoe.sampling.many_images import SampleRequest
 from diffmoe.text.prompts import asked, encoder_of
 from tests.helpers.models import exported
 from tests.helpers.tiny import BYTES, tiny_config
@@ -72,7 +72,7 @@ def test_drawn_labels_are_recorded_and_depend_on_seed_and_image_alone(tmp_path):
         assert images.about["labels"] == ("balanced" if kind == "balanced" else "random")
         found[kind] = np.concatenate([part.labels for part in images.parts()]).tolist()
     assert found["balanced"] == [k % 5 for k in range(40)]
-    order = Order(40, (0, 1, 2, 3, 4), "random")
+    order = SampleRequest(40, (0, 1, 2, 3, 4), "random")
     assert found["drawn"] == [order.label(k, 3) for k in range(40)]
     assert len({*found["drawn"]}) == 5
     assert found["drawn"] != found["other"]

@@ -14,7 +14,7 @@ from diffmoe.evaluation.references import (
     load_reference,
     store_reference,
 )
-from diffmoe.evaluation.summary import summarise
+from diffmoe.evaluation.summary import summarize
 from tests.helpers.pictures import NAME, extractor, pictures, write_samples
 
 
@@ -38,7 +38,7 @@ def test_stored_statistics_give_the_figures_of_the_images(tmp_path, adm):
     computed = compute_reference(adm, extractor())
     store_reference(tmp_path / "ref.npz", computed)
     stored = load_reference(tmp_path / "ref.npz", extractor())
-    samples = summarise(open_images(write_samples(tmp_path / "s", pictures(40))), extractor())
+    samples = summarize(open_images(write_samples(tmp_path / "s", pictures(40))), extractor())
     ours = figures(samples, stored, extractor())
     assert ours == figures(samples, computed, extractor())
     assert ours == figures(samples, load_reference(adm, extractor()), extractor())
@@ -52,7 +52,7 @@ def test_stored_statistics_give_the_figures_of_the_images(tmp_path, adm):
 
 def test_the_same_images_are_at_distance_nought(adm):
     own = figures(
-        summarise(open_images(adm), extractor()), compute_reference(adm, extractor()), extractor()
+        summarize(open_images(adm), extractor()), compute_reference(adm, extractor()), extractor()
     )
     assert own.values[f"FD-{NAME}"] == pytest.approx(0, abs=1e-6)
     assert own.values[f"precision-{NAME}"] == 1
@@ -92,7 +92,7 @@ def test_adms_stored_statistics_are_used_for_inception_and_said(tmp_path):
         load_reference(file, extractor())
     with pytest.raises(UserError, match="Inception's mu and sigma alone"):
         check_reference(file, extractor())
-    samples = summarise(open_images(write_samples(tmp_path / "s", pictures(40))), inception())
+    samples = summarize(open_images(write_samples(tmp_path / "s", pictures(40))), inception())
     assert set(figures(samples, alone, inception()).values) == {
         f"FID-{INCEPTION}",
         f"IS-{INCEPTION}",
@@ -114,7 +114,7 @@ def test_damaged_statistics_are_refused(tmp_path, adm):
 def test_few_images_other_sizes_and_duplicates_are_told(tmp_path, adm):
     images = pictures(4, size=9)
     images = np.concatenate([images, images[:1]])
-    samples = summarise(open_images(write_samples(tmp_path / "s", images)), extractor())
+    samples = summarize(open_images(write_samples(tmp_path / "s", images)), extractor())
     found = figures(samples, compute_reference(adm, extractor()), extractor())
     few, size, twice = found.warnings
     assert few.startswith("samples: 5 images for 6 features: the covariance is singular")
@@ -128,7 +128,7 @@ def test_distance_grows_with_noise(tmp_path, adm):
     for level in (0, 10, 20, 40):
         noise = np.random.default_rng(0).normal(size=clean.shape) * level
         np.savez(tmp_path / "n.npz", arr_0=np.clip(clean + noise, 0, 255).astype(np.uint8))
-        samples = summarise(open_images(tmp_path / "n.npz"), extractor())
+        samples = summarize(open_images(tmp_path / "n.npz"), extractor())
         distances.append(figures(samples, reference, extractor()).values[f"FD-{NAME}"])
     assert distances == sorted(distances)
     assert distances[0] < 1 < distances[1]

@@ -1,4 +1,4 @@
-"""Digits, colours and places are read from pictures, real ones almost without a mistake."""
+"""Digits, colors and places are read from pictures, real ones almost without a mistake."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_truth_comes_back(truth):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("relation", "beside"), ("colours", ["red"]), ("digits", [1, 10])]
+    ("field", "value"), [("relation", "beside"), ("colors", ["red"]), ("digits", [1, 10])]
 )
 def test_a_truth_of_scenes_that_cannot_be_is_refused(field, value, tmp_path):
     entry = {"prompt": CAPTIONS[0], **SCENES[0]._asdict()} | {field: value}
@@ -62,16 +62,16 @@ def test_a_truth_of_scenes_that_cannot_be_is_refused(field, value, tmp_path):
 
 def test_real_scenes_are_read(reader, truth, tmp_path):
     found = scene_accuracy(samples(tmp_path / "samples", canvases()), truth, reader)
-    assert found["colours"] == 1.0
+    assert found["colors"] == 1.0
     assert found["digits"] > 0.9
     real = real_accuracy(truth, reader)
-    assert real["colours"] == 1.0
+    assert real["colors"] == 1.0
     assert real["scenes"] <= real["digits"]
     assert real["digits"] > 0.93
 
 
 def test_wrong_pictures_are_not_right(reader, truth, tmp_path):
-    """Things that have changed places, and another colour: only what is wrong counts as wrong."""
+    """Things that have changed places, and another color: only what is wrong counts as wrong."""
     first = SCENES[0]
     red_left = Scene("left of", ("red", "blue"), (1, 0))
     (canvas,) = canvases([red_left])
@@ -79,15 +79,15 @@ def test_wrong_pictures_are_not_right(reader, truth, tmp_path):
     mirrored = np.concatenate([canvas[:, 16:], canvas[:, :16]], axis=1)
     assert reader(mirrored[None], ["left of"])[0] == Scene("left of", ("blue", "red"), (0, 1))
     # Of things side by side, nothing above another can be read.
-    assert reader(canvas[None], ["above"])[0].colours != ("red", "blue")
+    assert reader(canvas[None], ["above"])[0].colors != ("red", "blue")
 
     swapped = canvases()[..., ::-1]  # red and blue, yellow and cyan have changed
-    kept = np.mean([[c in ("green", "magenta") for c in scene.colours] for scene in SCENES])
+    kept = np.mean([[c in ("green", "magenta") for c in scene.colors] for scene in SCENES])
     found = scene_accuracy(samples(tmp_path / "swapped", swapped), truth, reader)
-    assert found["colours"] == pytest.approx(kept)
+    assert found["colors"] == pytest.approx(kept)
     assert found["digits"] > 0.9
     assert found["scenes"] <= kept
-    assert first.colours == ("red", "red")
+    assert first.colors == ("red", "red")
 
 
 def test_black_pictures_are_wrong(reader, truth, tmp_path):
@@ -99,16 +99,16 @@ def test_halves_are_where_the_digits_stand():
     digits, rng = Digits(), np.random.default_rng(0)
     for scene in SCENES:
         canvas = digits.draw(scene, rng)
-        for place, colour in zip(halves(canvas[None], scene.relation), scene.colours, strict=True):
+        for place, color in zip(halves(canvas[None], scene.relation), scene.colors, strict=True):
             pixel = place[0].reshape(-1, 3)[place[0].max(-1).argmax()]
-            assert tuple(pixel > 0) == tuple(np.array(COLOURS[colour]) > 0)
+            assert tuple(pixel > 0) == tuple(np.array(COLOURS[color]) > 0)
 
 
 def test_the_result_tells_how_well_real_ones_are_read(reader, truth, tmp_path):
     images = samples(tmp_path / "samples", canvases())
     result = results.measure_scenes(images, truth, reader)
     metrics = result["metrics"]
-    assert metrics["of real ones, colours right"] == 1.0
+    assert metrics["of real ones, colors right"] == 1.0
     assert 0.8 < metrics["scenes right"] <= 1.0
     if metrics["of real ones, scenes right"] < 0.97:
         assert "the classifiers themselves read" in result["warnings"][0]

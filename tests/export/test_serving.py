@@ -79,7 +79,7 @@ def test_static_routing_exports_with_any_number_of_images(network, tmp_path: Pat
         expected = network(*given)
         for found in (program.module()(*given), stored(*given)):
             torch.testing.assert_close(found.prediction, expected.prediction, rtol=0, atol=1e-6)
-            assert torch.equal(found.routing[0].taken_ES, expected.routing[0].taken_ES)
+            assert torch.equal(found.routing[0].selected_ES, expected.routing[0].selected_ES)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diffmoe.config import Config
-from diffmoe.export.metadata import parse_about
+from diffmoe.export.metadata import parse_metadata
 from diffmoe.export.sources import Source
 from diffmoe.export.writing import write_exported
 from tests.helpers.networks import network_of
@@ -42,7 +42,9 @@ def source_of(config: Config, **about) -> Source:
     }
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Source("a random network", parse_about(values, Path("test")), shapes, state.__getitem__)
+    return Source(
+        "a random network", parse_metadata(values, Path("test")), shapes, state.__getitem__
+    )
 
 
 def exported(folder: Path, config: Config | None = None, **about) -> Path:

@@ -12,17 +12,17 @@ from diffmoe.evaluation.extractors import Features, load_extractor
 from diffmoe.files import sha256_of
 from diffmoe.seeding import keyed_generator
 
-NAME = "tests.helpers.pictures:colours"
+NAME = "tests.helpers.pictures:colors"
 
 
-def colours(pixels: Tensor) -> Features:
+def colors(pixels: Tensor) -> Features:
     """(n, 6) means and standard deviations by channel; (n, 3) of a corner; (n, 3) shares."""
     pooled = torch.cat([pixels.mean((2, 3)), pixels.std((2, 3))], 1)
     return Features(pooled, pixels[:, :, 0, 0], pixels.mean((2, 3)).softmax(1))
 
 
 def not_a_number(pixels: Tensor) -> Tensor:
-    return colours(pixels).pooled / 0 * 0
+    return colors(pixels).pooled / 0 * 0
 
 
 def extractor(size: int | None = None):
@@ -30,11 +30,11 @@ def extractor(size: int | None = None):
 
 
 def pictures(number: int, seed: int = 0, channels: int = 3, size: int = 8) -> np.ndarray:
-    """uint8 (number, size, size, channels): noise about a colour of each one's own."""
+    """uint8 (number, size, size, channels): noise about a color of each one's own."""
     generator = keyed_generator("pictures", seed)
-    colour = torch.rand(number, 1, 1, channels, generator=generator) * 155 + 50
+    color = torch.rand(number, 1, 1, channels, generator=generator) * 155 + 50
     noise = torch.randn(number, size, size, channels, generator=generator) * 20
-    return (colour + noise).round().clamp(0, 255).to(torch.uint8).numpy()
+    return (color + noise).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def write_samples(

@@ -62,7 +62,7 @@ def relist(directory: Path) -> Manifest:
 
 
 def photograph(index: int, width: int = 24, height: int = 20) -> Image.Image:
-    """Smooth colours with an edge; every index another picture, no two symmetric."""
+    """Smooth colors with an edge; every index another picture, no two symmetric."""
     y, x = np.mgrid[0:height, 0:width]
     red = 255 * x / width
     green = 255 * ((x + y + 7 * index) % height) / height

@@ -8,7 +8,7 @@ from diffmoe.config import Config, TextConfig
 from diffmoe.data.stream import Batch
 from diffmoe.models.dit import DiT
 from diffmoe.seeding import keyed_generator
-from diffmoe.tree import joined
+from diffmoe.tree import tree_cat
 
 BYTES = {"encoder": "bytes", "length": 6, "width": 8, "depth": 1}
 FROZEN = {"encoder": "frozen", "length": 6, "width": 8, "pooled": 4}
@@ -62,7 +62,7 @@ def random_batch(config: Config, step: int, lanes: range) -> Batch:
     return Batch(
         torch.cat([torch.randn(shape, generator=g) for g in generators]),
         torch.cat([torch.randint(model.num_classes, (n,), generator=g) for g in generators]),
-        model.text and joined([random_text(model.text, n, g) for g in generators]),
+        model.text and tree_cat([random_text(model.text, n, g) for g in generators]),
     )
 
 

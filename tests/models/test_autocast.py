@@ -29,7 +29,7 @@ def test_scores_are_bit_for_bit_those_of_fp32_and_combining_rounds_like_fp32(way
         assigned, decided = layer._route(flat_SD, 10)
         y, _ = layer(x)
     gates_SE = torch.nn.functional.linear(flat_SD, layer.router).softmax(dim=1)
-    wanted_S = (gates_SE * decided.taken_ES.t() * constants_E).sum(dim=1)
+    wanted_S = (gates_SE * decided.selected_ES.t() * constants_E).sum(dim=1)
     assert y.dtype == torch.float32
     # bf16 would be off by up to 2^-8 of 8.
     torch.testing.assert_close(

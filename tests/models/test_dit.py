@@ -157,7 +157,7 @@ def alone_and_in_batch(network: DiT, batch: list[int]) -> tuple[list[list[bool]]
         alone = network(*(part[sample : sample + 1] for part in inputs))
         mine = slice(16 * place, 16 * place + 16)
         pairs = zip(alone.routing, together.routing, strict=True)
-        same.append([torch.equal(a.taken_ES, b.taken_ES[:, mine]) for a, b in pairs])
+        same.append([torch.equal(a.selected_ES, b.selected_ES[:, mine]) for a, b in pairs])
         apart.append((alone.prediction[0] - together.prediction[place]).abs().max().item())
     return same, apart
 
@@ -182,7 +182,7 @@ def test_per_token_takes_about_capacity_once_calibrated():
         output = network(*examples(32, seed=3))
     for layer in output.routing:
         # 512 tokens like those of the calibration; 4 experts with C = 1 take one each on average.
-        assert layer.taken_ES.sum() / 512 == pytest.approx(1.0, abs=0.3)
+        assert layer.selected_ES.sum() / 512 == pytest.approx(1.0, abs=0.3)
 
 
 def test_inference_is_per_token_unless_said_otherwise():
@@ -290,7 +290,7 @@ def test_tokens_reach_every_block_row_by_row():
     assert seen == [True] * config.model.depth
 
 
-def test_initialisation_is_that_of_dit_and_of_the_release():
+def test_initialization_is_that_of_dit_and_of_the_release():
     network = initialized(moe__shared_expert_ratio=2.0)
     expert_names = network.expert_parameters()
     seen = set()

@@ -53,7 +53,7 @@ def test_an_expert_filled_with_a_constant_comes_back_as_it_times_its_gate(
     x = tokens(3, 10)
     y, decided = layer(x)
     scores_SE = routing.router_scores(x.flatten(0, 1), layer.router)
-    expected_S = (scores_SE * decided.taken_ES.t() * constants_E).sum(dim=1)
+    expected_S = (scores_SE * decided.selected_ES.t() * constants_E).sum(dim=1)
     assert expected_S.count_nonzero() > 5
     # One rounding per added expert.
     torch.testing.assert_close(
@@ -69,11 +69,11 @@ def test_the_layer_equals_its_formula(way: tuple[str, str, bool]):
     flat = x.flatten(0, 1)
     scores_SE = routing.router_scores(flat, layer.router)
     expected = layer.shared_expert(flat)
-    for i, taken_S in enumerate(decided.taken_ES):
+    for i, selected_S in enumerate(decided.selected_ES):
         counts = [0] * 4
         counts[i] = len(flat)
         output = one_after_the_other(layer.experts, flat, counts)
-        expected = expected + output * (scores_SE[:, i] * taken_S)[:, None]
+        expected = expected + output * (scores_SE[:, i] * selected_S)[:, None]
     torch.testing.assert_close(y.flatten(0, 1), expected, atol=1e-12, rtol=0)  # float64 rounding
 
 
@@ -106,7 +106,7 @@ def test_forward_and_backward_are_finite_in_corner_cases(
                 layer.capacity_predictor.out.bias.fill_(-50.0)[0] = 50.0
     y, decided = layer(x)
     assert y.shape == x.shape
-    assert decided.taken_ES.shape == (num_experts, samples * per_sample)
+    assert decided.selected_ES.shape == (num_experts, samples * per_sample)
     loss = y.square().sum()
     for extra in (decided.capacity_loss, decided.balance_loss):
         loss = loss if extra is None else loss + extra
@@ -115,7 +115,7 @@ def test_forward_and_backward_are_finite_in_corner_cases(
     assert y.isfinite().all()
     for name, gradient in gradients(layer).items():
         assert gradient is None or gradient.isfinite().all(), name
-    counts_E = decided.taken_ES.sum(dim=1)
+    counts_E = decided.selected_ES.sum(dim=1)
     if way[0] == "expert_choice":
         k = routing.expert_capacity(per_sample, num_experts, 1.0)
         assert counts_E.tolist() == [k * samples] * num_experts
@@ -133,7 +133,7 @@ def test_no_samples_give_no_output_and_zero_gradients(way: tuple[str, str, bool]
     x = tokens(0, 16)
     y, decided = layer(x)
     assert y.shape == (0, 16, WIDTH)
-    assert decided.taken_ES.shape == (4, 0)
+    assert decided.selected_ES.shape == (4, 0)
     y.sum().backward()
     for name, gradient in gradients(layer.experts).items():
         assert (gradient == 0).all(), name
@@ -144,7 +144,7 @@ def test_no_token_wanted_by_any_expert_gives_zero():
     layer.capacity_predictor.thresholds.fill_(1.0)  # no probability is above
     x = tokens(2, 16)
     y, decided = layer(x)
-    assert not decided.taken_ES.any()
+    assert not decided.selected_ES.any()
     assert (y == 0).all()
     y.sum().backward()
     assert (x.grad == 0).all()
@@ -156,7 +156,7 @@ def test_the_layer_takes_k_as_it_is_told_to_round(way, rounding: str, k: int):
     layer = tiny_layer(way, moe__experts=7, moe__capacity=7.0, moe__capacity_rounding=rounding)
     _, decided = layer(tokens(1, 61))
     if way[0] == "expert_choice" or way[2] or way[1] == "static":
-        assert decided.taken_ES.sum(dim=1).tolist() == [k] * 7
+        assert decided.selected_ES.sum(dim=1).tolist() == [k] * 7
 
 
 def test_the_capacity_loss_sends_no_gradient_into_tokens_or_router():

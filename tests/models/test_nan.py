@@ -47,7 +47,7 @@ def test_others_are_as_with_any_other_mate(way: tuple[str, str, bool], everywher
     broken = network(with_nan(x, everywhere), t, labels)
     assert broken.prediction[BROKEN].isnan().any()
     for ours, theirs in zip(broken.routing, expected.routing, strict=True):
-        mine, wanted = (one.taken_ES.unflatten(1, (4, -1))[:, OTHERS] for one in (ours, theirs))
+        mine, wanted = (one.selected_ES.unflatten(1, (4, -1))[:, OTHERS] for one in (ours, theirs))
         assert torch.equal(mine, wanted)
     # Products of other row counts round differently; those of expert choice have the same.
     close = 0 if way[0] == "expert_choice" else 1e-5
@@ -62,9 +62,9 @@ def test_pooled_others_are_as_in_the_batch_without_it():
     expected = network(x[OTHERS], t[OTHERS], labels[OTHERS])
     broken = network(with_nan(x, True), t, labels)
     for ours, theirs in zip(broken.routing, expected.routing, strict=True):
-        taken_EBT = ours.taken_ES.unflatten(1, (4, -1))
-        assert torch.equal(taken_EBT[:, OTHERS].flatten(1), theirs.taken_ES)
-        assert not taken_EBT[:, BROKEN].any()
+        selected_EBT = ours.selected_ES.unflatten(1, (4, -1))
+        assert torch.equal(selected_EBT[:, OTHERS].flatten(1), theirs.selected_ES)
+        assert not selected_EBT[:, BROKEN].any()
     torch.testing.assert_close(broken.prediction[OTHERS], expected.prediction, atol=1e-5, rtol=0)
 
 
@@ -75,21 +75,21 @@ def test_others_share_out_the_whole_pool(way: tuple[str, str, bool], capacity: f
     layer = tiny_layer(way, moe__capacity=capacity)
     x = with_nan(tokens(4, 10), True)
     y, decided = layer(x)
-    taken_EBT = decided.taken_ES.unflatten(1, (4, 10))
+    selected_EBT = decided.selected_ES.unflatten(1, (4, 10))
     k = int(10 * capacity)
-    assert decided.taken_ES.sum(dim=1).tolist() == [k] * 4
-    assert taken_EBT[:, BROKEN].sum(dim=1).tolist() == [max(0, k - 30)] * 4
+    assert decided.selected_ES.sum(dim=1).tolist() == [k] * 4
+    assert selected_EBT[:, BROKEN].sum(dim=1).tolist() == [max(0, k - 30)] * 4
     flat = x[OTHERS].flatten(0, 1)
     scores_SE = routing.router_scores(flat, layer.router)
     assert torch.equal(
-        taken_EBT[:, OTHERS].flatten(1), routing.top_k_mask(scores_SE.t(), min(k, 30))
+        selected_EBT[:, OTHERS].flatten(1), routing.top_k_mask(scores_SE.t(), min(k, 30))
     )
     expected = torch.zeros_like(flat)
-    for i, taken_S in enumerate(taken_EBT[:, OTHERS].flatten(1)):
+    for i, selected_S in enumerate(selected_EBT[:, OTHERS].flatten(1)):
         counts = [0] * 4
         counts[i] = len(flat)
         output = one_after_the_other(layer.experts, flat, counts)
-        expected += output * (scores_SE[:, i] * taken_S)[:, None]
+        expected += output * (scores_SE[:, i] * selected_S)[:, None]
     torch.testing.assert_close(y[OTHERS].flatten(0, 1), expected, atol=1e-5, rtol=0)
 
 
@@ -100,7 +100,7 @@ def test_a_batch_of_nothing_but_nan_is_nan(way: tuple[str, str, bool]):
     output = network(torch.full_like(x, torch.nan), t, labels)
     assert output.prediction.isnan().all()
     for layer in output.routing:
-        counts_E = layer.taken_ES.sum(dim=1)
+        counts_E = layer.selected_ES.sum(dim=1)
         if way[0] == "token_choice":
             assert counts_E.sum() == 3 * 16
         elif way[0] == "diffmoe" and not way[2] and way[1] != "static":

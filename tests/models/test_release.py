@@ -100,7 +100,7 @@ def test_masks_capacity_logits_and_losses_equal_the_release(name: str):
     assert len(blocks) == len(output.routing) > 0
     for block, layer in zip(blocks, output.routing, strict=True):
         target = release.tensors[f"train.capacity_target.{block}"].flatten(0, 1)
-        assert torch.equal(layer.taken_ES.t(), target.bool())
+        assert torch.equal(layer.selected_ES.t(), target.bool())
         close(
             layer.capacity_logits_SE,
             release.tensors[f"train.capacity_logits.{block}"].flatten(0, 1),

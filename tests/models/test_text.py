@@ -8,7 +8,7 @@ from diffmoe.conditions import Text, unconditional
 from diffmoe.config import Config
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
-from diffmoe.tree import mapped
+from diffmoe.tree import tree_map
 from tests.helpers.tiny import BYTES, FROZEN, WITHOUT_POOLED, random_text, randomize, tiny_config
 
 KINDS = pytest.mark.parametrize("text", [BYTES, FROZEN, WITHOUT_POOLED], ids=str)
@@ -82,7 +82,7 @@ def test_swapped_captions_swap_what_they_do(text: dict):
     network = network_of(text)
     x, t, captions = inputs(text, 2)
     x, t = x[:1].expand(2, -1, -1, -1), t[:1].expand(2)
-    swapped = mapped(lambda tensor: tensor.flip(0), captions)
+    swapped = tree_map(lambda tensor: tensor.flip(0), captions)
     a, b = network(x, t, captions).prediction, network(x, t, swapped).prediction
     assert (a[0] - a[1]).abs().max() > 1e-3
     torch.testing.assert_close(b, a.flip(0), atol=1e-6, rtol=0)
@@ -107,7 +107,7 @@ def test_the_pool_holds_image_tokens_alone(inference: str):
     network.route_by(inference)
     for mode in (network.train(), network.eval()):
         routing = mode(*inputs(BYTES, 3)).routing
-        assert [layer.taken_ES.shape for layer in routing] == [(4, 3 * 16)] * 2
+        assert [layer.selected_ES.shape for layer in routing] == [(4, 3 * 16)] * 2
         assert [len(layer.capacity_logits_SE) for layer in routing] == [3 * 16] * 2
 
 

@@ -34,7 +34,7 @@ def run_layer(layer: MoEFeedForward, x: Tensor, share: float) -> NUMBERS:
     x = x.clone().requires_grad_()
     y, decided = layer(x)
     ((y * y.detach().cos()).sum() + share * decided.capacity_loss).backward()
-    return {"y": y.detach(), "grad": x.grad, "taken": decided.taken_ES}
+    return {"y": y.detach(), "grad": x.grad, "taken": decided.selected_ES}
 
 
 def summed_gradients(layer: MoEFeedForward, topology: Topology) -> NUMBERS:
@@ -153,10 +153,10 @@ def crowded_tokens() -> Tensor:
 
 
 @torch.no_grad()
-def crowded(layer: MoEFeedForward, favourites: tuple[int, ...] = (1, 1, -1, -1)) -> MoEFeedForward:
+def crowded(layer: MoEFeedForward, favorites: tuple[int, ...] = (1, 1, -1, -1)) -> MoEFeedForward:
     """Experts 0 and 1 like a large first entry, 2 and 3 a small one."""
     layer.router.zero_()
-    layer.router[:, 0] = torch.tensor(favourites, dtype=layer.router.dtype)
+    layer.router[:, 0] = torch.tensor(favorites, dtype=layer.router.dtype)
     return layer.double()
 
 
@@ -173,8 +173,8 @@ def test_a_wide_pool_that_takes_no_token_of_a_rank_equals_one_process(world: int
     layer = crowded(make_layer(config))
     expected = run_layer(layer, crowded_tokens(), 1)
     told = run_ranks(world, crowded_on_rank, config, timeout=60)
-    taken_of_ranks = [numbers["taken"].sum().item() for numbers, _ in told]
-    assert taken_of_ranks == [48 // (world // 2)] * (world // 2) + [0] * (world // 2)
+    selected_of_ranks = [numbers["taken"].sum().item() for numbers, _ in told]
+    assert selected_of_ranks == [48 // (world // 2)] * (world // 2) + [0] * (world // 2)
     for key in ("y", "grad"):
         close(torch.cat([numbers[key] for numbers, _ in told]), expected[key], key)
     for _, found in told:
@@ -193,7 +193,7 @@ def lonely_on_rank(config: Config) -> dict[str, Tensor]:
     (y.square().sum() + decided.balance_loss).backward()
     assert x.grad.isfinite().all()
     return {
-        "counts": decided.taken_ES.sum(dim=1),
+        "counts": decided.selected_ES.sum(dim=1),
         **{name: parameter.grad for name, parameter in layer.experts.named_parameters()},
     }
 

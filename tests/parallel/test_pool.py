@@ -28,7 +28,7 @@ def hard_cases(dtype: torch.dtype) -> Tensor:
     values[2] = 0.25  # nothing but ties
     values[3] = torch.where(values[3] > 0, 0.0, -0.0)
     values[4] = -values[4].abs() * 1e-30
-    values[5, ::2] = values[5, 1::2]  # every value on both of two neighbours
+    values[5, ::2] = values[5, 1::2]  # every value on both of two neighbors
     values[6] = values[6] * 1e-42  # subnormal in fp32
     values[7] = 1 + values[7].round() * torch.finfo(dtype).eps  # differ in the last bit
     return values

@@ -13,7 +13,7 @@ from diffmoe.prepare.decoding import color, decoded
 
 RNG = np.random.default_rng(0)
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4  # 0, 4, ... 252
-SIXTEEN = RAMP.astype(np.uint16) * 257  # the same greys with 16 bits
+SIXTEEN = RAMP.astype(np.uint16) * 257  # the same grays with 16 bits
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -28,8 +28,8 @@ def pixels(data: bytes, **options) -> np.ndarray:
     return np.asarray(image)
 
 
-def grey(data: bytes) -> np.ndarray:
-    """Of an image that must come out grey: one of its three equal channels."""
+def gray(data: bytes) -> np.ndarray:
+    """Of an image that must come out gray: one of its three equal channels."""
     found = pixels(data)
     assert np.array_equal(found[..., 0], found[..., 1])
     assert np.array_equal(found[..., 0], found[..., 2])
@@ -72,17 +72,17 @@ def test_broken_exif_does_not_cost_the_image():
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_are_scaled(kind):
-    assert np.array_equal(grey(saved(Image.fromarray(SIXTEEN), kind)), RAMP)
-    # Between two greys of 8 bits the nearer one is taken.
+    assert np.array_equal(gray(saved(Image.fromarray(SIXTEEN), kind)), RAMP)
+    # Between two grays of 8 bits the nearer one is taken.
     near = np.array([[0, 128, 129, 385, 386, 65535 - 128, 65535]], np.uint16)
-    assert grey(saved(Image.fromarray(near), kind)).tolist() == [[0, 0, 1, 1, 2, 255, 255]]
+    assert gray(saved(Image.fromarray(near), kind)).tolist() == [[0, 0, 1, 1, 2, 255, 255]]
 
 
 def test_big_endian_and_white_is_zero_are_understood():
     big = saved(Image.frombytes("I;16B", (8, 8), SIXTEEN.astype(">u2").tobytes()), "TIFF")
-    assert np.array_equal(grey(big), RAMP)
+    assert np.array_equal(gray(big), RAMP)
     white_is_zero = saved(Image.fromarray(65535 - SIXTEEN), "TIFF", tiffinfo={262: 0})
-    assert np.array_equal(grey(white_is_zero), RAMP)
+    assert np.array_equal(gray(white_is_zero), RAMP)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_big_endian_and_white_is_zero_are_understood():
     ],
 )
 def test_floats_and_wide_integers_are_scaled(values, wanted):
-    assert np.array_equal(grey(saved(Image.fromarray(values), "TIFF")), wanted)
+    assert np.array_equal(gray(saved(Image.fromarray(values), "TIFF")), wanted)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_colors_under_alpha_are_hidden():
 
 
 def test_every_way_to_be_transparent_is_put_on_white():
-    greys = Image.fromarray(RAMP)
-    with_alpha = greys.copy()
+    grays = Image.fromarray(RAMP)
+    with_alpha = grays.copy()
     with_alpha.putalpha(0)  # LA
     palette = Image.fromarray(np.eye(8, dtype=np.uint8), "P")
     palette.putpalette([9, 9, 9, 200, 10, 20])
@@ -143,11 +143,11 @@ def test_every_way_to_be_transparent_is_put_on_white():
         assert np.array_equal(pixels(saved(palette, kind, transparency=0)), on_white)
     assert np.array_equal(pixels(saved(palette, "PNG", transparency=b"\0\xff")), on_white)
     for data in (
-        saved(greys, "PNG", transparency=8),
-        saved(greys.convert("RGB"), "PNG", transparency=(8, 8, 8)),
+        saved(grays, "PNG", transparency=8),
+        saved(grays.convert("RGB"), "PNG", transparency=(8, 8, 8)),
         saved(Image.fromarray(SIXTEEN), "PNG", transparency=8 * 257),
     ):
-        found = grey(data)
+        found = gray(data)
         assert np.array_equal(found[RAMP != 8], RAMP[RAMP != 8])
         assert (found[RAMP == 8] == 255).all()
 
@@ -162,7 +162,7 @@ def test_cmyk_palettes_and_bits_are_converted():
     ]:
         found = pixels(saved(image, kind)).astype(int)
         assert np.abs(found - (250, 20, 30)).max() <= 3, kind
-    assert grey(saved(Image.fromarray(RAMP > 100), "PNG")).tolist() == ((RAMP > 100) * 255).tolist()
+    assert gray(saved(Image.fromarray(RAMP > 100), "PNG")).tolist() == ((RAMP > 100) * 255).tolist()
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])

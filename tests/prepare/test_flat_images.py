@@ -16,7 +16,7 @@ PIXELS = FIELDS | {"shape": (3, 8, 8)}
 
 
 def clipped() -> np.ndarray:
-    """What a reader that clips makes of a grey ramp of 16 bits: 99.6 % white."""
+    """What a reader that clips makes of a gray ramp of 16 bits: 99.6 % white."""
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     return np.broadcast_to(np.minimum(ramp, 255).astype(np.uint8), (3, 8, 8))
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from diffmoe.errors import UserError
-from diffmoe.prepare.images import centre_crop, find_images, load_image
+from diffmoe.prepare.images import center_crop, find_images, load_image
 
 
 def test_classes_and_files_come_in_imagefolders_order(photos):
@@ -92,9 +92,9 @@ def test_folders_that_do_not_fit_are_named(photos, tmp_path):
 def test_crop_takes_the_middle_square_of_the_shorter_side():
     pixels = np.zeros((8, 12, 3), np.uint8)
     pixels[:, 2:10] = np.arange(8)[:, None, None] * 10 + np.arange(8)[None, :, None]
-    assert np.array_equal(centre_crop(Image.fromarray(pixels), 8), pixels[:, 2:10])
+    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), pixels[:, 2:10])
     assert np.array_equal(
-        centre_crop(Image.fromarray(pixels.swapaxes(0, 1)), 8), pixels[:, 2:10].swapaxes(0, 1)
+        center_crop(Image.fromarray(pixels.swapaxes(0, 1)), 8), pixels[:, 2:10].swapaxes(0, 1)
     )
 
 
@@ -102,14 +102,14 @@ def test_crop_halves_by_box_averages_first():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     averages = pixels.reshape(16, 2, 16, 2, 3).mean((1, 3))
-    halved = centre_crop(Image.fromarray(pixels), 16)
+    halved = center_crop(Image.fromarray(pixels), 16)
     assert np.abs(halved - averages).max() <= 1  # PIL rounds after each direction
     # 40 is less than twice 24: one bicubic step alone.
     large = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
     bicubic = np.asarray(large.resize((24, 24), Image.Resampling.BICUBIC))
-    assert np.array_equal(centre_crop(large, 24), bicubic)
+    assert np.array_equal(center_crop(large, 24), bicubic)
 
 
 @pytest.mark.parametrize("size", [(17, 16), (255, 31), (16, 16), (5, 9), (64, 33), (1, 20)])
 def test_every_size_gives_the_wanted_square(size):
-    assert centre_crop(Image.new("RGB", size), 16).shape == (16, 16, 3)
+    assert center_crop(Image.new("RGB", size), 16).shape == (16, 16, 3)

@@ -48,7 +48,7 @@ def test_every_figure_equals_a_count_over_all_pairs():
 
     def keep(forward) -> None:
         if not forward.unconditional:
-            layers = torch.stack([layer.taken_ES for layer in forward.routing])
+            layers = torch.stack([layer.selected_ES for layer in forward.routing])
             taken.append(layers.unflatten(2, (len(LABELS), -1)).double())
 
     sample_latents(network, RGB, LABELS, range(len(LABELS)), SETTINGS, observe=keep)
@@ -56,7 +56,7 @@ def test_every_figure_equals_a_count_over_all_pairs():
     assert found.capacity.times.tolist() == pytest.approx([0, 1 / 3, 2 / 3])
     same = {"check_dtype": False, "rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found.capacity.capacity, 4 * pairs.mean((3, 4)), **same)
-    torch.testing.assert_close(found.untaken, (pairs.sum(2) == 0).double().mean((2, 3)), **same)
+    torch.testing.assert_close(found.unselected, (pairs.sum(2) == 0).double().mean((2, 3)), **same)
     torch.testing.assert_close(found.by_sample, pairs.sum(2).mean((0, 1, 3)), **same)
     torch.testing.assert_close(found.compute, pairs.sum(2).mean((0, 1)), **same)
     torch.testing.assert_close(found.places, pairs.mean((0, 3)), **same)
@@ -73,7 +73,7 @@ def test_shares_stay_shares_where_heun_looks_twice_at_a_time():
     settings = SamplingSettings(steps=3, sampler="heun", seed=1)
     found = sampling_routing(network_of(RGB), RGB, PixelAutoencoder().decode, LABELS, settings)
     assert found.capacity.tokens.tolist() == [112, 224, 224, 112]
-    assert (found.untaken <= 1).all()
+    assert (found.unselected <= 1).all()
 
 
 def test_a_dead_expert_is_found_and_named(tmp_path):
@@ -124,7 +124,7 @@ def test_the_predictor_is_held_against_the_selection_of_training(tmp_path):
     network.route_by("static")
     passes.run(lambda forward: pairs.append(forward.routing))
     for number, layer in enumerate(network.moe_layers):
-        taken = torch.cat([routing[number].taken_ES.t() for routing in pairs])
+        taken = torch.cat([routing[number].selected_ES.t() for routing in pairs])
         logits = torch.cat([routing[number].capacity_logits_SE for routing in pairs])
         assert taken.sum(0).tolist() == [3 * 8 * 16 // 4] * 4  # K = S / E, in three pools
         wanted = logits.sigmoid() > 0.5

@@ -16,7 +16,7 @@ from diffmoe.parallel.topology import create_topology
 from diffmoe.sampling import many_images
 from diffmoe.sampling.formats import write_adm, write_png
 from diffmoe.sampling.images import EvaluationCount, grid
-from diffmoe.sampling.many_images import Order, generate, shard_arrays
+from diffmoe.sampling.many_images import SampleRequest, generate, shard_arrays
 from diffmoe.work import Ranks
 from tests.helpers.killing import killed
 from tests.helpers.networks import network_of
@@ -24,7 +24,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny_config
 
 RGB = tiny_config(model__in_channels=3)
-ORDER = Order(11, (0, 1, 2, 3, 4))
+ORDER = SampleRequest(11, (0, 1, 2, 3, 4))
 SETTINGS = SamplingSettings(steps=3, guidance=1.5, seed=2)
 
 
@@ -100,7 +100,7 @@ def test_any_ranks_make_the_same_images(whole, tmp_path, world: int, expert_para
 
 
 def test_random_labels_are_keyed_by_the_image():
-    order = Order(1000, (1, 3), "random")
+    order = SampleRequest(1000, (1, 3), "random")
     labels = [order.label(k, seed=7) for k in range(1000)]
     assert labels == [order.label(k, seed=7) for k in range(1000)]
     assert labels != [order.label(k, seed=8) for k in range(1000)]
@@ -139,8 +139,11 @@ def test_a_killed_command_goes_on_without_gaps_or_duplicates(whole, tmp_path, mo
     ("change", "message"),
     [
         ({"settings": SamplingSettings(steps=4, guidance=1.5, seed=2)}, "steps: 3 there, 4 now"),
-        ({"order": Order(12, (0, 1, 2, 3, 4))}, "number: 11 there, 12 now"),
-        ({"order": Order(11, (0, 1, 2, 3, 4), "random")}, "labels: balanced there, random now"),
+        ({"order": SampleRequest(12, (0, 1, 2, 3, 4))}, "number: 11 there, 12 now"),
+        (
+            {"order": SampleRequest(11, (0, 1, 2, 3, 4), "random")},
+            "labels: balanced there, random now",
+        ),
         ({"model": {"sha256": "b"}}, "model: .*'a'.* there, .*'b'.* now"),
     ],
 )
@@ -192,7 +195,7 @@ def test_where_an_image_depends_on_its_batch_the_batch_may_not_change(tmp_path):
 
 def test_a_refused_command_does_not_claim_the_folder(tmp_path):
     for order, settings in (
-        (Order(4, (99,)), SETTINGS),
+        (SampleRequest(4, (99,)), SETTINGS),
         (ORDER, SamplingSettings(steps=0)),
         (ORDER, SamplingSettings(guided_channels=7)),
     ):
@@ -230,18 +233,18 @@ def test_adm_and_png_hold_the_same_images(whole):
     png.rmdir()
 
 
-def test_grey_images_have_no_adm_format(tmp_path):
-    grey = tiny_config(model__in_channels=1)
-    make(tmp_path / "grey", config=grey)
+def test_gray_images_have_no_adm_format(tmp_path):
+    gray = tiny_config(model__in_channels=1)
+    make(tmp_path / "gray", config=gray)
     with pytest.raises(UserError, match=r"RGB images, these have 1 channel"):
-        write_adm(tmp_path / "grey", 11, (8, 8, 1))
-    files = sorted(write_png(tmp_path / "grey").glob("*.png"))
+        write_adm(tmp_path / "gray", 11, (8, 8, 1))
+    files = sorted(write_png(tmp_path / "gray").glob("*.png"))
     assert Image.open(files[0]).mode == "L"
 
 
 def test_uint8_is_rounded_and_clamped():
     pixels = torch.tensor([-2.0, -1, -0.999, 0, 1 / 255, 0.5, 1, 3]).view(1, 1, 1, 8)
-    # round(127.5 x + 127.5): halves go to the even neighbour.
+    # round(127.5 x + 127.5): halves go to the even neighbor.
     assert PixelAutoencoder().decode(pixels).flatten().tolist() == [
         0,
         0,
@@ -269,7 +272,7 @@ def test_a_dense_model_has_no_capacity(tmp_path):
 
 def test_nothing_to_make_is_refused(tmp_path):
     with pytest.raises(UserError, match="0 images"):
-        make(tmp_path / "none", order=Order(0, (0,)))
+        make(tmp_path / "none", order=SampleRequest(0, (0,)))
     assert not (tmp_path / "none").exists()
 
 
@@ -280,7 +283,9 @@ def test_dopri5_tells_how_many_evaluations_it_took(tmp_path):
     settings = SamplingSettings(sampler="dopri5", guidance=1.5)
     decode = PixelAutoencoder().decode
     options = {"model": {}, "batch": 2, "shard_size": 3}
-    made = generate(tmp_path / "out", network, RGB, decode, Order(3, (0, 1)), settings, **options)
+    made = generate(
+        tmp_path / "out", network, RGB, decode, SampleRequest(3, (0, 1)), settings, **options
+    )
     found = made.manifest["evaluations"]  # of two batches, guided: two passes each
     assert found == len(passes) / 2 / 2
     assert found > 20

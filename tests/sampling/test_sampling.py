@@ -31,8 +31,8 @@ class Pairs:
         self.taken: list[Tensor] = []
 
     def __call__(self, forward: Forward) -> None:
-        taken_LES = torch.stack([layer.taken_ES for layer in forward.routing])
-        self.taken.append(taken_LES.unflatten(2, (-1, 16)))  # (L, E, B, T)
+        selected_LES = torch.stack([layer.selected_ES for layer in forward.routing])
+        self.taken.append(selected_LES.unflatten(2, (-1, 16)))  # (L, E, B, T)
 
 
 def sampled(

@@ -77,7 +77,7 @@ def test_a_dry_run_shows_all_and_changes_nothing(data: Path, submit: Submit):
         (("--nodes", "3"), "3 ranks are not divisible by parallel.expert_parallel=2"),
         (("data.path=/nowhere",), "/nowhere"),
         (("--ds_config", "/none.json"), "cannot read --ds_config /none.json"),
-        (("model.colour=red",), "unknown key model.colour"),
+        (("model.color=red",), "unknown key model.color"),
         (("--gpu-memory", "2"), "--gpu-memory is 2"),
         (("--mem", "3G"), "GB of host memory a node, and the job asks for 3.2 (--mem); give 5G"),
         (("--mem", "much"), "--mem much: write it as sbatch takes it"),
@@ -85,7 +85,7 @@ def test_a_dry_run_shows_all_and_changes_nothing(data: Path, submit: Submit):
         (("--sbatch", "--gres=gpu:a100:2"), "asks for 2 GPUs a node, and --gpus-per-node is 1"),
         (
             (*EVALUATED, "evaluation.reference=/none.npz"),
-            "evaluation.reference=/none.npz: the data is grey",
+            "evaluation.reference=/none.npz: the data is gray",
         ),
         (
             (*EVALUATED, "evaluation.classifier=digits", "evaluation.sampler=ddim"),

@@ -15,7 +15,7 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
 from diffmoe.sampling.latents import sample_latents
-from diffmoe.sampling.many_images import Order, generate, shard_arrays
+from diffmoe.sampling.many_images import SampleRequest, generate, shard_arrays
 from diffmoe.text.prompts import Prompts, asked, encoder_of, read_captions
 from tests.helpers.models import exported
 from tests.helpers.networks import network_of
@@ -81,7 +81,8 @@ def test_a_folder_tells_its_captions_and_is_not_gone_on_with_by_others(tmp_path)
     def make(wanted: Prompts):
         return generate(
             tmp_path / "out", network_of(CONFIG), CONFIG, PixelAutoencoder().decode,
-            Order(5, (0, 1, 2)), GUIDED, model={"sha256": "a"}, prompts=wanted, shard_size=2,
+            SampleRequest(5, (0, 1, 2)), GUIDED,
+            model={"sha256": "a"}, prompts=wanted, shard_size=2,
         )  # fmt: skip
 
     assert make(prompts(negative="dim")) is not None

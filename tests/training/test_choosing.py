@@ -106,7 +106,7 @@ FILES = ["checksums.json", "run.json", "index.json", "__0_0.distcp", "__1_0.dist
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_recognised_named_and_passed_over(run: Config, damage: str, file: str):
+def test_damage_is_recognized_named_and_passed_over(run: Config, damage: str, file: str):
     folder = Path(run.output)
     broken = folder / "step-00000002"
     assert sorted(path.name for path in broken.iterdir()) == sorted(FILES)

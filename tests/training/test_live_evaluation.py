@@ -243,7 +243,7 @@ def test_a_stop_gives_the_evaluation_up_saves_and_resumes(tmp_path: Path):
 
 
 def test_figures_that_cannot_be_had_do_not_end_the_run(tmp_path: Path):
-    not_a_number = NAME.replace("colours", "not_a_number")
+    not_a_number = NAME.replace("colors", "not_a_number")
     config = _config(tmp_path, evaluation__extractor=not_a_number)
     assert train(config) == [True]
     folder = Path(config.output) / "evaluation"
@@ -280,8 +280,8 @@ def test_nothing_to_judge_by_is_refused(tmp_path: Path):
         _config(tmp_path, evaluation__reference=None, evaluation__classifier=None)
 
 
-def test_grey_data_needs_a_classifier(tmp_path: Path):
-    pack(tmp_path / "grey", shape=(1, 8, 8))
-    config = _config(tmp_path, data__path=str(tmp_path / "grey"), model__in_channels=1)
-    with pytest.raises(AssertionError, match="the data is grey"):
+def test_gray_data_needs_a_classifier(tmp_path: Path):
+    pack(tmp_path / "gray", shape=(1, 8, 8))
+    config = _config(tmp_path, data__path=str(tmp_path / "gray"), model__in_channels=1)
+    with pytest.raises(AssertionError, match="the data is gray"):
         train(config)

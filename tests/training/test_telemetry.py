@@ -27,7 +27,7 @@ def test_metrics_hold_what_the_run_did(tmp_path: Path):
         "skipped_steps",
         "bad_shards",
         "data_wait_seconds",
-        "untaken_share",
+        "unselected_share",
         "capacity_loss",
         "expert_load",
         "thresholds",
@@ -43,12 +43,12 @@ def test_metrics_hold_what_the_run_did(tmp_path: Path):
         assert line["samples_per_second"] > 0
         assert 0.01 < line["memory_gib"] < 8
         layers, experts = 2, 4
-        for key in ("untaken_share", "capacity_loss"):
+        for key in ("unselected_share", "capacity_loss"):
             assert len(line[key]) == layers
         for key in ("expert_load", "thresholds"):
             assert [len(row) for row in line[key]] == [experts] * layers
         # 4 experts take 16 of 64 tokens each: between none and three quarters are left.
-        assert all(0 < share < 0.75 for share in line["untaken_share"])
+        assert all(0 < share < 0.75 for share in line["unselected_share"])
         assert sum(line["capacity_loss"]) == pytest.approx(line["routing_loss"], abs=1e-6)
         assert all(0 < tau < 1 for row in line["thresholds"] for tau in row)
         assert all(0 <= load <= experts for row in line["expert_load"] for load in row)

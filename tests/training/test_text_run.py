@@ -72,7 +72,7 @@ def test_other_layouts_give_the_same_losses_and_weights(folder: Path, world: int
     for name, expected in tensors(newest(whole_run(folder))).items():
         assert (state[name] - expected).abs().max() < 1e-6, name
         if name.startswith(("weights/text_embed", "weights/blocks.0.cross_attention.proj")):
-            assert expected.count_nonzero() > 0, name  # it has learnt
+            assert expected.count_nonzero() > 0, name  # it has learned
 
 
 def test_an_export_of_a_text_model_computes_what_its_checkpoint_does(folder: Path, tmp_path: Path):
