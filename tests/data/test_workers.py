@@ -15,7 +15,7 @@ from diffmoe.data import shared_memory
 from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import TextContent
 from diffmoe.training.telemetry import Telemetry
-from tests.data.test_stream import RAGGED, batches, equal
+from tests.helpers.ragged import RAGGED, batches, equal
 from tests.helpers.runs import run_config
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import torch
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
 from tests.helpers.pictures import pictures, write_samples
-from tests.sampling.test_commands import told
+from tests.helpers.tools import told
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra text)")
 

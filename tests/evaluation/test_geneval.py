@@ -11,7 +11,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.geneval import export_geneval
 from diffmoe.evaluation.image_sets import open_images
 from tests.helpers.pictures import pictures, write_samples
-from tests.sampling.test_commands import told
+from tests.helpers.tools import told
 
 PROMPTS = [f"a photo of {what}" for what in ("a bench", "two cats", "a dog", "a kite", "a red cow")]
 IMAGES = pictures(20)  # image k is of prompt k modulo 5

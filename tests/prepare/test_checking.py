@@ -11,8 +11,8 @@ from diffmoe.errors import UserError
 from diffmoe.prepare.checking import check_data
 from diffmoe.prepare.encoding import encode_images
 from diffmoe.prepare.resharding import reshard
-from tests.data.test_bad_shards import damage
 from tests.helpers.shards import FIELDS, members, relist
+from tests.helpers.streams import damage
 
 
 def test_good_data_has_no_problems_and_a_sheet(photos, tmp_path):

@@ -16,8 +16,8 @@ from diffmoe.planning.machine import Machine
 from diffmoe.planning.sbatch import further_options, node_memory
 from tests.helpers.cluster import Cluster, Job
 from tests.helpers.commands import ROOT
+from tests.helpers.jobs import SETTINGS, steps
 from tests.helpers.runs import pack, run_config
-from tests.slurm.test_jobs import SETTINGS, steps
 
 SUBMIT = str(ROOT / "tools/submit.py")
 SIZE = ("s", "--recipe", "mnist", "--nodes", "2", "--gpus-per-node", "1", "--cpus-per-task", "1")

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from tests.helpers.cluster import Cluster
+from tests.helpers.jobs import STEPS, newest, steps, submit
 from tests.helpers.runs import pack
-from tests.slurm.test_jobs import STEPS, newest, steps, submit
 
 
 def test_a_second_job_refuses_and_the_requeued_first_goes_on_at_once(

@@ -17,6 +17,7 @@ from diffmoe.checkpoints.profiles import (
     reconstruct,
 )
 from diffmoe.errors import UserError
+from tests.helpers.recipes import refusal
 from tests.helpers.runs import (
     SignalDuringStep,
     assert_identical,
@@ -27,7 +28,6 @@ from tests.helpers.runs import (
     tensors,
     train,
 )
-from tests.test_config import refusal
 
 EDM2 = (0.05, 0.10)
 

@@ -1,9 +1,6 @@
 """Reading checkpoints without a process group, and the command over it."""
 
-import importlib.util
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,9 @@ import torch
 from diffmoe.checkpoints.inspect import compare, open_checkpoint
 from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
-from diffmoe.errors import UserError, run_command
+from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from tests.helpers.commands import ROOT, command
+from tests.helpers.commands import command
 from tests.helpers.runs import newest, pack, run_config, tensors, train
 
 TOOL = "tools/checkpoint.py"
@@ -50,24 +47,6 @@ def one_rank(two_ranks: Config) -> Config:
     )
     train(config)
     return config
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """tools/checkpoint.py in this process: its exit code and all that it said."""
-    spec = importlib.util.spec_from_file_location("checkpoint_tool", ROOT / TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run_command(module.main)
-        said = capsys.readouterr()
-        return exit.value.code, said.out + said.err
-
-    return call
 
 
 # Reading -------------------------------------------------------------------------------------

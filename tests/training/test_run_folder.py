@@ -16,7 +16,6 @@ from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint, make_way
 from tests.helpers.commands import command
 from tests.helpers.runs import pack, run_config, train
-from tests.training.test_inspect import tool  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def somebody(folder: Path) -> Iterator[None]:
 def test_a_broken_checkpoint_is_told_and_passed_over(
     run: Config,
     tmp_path: Path,
-    tool,  # noqa: F811
+    tool,
     fault: str,
 ):
     folder = Path(run.output)
