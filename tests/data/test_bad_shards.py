@@ -119,6 +119,7 @@ def test_pipes_with_one_that_stalls(tmp_path, pack, workers):
     assert len(list((tmp_path / "cache").glob("*.tar"))) >= len(COUNTS) - 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_ends_leaves_no_command_behind(tmp_path, pack, workers):

@@ -18,6 +18,8 @@ from tests.helpers.runs import (
 )
 from tests.helpers.streams import damage
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def damaged(tmp_path):

@@ -64,6 +64,7 @@ def test_every_image_goes_with_the_caption_of_its_label(folder, samples):
     assert found == pytest.approx(sum(wanted) / 23, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_names_the_extractor(folder, samples, tmp_path):
     output = told(
         "tools/evaluate.py", "images", samples, "--clip", folder, "--out", tmp_path / "figures"

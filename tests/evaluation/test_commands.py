@@ -16,6 +16,8 @@ from tests.helpers.pictures import NAME, pictures, write_files, write_samples
 from tests.helpers.runs import pack, run_config, train
 from tests.helpers.tools import command, told
 
+pytestmark = pytest.mark.slow
+
 TOOL, FD = "tools/evaluate.py", f"FD-{NAME}"
 
 

@@ -29,6 +29,7 @@ def samples(folder, images=IMAGES, captions=tuple(PROMPTS)):
     return write_samples(folder, images, captions=list(captions))
 
 
+@pytest.mark.slow
 def test_every_prompt_gets_its_line_and_its_images_in_order(tmp_path, metadata):
     folder, out = samples(tmp_path / "samples"), tmp_path / "out"
     assert "4 images of each prompt" in told(

@@ -65,6 +65,7 @@ def test_a_run_does_not_start_from_damaged_weights(tmp_path: Path):
         init_from.load(folder, engine=None, network=None)
 
 
+@pytest.mark.slow
 def test_the_tool_refuses_a_damaged_model(tmp_path: Path):
     folder = exported(tmp_path / "out")
     flip_bytes(folder / "model.safetensors")

@@ -154,6 +154,7 @@ def test_resharding_refuses_what_it_cannot_do(tmp_path, pack):
         reshard(tmp_path, tmp_path / "out", 3)
 
 
+@pytest.mark.slow
 def test_the_command_has_exit_codes(tmp_path, pack, tool):
     pack(tmp_path / "data", [5, 4], shape=(3, 4, 4))
     good = tool("check_data", tmp_path / "data")

@@ -160,6 +160,7 @@ def test_shards_without_captions_are_refused(t5, tmp_path):
         encode_text(tmp_path / "plain", tmp_path / "out", t5)
 
 
+@pytest.mark.slow
 def test_the_command_on_two_ranks(packed, folders, tmp_path):
     arguments = ["--encoder", folders / "t5", "--length", 8, "--device", "cpu"]
     ranks = [

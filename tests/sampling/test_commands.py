@@ -13,6 +13,8 @@ from tests.helpers.runs import pack, run_config, train
 from tests.helpers.tiny import BYTES
 from tests.helpers.tools import command, told
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:

@@ -13,6 +13,8 @@ from tests.helpers.jobs import SETTINGS, STEPS, TWO_NODES, newest, steps, submit
 from tests.helpers.pictures import NAME as EXTRACTOR
 from tests.helpers.runs import assert_identical, pack, run_config, tensors, train
 
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

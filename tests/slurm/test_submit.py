@@ -177,6 +177,8 @@ def test_a_script_holds_all_settings_and_no_other_variables(
     assert f"data.path={data}" in script  # the job runs in the repository
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_chain_keeps_its_options_and_fails_if_it_ends_before_the_run(
     cluster: Cluster, data: Path
 ):

@@ -148,6 +148,7 @@ def test_a_stored_average_is_found_again_and_the_future_is_refused():
 # Training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_averages_over_ranks_have_their_closed_forms(tmp_path: Path):
     """Every element of every tensor; on the way a stop, a resume, and a step that is skipped."""
     pack(tmp_path / "data")

@@ -52,6 +52,7 @@ def one_rank(two_ranks: Config) -> Config:
 # Reading -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_tensor_has_its_global_shape_and_values(two_ranks: Config):
     flat = tensors(newest(two_ranks))
     network = load_network(newest(two_ranks), "live").network
@@ -75,6 +76,7 @@ def test_every_tensor_has_its_global_shape_and_values(two_ranks: Config):
             stored.read("weights/nothing")
 
 
+@pytest.mark.slow
 def test_a_run_compares_with_itself_on_another_layout(two_ranks: Config, one_rank: Config):
     with open_checkpoint(newest(two_ranks)) as a, open_checkpoint(newest(two_ranks)) as again:
         assert all(d.problem is None and d.differing == 0 for d in compare(a, again))
@@ -201,6 +203,7 @@ def test_verify_tells_the_file_that_changed(tool, tmp_path: Path, two_ranks: Con
     assert tool("verify", run / "step-00000003")[0] == 0
 
 
+@pytest.mark.slow
 def test_diff_compares_layouts_and_tells_by_its_exit_code(
     tool, two_ranks: Config, one_rank: Config
 ):
@@ -238,6 +241,7 @@ def test_help_teaches(tool):
         assert len(tool(name, "--help")[1].split()) > 15
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_plain_process(two_ranks: Config):
     done = command("python", TOOL, "list", two_ranks.output)
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,6 +11,8 @@ import yaml
 from tests.helpers.commands import TORCHRUN, TRAIN, command, deepspeed, write_config
 from tests.helpers.runs import SAMPLES, metrics, newest, pack, run_config
 
+pytestmark = pytest.mark.slow
+
 
 def test_all_launchers_train_alike(tmp_path: Path):
     """With the global pool, one rank and two give the same losses to rounding."""

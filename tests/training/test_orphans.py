@@ -25,6 +25,8 @@ from tests.helpers.commands import (
 from tests.helpers.processes import ranks_of
 from tests.helpers.runs import clock, metrics, newest, pack, run_config
 
+pytestmark = pytest.mark.slow
+
 
 def started(config: Config, *launcher: str, **how) -> subprocess.Popen:
     return subprocess.Popen(

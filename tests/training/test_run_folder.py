@@ -124,6 +124,7 @@ def somebody(folder: Path) -> Iterator[None]:
         os.seteuid(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_checkpoint_is_told_and_passed_over(
     run: Config,
@@ -189,6 +190,7 @@ def test_a_path_that_can_be_none_is_told(run: Config, tmp_path: Path, path: str)
         find_checkpoint(run, str(tmp_path / path))
 
 
+@pytest.mark.slow
 def test_strange_names_disturb_nobody(run: Config):
     """Links that lead nowhere or to themselves, names that are no text, in a folder of such a name.
 
