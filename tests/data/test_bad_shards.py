@@ -102,6 +102,7 @@ def test_a_lane_without_any_readable_shard_ends_the_stream(tmp_path, pack):
         next(iter(stream(tmp_path, manifest, max_bad_shards=100)))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pipes_with_one_that_stalls(tmp_path, pack, workers):

@@ -35,6 +35,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.rand(3, generator=generator), torch.tensor([0, 1, 2])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_static_routing_compiles_into_one_graph(network):
     network.route_by("static")

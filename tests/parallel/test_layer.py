@@ -13,7 +13,8 @@ from diffmoe.parallel.topology import Topology, create_topology
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import randomize, tiny_config
 
-LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+OTHERS = [pytest.param(*layout, marks=pytest.mark.slow) for layout in [(2, 1), (4, 1), (4, 4)]]
+LAYOUTS = [(2, 2), (4, 2), *OTHERS]
 INFERENCE = ["per_token", "pooled", "static"]
 SAMPLES, TOKENS = 8, 6  # of all ranks; 48 tokens, so K = 12 in the global pool
 NUMBERS = dict[str, Tensor]

@@ -19,8 +19,10 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import BYTES, FROZEN, random_batch, randomize, tiny_config
 
 STEPS, LR, CLIP = 3, 0.5, 0.3
+SLOW = pytest.mark.slow
+FAST = [(2, 2, 1), (4, 2, 2)]
 LAYOUTS = [
-    (world, ranks, stage)
+    pytest.param(world, ranks, stage, marks=[] if (world, ranks, stage) in FAST else SLOW)
     for world, ranks in [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
     for stage in (1, 2)
 ]
@@ -145,7 +147,7 @@ def test_global_pool_equals_one_process_on_any_layout(
     compare(run_ranks(world, on_rank, config), expected)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 def test_micro_batch_pool_equals_one_process_with_as_many_pools(ranks: int):
     config = tiny_config(
         optimizer__gradient_clipping=CLIP, parallel__expert_parallel=ranks, moe__capacity=2.0
@@ -165,7 +167,10 @@ def test_baselines_equal_one_process(family: str):
     compare(run_ranks(2, on_rank, config), one_process(config))
 
 
-@pytest.mark.parametrize(("world", "ranks", "stage"), [(2, 1, 1), (2, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize(
+    ("world", "ranks", "stage"),
+    [pytest.param(2, 1, 1, marks=SLOW), (2, 2, 2), pytest.param(4, 2, 1, marks=SLOW)],
+)
 @pytest.mark.parametrize("text", [BYTES, FROZEN], ids=lambda text: text["encoder"])
 def test_a_text_model_equals_one_process(text: dict, world: int, ranks: int, stage: int):
     config = tiny_config(

@@ -122,6 +122,7 @@ def test_a_port_in_use_ends_rank_0_at_once_and_others_soon(meeting: Meeting):
         assert f"what answers at 127.0.0.1:{port} is not rank 0 of this run" in error
 
 
+@pytest.mark.slow
 def test_ranks_that_were_counted_wrongly_are_named(meeting: Meeting):
     port = free_port()
     meeting.start(0, 2, port)

@@ -41,6 +41,7 @@ def predicted_bytes(layout: Layout) -> dict[str, int]:
     return dict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "ranks", "stage", "precision", "steps", "more"), LAYOUTS)
 def test_memory_and_traffic_equal_a_real_step(
     world: int, ranks: int, stage: int, precision: str, steps: int, more: dict
@@ -152,6 +153,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)

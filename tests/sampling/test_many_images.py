@@ -75,6 +75,7 @@ def _make_on_a_rank(folder: Path, expert_parallel: int):
     return make(folder, topology=topology, batch=3, ranks=ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "expert_parallel"), [(2, 1), (2, 2), (4, 2)])
 def test_any_ranks_make_the_same_images(whole, tmp_path, world: int, expert_parallel: int):
     folder = tmp_path / "out"

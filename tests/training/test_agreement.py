@@ -135,6 +135,7 @@ def test_a_node_that_lags_takes_no_other_checkpoint(tmp_path: Path, looks: int):
         assert newest(config).name == "step-00000002"
 
 
+@pytest.mark.slow
 def test_another_manifest_on_one_node_is_named(tmp_path: Path):
     pack(tmp_path / "data")
     pack(tmp_path / "other", counts=[7, 5, 6, 8, 4, 7])

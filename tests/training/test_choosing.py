@@ -133,6 +133,7 @@ def test_nothing_whole_is_never_started_over_in_silence(run: Config):
     assert message.endswith("choose another output to start afresh")
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_is_told_and_removed(run: Config):
     folder = Path(run.output)
     (folder / ".step-00000003.tmp").mkdir()
@@ -203,6 +204,7 @@ def test_a_path_in_another_output_is_gone_on_with_by_the_same_command(run: Confi
     assert find_checkpoint(fork, path).origin == find_checkpoint(fork, "auto").origin
 
 
+@pytest.mark.slow
 def test_a_runs_folder_as_path_is_gone_on_with_although_it_has_newer_ones(
     run: Config, tmp_path: Path
 ):
@@ -212,6 +214,7 @@ def test_a_runs_folder_as_path_is_gone_on_with_although_it_has_newer_ones(
     assert find_checkpoint(fork, run.output).checkpoint == newest(fork)
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_of_the_output_is_gone_on_with_by_the_same_command(run: Config):
     folder = Path(run.output)
     older = f"{folder}/step-00000001"

@@ -61,6 +61,7 @@ def undo(config: Config, step: int) -> None:
     (output / f"evaluation/samples-{step:08d}.png").unlink()
 
 
+@pytest.mark.slow
 def test_what_a_kill_prevented_is_done_first(run: Config, trained: Config):
     """Here after the last step, where no training is left to be done."""
     undo(run, 4)

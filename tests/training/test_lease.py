@@ -117,6 +117,7 @@ def test_the_same_slurm_job_requeued_takes_over_at_once(tmp_path: Path, monkeypa
     assert "this is the same Slurm job, requeued" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -138,6 +139,7 @@ def test_on_another_host_the_heartbeat_decides(
     assert lease.STALE <= seconds_to_take(tmp_path) < lease.STALE + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 10**5, b"{}", b'{"pid": "x"}'])
 def test_a_lease_that_cannot_be_read_counts_like_any_other(
     tmp_path: Path, impatient, content: bytes
@@ -168,6 +170,7 @@ def test_of_many_that_take_over_one_wins(tmp_path: Path, impatient, monkeypatch)
     assert sorted(codes) == [0, 0, 0, 0, 0, 1]
 
 
+@pytest.mark.slow
 def test_between_look_and_file_the_folder_may_change_hands(tmp_path: Path, impatient, monkeypatch):
     """The stale lease was taken over and released, and a third run began, while we slept."""
     left(tmp_path, **ELSEWHERE)

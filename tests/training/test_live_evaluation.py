@@ -161,6 +161,7 @@ def _captioned(folder: Path, **changes: Any) -> Config:
     return _config(folder, **{**values, **changes})
 
 
+@pytest.mark.slow
 def test_a_text_model_is_judged_on_its_prompts(tmp_path: Path):
     config = _captioned(tmp_path, parallel__expert_parallel=2)
     train(config, world=2)
@@ -198,6 +199,7 @@ def test_what_captions_would_fail_on_is_refused_at_the_start(
         train(_captioned(tmp_path, **changes))
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_does_not_change_the_figures(tmp_path: Path):
     one = _config(tmp_path, output=str(tmp_path / "one"), moe__token_pool="global")
     two = _config(

@@ -158,6 +158,7 @@ def break_steps(rank: int) -> None:
     FlowMatching.loss, making.create_engine = infinite_loss, hooked_engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["micro_batch", "global"])
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path: Path, pool: str):
     """A learning rate far too large: weights overflow, every forward after that gives NaN."""

@@ -62,6 +62,7 @@ def test_a_run_of_captions_resumes_bit_for_bit(folder: Path):
     assert_identical(tensors(newest(parts)), tensors(newest(whole_run(folder))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 2)])
 def test_other_layouts_give_the_same_losses_and_weights(folder: Path, world: int, stage: int):
     config = other_run(folder, f"world{world}", parallel__zero_stage=stage)

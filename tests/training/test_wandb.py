@@ -103,6 +103,7 @@ def test_an_older_checkpoint_gets_a_page_of_its_own(tmp_path: Path):
     assert [line["samples"] for line in pages[second]] == [24, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
 def test_a_failing_wandb_stops_no_run(tmp_path: Path, moment: str):
     pack(tmp_path / "data")
@@ -158,6 +159,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
     os.environ.pop("WANDB_SERVICE", None)  # later processes would take this one's
 
 
+@pytest.mark.slow
 def test_a_page_of_an_older_version_goes_on(tmp_path: Path, quick: list[str]):
     """Its file held the id alone, and wandb's steps were samples."""
     (tmp_path / "run" / "wandb_id").write_text("53a5ea68")
