@@ -9,7 +9,7 @@ import pytest
 from diffmoe.cli import settings_of
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
-from tests.helpers.commands import ROOT
+from tests.helpers.processes import ROOT
 
 TOOLS = {
     "sample": ["run"],

@@ -11,7 +11,7 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.recipes import load_config, recipe_names
-from tests.helpers.recipes import refusal
+from tests.helpers.tiny import refusal
 
 # Counts of the paper's release, with MoE in every second block.
 PARAMETERS = {

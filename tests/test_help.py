@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 TOOLS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*.py"))
 COMMANDS = ["train.py", *TOOLS]

@@ -19,8 +19,8 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
 from diffmoe.sampling.latents import sample_latents
-from tests.helpers.commands import command, environment
 from tests.helpers.models import NAMES, exported
+from tests.helpers.processes import command, environment
 from tests.helpers.runs import newest
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import command
+from tests.helpers.processes import command
 from tests.helpers.tiny import tiny_config
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ import torch
 from diffmoe.config import Config
 from diffmoe.conversion.info import info
 from diffmoe.errors import UserError
-from tests.helpers.commands import command
 from tests.helpers.models import exported, release_file, release_state
+from tests.helpers.processes import command
 from tests.helpers.tiny import tiny_config
 
 

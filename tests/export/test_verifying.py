@@ -14,8 +14,8 @@ from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
 from diffmoe.export.writing import write_exported
 from diffmoe.training import init_from
-from tests.helpers.commands import command
 from tests.helpers.models import exported, flip_bytes, source_of
+from tests.helpers.processes import command
 from tests.helpers.runs import newest
 from tests.helpers.tiny import tiny_config
 

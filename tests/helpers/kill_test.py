@@ -17,7 +17,7 @@ from pathlib import Path
 
 from diffmoe.checkpoints.folder import leftovers, names, verify
 from diffmoe.config import Config
-from tests.helpers.processes import ranks_of
+from tests.helpers.ranks import ranks_of
 from tests.helpers.runs import assert_identical, clock, newest, pack, run_config, tensors, train
 
 WORLD = 2

@@ -1,97 +1,87 @@
-"""train.py on several ranks without a launcher that would end the others: to be killed one by one.
+"""Commands in processes of their own, as users start them; free ports; kills at a chosen call."""
 
-As srun starts them, but forked from a server that has imported everything: a second, not ten.
-"""
-
-import contextlib
-import multiprocessing
 import os
+import random
 import signal
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from diffmoe.config import Config
-from tests.helpers.commands import write_config
-from tests.helpers.ports import free_port
-from tests.helpers.ranks import _context
+
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "train.py")
 
 
-class Ranks:
-    """processes: by rank. Each writes what it tells into a file of its own."""
-
-    def __init__(
-        self,
-        config: Config,
-        world: int,
-        prepare: Callable[[int], None] | None = None,
-        arguments: tuple[str, ...] = (),
-    ) -> None:
-        """prepare: called on every rank before the command; can be sent to a process."""
-        joined = {
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
-        argv = ["--config", write_config(config), "--device", "cpu", *arguments]
-        self.logs = [Path(f"{config.output}.rank{rank}.log") for rank in range(world)]
-        for log in self.logs:  # of an earlier start
-            log.unlink(missing_ok=True)
-        self.processes: list[BaseProcess] = []
-        for rank in range(world):
-            own = {**joined, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _context.Process(target=_main, args=(argv, own, self.logs[rank], prepare))
-            process.start()
-            self.processes.append(process)
-
-    def told(self) -> str:
-        return "".join(log.read_text() for log in self.logs if log.exists())
-
-    def wait(self, seconds: float = 60) -> list[int | None]:
-        """Exit codes; None for a rank that is still there after that time."""
-        deadline = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        return [process.exitcode for process in self.processes]
-
-    def kill(self, *ranks: int) -> None:
-        for rank in ranks or range(len(self.processes)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.processes[rank].pid, signal.SIGKILL)
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what a launcher or an earlier test put there."""
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_MODE")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-@contextlib.contextmanager
-def ranks_of(config: Config, world: int, *more, **named) -> Iterator[Ranks]:
-    ranks = Ranks(config, world, *more, **named)
-    try:
-        yield ranks
-    finally:
-        ranks.kill()
-        ranks.wait()
+def command(*arguments: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT
+    )
 
 
-def _main(
-    argv: list[str],
-    environment: dict[str, str],
-    log: Path,
-    prepare: Callable[[int], None] | None,
-) -> None:
-    import torch
+def write_config(config: Config) -> str:
+    path = Path(config.output).with_suffix(".yaml")
+    path.write_text(config.to_yaml())
+    return str(path)
 
-    os.setpgid(0, 0)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ |= environment
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)
-    sys.argv = ["train.py", *argv]
-    import train
 
-    if prepare is not None:
-        prepare(int(environment["RANK"]))
-    code = train.main()
-    sys.stderr.flush()
-    os._exit(code)
+def wait_for_metrics(config: Config, seconds: float = 60) -> None:
+    path = Path(config.output) / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline, f"no metrics after {seconds} s"
+        time.sleep(0.1)
+
+
+BIN = Path(sys.executable).parent
+
+
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", TRAIN]
+
+
+def deepspeed() -> list[str]:
+    port = str(free_port())
+    return [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, TRAIN]
+
+
+def free_port() -> int:
+    """Below those that the kernel gives to outgoing connections, which could take it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def killed(work: Callable[[], Any], module: Any, name: str, at: int) -> bool:
+    """Do `work` in a process that kills itself at the `at`-th call of a module's function."""
+    process = os.fork()
+    if process == 0:
+        original, calls = getattr(module, name), [0]
+
+        def deadly(*arguments, **options):
+            calls[0] += 1
+            if calls[0] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(module, name, deadly)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL

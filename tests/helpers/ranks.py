@@ -1,18 +1,31 @@
-"""Runs a function on several real processes joined by gloo."""
+"""Real processes joined by gloo: `run_ranks` calls a function on each, `Ranks` runs train.py.
 
+Ranks start as srun starts them, without a launcher that would end the others, but are forked from
+a server that has imported everything: a second, not ten.
+"""
+
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-from tests.helpers.ports import free_port
+from diffmoe.config import Config
+from tests.helpers.processes import free_port, write_config
 
 _context = multiprocessing.get_context("forkserver")
 # Imported once, in the server from which every rank is forked.
-_context.set_forkserver_preload(["tests.helpers.ranks_preload"])
+_context.set_forkserver_preload(
+    ["megatron.core.parallel_state", "diffmoe.parallel.zero", "diffmoe.training.checkpoint"]
+)
 
 
 def run_ranks(
@@ -95,3 +108,83 @@ def _rank_main(
     finally:
         sender.close()
         os._exit(0)  # gloo may abort while the interpreter shuts down
+
+
+class Ranks:
+    """processes: by rank. Each writes what it tells into a file of its own."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: int,
+        prepare: Callable[[int], None] | None = None,
+        arguments: tuple[str, ...] = (),
+    ) -> None:
+        """prepare: called on every rank before the command; can be sent to a process."""
+        joined = {
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        argv = ["--config", write_config(config), "--device", "cpu", *arguments]
+        self.logs = [Path(f"{config.output}.rank{rank}.log") for rank in range(world)]
+        for log in self.logs:  # of an earlier start
+            log.unlink(missing_ok=True)
+        self.processes: list[BaseProcess] = []
+        for rank in range(world):
+            own = {**joined, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = _context.Process(
+                target=_train_main, args=(argv, own, self.logs[rank], prepare)
+            )
+            process.start()
+            self.processes.append(process)
+
+    def told(self) -> str:
+        return "".join(log.read_text() for log in self.logs if log.exists())
+
+    def wait(self, seconds: float = 60) -> list[int | None]:
+        """Exit codes; None for a rank that is still there after that time."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def kill(self, *ranks: int) -> None:
+        for rank in ranks or range(len(self.processes)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def ranks_of(config: Config, world: int, *more, **named) -> Iterator[Ranks]:
+    ranks = Ranks(config, world, *more, **named)
+    try:
+        yield ranks
+    finally:
+        ranks.kill()
+        ranks.wait()
+
+
+def _train_main(
+    argv: list[str],
+    environment: dict[str, str],
+    log: Path,
+    prepare: Callable[[int], None] | None,
+) -> None:
+    import torch
+
+    os.setpgid(0, 0)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= environment
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)
+    sys.argv = ["train.py", *argv]
+    import train
+
+    if prepare is not None:
+        prepare(int(environment["RANK"]))
+    code = train.main()
+    sys.stderr.flush()
+    os._exit(code)

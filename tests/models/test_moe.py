@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.models import routing
-from tests.helpers.layers import (
+from tests.helpers.tiny import (
     WAYS,
     WIDTH,
     one_after_the_other,

@@ -12,7 +12,7 @@ import pytest
 
 from diffmoe.errors import UserError
 from diffmoe.parallel.rendezvous import meet
-from tests.helpers.ports import free_port
+from tests.helpers.processes import free_port
 from tests.helpers.ranks import _context
 
 

@@ -11,7 +11,7 @@ from diffmoe.planning.layouts import Layout, layouts
 from diffmoe.planning.machine import Machine
 from diffmoe.planning.traffic import traffic
 from diffmoe.recipes import load_config
-from tests.helpers.commands import ROOT, command
+from tests.helpers.processes import ROOT, command
 
 XL = load_config("diffmoe_xl_e16_flow")
 

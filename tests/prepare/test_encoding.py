@@ -20,7 +20,7 @@ from diffmoe.prepare.encoding import encode_images
 from diffmoe.prepare.images import find_images, load_image
 from diffmoe.prepare.sharding import default_shards
 from diffmoe.work import Ranks
-from tests.helpers.killing import killed
+from tests.helpers.processes import killed
 from tests.helpers.shards import members
 
 

@@ -19,7 +19,7 @@ from diffmoe.prepare.text_features import encode_text
 from diffmoe.text.encoders import ByteEncoder, TransformersEncoder
 from diffmoe.work import Ranks
 from tests.helpers.captioned import captions_of, pack
-from tests.helpers.killing import killed
+from tests.helpers.processes import killed
 from tests.helpers.shards import FIELDS, array_of, members, tool
 
 

@@ -11,7 +11,7 @@ from diffmoe.planning.layouts import Layout
 from diffmoe.planning.machine import Machine
 from diffmoe.planning.sbatch import template_settings
 from diffmoe.recipes import load_config
-from tests.helpers.commands import ROOT
+from tests.helpers.processes import ROOT
 
 TEMPLATES = {"s": 1, "b": 1, "l": 1, "xl": 4}
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.cluster import Cluster, Job
-from tests.helpers.commands import ROOT
-from tests.helpers.jobs import SETTINGS, STEPS, TWO_NODES, newest, steps, submit
+from tests.helpers.cluster import SETTINGS, STEPS, TWO_NODES, Cluster, Job, newest, steps, submit
 from tests.helpers.pictures import NAME as EXTRACTOR
+from tests.helpers.processes import ROOT
 from tests.helpers.runs import assert_identical, pack, run_config, tensors, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]

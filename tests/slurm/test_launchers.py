@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ROOT, TRAIN, environment, write_config
-from tests.helpers.ports import free_port
+from tests.helpers.processes import ROOT, TRAIN, environment, free_port, write_config
 from tests.helpers.runs import metrics, newest, pack, run_config
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,8 @@ from diffmoe.errors import UserError, run_command
 from diffmoe.planning import submission
 from diffmoe.planning.machine import Machine
 from diffmoe.planning.sbatch import further_options, node_memory
-from tests.helpers.cluster import Cluster, Job
-from tests.helpers.commands import ROOT
-from tests.helpers.jobs import SETTINGS, steps
+from tests.helpers.cluster import SETTINGS, Cluster, Job, steps
+from tests.helpers.processes import ROOT
 from tests.helpers.runs import pack, run_config
 
 SUBMIT = str(ROOT / "tools/submit.py")

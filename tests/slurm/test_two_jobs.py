@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cluster import Cluster
-from tests.helpers.jobs import STEPS, newest, steps, submit
+from tests.helpers.cluster import STEPS, Cluster, newest, steps, submit
 from tests.helpers.runs import pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]

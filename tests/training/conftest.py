@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from diffmoe.errors import run_command
-from tests.helpers.commands import ROOT
+from tests.helpers.processes import ROOT
 
 TOOL = "tools/checkpoint.py"
 

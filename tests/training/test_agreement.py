@@ -9,8 +9,7 @@ import pytest
 
 from diffmoe.checkpoints.folder import names
 from diffmoe.parallel.agree import disagreements
-from tests.helpers.processes import ranks_of
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import ranks_of, run_ranks
 from tests.helpers.runs import metrics, newest, pack, run_config, train
 
 

@@ -14,7 +14,7 @@ from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.preflight import check_data
-from tests.helpers.commands import TRAIN, command, write_config
+from tests.helpers.processes import TRAIN, command, write_config
 from tests.helpers.runs import pack, run_config, train
 
 

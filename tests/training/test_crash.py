@@ -9,7 +9,7 @@ import pytest
 
 from diffmoe.checkpoints.folder import leftovers, names, verify
 from tests.helpers.kill_test import kill_many
-from tests.helpers.processes import ranks_of
+from tests.helpers.ranks import ranks_of
 from tests.helpers.runs import clock, metrics, newest, pack, run_config, train
 
 pytestmark = pytest.mark.slow

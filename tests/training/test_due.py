@@ -13,8 +13,8 @@ from diffmoe.evaluation import results
 from diffmoe.training import history
 from diffmoe.training.due import due
 from diffmoe.training.resume import find_checkpoint
-from tests.helpers.killing import killed
 from tests.helpers.pictures import NAME, pictures, write_files
+from tests.helpers.processes import killed
 from tests.helpers.runs import assert_identical, newest, pack, run_config, tensors, train
 
 

@@ -17,7 +17,6 @@ from diffmoe.checkpoints.profiles import (
     reconstruct,
 )
 from diffmoe.errors import UserError
-from tests.helpers.recipes import refusal
 from tests.helpers.runs import (
     SignalDuringStep,
     assert_identical,
@@ -28,6 +27,7 @@ from tests.helpers.runs import (
     tensors,
     train,
 )
+from tests.helpers.tiny import refusal
 
 EDM2 = (0.05, 0.10)
 

@@ -11,7 +11,7 @@ from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from tests.helpers.commands import command
+from tests.helpers.processes import command
 from tests.helpers.runs import newest, pack, run_config, tensors, train
 
 TOOL = "tools/checkpoint.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.commands import TORCHRUN, TRAIN, command, deepspeed, write_config
+from tests.helpers.processes import TORCHRUN, TRAIN, command, deepspeed, write_config
 from tests.helpers.runs import SAMPLES, metrics, newest, pack, run_config
 
 pytestmark = pytest.mark.slow

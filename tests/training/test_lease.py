@@ -15,8 +15,8 @@ import pytest
 from diffmoe.errors import UserError
 from diffmoe.training import lease
 from diffmoe.training.lease import Holder, Lease, hold
-from tests.helpers.commands import wait_for_metrics
-from tests.helpers.processes import ranks_of
+from tests.helpers.processes import wait_for_metrics
+from tests.helpers.ranks import ranks_of
 from tests.helpers.runs import metrics, newest, pack, run_config, train
 
 ELSEWHERE = {"host": "n17", "machine": "another boot", "pid": 4321}

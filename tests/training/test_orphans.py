@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from diffmoe.config import Config
-from tests.helpers.commands import (
+from tests.helpers.processes import (
     ROOT,
     TORCHRUN,
     TRAIN,
@@ -22,7 +22,7 @@ from tests.helpers.commands import (
     wait_for_metrics,
     write_config,
 )
-from tests.helpers.processes import ranks_of
+from tests.helpers.ranks import ranks_of
 from tests.helpers.runs import clock, metrics, newest, pack, run_config
 
 pytestmark = pytest.mark.slow

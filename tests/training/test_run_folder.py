@@ -14,7 +14,7 @@ from diffmoe.checkpoints.folder import complete, names, verify
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint, make_way
-from tests.helpers.commands import command
+from tests.helpers.processes import command
 from tests.helpers.runs import pack, run_config, train
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import TRAIN, command, environment, wait_for_metrics, write_config
-from tests.helpers.processes import ranks_of
+from tests.helpers.processes import TRAIN, command, environment, wait_for_metrics, write_config
+from tests.helpers.ranks import ranks_of
 from tests.helpers.runs import SignalDuringStep, clock, metrics, newest, pack, run_config, train
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,7 @@ import psutil
 import pytest
 
 from diffmoe.training import wandb_run
-from tests.helpers.commands import TRAIN, environment, write_config
-from tests.helpers.ports import free_port
+from tests.helpers.processes import TRAIN, environment, free_port, write_config
 from tests.helpers.runs import metrics, newest, pack, run_config, train
 
 

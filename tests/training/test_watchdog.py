@@ -12,8 +12,8 @@ import pytest
 from diffmoe.training import progress
 from diffmoe.training.progress import Progress
 from diffmoe.training.roll_call import State, not_arrived, verdict
-from tests.helpers.commands import wait_for_metrics
-from tests.helpers.processes import Ranks, ranks_of
+from tests.helpers.processes import wait_for_metrics
+from tests.helpers.ranks import Ranks, ranks_of
 from tests.helpers.runs import metrics, newest, pack, run_config
 
 pytestmark = pytest.mark.slow
