@@ -14,8 +14,9 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.sampling.many_images import identity
 from diffmoe.sampling.passes import noise_passes, real_examples, trajectory_passes
+from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.runs import pack
-from tests.helpers.tiny import CONFIG, network_of, tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 def taken(values: torch.Tensor, share: float) -> int:

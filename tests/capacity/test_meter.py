@@ -8,7 +8,8 @@ from diffmoe.capacity.meter import CapacityMeter, activated_parameters, merged
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting
 from diffmoe.recipes import load_config
-from tests.helpers.tiny import CONFIG, network_of, tiny_config
+from tests.helpers.networks import CONFIG, network_of
+from tests.helpers.tiny import tiny_config
 
 
 def forward(time: float, *counts: tuple[int, int], tokens: int = 8) -> Forward:

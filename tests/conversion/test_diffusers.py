@@ -21,7 +21,8 @@ from diffmoe.export.sources import Source
 from diffmoe.export.writing import write_exported
 from tests.helpers.autoencoders import autoencoder
 from tests.helpers.models import flip_bytes, source_of
-from tests.helpers.tiny import network_of, tiny_config
+from tests.helpers.networks import network_of
+from tests.helpers.tiny import tiny_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

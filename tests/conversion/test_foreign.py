@@ -28,7 +28,8 @@ from tests.helpers.models import (
     release_state,
     source_of,
 )
-from tests.helpers.tiny import BYTES, network_of, tiny_config
+from tests.helpers.networks import network_of
+from tests.helpers.tiny import BYTES, tiny_config
 
 FLOW = Options(objective="flow", heads=4, num_classes=10)
 KIND = {"ecdit": "ECDiT", "tcdit": "TCDiT", "dense": "DiT"}

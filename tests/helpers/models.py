@@ -11,7 +11,8 @@ from diffmoe.config import Config
 from diffmoe.export.metadata import parse_metadata
 from diffmoe.export.sources import Source
 from diffmoe.export.writing import write_exported
-from tests.helpers.tiny import network_of, tiny_config
+from tests.helpers.networks import network_of
+from tests.helpers.tiny import tiny_config
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 DIFFMOE = [

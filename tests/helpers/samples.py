@@ -7,7 +7,8 @@ import numpy as np
 from diffmoe.data.autoencoders import PixelAutoencoder
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.sampling.many_images import SampleRequest, generate, shard_arrays
-from tests.helpers.tiny import network_of, tiny_config
+from tests.helpers.networks import network_of
+from tests.helpers.tiny import tiny_config
 
 RGB = tiny_config(model__in_channels=3)
 

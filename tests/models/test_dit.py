@@ -10,7 +10,8 @@ from diffmoe.models.dit import DiT, DiTOutput
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import Topology
 from diffmoe.training.thresholds import ThresholdTracker
-from tests.helpers.tiny import examples, randomize, tiny_config
+from tests.helpers.networks import examples
+from tests.helpers.tiny import randomize, tiny_config
 
 INFERENCE = ["per_token", "pooled", "static"]
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from diffmoe.models import experts as experts_module
 from diffmoe.models.experts import Experts
-from tests.helpers.tiny import one_after_the_other
+from tests.helpers.networks import one_after_the_other
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.models import routing
-from tests.helpers.tiny import (
-    WAYS,
-    WIDTH,
-    one_after_the_other,
-    tiny_layer,
-    tokens,
-)
+from tests.helpers.networks import WAYS, WIDTH, one_after_the_other, tiny_layer, tokens
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor | None]:

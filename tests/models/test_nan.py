@@ -10,16 +10,15 @@ from torch import Tensor
 
 from diffmoe.models import routing
 from diffmoe.models.dit import DiT
-from tests.helpers.tiny import (
+from tests.helpers.networks import (
     WAYS,
     examples,
     one_after_the_other,
     random_scores,
-    randomize,
-    tiny_config,
     tiny_layer,
     tokens,
 )
+from tests.helpers.tiny import randomize, tiny_config
 
 BROKEN, OTHERS = 1, [0, 2, 3]
 ALONE = [way for way in WAYS if way[0] != "diffmoe" or way[1:] == ("per_token", False)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffmoe.models import routing
 from diffmoe.models.routing import expert_capacity
-from tests.helpers.tiny import random_scores
+from tests.helpers.networks import random_scores
 
 
 def mask(*rows: str) -> Tensor:

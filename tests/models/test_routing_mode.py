@@ -5,7 +5,8 @@ import torch
 
 from diffmoe.errors import UserError
 from diffmoe.models.routing_mode import RoutingMode
-from tests.helpers.tiny import CONFIG, network_of, tiny_config
+from tests.helpers.networks import CONFIG, network_of
+from tests.helpers.tiny import tiny_config
 
 LOG_ODDS = torch.arange(8.0).view(2, 4)
 

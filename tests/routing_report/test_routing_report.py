@@ -18,8 +18,9 @@ from diffmoe.routing_report.page import write_page
 from diffmoe.sampling.latents import sample_latents
 from diffmoe.sampling.passes import noise_passes
 from tests.helpers.models import NAMES, exported
+from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.runs import pack
-from tests.helpers.tiny import CONFIG, network_of, tiny_config
+from tests.helpers.tiny import tiny_config
 
 RGB = tiny_config(model__in_channels=3)
 LABELS = [0, 1, 2, 3, 4, 0, 1]

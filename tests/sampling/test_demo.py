@@ -22,9 +22,10 @@ from diffmoe.data.manifest import TextContent
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.sampling.dial import Dial
 from diffmoe.sampling.passes import trajectory_passes
+from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.processes import free_port
 from tests.helpers.runs import pack, run_config, train
-from tests.helpers.tiny import BYTES, CONFIG, network_of, tiny_config
+from tests.helpers.tiny import BYTES, tiny_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,10 +18,11 @@ from diffmoe.sampling.formats import write_adm, write_png
 from diffmoe.sampling.images import EvaluationCount, grid
 from diffmoe.sampling.many_images import SampleRequest, generate, shard_arrays
 from diffmoe.work import Ranks
+from tests.helpers.networks import network_of
 from tests.helpers.processes import killed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.samples import ORDER, RGB, SETTINGS, images_of, make
-from tests.helpers.tiny import network_of, tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:

@@ -12,8 +12,9 @@ from diffmoe.errors import UserError
 from diffmoe.parallel.topology import create_topology
 from diffmoe.sampling.latents import fitted, sample_latents
 from diffmoe.text.prompts import asked, encoder_of
+from tests.helpers.networks import CONFIG, DDPM, network_of
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import BYTES, CONFIG, DDPM, network_of, tiny_config
+from tests.helpers.tiny import BYTES, tiny_config
 
 LABELS = [0, 1, 2, 3, 4, 0]
 SETTINGS = [

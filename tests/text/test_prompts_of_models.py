@@ -18,7 +18,8 @@ from diffmoe.sampling.latents import sample_latents
 from diffmoe.sampling.many_images import SampleRequest, generate, shard_arrays
 from diffmoe.text.prompts import Prompts, asked, encoder_of, read_captions
 from tests.helpers.models import exported
-from tests.helpers.tiny import BYTES, network_of, tiny_config
+from tests.helpers.networks import network_of
+from tests.helpers.tiny import BYTES, tiny_config
 
 CONFIG = tiny_config(model__in_channels=3, model__text=BYTES)
 CLASSES = tiny_config(model__in_channels=3)
