@@ -8,8 +8,7 @@ import pytest
 
 from tests.helpers.processes import command
 from tests.helpers.tiny import tiny_config
-
-pytestmark = pytest.mark.slow
+from tests.helpers.tools import forked
 
 COMMANDS = {
     "train": (
@@ -58,6 +57,7 @@ def run(part: str, folder: Path, *options: str) -> dict:
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", COMMANDS)
 def test_every_part_writes_its_figures(part: str, tmp_path: Path):
     options, names = COMMANDS[part]
@@ -83,12 +83,13 @@ def test_every_part_writes_its_figures(part: str, tmp_path: Path):
     ],
 )
 def test_what_cannot_be_measured_or_written_is_refused_at_once(words: list[str], message: str):
-    told = command(sys.executable, "tools/benchmark.py", *words)
+    told = forked("tools/benchmark.py", *words)
     assert told.returncode == 2
     assert message in told.stderr
     assert "Traceback" not in told.stderr
 
 
+@pytest.mark.slow
 def test_growth_writes_points_slopes_and_a_picture(tmp_path: Path):
     picture = tmp_path / "growth.png"
     options = ("--growth", "--rounds", "1", "--largest", "256", "--plot", str(picture))

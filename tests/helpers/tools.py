@@ -1,19 +1,53 @@
 """The tools, run as users run them."""
 
+import multiprocessing
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from tests.helpers.ranks import _context
 
 ROOT = Path(__file__).parents[2]
 
 
 def command(*words: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    start = [sys.executable, *launcher]
-    words = [str(word) for word in words]
-    return subprocess.run([*start, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """Without a launcher it is forked from a server that has imported torch, as ranks are: most of
+    a short command's time is that import.
+    """
+    if not launcher:
+        return forked(*words)
+    start = [sys.executable, *launcher, *map(str, words)]
+    return subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def told(*words: str | Path, launcher: tuple[str, ...] = ()) -> str:
     done = command(*words, launcher=launcher)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def forked(tool: str, *words: str | Path) -> subprocess.CompletedProcess:
+    arguments = [tool, *map(str, words)]
+    with tempfile.TemporaryDirectory() as folder:
+        process = _context.Process(target=_tool_main, args=(arguments, dict(os.environ), folder))
+        process.start()
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, 120)
+        out, err = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+
+
+def _tool_main(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    multiprocessing.set_start_method("fork", force=True)  # as in a plain process
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
