@@ -256,8 +256,8 @@ def test_a_run_ends_well_although_wandbs_process_hangs(tmp_path: Path):
     config = run_config(tmp_path, 200, logging__wandb=True)
     hooked = (
         "import runpy, sys\n"
-        "from diffmoe.training import peers, wandb_run\n"
-        "wandb_run.FINISH_SECONDS, peers.SILENCE = 3.0, 3.0\n"
+        "from diffmoe.training import wandb_run, watchdog\n"
+        "wandb_run.FINISH_SECONDS, watchdog.SILENCE = 3.0, 3.0\n"
         f"sys.argv[0] = {TRAIN!r}\n"
         f"runpy.run_path({TRAIN!r}, run_name='__main__')"
     )
