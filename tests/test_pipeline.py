@@ -167,7 +167,7 @@ def test_load_and_pipeline_refuse_the_same_types(dtype, folder: Path, single_run
 
 
 def test_what_is_neither_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="is no complete checkpoint"):
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
         diffmoe.load(tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
         _ = diffmoe.Pipelin

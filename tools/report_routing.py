@@ -116,7 +116,7 @@ def main() -> None:
         out,
         f"Experts of {options.run}",
         {
-            "trained on": f"{snapshot.clock['samples']:,} samples",
+            "trained on": f"{snapshot.clock.samples:,} samples",
             "capacity C": f"{average:.3f}",
             "parameters at work": f"{activated_parameters(network, average) / 1e6:.2f} million",
             "of all": f"{network.parameter_count() / 1e6:.2f} million",

@@ -194,7 +194,7 @@ def _picture(
             progress=lambda done: bar.update(round(done) - bar.n),
         )
     grid(images, options.each).save(out)
-    print(f"{len(labels)} samples at {snapshot.clock['samples']} training samples: {out}")
+    print(f"{len(labels)} samples at {snapshot.clock.samples} training samples: {out}")
     _tell_capacity(snapshot.network, capacity)
     if options.sampler == "dopri5":
         print(counted.told(counted.mean))
@@ -249,9 +249,7 @@ def _folder(
         written = write_png(folder)
     elif options.format == "adm":
         written = write_adm(folder, options.num_samples, tuple(made.manifest["image_shape"]))
-    print(
-        f"{options.num_samples} samples at {snapshot.clock['samples']} training samples: {written}"
-    )
+    print(f"{options.num_samples} samples at {snapshot.clock.samples} training samples: {written}")
     _tell_capacity(network, made.capacity)
     if "evaluations" in made.manifest:
         print(EvaluationCount.told(made.manifest["evaluations"]))

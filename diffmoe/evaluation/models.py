@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffmoe.capacity.thresholds import set_capacity
-from diffmoe.checkpoints.folder import complete, names
+from diffmoe.checkpoints.folder import find_complete, names
 from diffmoe.config import Config
 from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.diffusion.settings import SamplingSettings
@@ -93,7 +93,7 @@ def sample_model(
         return None
     about = {
         "model": str(model),
-        "clock": snapshot.clock,
+        "clock": snapshot.clock.model_dump(),
         "sampler": settings.chosen_sampler(config),
         "capacity_measured": made.capacity and made.capacity.average,
         "sampling": {"batch": batch, "device": str(device), "ranks": ranks.world},
@@ -135,4 +135,4 @@ def snapshots(run: Path) -> list[Path]:
     by_step |= {name.partition("-")[2]: run / name for name in names(run, "ema")}
     if not by_step:
         raise UserError(f"{run} holds no snapshots ema-* or step-*; give a run's folder")
-    return [complete(by_step[step]) for step in sorted(by_step)]
+    return [find_complete(by_step[step]) for step in sorted(by_step)]

@@ -29,7 +29,7 @@ def check(
     preflight.check(config, given, nodes * gpus_per_node)
     output = Path(config.output)
     if folder.names(output):
-        check_configuration(folder.complete(output), config, [])
+        check_configuration(folder.find_complete(output), config, [])
     planned = plan(Layout(config, nodes, gpus_per_node, Zero.of(given)), machine)
     if not planned.fits_gpu:
         raise UserError(

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmoe.checkpoints.folder import names, prune, reading, set_aside, verify
+from diffmoe.checkpoints.checksums import find_damage
+from diffmoe.checkpoints.folder import names
+from diffmoe.checkpoints.lifecycle import prune, reading, set_aside
 from diffmoe.checkpoints.network import load_network
 from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.config import Config
@@ -49,7 +51,7 @@ def test_a_run_leaves_whole_checkpoints_and_nothing_else(run: Config):
     ]
     assert (output / "latest").read_text() == "step-00000006"
     for path in output.glob("*-*"):
-        assert verify(path) == []
+        assert find_damage(path) == []
         listed = json.loads((path / "checksums.json").read_text())["files"]
         assert sorted(listed) == ["__0_0.distcp", "__1_0.distcp", "index.json", "run.json"]
         assert {file.name for file in path.iterdir()} == {*listed, "checksums.json"}
@@ -80,7 +82,8 @@ def _checkpoint(folder: Path, step: int) -> None:
     path.mkdir(parents=True)
     clock = {"step": step, "samples": 10 * step, "skipped": 0}
     keys = {"clock": clock, "optimizer_steps": step, "saved_by": {"world": 1}}
-    text = json.dumps({**keys, "config": {}, "latents": {}})
+    config = {"parallel": {"expert_parallel": 1, "zero_stage": 1}, "training": {"batch_size": 10}}
+    text = json.dumps({**keys, "config": config, "latents": {}})
     (path / "run.json").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     files = {"run.json": {"bytes": len(text), "sha256": digest}}
