@@ -225,10 +225,10 @@ def test_a_chain_keeps_its_options_and_fails_if_it_ends_before_the_run(
         job.end()
     logs = [(run / f"submitted/diffmoe-s-{job.number}.out").read_text() for job in jobs]
     assert jobs[0].field("JobState") == "COMPLETED", logs[0]
-    assert "job 1/2 of the chain ends; the next one goes on" in logs[0]
+    assert "job 1/2 of the chain ends; the next one resumes" in logs[0]
     assert jobs[1].field("JobState") == "FAILED", logs[1]
     assert jobs[1].field("ExitCode") == "85:0"
     assert (
-        f"error: the chain's last job ends, and the run is not done: {8 * steps(run)} of 480 "
-        "samples; submit the same again, it goes on"
+        f"error: the chain's last job ends, and the run is not finished: {8 * steps(run)} of 480 "
+        "samples; submit the same command again to resume"
     ) in logs[1]

@@ -160,17 +160,19 @@ def test_retention_leaves_what_is_being_read(tmp_path: Path):
 
 
 def test_loading_a_network_counts_as_reading(run: Config, monkeypatch: pytest.MonkeyPatch):
-    from diffmoe.training import checkpoint
+    from diffmoe.checkpoints import network
 
-    file, read = newest(run) / "checksums.json", checkpoint.read
+    file, read, reads = newest(run) / "checksums.json", network.read_pieces, []
 
     def locked(*values, **named):
         with open(file, "r+b") as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        reads.append(file)
         return read(*values, **named)
 
-    monkeypatch.setattr(checkpoint, "read", locked)
+    monkeypatch.setattr(network, "read_pieces", locked)
     load_network(newest(run))
+    assert reads == [file]
 
 
 def test_the_copy_is_what_the_step_left_whatever_the_next_one_does(tmp_path: Path):
@@ -214,7 +216,7 @@ def slow_disk(rank: int) -> None:
     from diffmoe.training import async_save
     from diffmoe.training.telemetry import Telemetry
 
-    write, step, begin = async_save.write, Telemetry.step, async_save.Saver.begin
+    write, step, begin = async_save.write_pieces, Telemetry.step, async_save.Saver.begin
     stepped = threading.Event()
 
     def note(folder: Path, event: str) -> None:
@@ -239,7 +241,7 @@ def slow_disk(rank: int) -> None:
         stepped.clear()
         begin(*values)
 
-    async_save.write, Telemetry.step, async_save.Saver.begin = slow, stepping, beginning
+    async_save.write_pieces, Telemetry.step, async_save.Saver.begin = slow, stepping, beginning
 
 
 def test_what_is_copied_and_no_more(tmp_path: Path):
