@@ -171,12 +171,12 @@ def _picture(
 
     from diffmoe.digits.nearest_neighbor import digit_agreement
     from diffmoe.sampling.images import EvaluationCount, grid, sample_images
-    from diffmoe.work import writable
+    from diffmoe.work import ensure_writable
 
     out = Path(options.out or "grid.png")
     if out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {out}: end it in .png or another kind of picture")
-    writable(out.parent)
+    ensure_writable(out.parent)
     wanted = range(len(prompts)) if prompts else classes or [0]
     labels = [label for label in wanted for _ in range(options.each)]
     counted = EvaluationCount()

@@ -12,7 +12,7 @@ from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
-from diffmoe.npz_files import npz_header, npz_rows, read_npz
+from diffmoe.npz_files import npz_rows, npz_shape, read_npz
 from diffmoe.prepare.decoding import WHITE, Color
 from diffmoe.prepare.images import EXTENSIONS, image_files, read_image
 from diffmoe.redaction import printable
@@ -145,7 +145,7 @@ def _samples(folder: Path) -> ImageSet:
 
 def _adm(file: Path) -> ImageSet:
     """`arr_0` and, where it is there, `arr_1`, of ADM's evaluator."""
-    header = npz_header(file, "arr_0")
+    header = npz_shape(file, "arr_0")
     if header is None:
         raise UserError(f"{file} holds no arr_0, so no images")
     if not header or header[0] < 1:
@@ -153,7 +153,7 @@ def _adm(file: Path) -> ImageSet:
 
     def parts() -> Iterator[Part]:
         labels, done = None, 0
-        if npz_header(file, "arr_1") is not None:
+        if npz_shape(file, "arr_1") is not None:
             labels = read_npz(file, "arr_1")["arr_1"]
             if labels.shape != header[:1]:
                 raise UserError(f"{file}: arr_1 of shape {labels.shape} labels {header[0]} images")
