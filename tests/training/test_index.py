@@ -73,6 +73,9 @@ def test_an_old_run_goes_on_and_is_saved_anew(old: Path):
     ]
     with open_checkpoint(run / old.name) as a, open_checkpoint(new) as b:
         assert all(d.problem is None for d in compare(a, b))
+    before, after = (json.loads((run / name / "run.json").read_text()) for name in (old.name, new))
+    assert list(after) == list(before)  # the stored names, in their order
+    assert list(after["saved_by"]) == list(before["saved_by"])
 
 
 def test_what_is_written_is_what_torch_would_have_known(tmp_path: Path):
