@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from diffmoe.capacity.thresholds import set_capacity
 from diffmoe.checkpoints.folder import find_complete, names
+from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.diffusion.settings import SamplingSettings
@@ -23,10 +24,13 @@ from diffmoe.work import Ranks
 
 
 class Sampled(NamedTuple):
-    """folder: of the finished samples. about: for the result, beside what samples.json tells."""
+    """folder: of the finished samples. about: for the result, beside what samples.json tells.
+    clock: of the model's training.
+    """
 
     folder: Path
     about: dict[str, Any]
+    clock: Clock
 
 
 def sample_model(
@@ -105,7 +109,7 @@ def sample_model(
             say(differing)
     if "evaluations" in made.manifest:
         say(EvaluationCount.told(made.manifest["evaluations"]))
-    return Sampled(folder, about)
+    return Sampled(folder, about, snapshot.clock)
 
 
 def check_judges(
