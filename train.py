@@ -59,13 +59,13 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    from diffmoe import launcher
     from diffmoe.errors import UserError
-    from diffmoe.terminal import outlive_terminal
+    from diffmoe.process import launcher
+    from diffmoe.process.terminal import ignore_output_errors
 
     arguments = parse()
-    outlive_terminal()
-    launcher.remember()
+    ignore_output_errors()
+    launcher.find_launchers()
     try:
         return run(arguments)
     except UserError as error:
@@ -76,11 +76,11 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from diffmoe import scratch
+    from diffmoe.process.scratch import use_scratch_folder
     from diffmoe.recipes import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    scratch.enter(keep_compiled=config.training.compile)
+    use_scratch_folder(keep_compiled=config.training.compile)
     if arguments.device:
         os.environ["DS_ACCELERATOR"] = arguments.device  # read while DeepSpeed is imported
     from diffmoe.training.start import start
@@ -104,7 +104,7 @@ def fail(message: str, code: int, may_be_a_peer: bool = False) -> NoReturn:
     # Before that, a wrong setting is told once a machine, a crash by each rank.
     if code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
-    from diffmoe.ending import end_process
+    from diffmoe.process.exit import end_process
 
     sys.stdout.flush()
     end_process(code)

@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend, and how commands tell it."""
+"""The exception for errors that a user can fix, and how commands report it."""
 
 import io
 import sys
@@ -12,14 +12,15 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """A wrong setting, file or folder: the message names it, its value and the way out."""
+    """A wrong setting, file or folder. The message names it, its value, and what to do."""
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a tool. A UserError is printed alone, without a traceback, and exits with code 2.
+    """Run a tool's main function and exit.
 
-    Ctrl-C exits with 130: every tool goes on where it was, or has changed nothing. What is no text,
-    as the names of files may be, is printed as escapes.
+    UserError: prints the message without a traceback, exit code 2. Ctrl-C: exit code 130; every
+    tool can be interrupted, as it resumes where it was or has changed nothing. Bytes that are not
+    text, as in names of files, are printed as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -30,7 +31,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except UserError as error:
-        told = "\n".join(printable(line) for line in str(error).split("\n"))
-        print(f"error: {told}", file=sys.stderr)
+        message = "\n".join(printable(line) for line in str(error).split("\n"))
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     sys.exit(0)

@@ -1,7 +1,7 @@
-"""SHA-256 of large files, each read once per machine and remembered.
+"""SHA-256 of large files, computed once per machine and cached.
 
-Remembered are host, path, size and times of a file, in $XDG_CACHE_HOME/diffmoe (~/.cache/diffmoe),
-which may be deleted at any time.
+The cache is in $XDG_CACHE_HOME/diffmoe (default ~/.cache/diffmoe) and may be deleted at any time.
+Its key is host and path; an entry is valid as long as the file's size and times stay the same.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from typing import BinaryIO
 
 from diffmoe.files import sha256_of
 
-# Bytes of a file that is not worth an entry.
+# Files of fewer bytes are not cached.
 _SMALL = 1 << 20
 
 
 def cached_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal; read unless it is known and unchanged since.
+    """SHA-256 of a file, in hexadecimal, from the cache if the file has not changed.
 
-    Processes that ask for the same file at once wait for one of them to read it. Where the cache's
-    folder cannot be written, files are read each time. Raises OSError where the file cannot be.
+    Of several processes that ask for the same file at once, one reads it and the others wait. If
+    the cache cannot be written, the file is read each time. Raises OSError if it cannot be read.
     """
     path = Path(path)
     if path.stat().st_size < _SMALL:
@@ -32,14 +32,18 @@ def cached_sha256(path: str | Path) -> str:
     with _entry(path) as entry:
         if entry is None:
             return sha256_of(path)
-        # The time of change, too: a copy may carry the old time of modification.
+        # ctime, too: a copied file may keep the old time of modification.
         found = path.stat()
         state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
         try:
             known = json.loads(entry.read())
             if known["state"] == state:
                 return str(known["sha256"])
-        except (ValueError, TypeError, KeyError):  # new, or a kill has torn it
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+        ):  # new, or a write was interrupted
             pass
         digest = sha256_of(path)
         text = json.dumps({"path": str(path.resolve()), "state": state, "sha256": digest})
@@ -51,7 +55,7 @@ def cached_sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def _entry(path: Path) -> Iterator[BinaryIO | None]:
-    """The file's entry, locked; None where there can be none."""
+    """The file's cache entry, open and locked; None if the cache cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     key = json.dumps([socket.gethostname(), str(path.resolve())])
     folder = Path(home) / "diffmoe" / "sha256"
@@ -63,6 +67,6 @@ def _entry(path: Path) -> Iterator[BinaryIO | None]:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(entry, fcntl.LOCK_EX)
             entry.seek(0)
-        except (OSError, RuntimeError):  # RuntimeError: no home
+        except (OSError, RuntimeError):  # RuntimeError: no home directory
             entry = None
         yield entry

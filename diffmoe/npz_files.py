@@ -1,6 +1,6 @@
-"""Arrays in npy and npz files: whole, or by rows where 50,000 images are 10 GB.
+"""Arrays in npy and npz files, read whole, or by rows (50,000 images are 10 GB).
 
-np.load trusts the sizes that a file tells; these readers hold them against its bytes first.
+np.load trusts the sizes in a file's headers; these readers first check them against its bytes.
 """
 
 import ast
@@ -11,24 +11,33 @@ import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from diffmoe.errors import UserError
 from diffmoe.files import check_unpacked, open_regular, replacing
 
-_GROWTH = 20  # of packed arrays, unpacked; images and statistics stay far below
-_PART = 256 << 20  # bytes of rows that are read at a time, and of one row at most
-_HEADER = 10_000  # bytes of a header, as numpy has it
-# What damaged zip and npy files end in; RuntimeError is of encrypted ones and unknown methods.
+_GROWTH = 20  # largest ratio of unpacked to packed size; images and statistics are far below
+_PART = 256 << 20  # bytes of rows read at a time, and limit of one row
+_HEADER = 10_000  # limit of a header in bytes, as numpy's
+# What damaged zip and npy files raise; RuntimeError: encryption or an unknown compression method.
 _DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-def read_npz(file: Path, *names: str) -> dict[str, np.ndarray]:
-    """The arrays of these names, as far as they are there; all if none is given; read-only.
+class _Header(NamedTuple):
+    """Of an npy file. order: C or F. elements: how many."""
 
-    Raises UserError for what is no npz file, is damaged, or unpacks to many times its size.
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+    elements: int
+
+
+def read_npz(file: Path, *names: str) -> dict[str, np.ndarray]:
+    """Arrays by name, read-only: those of `names` that exist, or all if no name is given.
+
+    Raises UserError for a file that is not npz, is damaged, or unpacks to many times its size.
     """
     found = {}
     try:
@@ -38,24 +47,24 @@ def read_npz(file: Path, *names: str) -> dict[str, np.ndarray]:
                 if not names or name in names:
                     found[name] = decode_npy(archive.read(entry))
     except _DAMAGE as error:
-        raise UserError(f"{file} is no readable npz file ({error}); copy it again") from None
+        raise UserError(f"{file} is not a readable npz file ({error}); copy it again") from None
     return found
 
 
-def npz_header(file: Path, name: str) -> tuple[int, ...] | None:
-    """The shape of an array, None where the file has none of this name."""
+def npz_shape(file: Path, name: str) -> tuple[int, ...] | None:
+    """The shape of an array; None if the file has none of this name."""
     try:
         with open_regular(file) as stream, _opened(stream) as archive:
             if f"{name}.npy" not in archive.namelist():
                 return None
             with archive.open(f"{name}.npy") as member:
-                return _header(member, archive.getinfo(f"{name}.npy").file_size)[1]
+                return _header(member, archive.getinfo(f"{name}.npy").file_size).shape
     except _DAMAGE as error:
-        raise UserError(f"{file} is no readable npz file ({error})") from None
+        raise UserError(f"{file} is not a readable npz file ({error})") from None
 
 
 def npz_rows(file: Path, name: str, step: int = 1000) -> Iterator[np.ndarray]:
-    """An array's rows, at most `step` at a time. Raises UserError where they cannot be read so."""
+    """An array's rows, at most `step` at a time. Raises UserError if they cannot be read."""
     try:
         with (
             open_regular(file) as stream,
@@ -67,10 +76,10 @@ def npz_rows(file: Path, name: str, step: int = 1000) -> Iterator[np.ndarray]:
         raise UserError(f"{file}: {name} is damaged ({error}); copy it again") from None
 
 
-def _rows(member: BinaryIO, size: int, step: int) -> Iterator[np.ndarray]:
+def _rows(member: IO[bytes], size: int, step: int) -> Iterator[np.ndarray]:
     dtype, shape, order, _ = _header(member, size)
     if order == "F" or not shape:
-        raise ValueError("it is no plain array in C order; write it by np.savez")
+        raise ValueError("it is not a plain array in C order; write it with np.savez")
     row = math.prod(shape[1:]) * dtype.itemsize
     if row > _PART:
         raise ValueError(f"a row of shape {shape[1:]} has {row:,} bytes")
@@ -84,15 +93,16 @@ def _rows(member: BinaryIO, size: int, step: int) -> Iterator[np.ndarray]:
 
 
 def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Arrays by name, uncompressed: whole or not at all, and on the disk."""
+    """Atomically write arrays by name, uncompressed and fsynced."""
     with replacing(file) as stream:
-        np.savez(stream, **arrays)
+        np.savez(stream, **arrays)  # type: ignore[arg-type]  # its stubs take names for options
 
 
 def decode_npy(raw: bytes) -> np.ndarray:
-    """What np.load gives for the bytes of an npy file; read-only. Raises ValueError.
+    """The array in the bytes of an npy file, read-only, as np.load returns it.
 
-    np.load spends most of its time on parsing the header, and all headers of a shard are alike.
+    Faster than np.load, which spends most of its time on parsing the header: parsed headers are
+    cached, and all samples of a shard have the same one. Raises ValueError.
     """
     wide, length = _lengths(raw)
     start = wide + length
@@ -101,8 +111,8 @@ def decode_npy(raw: bytes) -> np.ndarray:
     return np.frombuffer(raw, dtype, offset=start).reshape(shape, order=order)
 
 
-def _header(member: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ...], str, int]:
-    """What `_parsed` gives, of a member of so many bytes."""
+def _header(member: IO[bytes], size: int) -> _Header:
+    """The header of an npy file of `size` bytes, which it must fit."""
     begin = member.read(12)
     wide, length = _lengths(begin)
     parsed = _parsed((begin + member.read(wide + length - 12))[wide:])
@@ -110,16 +120,16 @@ def _header(member: BinaryIO, size: int) -> tuple[np.dtype, tuple[int, ...], str
     return parsed
 
 
-def _check_size(size: int, start: int, parsed: tuple[np.dtype, tuple[int, ...], str, int]) -> None:
-    dtype, _, _, count = parsed
-    if size != start + count * dtype.itemsize:
-        raise ValueError(f"{size} bytes instead of {start + count * dtype.itemsize}")
+def _check_size(size: int, start: int, header: _Header) -> None:
+    expected = start + header.elements * header.dtype.itemsize
+    if size != expected:
+        raise ValueError(f"{size} bytes instead of {expected}")
 
 
 def _lengths(raw: bytes) -> tuple[int, int]:
-    """Where an npy header begins, and its length."""
+    """Offset and length of an npy header."""
     if raw[:6] != b"\x93NUMPY" or len(raw) < 12:
-        raise ValueError("no npy file")
+        raise ValueError("not an npy file")
     wide = raw[6] > 1  # version 1.0 has a length of 2 bytes, later ones of 4
     (length,) = struct.unpack_from("<I" if wide else "<H", raw, 8)
     if length > _HEADER:
@@ -128,20 +138,19 @@ def _lengths(raw: bytes) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _parsed(header: bytes) -> tuple[np.dtype, tuple[int, ...], str, int]:
-    """Type, shape, order and number of elements that an npy header tells."""
+def _parsed(header: bytes) -> _Header:
     try:
         fields = ast.literal_eval(header.decode("latin1"))
         dtype, shape = np.dtype(fields["descr"]), tuple(map(int, fields["shape"]))
-        order = "F" if fields.get("fortran_order") else "C"
-    # Deep nesting ends the parser with MemoryError or RecursionError.
+        order: Literal["C", "F"] = "F" if fields.get("fortran_order") else "C"
+    # Deep nesting makes the parser raise MemoryError or RecursionError.
     except Exception as error:
         raise ValueError(f"a broken npy header: {type(error).__name__}: {error}") from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects, not numbers")
     if min(shape, default=0) < 0 or len(shape) > 32 or not dtype.itemsize:
         raise ValueError(f"an array of shape {shape} and type {dtype}")
-    return dtype, shape, order, math.prod(shape)
+    return _Header(dtype, shape, order, math.prod(shape))
 
 
 def _opened(stream: BinaryIO) -> zipfile.ZipFile:

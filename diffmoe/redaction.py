@@ -1,4 +1,4 @@
-"""What may be shown of an address or a name: no secrets, and nothing that a terminal would obey."""
+"""Text made safe to show and store: no secrets, no control characters for a terminal."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ from pathlib import Path
 
 HIDDEN = "***"
 _PIPE = "pipe:"
-# A password may hold raw slashes (AWS secrets do), unless what follows the colon is a port.
+# A password may contain raw slashes (AWS secrets do), unless a port follows the colon.
 _ADDRESS = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)"
     r"(?P<user>[^\s/?#'\"]*@|[^\s/?#@:'\"]*:(?!\d+[/?#])[^\s'\"]*@)?"
@@ -17,11 +17,11 @@ _ADDRESS = re.compile(
 
 
 def redact(location: str) -> str:
-    """A location of data, a URL or `pipe:COMMAND`, without what may be a secret.
+    """A location of data (URL or `pipe:COMMAND`) without anything that may be a secret.
 
-    Of URLs, anywhere in a text, user and password go, the values of a query and the fragment. Of a
-    command stay its program, its first plain words, names of flags, URLs and what names the shard.
-    A local path is returned as it is.
+    In URLs, anywhere in the text, user, password, query values and fragment are hidden. Of a
+    command remain the program, its first plain words, names of flags, URLs, and the shard's
+    placeholder. A local path is returned unchanged.
     """
     if location.startswith(_PIPE):
         return _PIPE + _redact_command(location.removeprefix(_PIPE))
@@ -29,9 +29,9 @@ def redact(location: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """The text with absolute paths cut to their last part."""
+    """The text with absolute paths shortened to their last part."""
     text = re.sub(r"file://\S*", _last_part, text)
-    # Up to a comma, a semicolon or a quote: folders have spaces in their names.
+    # Up to a comma, semicolon or quote: names of folders may contain spaces.
     return re.sub(r"(?<![^\s'\"=(])~?/[^,;'\"\n]*", _last_part, text)
 
 
@@ -40,7 +40,7 @@ def _last_part(found: re.Match[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what is not printable: control characters, newlines, bad UTF-8."""
+    """The text with everything unprintable escaped: control characters, newlines, bad UTF-8."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text
@@ -57,7 +57,7 @@ def _redact_address(found: re.Match[str]) -> str:
 
 
 def _redact_value(part: str) -> str:
-    """`name=value`, or a value alone."""
+    """part: `name=value`, or a value alone."""
     name, equals, _ = part.partition("=")
     return f"{name}={HIDDEN}" if equals else HIDDEN
 
@@ -68,7 +68,7 @@ def _redact_command(command: str) -> str:
     except ValueError:  # unbalanced quotes
         return HIDDEN
     shown: list[str] = []
-    after_flag = False  # from there a plain word may be a password
+    after_flag = False  # from here on a plain word may be a password
     for word in words:
         if word.startswith("-") and word != "-":
             after_flag = True

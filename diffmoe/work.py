@@ -1,7 +1,7 @@
-"""Work in parts that any number of processes share and that goes on after a kill at any moment.
+"""Work that is split into parts, shared by any number of processes, and resumable at any time.
 
-A hidden folder keeps the plan, which says what every part is, and a record of each finished part,
-written after the part itself: whatever lacks a record is made again.
+A hidden folder keeps the plan, which defines the parts, and a record of each finished part, written
+after the part itself. Parts without a record are made again.
 """
 
 import json
@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 from diffmoe.errors import UserError
 from diffmoe.files import read_json, temporary_name, write_json
 
-# Moving a file takes far less: a claim that is older belongs to a process that is no more.
+# Moving a file takes far less, so an older claim belongs to a process that has died.
 CLAIM_SECONDS = 5.0
 
 
 class Ranks(NamedTuple):
-    """This process among those that share the work; they need no process group."""
+    """This process among those that share the work. They need no process group."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        """From torchrun's variables, or those of srun."""
+        """From the environment variables of torchrun or srun; without these, a single process."""
         for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
             if rank in os.environ and world in os.environ:
                 return cls(int(os.environ[rank]), int(os.environ[world]))
@@ -34,7 +34,7 @@ class Ranks(NamedTuple):
 
 
 class Records:
-    """The plan and the records of the work in `directory`, kept in its hidden folder `name`."""
+    """Plan and records of the work in `directory`, stored in its hidden folder `name`."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.folder = directory, directory / name
@@ -44,20 +44,20 @@ class Records:
         return (self.folder / "plan.json").exists()
 
     def begin(self, plan: dict[str, Any], way_out: str) -> None:
-        """Store the plan, or see that the one that is there is the same.
+        """Store the plan, or compare it with the stored one.
 
-        Raises UserError naming what differs, and `way_out`.
+        Raises UserError naming what differs, and `way_out`, what to do then.
         """
         stored = self.folder / "plan.json"
         if not stored.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(stored, plan)
-        there = read_json(stored)
+        before = read_json(stored)
         plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         differing = [
-            f"{key}: {there.get(key)} there, {plan.get(key)} now"
-            for key in sorted(there.keys() | plan.keys())
-            if there.get(key) != plan.get(key)
+            f"{key}: {before.get(key)} there, {plan.get(key)} now"
+            for key in sorted(before.keys() | plan.keys())
+            if before.get(key) != plan.get(key)
         ]
         if differing:
             raise UserError(
@@ -83,7 +83,7 @@ class Records:
 
 
 def write_json_once(file: Path, value: Any) -> bool:
-    """As write_json, but only if the file is not there; whether this process wrote it."""
+    """As write_json, unless the file exists. Returns whether this process wrote it."""
     temporary = temporary_name(file)
     write_json(temporary, value)
     try:
@@ -91,20 +91,20 @@ def write_json_once(file: Path, value: Any) -> bool:
     except FileExistsError:
         return False
     except OSError:  # a file system without hard links
-        return _claimed(file) and _moved(temporary, file)
+        return _claim_file(file) and _move_claimed(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
     return True
 
 
-def _claimed(file: Path) -> bool:
-    """Whether this process may write the file: of those that ask at once, one may."""
-    patience = time.monotonic() + CLAIM_SECONDS
+def _claim_file(file: Path) -> bool:
+    """Claim the right to write the file. Of several processes at once, one gets it."""
+    deadline = time.monotonic() + CLAIM_SECONDS
     while not file.exists():
         try:
             _claim(file).touch(exist_ok=False)
         except FileExistsError:
-            if time.monotonic() > patience:  # left by a process that was killed
+            if time.monotonic() > deadline:  # left behind by a process that was killed
                 return True
             time.sleep(0.05)
         else:
@@ -112,8 +112,8 @@ def _claimed(file: Path) -> bool:
     return False
 
 
-def _moved(temporary: Path, file: Path) -> bool:
-    """Move it there, unless another process has done so before this one had its claim."""
+def _move_claimed(temporary: Path, file: Path) -> bool:
+    """Move it there, unless another process did so before this one had its claim."""
     try:
         if file.exists():
             return False
@@ -127,8 +127,8 @@ def _claim(file: Path) -> Path:
     return file.with_name(f"{file.name}.claim")
 
 
-def writable(directory: Path) -> None:
-    """Make a folder and see that it can be written, before work begins. Raises UserError."""
+def ensure_writable(directory: Path) -> None:
+    """Create a folder and test that it can be written, before work begins. Raises UserError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = temporary_name(directory / "probe")
@@ -138,12 +138,12 @@ def writable(directory: Path) -> None:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from None
 
 
-def remove_torn(directory: Path) -> None:
-    """Remove temporary files of this machine's processes that are no longer alive."""
-    for torn in directory.glob(f"*.{socket.gethostname()}-*.tmp"):
-        process = torn.name.rsplit("-", 1)[1].removesuffix(".tmp")
+def remove_stale_files(directory: Path) -> None:
+    """Remove temporary files of processes of this machine that have died."""
+    for file in directory.glob(f"*.{socket.gethostname()}-*.tmp"):
+        process = file.name.rsplit("-", 1)[1].removesuffix(".tmp")
         if process.isdecimal() and not _alive(int(process)):
-            torn.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

@@ -1,46 +1,47 @@
 # shellcheck shell=bash
-# Sourced by the job scripts beside it; all that they share. `sbatch slurm/train_xl.sh` from the
-# repository's folder needs nothing more than an account and a partition, where the cluster asks for
-# them (sbatch --account=A --partition=P, or SBATCH_ACCOUNT and SBATCH_PARTITION). The rest:
+# Shared by the job scripts in this folder, which source it. `sbatch slurm/train_xl.sh` from the
+# repository's folder needs only an account and a partition, if the cluster requires them (sbatch
+# --account=A --partition=P, or SBATCH_ACCOUNT and SBATCH_PARTITION). Optional variables:
 #
-#   DIFFMOE_DATA       folder of shards: becomes data.path
-#   DIFFMOE_RUN        folder of the run: becomes output; default runs/RECIPE
-#   DIFFMOE_RECIPE     a recipe's name or a YAML file instead of the script's own
-#   DIFFMOE_VENV       virtual environment, or prefix of a Python; default .venv where there is one
+#   DIFFMOE_DATA       folder of shards; sets data.path
+#   DIFFMOE_RUN        folder of the run; sets output; default runs/RECIPE
+#   DIFFMOE_RECIPE     recipe name or YAML file; default the script's own recipe
+#   DIFFMOE_VENV       virtual environment, or prefix of a Python; default .venv if it exists
 #   DIFFMOE_CONTAINER  command before python, such as "apptainer exec --nv diffmoe.sif"
-#   DIFFMOE_HOME       the repository, where it is not the folder that sbatch was called in
-#   DIFFMOE_INTERFACE  network interface of NCCL and gloo, such as ib0; default their own choice
+#   DIFFMOE_HOME       the repository; default the folder that sbatch was called in
+#   DIFFMOE_INTERFACE  network interface for NCCL and gloo, such as ib0; default their own choice
 #   DIFFMOE_MASTER     address of rank 0; default the first node's name
-#   DIFFMOE_PORT       rank 0's port; default from the job's number
-#   DIFFMOE_CHAIN      set by tools/submit.py --chain: the chain's name; jobs do not requeue, and
-#   DIFFMOE_LINK       NUMBER/ALL, this job's: stopped, it ends well, since the next one goes on; the
-#                      last one fails if the run is not done
+#   DIFFMOE_PORT       port of rank 0; default derived from the job's number
+#   DIFFMOE_CHAIN      name of the chain, set by tools/submit.py --chain; its jobs do not requeue
+#   DIFFMOE_LINK       this job's place in the chain, NUMBER/COUNT. A job that is stopped early
+#                      succeeds, as the next one resumes; the last one fails if work is left
 #
 # Arguments of the script go to train.py: sbatch slurm/train_xl.sh training.precision=bf16
-# With sbatch --export=NONE, or chosen variables, these too must be chosen; tools/submit.py writes
-# them into the script.
+# With sbatch --export=NONE, or a list of variables, these have to be exported explicitly;
+# tools/submit.py writes them into the script instead.
 #
-# Launch: one task per GPU by srun, each becomes the rank of its number. torchrun, one a node, would
-# be a second supervisor: it keeps USR1 to itself and turns every exit code into 1, and train.py's
-# 85 (saved, asked to stop) is what tells a preemption from a failure.
+# Launch: srun starts one task per GPU, and each is the rank of the same number. torchrun on every
+# node would not do: it does not forward USR1 and turns every exit code into 1, but train.py's exit
+# code 85 (saved because it was asked to stop) is what tells a preemption from a failure.
 #
-# Ends: 0 finished. USR1 (Slurm sends it before the time limit and before preemption) makes the run
-# save, and the job requeues itself. A lost node makes Slurm requeue it. scancel makes the run save
-# (within the cluster's KillWait) and ends it. Any other failure ends the job with the traceback in
-# its log. Three starts of a job in a row without a new checkpoint end it too, whatever ended them:
-# RUN/slurm-starts counts each before anything else is done, and says how the last one ended.
+# How a job ends: 0 finished. On USR1 (sent by Slurm before the time limit and before preemption)
+# the run saves and the job requeues itself. If a node is lost, Slurm requeues the job. On scancel
+# the run saves (within the cluster's KillWait) and the job ends. On any other failure the job ends
+# with the traceback in its log. It also ends after three starts in a row without a new checkpoint,
+# whatever stopped them: RUN/slurm-starts counts a start before anything else is done, and records
+# how the last one ended.
 
-DIFFMOE_STARTS=3           # without a new checkpoint
-SAVED=85                   # train.py's exit code
-SIGNALLED=$((128 + 10))    # what dies of USR1: not listening for it, or not yet
+DIFFMOE_STARTS=3           # allowed without a new checkpoint
+SAVED=85                   # exit code of train.py
+SIGNALLED=$((128 + 10))    # exit code of a process that USR1 killed: it had no handler (yet)
 
 asked=0
-trap 'asked=1' USR1 # it may come before there are ranks to hand it to
+trap 'asked=1' USR1 # may arrive before there are ranks to forward it to
 cd "${DIFFMOE_HOME:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
 
-# diffmoe_port JOB [LOW HIGH]: a port outside LOW..HIGH, from which the kernel takes ports of its
-# own for outgoing connections (default: /proc/sys/net/ipv4/ip_local_port_range). Jobs whose numbers
-# differ by less than the count of free ports (22,768 with Linux's 32768..60999) get different ones.
+# diffmoe_port JOB [LOW HIGH]: a port outside of LOW..HIGH, the range that the kernel uses for
+# outgoing connections (default: /proc/sys/net/ipv4/ip_local_port_range). Jobs whose numbers differ
+# by less than the number of remaining ports (22,768 for Linux's 32768..60999) get different ports.
 diffmoe_port() {
     local job=$1 low=${2:-} high=${3:-} first=10000 last=65535
     [ -n "$low" ] || read -r low high </proc/sys/net/ipv4/ip_local_port_range
@@ -54,7 +55,7 @@ diffmoe_port() {
     echo $((first + job % (last - first + 1)))
 }
 
-# Enters the environment, and exports how the ranks find each other.
+# diffmoe_environment: activates the environment and exports the rendezvous address.
 diffmoe_environment() {
     local venv=${DIFFMOE_VENV:-}
     [ -z "$venv" ] && [ -e .venv/bin/activate ] && venv=.venv
@@ -74,8 +75,9 @@ diffmoe_environment() {
     export PYTHONUNBUFFERED=1
 }
 
-# diffmoe_ranks LOGS PYTHON_ARGUMENTS...: the same on every task, each rank's output in a file of
-# LOGS, rank 0's also here. USR1 is handed on. Returns the ranks' highest exit code; sets `asked`.
+# diffmoe_ranks LOGS PYTHON_ARGUMENTS...: runs the same command on every task. Each rank's output
+# goes to a file in LOGS, that of rank 0 also to this job's log. Forwards USR1, after which `asked`
+# is set. Returns the highest exit code of the ranks.
 diffmoe_ranks() {
     local logs=$1 step follower code
     shift
@@ -83,11 +85,11 @@ diffmoe_ranks() {
     : >"$logs/rank-0000.log"
     tail -n +1 -F "$logs/rank-0000.log" 2>/dev/null &
     follower=$!
-    # Slurm signals the tasks itself when a job is canceled; this shell stays to tell the end.
+    # When a job is canceled, Slurm signals the tasks itself; this shell stays to report the end.
     trap : TERM
-    # Variables of a task's own are expanded by the task. The first rank to fail tells why, and the
-    # others end by themselves: --wait is for those that cannot. --export: what was exported here
-    # reaches the tasks whatever sbatch was told to export.
+    # Per-task variables are expanded in the task. The first rank to fail reports why, and the
+    # others exit by themselves; --wait is for those that cannot. --export=ALL: what was exported
+    # here reaches the tasks even if sbatch was given another --export.
     # shellcheck disable=SC2016,SC2086
     srun --mpi=none --export=ALL --kill-on-bad-exit=0 --wait=120 --open-mode=append \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
@@ -97,21 +99,22 @@ diffmoe_ranks() {
             exec "$@"' rank ${DIFFMOE_CONTAINER:-} python "$@" &
     step=$!
     trap 'asked=1; kill -USR1 "$step"' USR1
-    ((asked)) && kill -USR1 "$step" # it came while srun was started
+    ((asked)) && kill -USR1 "$step" # arrived while srun was being started
     wait "$step"
     code=$?
-    while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
+    while kill -0 "$step" 2>/dev/null; do # a signal interrupts `wait`, not the step
         wait "$step"
         code=$?
     done
     trap '' USR1
-    sleep 1 # for the follower to catch up
+    sleep 1 # let the follower catch up
     kill "$follower"
     wait "$follower" 2>/dev/null
     return "$code"
 }
 
-# diffmoe_tracebacks LOGS: of the ranks that told a failure, but rank 0, which was followed.
+# diffmoe_tracebacks LOGS: prints the ends of the logs of failed ranks, except rank 0's, which is in
+# this job's log already.
 diffmoe_tracebacks() {
     local log
     grep -lE '^(error:|\[rank [0-9]+\]|Traceback)' "$1"/rank-*.log |
@@ -121,28 +124,28 @@ diffmoe_tracebacks() {
     done
 }
 
-# diffmoe_count_start FOLDER PROGRESS: fails if the last DIFFMOE_STARTS starts of this job all found
-# the same progress, and says how the last one ended.
+# diffmoe_count_start FOLDER PROGRESS: counts this start. Fails if the last DIFFMOE_STARTS starts of
+# this job all began at the same progress, and prints how the last one ended.
 diffmoe_count_start() {
     local record=$1/slurm-starts now="${DIFFMOE_CHAIN:-$SLURM_JOB_ID} $2"
     local job='' progress='' starts=0 ended=''
     [ -e "$record" ] && { read -r job progress starts && read -r ended; } <"$record"
     if [ "$job $progress" != "$now" ]; then starts=0; fi
     if ((starts >= DIFFMOE_STARTS)); then
-        echo "error: $DIFFMOE_STARTS starts of this job in a row came no further than '$2'." \
-            "The last one ${ended:-was ended from outside (a lost node, KILL, out of memory)}." \
-            "See $1/logs, then submit it again" >&2
+        echo "error: $DIFFMOE_STARTS starts of this job in a row made no progress beyond '$2'." \
+            "The last one ${ended:-was killed from outside (lost node, SIGKILL, out of memory)}." \
+            "See $1/logs, then submit the job again" >&2
         return 1
     fi
     echo "$now $((starts + 1))" >"$record"
 }
 
-# diffmoe_ended FOLDER HOW: what diffmoe_count_start is to tell of this start.
+# diffmoe_ended FOLDER HOW: records how this start ended, for diffmoe_count_start.
 diffmoe_ended() {
     echo "$2" >>"$1/slurm-starts"
 }
 
-# diffmoe_reached RUN: samples so far and in all, of the newest checkpoint.
+# diffmoe_reached RUN: prints the samples of the newest checkpoint and of the whole run.
 diffmoe_reached() {
     local checkpoint=start samples total
     [ -e "$1/latest" ] && checkpoint=$(<"$1/latest")
@@ -152,7 +155,7 @@ diffmoe_reached() {
 }
 
 # diffmoe_job FOLDER PROGRESS PYTHON_ARGUMENTS...: the whole job; does not return.
-# FOLDER: for its logs. PROGRESS: a word that changes when the work gets on.
+# FOLDER: for its logs. PROGRESS: a word that changes whenever the job makes progress.
 diffmoe_job() {
     local folder=$1 progress=$2 code
     local logs=$folder/logs/job-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} link=${DIFFMOE_LINK:-}
@@ -166,18 +169,18 @@ diffmoe_job() {
     code=$?
     if ((asked)) && ((code == SAVED || code == SIGNALLED)); then
         if ((code == SAVED)); then
-            echo "stopped in time, and saved"
+            echo "stopped early, progress is saved"
         else
             diffmoe_ended "$folder" "was asked to stop (USR1: time limit or preemption) after \
-${SECONDS} s, too early to save anything; give it more time (sbatch --time)"
-            echo "warning: stopped after $SECONDS s, too early to save anything"
+${SECONDS} s, before it could save anything; give it more time (sbatch --time)"
+            echo "warning: stopped after $SECONDS s, before anything could be saved"
         fi
         if [ -n "${DIFFMOE_CHAIN:-}" ] && [ "${link%/*}" != "${link#*/}" ]; then
-            echo "job $link of the chain ends; the next one goes on"
+            echo "job $link of the chain ends; the next one resumes"
             exit 0
         elif [ -n "${DIFFMOE_CHAIN:-}" ]; then
-            echo "error: the chain's last job ends, and the run is not done:" \
-                "$(diffmoe_reached "$folder"); submit the same again, it goes on" >&2
+            echo "error: the chain's last job ends, and the run is not finished:" \
+                "$(diffmoe_reached "$folder"); submit the same command again to resume" >&2
             exit "$SAVED"
         fi
         echo "requeueing job $SLURM_JOB_ID"
@@ -185,9 +188,9 @@ ${SECONDS} s, too early to save anything; give it more time (sbatch --time)"
             sleep 60 # until Slurm ends this shell
             exit "$SAVED"
         fi
-        echo "error: this cluster does not requeue; submit the same again, it goes on" >&2
+        echo "error: this cluster does not requeue; submit the same command again to resume" >&2
     elif ((code == SAVED)); then
-        echo "saved; submit the same again and it goes on"
+        echo "saved; submit the same command again to resume"
     elif ((code)); then
         diffmoe_ended "$folder" "failed with code $code"
         diffmoe_tracebacks "$logs" >&2
@@ -196,7 +199,7 @@ ${SECONDS} s, too early to save anything; give it more time (sbatch --time)"
     exit "$code"
 }
 
-# diffmoe_train RECIPE [train.py's arguments]
+# diffmoe_train RECIPE [ARGUMENTS OF train.py]
 diffmoe_train() {
     local recipe=${DIFFMOE_RECIPE:-$1} run latest=start argument
     shift
@@ -204,7 +207,7 @@ diffmoe_train() {
     run=${DIFFMOE_RUN:-runs/${run%.y*ml}}
     for argument; do
         if [[ $argument == output=* ]]; then
-            echo "error: $argument: give the run's folder as DIFFMOE_RUN=${argument#output=}" >&2
+            echo "error: $argument: set the run's folder by DIFFMOE_RUN=${argument#output=}" >&2
             exit 2
         fi
     done
@@ -213,10 +216,10 @@ diffmoe_train() {
         ${DIFFMOE_DATA:+"data.path=$DIFFMOE_DATA"} "output=$run" "$@"
 }
 
-# diffmoe_tool OUT tools/NAME.py ARGUMENTS...: one that goes on by itself. OUT: the folder it fills.
+# diffmoe_tool OUT tools/NAME.py ARGUMENTS...: runs a tool that resumes by itself. OUT: its output.
 diffmoe_tool() {
     local out=${1%/} files
     shift
-    files=$(find "$out" -type f ! -name '*.tmp' 2>/dev/null | wc -l) # those are what kills left
+    files=$(find "$out" -type f ! -name '*.tmp' 2>/dev/null | wc -l) # *.tmp: unfinished
     diffmoe_job "$out-job" "$files-files" "$@"
 }

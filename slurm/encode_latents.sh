@@ -1,6 +1,6 @@
 #!/bin/bash
-# Images to latents on one node of 8 GPUs; any number will do, each makes its share. The
-# autoencoder and a batch of 32 images need few GB a GPU. Stopped, it goes on where it was.
+# Encode images as latents on one node of 8 GPUs (or any number of nodes and GPUs). The autoencoder
+# and a batch of 32 images need a few GB per GPU. If stopped, it resumes where it was.
 #SBATCH --job-name=diffmoe-encode
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -13,8 +13,8 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.out
 ##SBATCH --account=YOURS --partition=YOURS
-# Needs DIFFMOE_IMAGES, class folders or tars, and DIFFMOE_DATA, the data folder to write. Arguments
-# go to tools/encode_latents.py: --vae stabilityai/sd-vae-ft-mse (a folder, without network).
+# Needs DIFFMOE_IMAGES (class folders or tars) and DIFFMOE_DATA (the folder to write). Arguments go
+# to tools/encode_latents.py: --vae stabilityai/sd-vae-ft-mse (or a folder, without network).
 source "${DIFFMOE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 images=${DIFFMOE_IMAGES:?set it to the folder of images}
 data=${DIFFMOE_DATA:?set it to the data folder to write}

@@ -1,10 +1,10 @@
 #!/bin/bash
 # DiffMoE-B-E16-Flow, batch 256, TF32, on one node of 8 GPUs:
 #   python tools/plan.py --recipe b_e16 --nodes 1 --expert-parallel 8 --zero-stage 2
-# says 11.6 GB a GPU and 0.043 s a step at best, so 700,000 steps need over 8 hours; the job
-# requeues itself every 24. 200 GB of a node's memory hold 8 ranks, what they copy to save, and the
-# readers.
-# Settings go behind: sbatch slurm/train_b.sh training.precision=bf16 (the rest: common.sh)
+# says 11.6 GB per GPU and 0.043 s per step at best, so 700,000 steps need over 8 hours; the job
+# requeues itself every 24. 200 GB of host memory are enough for 8 ranks, their copies for saving,
+# and the data workers.
+# Append settings: sbatch slurm/train_b.sh training.precision=bf16 (see also common.sh)
 #SBATCH --job-name=diffmoe-b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,12 +1,12 @@
 #!/bin/bash
 # DiffMoE-S-E16-Flow, batch 256, TF32, on one node of 8 GPUs:
 #   python tools/plan.py --recipe s_e16 --nodes 1 --expert-parallel 8 --zero-stage 2
-# says 6.4 GB a GPU and 0.015 s a step at best, so 700,000 steps need over 3 hours; the job
-# requeues itself every 24. 200 GB of a node's memory hold 8 ranks, what they copy to save, and the
-# readers.
-# One GPU is enough too: sbatch --ntasks-per-node=1 --gpus-per-node=1 slurm/train_s.sh \
+# says 6.4 GB per GPU and 0.015 s per step at best, so 700,000 steps need over 3 hours; the job
+# requeues itself every 24. 200 GB of host memory are enough for 8 ranks, their copies for saving,
+# and the data workers.
+# One GPU suffices: sbatch --ntasks-per-node=1 --gpus-per-node=1 slurm/train_s.sh \
 #   parallel.expert_parallel=1
-# Settings go behind: sbatch slurm/train_s.sh training.precision=bf16 (the rest: common.sh)
+# Append settings: sbatch slurm/train_s.sh training.precision=bf16 (see also common.sh)
 #SBATCH --job-name=diffmoe-s
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,11 +1,11 @@
 #!/bin/bash
 # DiffMoE-XL-E16-Flow, batch 256, TF32, on 4 nodes of 8 GPUs:
 #   python tools/plan.py --recipe xl_e16 --nodes 4 --expert-parallel 8 --zero-stage 2
-# says 14.0 GB a GPU and 0.146 s a step at best, so 700,000 steps need over 28 hours; the job
-# requeues itself every 24. 200 GB of a node's memory hold 8 ranks, what they copy to save, and the
-# readers.
-# One node is enough for memory (38.5 GB a GPU); four are for time.
-# Settings go behind: sbatch slurm/train_xl.sh training.precision=bf16 (the rest: common.sh)
+# says 14.0 GB per GPU and 0.146 s per step at best, so 700,000 steps need over 28 hours; the job
+# requeues itself every 24. 200 GB of host memory are enough for 8 ranks, their copies for saving,
+# and the data workers.
+# One node has enough memory (38.5 GB per GPU); four are faster.
+# Append settings: sbatch slurm/train_xl.sh training.precision=bf16 (see also common.sh)
 #SBATCH --job-name=diffmoe-xl
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

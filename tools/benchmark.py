@@ -109,7 +109,7 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raise UserError for what could not be written after minutes of measuring."""
-    from diffmoe.work import writable
+    from diffmoe.work import ensure_writable
 
     plot = getattr(options, "plot", None)
     if plot is not None:
@@ -121,7 +121,7 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise UserError('--plot needs matplotlib: pip install -e ".[eval]"')
     for file in (plot, options.json):
         if file is not None:
-            writable(file.parent)
+            ensure_writable(file.parent)
 
 
 def measure_reading(options: argparse.Namespace, report: Report) -> None:

@@ -63,12 +63,12 @@ def main() -> None:
     from diffmoe.sampling.latents import fitted
     from diffmoe.sampling.many_images import SampleRequest
     from diffmoe.sampling.passes import noise_passes, trajectory_passes
-    from diffmoe.work import writable
+    from diffmoe.work import ensure_writable
 
     device = setup_device(options.device)
     folder = locate(options.run)
     weights = weights_of(folder, options.weights)
-    writable(folder)
+    ensure_writable(folder)
     snapshot = open_network(folder, weights, device=device)
     network, config = snapshot.network, snapshot.config
     settings = None

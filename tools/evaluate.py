@@ -176,7 +176,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
         )
         if made is not None:
             images = open_images(made.folder).expect(options.num_samples)
-            print(f"{model}, {made.about['clock']['samples']} training samples")
+            print(f"{model}, {made.clock.samples} training samples")
             judge.tell(images, out, made.about)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,12 +1,12 @@
-"""Will it fit, and how to spread it: memory, traffic, operations and time of a run on a machine.
+"""Estimate memory, traffic, FLOPs and time of a run on a machine, and recommend a layout.
 
   python tools/plan.py --recipe xl_e16 --nodes 4 --gpus-per-node 8 --gpu-memory 80
   python tools/plan.py --recipe l_e8 --nodes 1 --expert-parallel 8 --micro-batch 32 \\
       training.precision=bf16
 
-Without --expert-parallel, --zero-stage or --micro-batch all choices are tried, with and without
-activation checkpointing, and one is recommended. Needs neither a GPU nor the data. Settings are
-written as for train.py. With --ds_config, what DeepSpeed offloads is counted on the host.
+Without --expert-parallel, --zero-stage or --micro-batch all possible values are tried, each with
+and without activation checkpointing. Needs neither a GPU nor the data. Settings are written as for
+train.py. With --ds_config, optimizer states that DeepSpeed offloads count as host memory.
 """
 
 import argparse
@@ -22,28 +22,34 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--recipe", required=True, help="a recipe or YAML file; xl_e16 is diffmoe_xl_e16_flow"
+        "--recipe",
+        required=True,
+        help="recipe name or YAML file; xl_e16 stands for diffmoe_xl_e16_flow",
     )
     parser.add_argument("--nodes", type=int, default=1, help="default 1")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default 8")
-    parser.add_argument("--ds_config", metavar="JSON", help="its offload, buckets and stage count")
-    parser.add_argument("--expert-parallel", type=int, metavar="P")
-    parser.add_argument("--zero-stage", type=int, choices=[1, 2])
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="samples of a GPU at a time")
+    parser.add_argument(
+        "--ds_config", metavar="JSON", help="DeepSpeed JSON; its offload, buckets and stage count"
+    )
+    parser.add_argument("--expert-parallel", type=int, metavar="P", help="default: try all")
+    parser.add_argument("--zero-stage", type=int, choices=[1, 2], help="default: try both")
+    parser.add_argument(
+        "--micro-batch", type=int, metavar="N", help="samples per GPU and forward; default: try all"
+    )
     default = Machine()
-    card = parser.add_argument_group("the machine; defaults: H100, NVLink, 400 Gbit/s a GPU")
+    card = parser.add_argument_group("the machine (defaults: H100, NVLink, 400 Gbit/s per GPU)")
     for flag, value, unit in (
-        ("--gpu-memory", default.memory / 1e9, "GB"),
-        ("--tflops-bf16", default.flops_bf16 / 1e12, "TFLOP/s that products reach"),
-        ("--tflops-fp32", default.flops_fp32 / 1e12, "TFLOP/s that products reach"),
-        ("--within", default.within / 1e9, "GB/s of a GPU inside its node"),
-        ("--between", default.between / 1e9, "GB/s of a GPU between nodes"),
+        ("--gpu-memory", default.memory / 1e9, "GB per GPU"),
+        ("--tflops-bf16", default.flops_bf16 / 1e12, "TFLOP/s that matrix products achieve"),
+        ("--tflops-fp32", default.flops_fp32 / 1e12, "TFLOP/s that matrix products achieve"),
+        ("--within", default.within / 1e9, "GB/s per GPU inside a node"),
+        ("--between", default.between / 1e9, "GB/s per GPU between nodes"),
         ("--device-bandwidth", default.device / 1e9, "GB/s of a GPU's own memory"),
-        ("--host-bandwidth", default.host / 1e9, "GB/s of a GPU to its host, for offloaded states"),
+        ("--host-bandwidth", default.host / 1e9, "GB/s between GPU and host, for offloaded states"),
     ):
         card.add_argument(flag, type=float, default=value, help=f"{unit}; default {value:g}")
     card.add_argument(
-        "--node-memory", type=float, metavar="GB", help="of a job's host; default not compared"
+        "--node-memory", type=float, metavar="GB", help="host memory per node; default: unlimited"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -51,9 +57,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from diffmoe.planning.estimate import plan, recommended
-    from diffmoe.planning.layouts import Zero, layouts
-    from diffmoe.planning.telling import detail, table
+    from diffmoe.planning.estimate import plan, recommend
+    from diffmoe.planning.layouts import Zero, possible_layouts
+    from diffmoe.planning.report import plan_details, plan_table
     from diffmoe.recipes import load_config
 
     name = options.recipe
@@ -76,7 +82,7 @@ def main() -> None:
         device=options.device_bandwidth * 1e9,
         host=options.host_bandwidth * 1e9,
     )
-    choices = layouts(
+    choices = possible_layouts(
         config,
         options.nodes,
         options.gpus_per_node,
@@ -87,8 +93,8 @@ def main() -> None:
     )
     plans = [plan(layout, machine) for layout in choices]
     print(f"{name}, {options.nodes} nodes x {options.gpus_per_node} GPUs\n")
-    print(table(plans))
-    best = detail(recommended(plans), machine.node_memory)
+    print(plan_table(plans))
+    best = plan_details(recommend(plans), machine.node_memory)
     print(f"\nrecommended: {best}\n\n{machine.assumptions()}")
 
 

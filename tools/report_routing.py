@@ -71,12 +71,12 @@ def main() -> None:
     from diffmoe.sampling.latents import fitted
     from diffmoe.sampling.many_images import SampleRequest
     from diffmoe.sampling.passes import noise_passes
-    from diffmoe.work import writable
+    from diffmoe.work import ensure_writable
 
     device = setup_device(options.device)
     folder = locate(options.run)
     out = Path(options.out or Path(options.run) / "routing.html")
-    writable(out.parent)
+    ensure_writable(out.parent)
     weights = weights_of(folder, "ema")
     snapshot = open_network(folder, weights, device=device)
     network, config = snapshot.network, snapshot.config
@@ -116,7 +116,7 @@ def main() -> None:
         out,
         f"Experts of {options.run}",
         {
-            "trained on": f"{snapshot.clock['samples']:,} samples",
+            "trained on": f"{snapshot.clock.samples:,} samples",
             "capacity C": f"{average:.3f}",
             "parameters at work": f"{activated_parameters(network, average) / 1e6:.2f} million",
             "of all": f"{network.parameter_count() / 1e6:.2f} million",

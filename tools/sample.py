@@ -171,12 +171,12 @@ def _picture(
 
     from diffmoe.digits.nearest_neighbor import digit_agreement
     from diffmoe.sampling.images import EvaluationCount, grid, sample_images
-    from diffmoe.work import writable
+    from diffmoe.work import ensure_writable
 
     out = Path(options.out or "grid.png")
     if out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {out}: end it in .png or another kind of picture")
-    writable(out.parent)
+    ensure_writable(out.parent)
     wanted = range(len(prompts)) if prompts else classes or [0]
     labels = [label for label in wanted for _ in range(options.each)]
     counted = EvaluationCount()
@@ -194,7 +194,7 @@ def _picture(
             progress=lambda done: bar.update(round(done) - bar.n),
         )
     grid(images, options.each).save(out)
-    print(f"{len(labels)} samples at {snapshot.clock['samples']} training samples: {out}")
+    print(f"{len(labels)} samples at {snapshot.clock.samples} training samples: {out}")
     _tell_capacity(snapshot.network, capacity)
     if options.sampler == "dopri5":
         print(counted.told(counted.mean))
@@ -249,9 +249,7 @@ def _folder(
         written = write_png(folder)
     elif options.format == "adm":
         written = write_adm(folder, options.num_samples, tuple(made.manifest["image_shape"]))
-    print(
-        f"{options.num_samples} samples at {snapshot.clock['samples']} training samples: {written}"
-    )
+    print(f"{options.num_samples} samples at {snapshot.clock.samples} training samples: {written}")
     _tell_capacity(network, made.capacity)
     if "evaluations" in made.manifest:
         print(EvaluationCount.told(made.manifest["evaluations"]))

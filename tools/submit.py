@@ -1,19 +1,20 @@
-"""Check a run on the login node, then queue it.
+"""Check a training run on the login node, then submit it to Slurm.
 
   python tools/submit.py xl --nodes 4 --account A data.path=/data/imagenet256 --dry-run
   python tools/submit.py l --recipe diffmoe_l_e8_flow --time 24:00:00 --chain 5 data.path=DIR
   python tools/submit.py b --sbatch "--qos=long -C ib" --sbatch "--exclude=n7" data.path=DIR
 
-Refused here, not after the queue: all that train.py refuses at its start (settings, data, DeepSpeed
-JSON, what evaluation needs, a checkpoint of another run), a number of GPUs that does not fit, too
-little memory of GPUs or nodes, too little disk space. Prints the plan, writes the exact script
-beside the run (RUN/submitted/) and submits it. The script holds all that was chosen here, the
-DIFFMOE_* variables of slurm/common.sh too, so the job needs nothing of this shell's environment.
+Refuses before queueing what would fail afterwards: everything that train.py refuses at its start
+(settings, data, DeepSpeed JSON, what evaluation needs, a checkpoint of another run), a number of
+GPUs that does not fit, too little memory on GPUs or nodes, too little disk space. Prints the plan,
+writes the job script to RUN/submitted/ and submits it. The script contains every choice made here,
+including the DIFFMOE_* variables of slurm/common.sh, so the job does not depend on this shell's
+environment.
 
---dry-run shows it and changes nothing. --sbatch takes any further options of sbatch; requeued jobs
-and all jobs of a chain keep them. --chain N queues N jobs, each going on where the last one was
-stopped by its time limit, for clusters that do not requeue; the last one fails if the run is not
-done. Needs no GPU.
+--dry-run prints the script and changes nothing. --sbatch passes further options to sbatch; requeued
+jobs and all jobs of a chain keep them. --chain N submits N jobs, each of which resumes where the
+previous one was stopped by its time limit, for clusters that do not requeue; the last one fails if
+the run is not finished. Needs no GPU.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from diffmoe.planning.machine import Machine
 HOME = Path(__file__).resolve().parents[1]
 RECIPES = {size: f"diffmoe_{size}_e16_flow" for size in ("s", "b", "l", "xl")}
 DEFAULT_NODES = {"s": 1, "b": 1, "l": 1, "xl": 4}
-# Settings that name a file or folder.
+# Settings whose value is a file or folder.
 PATHS = (
     *("data.path", "data.cache", "training.init"),
     *(f"evaluation.{key}" for key in ("reference", "prompts", "text_encoder", "truth")),
 )
-# DIFFMOE_ variables that are the machine's; the others are the run's, and chosen here.
+# DIFFMOE_ variables that describe the machine. The others describe the run, and are set here.
 MACHINE = ("VENV", "CONTAINER", "INTERFACE", "MASTER", "PORT")
 
 
@@ -42,37 +43,39 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("size", choices=RECIPES, help="which of slurm/train_*.sh")
-    parser.add_argument("--recipe", help="or a YAML file; default the template's")
-    parser.add_argument("--ds_config", metavar="JSON")
+    parser.add_argument("size", choices=RECIPES, help="which template, slurm/train_*.sh")
+    parser.add_argument("--recipe", help="recipe name or YAML file; default the template's")
+    parser.add_argument("--ds_config", metavar="JSON", help="DeepSpeed JSON")
     parser.add_argument("--nodes", type=int, help="default the template's")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default 8")
     parser.add_argument(
-        "--gpu-memory", type=float, default=80, metavar="GB", help="of a GPU; default 80"
+        "--gpu-memory", type=float, default=80, metavar="GB", help="per GPU; default 80"
     )
     for option in ("account", "partition", "time", "cpus-per-task"):
-        parser.add_argument(f"--{option}", help="as sbatch's")
-    parser.add_argument("--mem", help="of a node, as sbatch's; default the template's")
+        parser.add_argument(f"--{option}", help="as for sbatch")
+    parser.add_argument("--mem", help="per node, as for sbatch; default the template's")
     parser.add_argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="OPTIONS",
-        help='further ones of sbatch, such as "--qos=long --exclude=n7"; may be given repeatedly',
+        help='more options for sbatch, such as "--qos=long --exclude=n7"; may be repeated',
     )
     parser.add_argument(
-        "--chain", type=int, default=1, metavar="N", help="jobs after each other; default 1"
+        "--chain", type=int, default=1, metavar="N", help="jobs in a row; default 1"
     )
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="train.py's; default cuda where there is one"
+        "--device", choices=["cpu", "cuda"], help="as for train.py; default cuda if available"
     )
-    parser.add_argument("--dry-run", action="store_true", help="change nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the script and change nothing"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(_joined(sys.argv[1:]))
 
 
 def _joined(words: list[str]) -> list[str]:
-    """`--sbatch OPTIONS` as `--sbatch=OPTIONS`, or argparse takes OPTIONS for some of ours."""
+    """`--sbatch OPTIONS` as `--sbatch=OPTIONS`; argparse would take OPTIONS for our own options."""
     joined: list[str] = []
     for word in words:
         if joined and joined[-1] == "--sbatch":
@@ -84,20 +87,22 @@ def _joined(words: list[str]) -> list[str]:
 
 def main() -> None:
     options = parse()
-    from diffmoe.planning.sbatch import further_options, node_memory, script, template_settings
-    from diffmoe.planning.submission import check
-    from diffmoe.planning.telling import detail
+    from diffmoe.planning.report import plan_details
+    from diffmoe.planning.sbatch import extra_options, job_script, node_memory, template_settings
+    from diffmoe.planning.submission import check_submission
     from diffmoe.recipes import load_config
 
     template = (HOME / f"slurm/train_{options.size}.sh").read_text()
     recipe = options.recipe or RECIPES[options.size]
     nodes = options.nodes or DEFAULT_NODES[options.size]
-    run_options = further_options(options.sbatch, options.gpus_per_node)
+    run_options = extra_options(options.sbatch, options.gpus_per_node)
     config = load_config(recipe, [*template_settings(template), *options.overrides])
     memory = node_memory(options.mem, template)
     machine = Machine(memory=options.gpu_memory * 1e9, node_memory=memory)
-    planned = check(config, options.ds_config, nodes, options.gpus_per_node, machine)
-    print(f"{recipe} on {nodes} nodes x {options.gpus_per_node} GPUs: {detail(planned, memory)}")
+    planned = check_submission(config, options.ds_config, nodes, options.gpus_per_node, machine)
+    print(
+        f"{recipe} on {nodes} nodes x {options.gpus_per_node} GPUs: {plan_details(planned, memory)}"
+    )
     print(machine.assumptions(), "\n")
 
     run = Path(config.output).absolute()
@@ -113,7 +118,7 @@ def main() -> None:
             resources[option] = value
     names = (f"DIFFMOE_{name}" for name in MACHINE)
     environment = {name: os.environ[name] for name in names if os.environ.get(name)}
-    if "DIFFMOE_CONTAINER" not in environment:  # which brings a Python of its own
+    if "DIFFMOE_CONTAINER" not in environment:  # a container has its own Python
         environment.setdefault("DIFFMOE_VENV", sys.prefix)
     environment |= {"DIFFMOE_HOME": str(HOME), "DIFFMOE_RUN": str(run)}
     if options.chain > 1:
@@ -123,7 +128,7 @@ def main() -> None:
         if value:
             arguments += [flag, _absolute(value) if flag == "--ds_config" else value]
     arguments += [_located(one) for one in options.overrides if not one.startswith("output=")]
-    text = script(template, resources | run_options, environment, arguments)
+    text = job_script(template, resources | run_options, environment, arguments)
     if options.dry_run:
         print(text)
         return
@@ -136,7 +141,7 @@ def main() -> None:
         jobs.append(_sbatch([*after, str(written), f"{link}/{options.chain}"]))
     print(f"submitted {written} as {', '.join(f'job {job}' for job in jobs)}; follow it with")
     print(f"  squeue -j {','.join(jobs)}\n  tail -F {run}/submitted/*-{jobs[0]}.out")
-    print(f"stop it, saved, with\n  scancel {' '.join(reversed(jobs))}")
+    print(f"stop it after a save with\n  scancel {' '.join(reversed(jobs))}")
 
 
 def _sbatch(arguments: list[str]) -> str:
@@ -144,7 +149,7 @@ def _sbatch(arguments: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise UserError("there is no sbatch here; run this on a login node") from None
+        raise UserError("sbatch was not found; run this on a login node") from None
     if done.returncode:
         raise UserError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
@@ -155,7 +160,7 @@ def _absolute(path: str) -> str:
 
 
 def _located(override: str) -> str:
-    """A setting that names a path from here, for a job that runs in the repository."""
+    """A setting with its path made absolute, because the job runs in the repository's folder."""
     key, _, value = override.partition("=")
     return f"{key}={_absolute(value)}" if key in PATHS else override
 

@@ -1,6 +1,6 @@
-"""What lies on disk of a run: folders, pieces of tensors, averages; read without any engine."""
+"""What a run keeps on disk: folders, pieces of tensors, averages; readable without an engine."""
 
 import warnings
 
-# One process may read what many wrote; torch warns that it does.
+# One process may read what many wrote; torch would warn about it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")

@@ -1,8 +1,8 @@
-"""index.json of a checkpoint: the type and size of every tensor, and where its pieces lie.
+"""index.json of a checkpoint: the type and size of every tensor, and where its pieces are stored.
 
-torch.distributed.checkpoint keeps this as a pickle, which can run commands. Ours is read as data
-and held against the files beside it, so that no reading gets larger than these. Checkpoints of
-before have torch's, see old_index.py.
+torch.distributed.checkpoint uses a pickle for this, which can run commands. Ours is read as data
+and checked against the files beside it, so that a damaged index cannot make us read more than they
+hold. Older checkpoints have torch's pickle, see old_index.py.
 """
 
 from collections import Counter
@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -35,7 +36,10 @@ class _Part(BaseModel):
 
 
 class StoredPiece(_Part):
-    """A block of a tensor: `bytes` of a file from `at` on, a tensor as torch.save writes it."""
+    """A block of a tensor, as torch.save writes it: `bytes` of a file, beginning at byte `at`.
+
+    start, size: of the block in the whole tensor, per dimension.
+    """
 
     start: _Sides
     size: _Sides
@@ -45,7 +49,7 @@ class StoredPiece(_Part):
 
 
 class StoredTensor(_Part):
-    """dtype: by torch's name. shape: of the whole tensor."""
+    """dtype: torch's name for it. shape: of the whole tensor."""
 
     dtype: Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"]
     shape: _Sides
@@ -53,17 +57,18 @@ class StoredTensor(_Part):
 
 
 class Index(_Part):
-    """Tensors by name, in their order."""
+    """The tensors by name, in the order of saving."""
 
     version: Literal[1] = 1
     tensors: dict[str, StoredTensor]
 
     @classmethod
     def of(cls, metadata: Metadata) -> "Index":
-        """What torch has gathered of all ranks' pieces."""
+        """From what torch has gathered about all ranks' pieces."""
         places = metadata.storage_data
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)  # nothing else is saved
             pieces = []
             for chunk in stored.chunks:
                 place = places[MetadataIndex(name, chunk.offsets)]
@@ -77,12 +82,15 @@ class Index(_Part):
                     )
                 )
             dtype = str(stored.properties.dtype).removeprefix("torch.")
-            tensors[name] = StoredTensor(dtype=dtype, shape=tuple(stored.size), pieces=pieces)
+            tensors[name] = StoredTensor.model_validate(
+                {"dtype": dtype, "shape": tuple(stored.size), "pieces": pieces}
+            )
         return cls(tensors=tensors)
 
     def metadata(self) -> Metadata:
-        """The same for torch.distributed.checkpoint."""
-        state, places = {}, {}
+        """The same, as torch.distributed.checkpoint takes it."""
+        state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        places = {}
         for name, stored in self.tensors.items():
             chunks = []
             for piece in stored.pieces:
@@ -95,7 +103,7 @@ class Index(_Part):
         return Metadata(state_dict_metadata=state, storage_data=places)
 
     def check_files(self, folder: Path) -> None:
-        """Raises ValueError where files are missing, or cannot hold what is said of them."""
+        """Raises ValueError for files that are missing or too small for their pieces."""
         used: Counter[str] = Counter()
         for name, stored in self.tensors.items():
             itemsize = getattr(torch, stored.dtype).itemsize
@@ -111,7 +119,7 @@ class Index(_Part):
                     )
                 used[piece.file] += piece.bytes
         ends = sorted((p.file, p.at + p.bytes) for t in self.tensors.values() for p in t.pieces)
-        for file, end in dict(ends).items():  # the last one of each
+        for file, end in dict(ends).items():  # the last piece of each file
             try:
                 refuse_special(folder / file)
                 size = (folder / file).stat().st_size
@@ -122,9 +130,10 @@ class Index(_Part):
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a checkpoint, new or old. Raises UserError naming what is wrong with which file.
+    """The index of a checkpoint, in the present or the old format.
 
-    Every file that it names is there, regular, and as large as its pieces.
+    Every file that it names exists, is regular, and is large enough for its pieces. Raises
+    UserError naming the file and what is wrong with it.
     """
     file = folder / FILE_NAME
     if not file.exists() and (folder / OLD_FILE_NAME).exists():

@@ -1,59 +1,52 @@
-"""What a checkpoint holds, tensor by tensor, without a process group, a GPU, or the model's memory.
+"""A checkpoint's contents, tensor by tensor; needs no process group, no GPU, little memory.
 
-A tensor is known as PREFIX/NAME, such as weights/blocks.0.adaln.weight, and comes whole, whatever
+A tensor is named PREFIX/NAME, such as weights/blocks.0.adaln.weight, and is read whole, whichever
 ranks wrote its pieces.
 """
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from diffmoe.checkpoints.folder import ABOUT, names, read_about, reading, stored_config
+from diffmoe.checkpoints.lifecycle import reading
 from diffmoe.checkpoints.pieces import IndexReader
+from diffmoe.checkpoints.run_file import FILE_NAME, read_run_file, stored_config
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 
 
-def checkpoints(run: str | Path) -> list[Path]:
-    """Every checkpoint and EMA-only snapshot of a run's folder, whole or not, oldest first."""
-    run = Path(run)
-    found = [run / name for kind in ("ema", "step") for name in names(run, kind)]
-    if not found:
-        what = "holds no checkpoint" if run.is_dir() else "is no folder"
-        raise UserError(f"{run} {what}; give a run's output, which holds step-XXXXXXXX")
-    return found
-
-
 class StoredCheckpoint:
-    """An open checkpoint; `open_checkpoint` gives one.
+    """An open checkpoint; made by `open_checkpoint`.
 
-    shapes: of every tensor by PREFIX/NAME, global, experts included. pieces: how many it is cut in.
-    parameters: the shapes that the network of its configuration has.
+    record: its run.json. config: the run's settings. shapes: of every tensor by PREFIX/NAME,
+    global, experts included. pieces: in how many each one is stored. parameters: the shapes in the
+    network of `config`, by NAME.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.about = read_about(path)
-        self.config = stored_config(path, self.about)
+        self.record = read_run_file(path)
+        self.config = stored_config(path, self.record.config)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        with self._damage_told("its index"):
+        with self._reporting_damage("its index"):
             self._reader = IndexReader(path)
             self._read_index()
 
     def _read_index(self) -> None:
-        stored = self._reader.read_metadata().state_dict_metadata
+        stored = self._reader.tensors()
         self.pieces = {name: len(item.chunks) for name, item in stored.items()}
         # Parameters are stored flat; the network of the configuration knows their shapes.
         blocks = self.config.model.blocks
-        if blocks > len(stored):  # before blocks are made that nothing fills
+        if blocks > len(stored):  # before building a network of that many blocks
             raise UserError(
-                f"{self.path}: {blocks} blocks of its {ABOUT} with {len(stored)} tensors in all; "
-                "the two files are not of one save"
+                f"{self.path}: its {FILE_NAME} has {blocks} blocks, and its index {len(stored)} "
+                "tensors; the two files are not of the same save"
             )
         with torch.device("meta"):
             network = DiT(self.config.model, self.config.moe)
@@ -65,47 +58,50 @@ class StoredCheckpoint:
             shape = parameters.get(name.partition("/")[2], tuple(item.size))
             if torch.Size(shape).numel() != item.size.numel():
                 raise UserError(
-                    f"{self.path}: {name} holds {item.size.numel()} numbers, but the model of its "
-                    f"{ABOUT} has the shape {shape} there; the two files are not of one save"
+                    f"{self.path}: {name} has {item.size.numel()} elements, but the shape {shape} "
+                    f"in the model of its {FILE_NAME}; the two files are not of the same save"
                 )
             self.shapes[name] = shape
 
     @property
     def prefixes(self) -> list[str]:
-        """weights, exp_avg, exp_avg_sq, the averages, buffers: those that are there."""
+        """Those it has of weights, exp_avg, exp_avg_sq, the averages, buffers."""
         return list(dict.fromkeys(name.partition("/")[0] for name in self.shapes))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, whole, in its global shape and stored type."""
+        """One tensor, in its global shape and stored type. Raises UserError if it is damaged."""
         if name not in self.shapes:
             raise UserError(
                 f"{self.path} holds no {name}; its tensors are {', '.join(self.prefixes)}"
             )
-        stored = self._reader.read_metadata().state_dict_metadata[name]
+        stored = self._reader.tensors()[name]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with self._damage_told(name):
+        with self._reporting_damage(name):
             dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor.view(self.shapes[name])
 
     @contextlib.contextmanager
-    def _damage_told(self, what: str) -> Iterator[None]:
+    def _reporting_damage(self, what: str) -> Iterator[None]:
         try:
             yield
         except UserError:
             raise
         # Pickle, zip and file errors of many kinds; torch derives its own from BaseException.
         except (Exception, dcp.api.CheckpointException) as error:
+            cause: BaseException = error
             if isinstance(error, dcp.api.CheckpointException):
-                error = next(iter(error.failures.values()))[0]
-            cause = str(error).partition("\n")[0].partition(". ")[0]
+                cause = next(iter(error.failures.values()))[0]
+            reason = str(cause).partition("\n")[0].partition(". ")[0]
             raise UserError(
-                f"{self.path} is damaged, reading {what}: {type(error).__name__}: {cause}; "
-                f"python tools/checkpoint.py verify {self.path} looks at every file"
+                f"{self.path} is damaged, reading {what}: {type(cause).__name__}: {reason}; "
+                f"python tools/checkpoint.py verify {self.path} checks every file"
             ) from error
 
 
-def _check_whole(path: Path, name: str, item: Any, shape: tuple[int, ...] | None) -> None:
-    """See that the stored pieces hold every element. shape: of the parameter, if it is one."""
+def _check_whole(
+    path: Path, name: str, item: TensorStorageMetadata, shape: tuple[int, ...] | None
+) -> None:
+    """Raise UserError if some elements are in no piece. shape: of the parameter, if it is one."""
     if len(item.size) != 1:
         return
     end = 0
@@ -120,11 +116,13 @@ def _check_whole(path: Path, name: str, item: Any, shape: tuple[int, ...] | None
         if ".experts." in name and shape is not None:
             one = torch.Size(shape[1:]).numel()
             which += f" (of experts {end // one} to {(start - 1) // one})"
-        raise UserError(f"{path} is damaged: {which} of {name} are in no file; take an older one")
+        raise UserError(
+            f"{path} is damaged: {which} of {name} are in no file; take an older checkpoint"
+        )
 
 
-def _by_prefix(entry: tuple[str, Any]) -> tuple[int, str]:
-    """Within a prefix the order stays the network's."""
+def _by_prefix(entry: tuple[str, TensorStorageMetadata]) -> tuple[int, str]:
+    """Sort key: parameters keep the network's order within a prefix."""
     prefix = entry[0].partition("/")[0]
     order = {"weights": 0, "exp_avg": 1, "exp_avg_sq": 2, "buffers": 4}
     return order.get(prefix, 3), prefix
@@ -132,7 +130,10 @@ def _by_prefix(entry: tuple[str, Any]) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def open_checkpoint(path: str | Path) -> Iterator[StoredCheckpoint]:
-    """A checkpoint for reading; as long as it is open, no retention deletes it."""
+    """Open a checkpoint for reading; while it is open, `prune` does not delete it.
+
+    Raises UserError if its run.json or its index is damaged.
+    """
     with reading(Path(path)):
         yield StoredCheckpoint(Path(path))
 
@@ -140,8 +141,9 @@ def open_checkpoint(path: str | Path) -> Iterator[StoredCheckpoint]:
 class Difference(NamedTuple):
     """How one tensor differs between two checkpoints.
 
-    problem: why it cannot be compared, or None. differing: elements that are not equal, of `size`.
-    largest: absolute. relative: norm of the difference over the norm of the first.
+    problem: why it cannot be compared, or None. differing: how many of its `size` elements differ.
+    largest: the largest absolute difference. relative: norm of the difference over that of the
+    first.
     """
 
     name: str
@@ -153,14 +155,16 @@ class Difference(NamedTuple):
 
 
 def compare(first: StoredCheckpoint, second: StoredCheckpoint) -> Iterator[Difference]:
-    """Each tensor of either checkpoint, whatever layouts they were saved on. NaN equals NaN."""
+    """Every tensor of either checkpoint. NaN equals NaN.
+
+    The two may have been saved by different numbers of ranks, with other P and ZeRO stages.
+    """
     for name in dict.fromkeys([*first.shapes, *second.shapes]):
-        shapes = [stored.shapes.get(name) for stored in (first, second)]
-        if None in shapes:
-            missing = (first, second)[shapes.index(None)]
-            yield Difference(name, f"not in {missing.path}")
-        elif shapes[0] != shapes[1]:
-            yield Difference(name, f"shape {shapes[0]} against {shapes[1]}")
+        a, b = first.shapes.get(name), second.shapes.get(name)
+        if a is None or b is None:
+            yield Difference(name, f"not in {(first if a is None else second).path}")
+        elif a != b:
+            yield Difference(name, f"shape {a} against {b}")
         else:
             yield _difference(name, first.read(name), second.read(name))
 

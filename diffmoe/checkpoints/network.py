@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffmoe.checkpoints.folder import read_about, reading, stored_config
 from diffmoe.checkpoints.inspect import open_checkpoint
-from diffmoe.checkpoints.pieces import Piece, read
+from diffmoe.checkpoints.lifecycle import reading
+from diffmoe.checkpoints.pieces import Piece, read_pieces
+from diffmoe.checkpoints.run_file import read_run_file, stored_config
+from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
@@ -16,34 +18,39 @@ from diffmoe.parallel.topology import Topology
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint's network, and what is needed to sample from it."""
+    """A checkpoint's network and what is needed to sample from it.
+
+    latents: RunFile.latents. clock: of the training when it was saved.
+    """
 
     network: DiT
     config: Config
     latents: dict[str, Any]
-    clock: dict[str, int]
+    clock: Clock
 
 
 def load_network(
     checkpoint: Path, weights: str = "ema", topology: Topology | None = None
 ) -> Snapshot:
-    """The network in fp32 on the CPU, in evaluation mode. weights: ema or live.
+    """The network in fp32 on the CPU, in evaluation mode.
 
-    topology: of the ranks that share the experts; each rank reads its own ones and every other
-    tensor. Without one, this process reads all.
+    weights: ema or live. topology: of the ranks that share the experts; each rank then reads its
+    own experts and all other tensors. Default: this process reads everything. Raises UserError if
+    the checkpoint is damaged or does not hold these weights.
     """
     topology = topology or Topology()
-    about = read_about(checkpoint)
-    config = stored_config(checkpoint, about)
+    record = read_run_file(checkpoint)
+    config = stored_config(checkpoint, record.config)
     if weights == "ema" and config.training.ema_decay is None and not _holds_ema(checkpoint):
         raise UserError(
             f"{checkpoint} holds no EMA (training.ema_decay is null); take --weights live"
         )
     prefix = {"ema": "ema", "live": "weights"}[weights]
-    with open_checkpoint(checkpoint) as stored:  # its files bound what is made below
+    # Compared first, so that a damaged configuration cannot make us build a huge network.
+    with open_checkpoint(checkpoint) as stored:
         missing = [n for n in stored.parameters if f"{prefix}/{n}" not in stored.shapes]
         if missing:
-            raise UserError(f"{checkpoint} holds nothing for {prefix}/{missing[0]}; take another")
+            raise UserError(f"{checkpoint} does not hold {prefix}/{missing[0]}; take another one")
     network = DiT(config.model, config.moe, topology)
     experts = network.expert_parameters()
     state: dict[str, Tensor] = dict(threshold_buffers(network))
@@ -54,18 +61,18 @@ def load_network(
             first, parts = topology.expert_rank * len(flat), topology.expert_parallel
         state[f"{prefix}/{name}"] = Piece.of(flat, first, parts * len(flat))
     with reading(checkpoint):
-        read(checkpoint, state, alone=True)
-    return Snapshot(network.eval(), config, about["latents"], about["clock"])
+        read_pieces(checkpoint, state, alone=True)
+    return Snapshot(network.eval(), config, record.latents, record.clock)
 
 
 def _holds_ema(checkpoint: Path) -> bool:
-    """A reconstructed average of a run that kept none of constant decay does."""
+    """True, say, for a reconstructed average of a run that had no EMA of constant decay."""
     with open_checkpoint(checkpoint) as stored:
         return any(name.startswith("ema/") for name in stored.shapes)
 
 
 def threshold_buffers(network: DiT) -> Iterator[tuple[str, Tensor]]:
-    """The capacity thresholds under their names in a checkpoint."""
+    """The capacity thresholds, by their names in a checkpoint."""
     for name, buffer in network.state_dict().items():
         if name.endswith(".thresholds"):
             yield f"buffers/{name}", buffer

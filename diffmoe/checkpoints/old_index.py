@@ -1,8 +1,8 @@
-"""The pickled index of checkpoints of before, read without running any of it.
+"""The pickled index of older checkpoints, read without running any of it.
 
-A pickle is a program for a small machine, and some of its operations call what it names. Here the
-two dozen operations that torch's index is made of are followed, and nothing is called: what would
-be becomes an `_Object`, which is then held against what may stand at its place.
+A pickle is a program for a small stack machine, and some of its operations call functions that it
+names. Here the two dozen operations that occur in torch's index are interpreted, and nothing is
+called: each call becomes an `_Object`, which is then checked against what is expected in its place.
 """
 
 import pickletools
@@ -15,7 +15,7 @@ from diffmoe.files import read_bytes
 OLD_FILE_NAME = ".metadata"
 _LIMIT = 16 << 20
 _METADATA = "torch.distributed.checkpoint.metadata"
-# All that an index names, without dots in the names.
+# Everything that an index refers to; no name has a dot.
 _NAMES = {
     *(
         (_METADATA, name)
@@ -38,40 +38,40 @@ _NAMES = {
     ("pathlib", "PurePosixPath"),
     ("pathlib._local", "PosixPath"),
     ("collections", "OrderedDict"),
-    ("builtins", "getattr"),  # some Pythons (3.11.2 is one) pickle a member of an enumeration so
+    ("builtins", "getattr"),  # some Pythons (3.11.2, say) pickle enumeration members so
 }
 
 
 class _Name(NamedTuple):
-    """What a pickle calls, or is of the type of."""
+    """A function or type that the pickle refers to."""
 
     module: str
     name: str
 
 
 class _Object:
-    """What a call would have given. state: set by a later operation."""
+    """A call that was not made. state: set by a later operation."""
 
     def __init__(self, kind: _Name, arguments: tuple) -> None:
         self.kind, self.arguments, self.state = kind, arguments, None
 
 
 def read_old_index(file: Path) -> dict[str, Any]:
-    """The fields of index.Index. Raises ValueError for what is no index."""
+    """The fields of index.Index. Raises ValueError for anything that is not such an index."""
     try:
         return fields_of(read_bytes(file, _LIMIT))
-    # A damaged pickle ends in errors of many kinds: an empty stack, a wrong type, a cut string.
+    # A damaged pickle raises errors of many kinds: an empty stack, a wrong type, a cut string.
     except Exception as error:
-        raise ValueError(f"{file} is no index: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{file} is not an index: {type(error).__name__}: {error}") from None
 
 
 def fields_of(data: bytes) -> dict[str, Any]:
-    """The same from a pickle's bytes. Raises what may be."""
-    return _fields(_followed(data), len(data))
+    """The same, from a pickle's bytes. Raises errors of many kinds if these are damaged."""
+    return _fields(_interpret(data), len(data))
 
 
-def _followed(data: bytes) -> Any:
-    """The value of a pickle of protocol 4 or 5, with `_Object`s for all that it would call."""
+def _interpret(data: bytes) -> Any:
+    """The value of a pickle of protocol 4 or 5, with an `_Object` for each call in it."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: list[Any] = []
@@ -107,7 +107,7 @@ def _followed(data: bytes) -> Any:
             case "MEMOIZE":
                 memo.append(stack[-1])
             case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
+                stack.append(memo[_of(argument, int)])
             case "MARK":
                 marks.append(len(stack))
             case "EMPTY_TUPLE":
@@ -147,7 +147,10 @@ def _followed(data: bytes) -> Any:
 
 
 def _fields(value: Any, limit: int) -> dict[str, Any]:
-    """Metadata as the fields of index.Index. limit: of pieces; one may be named repeatedly."""
+    """Metadata as the fields of index.Index.
+
+    limit: of the number of pieces, because a small pickle can refer to the same one repeatedly.
+    """
     state = _state(value, "Metadata")
     places = {}
     for key, place in _of(state["storage_data"], dict).items():
@@ -166,7 +169,7 @@ def _fields(value: Any, limit: int) -> dict[str, Any]:
         tensor = _state(stored, "TensorStorageMetadata")
         number += len(tensor["chunks"])
         if number > limit:
-            raise ValueError(f"it tells of more than {limit} pieces")
+            raise ValueError(f"it lists more than {limit} pieces")
         dtype = _of(_of(_object(tensor["properties"], "TensorProperties").state, tuple)[0], _Name)
         tensors[_of(name, str)] = {
             "dtype": dtype.name,

@@ -1,7 +1,7 @@
-"""Pieces of flattened global tensors in torch.distributed.checkpoint, hashed as they are written.
+"""Pieces of flattened global tensors in torch.distributed.checkpoint, hashed while being written.
 
-A rank hands over the ranges that it owns and asks for those that it will own; which rank wrote what
-does not matter.
+Each rank writes the ranges that it owns, and reads the ranges that it will own, whichever ranks
+wrote them.
 """
 
 import contextlib
@@ -19,24 +19,27 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from diffmoe.checkpoints.checksums import Checksums
 from diffmoe.checkpoints.index import FILE_NAME, Index, read_index
 from diffmoe.errors import UserError
 from diffmoe.files import check_unpacked
 
-# name -> {"bytes": size, "sha256": hex}
-Hashes = dict[str, dict[str, Any]]
-
 
 class Piece(Tensor):
-    """A 1-D piece of a flattened global tensor, in the protocol of torch.distributed.checkpoint."""
+    """A 1-D piece of a flattened global tensor, in the protocol of torch.distributed.checkpoint.
+
+    start: index of its first element in the flattened tensor. total: elements of that tensor.
+    """
 
     start: int
     total: int
@@ -71,18 +74,21 @@ class Piece(Tensor):
 
 
 class HostCopy:
-    """Copies pieces to host memory of their own (pinned beside a GPU, so that copies overlap).
+    """Copies of pieces in host memory (pinned for those on a GPU, so that copies overlap).
 
-    The memory is kept from one copy to the next: fresh pages cost more than the copying.
+    The memory is reused by the next copy: touching fresh pages takes longer than copying.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
-        """dtype: of copied pieces; what is no piece stays as it is."""
+        """dtype: of copied pieces, default their own. Other tensors keep their type."""
         self.dtype = dtype
         self._held: dict[str, Tensor] = {}
 
     def take(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same names and values; valid until the next call, which must have the same names."""
+        """Copy tensors and pieces. The result is overwritten by the next call.
+
+        Every call must have the same names and shapes.
+        """
         copies: dict[str, Tensor] = {}
         for name, tensor in state.items():
             source, dtype = tensor.detach().as_subclass(Tensor), tensor.dtype
@@ -100,23 +106,29 @@ class HostCopy:
         return copies
 
 
-def write(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> Hashes:
-    """Write all ranks' pieces, fsynced; the hashes of the files that this rank wrote.
+def write_pieces(
+    state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None
+) -> Checksums:
+    """Write all ranks' pieces, fsynced. Returns the checksums of the files that this rank wrote.
 
-    Raises OSError on every rank where one rank's writing failed.
+    Raises OSError on every rank if writing failed on one.
     """
     writer = _IndexWriter(folder, sync_files=True)
-    writer.fs = _HashingFileSystem()
+    writer.fs = files = _HashingFileSystem()
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(f"rank {rank}: {cause}") from error
-    return writer.fs.hashes
+    return files.checksums
 
 
-def read(folder: Path, state: dict[str, Tensor], alone: bool = False) -> None:
-    """Fill tensors and pieces in place. alone: in this process, whatever group there is."""
+def read_pieces(folder: Path, state: dict[str, Tensor], alone: bool = False) -> None:
+    """Fill tensors and pieces in place.
+
+    alone: read in this process only, even if there is a process group. Raises UserError if the
+    checkpoint is damaged or does not hold what is asked for; without `alone`, on every rank.
+    """
     try:
         dcp.load(
             state,
@@ -137,9 +149,14 @@ def read(folder: Path, state: dict[str, Tensor], alone: bool = False) -> None:
 
 
 class IndexReader(dcp.FileSystemReader):
-    """Reads an index of ours, once; torch would unpickle one of its own."""
+    """Reads our index, once per reader; torch's own class would unpickle one."""
 
     _index: Metadata | None = None
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Type, size and pieces of each tensor."""
+        stored = self.read_metadata().state_dict_metadata
+        return {n: item for n, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._index is None:
@@ -147,7 +164,7 @@ class IndexReader(dcp.FileSystemReader):
         return self._index
 
     def _slice_file(self, file: IO[bytes], place: Any) -> IO[bytes]:
-        """The bytes of one piece, a file of torch.save, which must not be packed."""
+        """The bytes of one piece, as torch.save wrote them; refuses compressed ones."""
         piece = io.BufferedReader(_FilePart(file.fileno(), place.offset, place.length))
         with zipfile.ZipFile(piece) as archive:
             check_unpacked(archive, place.length)
@@ -156,7 +173,7 @@ class IndexReader(dcp.FileSystemReader):
 
 
 class _IndexWriter(dcp.FileSystemWriter):
-    """Writes the pieces as torch does, and an index of ours."""
+    """Writes the pieces as torch does, with our index instead of its pickle."""
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         metadata.storage_data = {
@@ -168,12 +185,14 @@ class _IndexWriter(dcp.FileSystemWriter):
 
 
 class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
-    """The default planner compares a piece's size with the whole tensor's, and refuses."""
+    """Plans reads of pieces; the default planner refuses a piece smaller than its tensor."""
 
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None  # set by set_up_planner
         items = []
         for name, value in self.state_dict.items():
             stored = self.metadata.state_dict_metadata.get(name)
+            assert not isinstance(stored, BytesStorageMetadata)  # our index holds tensors alone
             total = value.total if isinstance(value, Piece) else value.numel()
             if stored is None or stored.size.numel() != total:
                 size = "nothing" if stored is None else f"{stored.size.numel()} numbers"
@@ -185,13 +204,16 @@ class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
                 chunks = [ChunkStorageMetadata(zeros, value.shape)]
             found = create_read_items_for_chunk_list(name, stored, chunks)
             if sum(item.lengths.numel() for item in found) < value.numel():
-                raise UserError(f"part of {name} is in no file of the checkpoint")
+                raise UserError(f"part of {name} is missing from the checkpoint's files")
             items += found
         return LoadPlan(items)
 
 
 class _FilePart(io.RawIOBase):
-    """Some bytes of an open file as a file of their own."""
+    """Some bytes of an open file, as a file object of their own.
+
+    number: the open file's descriptor. start, length: in bytes.
+    """
 
     def __init__(self, number: int, start: int, length: int) -> None:
         self.number, self.start, self.length, self.position = number, start, length, 0
@@ -215,10 +237,10 @@ class _FilePart(io.RawIOBase):
 
 
 class _HashingFileSystem(FileSystem):
-    """Hashes what is handed over for writing, so that a later read is held against that."""
+    """Hashes what it is given to write, so that checksums describe that and not what was stored."""
 
     def __init__(self) -> None:
-        self.hashes: Hashes = {}
+        self.checksums: Checksums = {}
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
@@ -229,19 +251,23 @@ class _HashingFileSystem(FileSystem):
             except Exception:
                 if hashed.error is None:
                     raise
-                # torch's zip writer tells a full disk as a failure of its own.
+                # torch's zip writer reports a full disk as an error of its own.
                 raise OSError(f"{hashed.error.strerror}: {path}") from None
-        self.hashes[Path(path).name] = {"bytes": hashed.size, "sha256": hashed.sha256.hexdigest()}
+        digest = hashed.sha256.hexdigest()
+        self.checksums[Path(path).name] = {"bytes": hashed.size, "sha256": digest}
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         super().rename(path, new_path)
-        self.hashes[Path(new_path).name] = self.hashes.pop(Path(path).name)
+        self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
 
 
 class _HashedFile:
-    """A file that can only be appended to."""
+    """A file that is written from start to end and hashed on the way.
 
-    def __init__(self, file: IO[bytes]) -> None:
+    error: of a write that failed.
+    """
+
+    def __init__(self, file: Any) -> None:
         self.file, self.sha256, self.size = file, hashlib.sha256(), 0
         self.error: OSError | None = None
 

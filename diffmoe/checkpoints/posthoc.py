@@ -1,7 +1,7 @@
-"""An average of any length after the training, from the power-function averages it stored.
+"""An EMA of any length after training, from the power-function averages that a run stored.
 
-EDM2 (arXiv 2312.02696), section 3.2: training keeps two lengths, each checkpoint and each EMA-only
-snapshot of the run holds both, and a combination of all of them comes close to any other.
+EDM2 (arXiv 2312.02696), section 3.2: training tracks two lengths, every checkpoint and EMA-only
+snapshot stores both, and a linear combination of all of these approximates any other length.
 """
 
 import contextlib
@@ -13,15 +13,22 @@ from typing import NamedTuple
 
 import torch
 
-from diffmoe.checkpoints.folder import commit, names, read_about, temporary, wrong_sizes
+from diffmoe.checkpoints.checksums import wrong_sizes
+from diffmoe.checkpoints.folder import names
 from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
-from diffmoe.checkpoints.pieces import Piece, write
+from diffmoe.checkpoints.lifecycle import commit, temporary
+from diffmoe.checkpoints.pieces import Piece, write_pieces
 from diffmoe.checkpoints.profiles import Profile, power_prefix, reconstruct
+from diffmoe.checkpoints.run_file import PosthocAverage, read_run_file
 from diffmoe.errors import UserError
 
 
 class Reconstructed(NamedTuple):
-    """What `reconstruct_ema` wrote. error: of the profile, relative (profiles.Reconstruction)."""
+    """What `reconstruct_ema` wrote.
+
+    step: at which the average was taken. snapshots: how many folders it was computed from. error:
+    of its profile, relative (profiles.Reconstruction).
+    """
 
     path: Path
     step: int
@@ -31,11 +38,11 @@ class Reconstructed(NamedTuple):
 
 @dataclass(frozen=True)
 class Combination:
-    """An average put together from stored ones, tensor by tensor.
+    """A linear combination of stored averages, computed tensor by tensor.
 
-    std: its relative length. newest: the open checkpoint of the step at which it is, whose buffers
-    belong to it. shares: of the stored averages, by their prefix in each open checkpoint. error:
-    as in Reconstructed.
+    std: its relative length. newest: the open checkpoint of its step, whose buffers belong to it.
+    shares: per open checkpoint, the coefficient of each of its averages, by prefix. error: as in
+    Reconstructed.
     """
 
     std: float
@@ -44,7 +51,7 @@ class Combination:
     error: float
 
     def names(self) -> list[str]:
-        """The parameters, in the network's order."""
+        """Names of the parameters, in the network's order."""
         prefix = next(prefix for _, share_of in self.shares for prefix in share_of)
         stored = next(stored for stored, share_of in self.shares if prefix in share_of)
         keys = (key.partition("/") for key in stored.shapes)
@@ -52,35 +59,34 @@ class Combination:
 
     def read(self, name: str) -> torch.Tensor:
         """One parameter, fp32, in its global shape; summed in fp64."""
-        total: torch.Tensor | None = None
+        total = torch.zeros(self.newest.parameters[name], dtype=torch.float64)
         for stored, share_of in self.shares:
             for prefix, share in share_of.items():
-                part = stored.read(f"{prefix}/{name}").double()
-                total = torch.zeros_like(part) if total is None else total
-                total.add_(part, alpha=share)
+                total.add_(stored.read(f"{prefix}/{name}").double(), alpha=share)
         return total.float()
 
 
 @contextlib.contextmanager
-def combined(run: Path, std: float, step: int | None = None) -> Iterator[Combination]:
-    """The average of relative length `std` as it was at a stored step of a run.
+def combined_average(run: Path, std: float, step: int | None = None) -> Iterator[Combination]:
+    """The average of relative length `std` at a step that the run has stored; default the newest.
 
-    step: one that the run has a checkpoint or snapshot of; the newest if None. Memory: one tensor.
+    Reading needs memory for one tensor. Raises UserError if the run stored no averages, or none at
+    this step.
     """
-    stored = dict(_stored(run))
+    stored = dict(_stored_averages(run))
     if not stored:
         raise UserError(
-            f"{run} holds no power-function average: neither a complete step-XXXXXXXX nor an "
-            "ema-XXXXXXXX of a run with training.ema_stds=[0.05,0.1]"
+            f"{run} holds no power-function average: no complete step-XXXXXXXX or ema-XXXXXXXX of "
+            "a run with training.ema_stds=[0.05,0.1]"
         )
-    by_step = {_step(path): path for path in stored.values()}
+    by_step = {read_run_file(path).clock.step: path for path in stored.values()}
     if step is not None and step not in by_step:
         raise UserError(
             f"{run} holds no power-function average of step {step}; stored are "
             f"{', '.join(map(str, sorted(by_step)))}"
         )
     newest = by_step[max(by_step) if step is None else step]
-    wanted = Profile(std, _updates(newest))
+    wanted = Profile(std, read_run_file(newest).clock.updates)
     stored = {profile: path for profile, path in stored.items() if profile.steps <= wanted.steps}
     found = reconstruct(list(stored), wanted)
 
@@ -95,47 +101,41 @@ def combined(run: Path, std: float, step: int | None = None) -> Iterator[Combina
 
 
 def reconstruct_ema(run: Path, std: float, out: Path, step: int | None = None) -> Reconstructed:
-    """Write the average of `combined` as an EMA snapshot.
+    """Write the `combined_average` to `out` as an EMA snapshot, which samples like any other.
 
-    The snapshot in `out` holds ema/NAME and the buffers of that step, and samples like any other.
-    Needs memory for the whole network, and of the stored averages one tensor at a time.
+    It holds ema/NAME and the buffers of that step. Needs memory for the whole network and one more
+    tensor. Raises UserError as `combined_average` does, and if `out` exists.
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
-    with combined(run, std, step) as average:
+    with combined_average(run, std, step) as average:
         newest = average.newest
-        state = {f"ema/{name}": Piece.whole(average.read(name)) for name in average.names()}
+        state: dict[str, torch.Tensor] = {
+            f"ema/{name}": Piece.whole(average.read(name)) for name in average.names()
+        }
         for key in newest.shapes:
             if key.startswith("buffers/"):
                 state[key] = newest.read(key).float()
-        about = newest.about | {
-            "reconstructed": {
-                "std": std,
-                "error": average.error,
-                "from": [stored.path.name for stored, _ in average.shares],
-            }
-        }
-        torn = temporary(out)
-        shutil.rmtree(torn, ignore_errors=True)
-        torn.mkdir(parents=True)
-        commit(torn, out, about, write(state, torn, None))
-        return Reconstructed(out, _step(newest.path), len(average.shares), average.error)
+        sources = [stored.path.name for stored, _ in average.shares]
+        made = PosthocAverage.model_validate({"std": std, "error": average.error, "from": sources})
+        record = newest.record.model_copy(update={"reconstructed": made})
+        unfinished = temporary(out)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        commit(unfinished, out, record, write_pieces(state, unfinished, None))
+        return Reconstructed(out, record.clock.step, len(average.shares), average.error)
 
 
-def _stored(run: Path) -> Iterator[tuple[Profile, Path]]:
-    """All power-function averages of a run's folder; a checkpoint, fp32, before a snapshot."""
+def _stored_averages(run: Path) -> Iterator[tuple[Profile, Path]]:
+    """All power-function averages of a run's folder.
+
+    Checkpoints come last, so that in a dict they replace snapshots of the same step, which may be
+    in bf16.
+    """
     for path in [run / name for kind in ("ema", "step") for name in names(run, kind)]:
-        if wrong_sizes(path) or "reconstructed" in read_about(path):
+        if wrong_sizes(path):
             continue
-        for std in read_about(path)["config"]["training"].get("ema_stds", []):
-            yield Profile(std, _updates(path)), path
-
-
-def _updates(path: Path) -> int:
-    """How often the averages had moved: steps, without skipped ones."""
-    clock = read_about(path)["clock"]
-    return clock["step"] - clock["skipped"]
-
-
-def _step(path: Path) -> int:
-    return read_about(path)["clock"]["step"]
+        record = read_run_file(path)
+        if record.reconstructed is None:
+            for std in record.settings.training.ema_stds:
+                yield Profile(std, record.clock.updates), path

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.capacity.thresholds import stored
-from diffmoe.checkpoints.folder import complete
+from diffmoe.checkpoints.folder import find_complete
 from diffmoe.checkpoints.inspect import open_checkpoint
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.conversion.foreign import Options, foreign_source
@@ -39,7 +39,7 @@ def info(path: Path) -> Lines:
                 **_network(about.model, about.moe, source.shapes, source.read),
                 "on disk": _size(folder),
             }
-    return _checkpoint(complete(path))
+    return _checkpoint(find_complete(path))
 
 
 def _exported(path: Path) -> Lines:
@@ -62,8 +62,8 @@ def _exported(path: Path) -> Lines:
 
 def _checkpoint(path: Path) -> Lines:
     with open_checkpoint(path) as checkpoint:
-        config, about = checkpoint.config, checkpoint.about
-        by, latents = about.get("saved_by", {}), about["latents"]
+        config, record = checkpoint.config, checkpoint.record
+        latents = record.latents
         there = checkpoint.prefixes
         prefix = "weights" if "weights" in there else there[0]
         shapes = {
@@ -81,8 +81,8 @@ def _checkpoint(path: Path) -> Lines:
             "objective": config.diffusion.objective,
             "latents": f"{latents.get('autoencoder')}, scale {latents.get('scale')}",
             "weights": ", ".join(p for p in there if not p.startswith(("exp_", "buffers"))),
-            "samples seen": f"{about['clock']['samples']:,} in {about['clock']['step']} steps",
-            "saved by": f"{by.get('world')} ranks, expert_parallel="
+            "samples seen": f"{record.clock.samples:,} in {record.clock.step} steps",
+            "saved by": f"{record.saved_by.world} ranks, expert_parallel="
             f"{config.parallel.expert_parallel}, zero_stage={config.parallel.zero_stage}",
             "calibrated": ", ".join(sorted(stored(path))) or "nothing",
             "on disk": _size(path),

@@ -27,9 +27,9 @@ from webdataset.gopen import Pipe, gopen, rewrite_url
 
 from diffmoe.config import DataConfig
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard, is_url, starts_program
-from diffmoe.ending import at_any_end
 from diffmoe.errors import UserError
 from diffmoe.files import open_regular
+from diffmoe.process.exit import at_exit
 from diffmoe.redaction import redact
 
 ATTEMPTS = 3
@@ -309,7 +309,7 @@ def _forget_commands() -> None:
     _commands, _commands_lock = set(), threading.RLock()
 
 
-at_any_end(end_commands)
+at_exit(end_commands)
 os.register_at_fork(after_in_child=_forget_commands)
 
 

@@ -31,8 +31,8 @@ from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.prefetch import READY, prefetched
 from diffmoe.data.reading import unreadable
-from diffmoe.ending import end_process
 from diffmoe.errors import UserError
+from diffmoe.process.exit import end_process
 from diffmoe.seeding import keyed_generator
 from diffmoe.tree import tree_cat
 

@@ -48,6 +48,6 @@ def clip_score(images: ImageSet, clip: Clip, batch: int = 50) -> float:
     """The mean over samples of ours with captions. Raises UserError for other images."""
     captions, scores = images.captions(), []
     for part in batches(images, batch):
-        require_rgb(part.images, images.about["path"])
+        require_rgb(part.images, images.path)
         scores.append(clip.scores(part.images, [captions[label] for label in part.labels]))
     return float(torch.cat(scores).mean())

@@ -23,18 +23,18 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
         if json.loads(line)["prompt"] != caption:
             raise UserError(
                 f"{metadata}, line {number + 1}: {json.loads(line)['prompt']!r}, but caption "
-                f"{number} of {images.about['path']} is {caption!r}; sample from the same prompts"
+                f"{number} of {images.path} is {caption!r}; sample from the same prompts"
             )
     if len(lines) != len(captions) or images.number % len(lines):
         raise UserError(
-            f"{metadata} has {len(lines)} prompts, {images.about['path']} {images.number} images "
+            f"{metadata} has {len(lines)} prompts, {images.path} {images.number} images "
             f"of {len(captions)} captions; sample the same number of each prompt"
         )
     counts = Counter(label for part in images.parts() for label in part.labels.tolist())
     each = [counts[number] for number in range(len(lines))]
     if min(each) < max(each):
         raise UserError(
-            f"{images.about['path']} holds {min(each)} to {max(each)} "
+            f"{images.path} holds {min(each)} to {max(each)} "
             "images of a prompt; sample with --labels balanced"
         )
     if out.is_dir() and any(out.iterdir()):

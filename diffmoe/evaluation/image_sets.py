@@ -12,7 +12,7 @@ from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
-from diffmoe.npz_files import npz_header, npz_rows, read_npz
+from diffmoe.npz_files import npz_rows, npz_shape, read_npz
 from diffmoe.prepare.decoding import WHITE, Color
 from diffmoe.prepare.images import EXTENSIONS, image_files, read_image
 from diffmoe.redaction import printable
@@ -36,11 +36,16 @@ class ImageSet(NamedTuple):
     about: dict[str, Any]
     parts: Callable[[], Iterator[Part]]
 
+    @property
+    def path(self) -> str:
+        """Where the images are, for messages."""
+        return self.about["path"]
+
     def expect(self, number: int | None) -> "ImageSet":
         """Itself; raises UserError unless it holds exactly so many (None: any)."""
         if number is not None and number != self.number:
             raise UserError(
-                f"{self.about['path']} holds {self.number} images, {number} were asked for; "
+                f"{self.path} holds {self.number} images, {number} were asked for; "
                 "figures need the exact number"
             )
         return self
@@ -49,7 +54,7 @@ class ImageSet(NamedTuple):
         """The caption of each label. Raises UserError unless they are samples of captions."""
         if "captions" not in self.about:
             raise UserError(
-                f"{self.about['path']} tells of no captions; give a folder that tools/sample.py "
+                f"{self.path} tells of no captions; give a folder that tools/sample.py "
                 "filled from --prompts"
             )
         return self.about["captions"]
@@ -82,20 +87,20 @@ def batches(images: ImageSet, size: int) -> Iterator[Part]:
             some = part.images[start : start + size]
             if some.dtype != np.uint8:
                 raise UserError(
-                    f"{images.about['path']} holds {some.dtype}; images are uint8, 0 to 255: "
+                    f"{images.path} holds {some.dtype}; images are uint8, 0 to 255: "
                     "store them as they will be judged"
                 )
             if shape is None:
                 shape = some.shape[1:]
             if some.shape[1:] != shape:
                 raise UserError(
-                    f"{images.about['path']}: image {seen} is {_size(some.shape[1:])}, those "
+                    f"{images.path}: image {seen} is {_size(some.shape[1:])}, those "
                     f"before {_size(shape)}; give images of one size"
                 )
             seen += len(some)
             yield Part(some, None if part.labels is None else part.labels[start : start + size])
     if seen != images.number:
-        raise UserError(f"{images.about['path']} gave {seen} images instead of {images.number}")
+        raise UserError(f"{images.path} gave {seen} images instead of {images.number}")
 
 
 def require_rgb(images: np.ndarray, path: str) -> None:
@@ -145,7 +150,7 @@ def _samples(folder: Path) -> ImageSet:
 
 def _adm(file: Path) -> ImageSet:
     """`arr_0` and, where it is there, `arr_1`, of ADM's evaluator."""
-    header = npz_header(file, "arr_0")
+    header = npz_shape(file, "arr_0")
     if header is None:
         raise UserError(f"{file} holds no arr_0, so no images")
     if not header or header[0] < 1:
@@ -153,7 +158,7 @@ def _adm(file: Path) -> ImageSet:
 
     def parts() -> Iterator[Part]:
         labels, done = None, 0
-        if npz_header(file, "arr_1") is not None:
+        if npz_shape(file, "arr_1") is not None:
             labels = read_npz(file, "arr_1")["arr_1"]
             if labels.shape != header[:1]:
                 raise UserError(f"{file}: arr_1 of shape {labels.shape} labels {header[0]} images")

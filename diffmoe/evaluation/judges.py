@@ -46,7 +46,7 @@ def class_accuracy(images: ImageSet, classify: Classify, batch: int = 50) -> flo
     for part in batches(images, batch):
         if part.labels is None:
             raise UserError(
-                f"{images.about['path']} has no labels for class accuracy; give our samples, an "
+                f"{images.path} has no labels for class accuracy; give our samples, an "
                 "npz with arr_1, or folders of classes"
             )
         right += int((classify(part.images) == part.labels).sum())

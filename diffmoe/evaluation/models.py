@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffmoe.capacity.thresholds import set_capacity
-from diffmoe.checkpoints.folder import complete, names
+from diffmoe.checkpoints.folder import find_complete, names
+from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.diffusion.settings import SamplingSettings
@@ -23,10 +24,13 @@ from diffmoe.work import Ranks
 
 
 class Sampled(NamedTuple):
-    """folder: of the finished samples. about: for the result, beside what samples.json tells."""
+    """folder: of the finished samples. about: for the result, beside what samples.json tells.
+    clock: of the model's training.
+    """
 
     folder: Path
     about: dict[str, Any]
+    clock: Clock
 
 
 def sample_model(
@@ -93,7 +97,7 @@ def sample_model(
         return None
     about = {
         "model": str(model),
-        "clock": snapshot.clock,
+        "clock": snapshot.clock.model_dump(),
         "sampler": settings.chosen_sampler(config),
         "capacity_measured": made.capacity and made.capacity.average,
         "sampling": {"batch": batch, "device": str(device), "ranks": ranks.world},
@@ -105,7 +109,7 @@ def sample_model(
             say(differing)
     if "evaluations" in made.manifest:
         say(EvaluationCount.told(made.manifest["evaluations"]))
-    return Sampled(folder, about)
+    return Sampled(folder, about, snapshot.clock)
 
 
 def check_judges(
@@ -135,4 +139,4 @@ def snapshots(run: Path) -> list[Path]:
     by_step |= {name.partition("-")[2]: run / name for name in names(run, "ema")}
     if not by_step:
         raise UserError(f"{run} holds no snapshots ema-* or step-*; give a run's folder")
-    return [complete(by_step[step]) for step in sorted(by_step)]
+    return [find_complete(by_step[step]) for step in sorted(by_step)]

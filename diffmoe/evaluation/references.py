@@ -13,7 +13,7 @@ from diffmoe.evaluation.extractors import Extractor
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.moments import Gaussian
 from diffmoe.evaluation.summary import summarize
-from diffmoe.npz_files import npz_header, read_npz, write_npz
+from diffmoe.npz_files import npz_shape, read_npz, write_npz
 from diffmoe.prepare.decoding import WHITE, Color
 
 # For precision, recall and KID; as many as the ImageNet reference of ADM holds.
@@ -43,10 +43,10 @@ def load_reference(
     """
     path = Path(path)
     if path.suffix == ".npz":
-        if npz_header(path, "about") is not None:
+        if npz_shape(path, "about") is not None:
             return _stored(path, extractor)
-        if npz_header(path, "mu") is not None and (
-            extractor.is_inception or npz_header(path, "arr_0") is None
+        if npz_shape(path, "mu") is not None and (
+            extractor.is_inception or npz_shape(path, "arr_0") is None
         ):
             return _adm(path, extractor, batch)
     return compute_reference(path, extractor, batch, background)
@@ -55,9 +55,9 @@ def load_reference(
 def check_reference(path: str | Path, extractor: Extractor) -> None:
     """Raise what `load_reference` would, as far as it can be told without reading images."""
     path = Path(path)
-    if path.suffix == ".npz" and npz_header(path, "about") is not None:
+    if path.suffix == ".npz" and npz_shape(path, "about") is not None:
         _stored(path, extractor)
-    elif path.suffix == ".npz" and npz_header(path, "arr_0") is None:
+    elif path.suffix == ".npz" and npz_shape(path, "arr_0") is None:
         _adm(path, extractor, batch=1)  # which has no images to read
     else:
         open_images(path)
@@ -133,7 +133,7 @@ def _adm(file: Path, extractor: Extractor, batch: int) -> Reference:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: mu and sigma cannot be read ({error})") from None
     about = {"path": str(file), "moments": "stored in it (mu, sigma, mu_s, sigma_s)"}
-    if npz_header(file, "arr_0") is None:
+    if npz_shape(file, "arr_0") is None:
         return Reference(pooled, spatial, None, about)
     found = summarize(open_images(file), extractor, batch, keep=KEPT_FEATURES)
     about |= {"image_shape": list(found.shape), "features": f"of {found.number} images, its arr_0"}

@@ -75,11 +75,11 @@ def scene_accuracy(
     captions = images.captions()
     unknown = sorted(set(captions) - truth.keys())
     if unknown:
-        raise UserError(f"{images.about['path']}: the truth does not tell of {unknown[0]!r}")
+        raise UserError(f"{images.path}: the truth does not tell of {unknown[0]!r}")
     wanted, shown = [], []
     for part in batches(images, batch):
         if part.images.shape[1:] != (SIZE, SIZE, 3):
-            raise UserError(f"{images.about['path']}: {part.images.shape[1:]} is no canvas")
+            raise UserError(f"{images.path}: {part.images.shape[1:]} is no canvas")
         scenes = [truth[captions[label]] for label in part.labels]
         wanted += scenes
         shown += read(part.images, [scene.relation for scene in scenes])

@@ -49,14 +49,14 @@ def summarize(
     wanted = _spaced(images.number, keep)
     done, begun = 0, time.perf_counter()
     for part in _shown(images, batch):
-        require_rgb(part.images, images.about["path"])
+        require_rgb(part.images, images.path)
         shape = part.images.shape[1:]
         before = time.perf_counter()
         try:
             found = extractor(torch.from_numpy(part.images.copy()))
         except UserError as error:
             last = done + len(part.images) - 1
-            raise UserError(f"{images.about['path']}, images {done} to {last}: {error}") from None
+            raise UserError(f"{images.path}, images {done} to {last}: {error}") from None
         found = found._replace(pooled=found.pooled.float().cpu())  # waits for the device
         extracting += time.perf_counter() - before
         pooled.add(found.pooled)

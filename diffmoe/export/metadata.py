@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diffmoe.clock import Clock
 from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.files import contained, read_json
@@ -44,14 +45,6 @@ class Latents(_Part):
             if isinstance(value, list) and len(value) != self.shape[0]:
                 raise ValueError(f"{name} has {len(value)} numbers for {self.shape[0]} channels")
         return self
-
-
-class Clock(_Part):
-    """How far the training was."""
-
-    samples: int = 0
-    step: int = 0
-    skipped: int = 0
 
 
 class Provenance(_Part):

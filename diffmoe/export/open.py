@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from diffmoe.clock import Clock
 from diffmoe.errors import UserError
 from diffmoe.export.autoencoder_folder import opened_from
 from diffmoe.export.exported import is_exported, load_exported
-from diffmoe.export.metadata import Clock
 from diffmoe.export.tensors import cast_parameters, parameter_dtype
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
@@ -26,9 +26,9 @@ def locate(path: str | Path) -> Path:
     path = Path(path)
     if is_exported(path):
         return path
-    from diffmoe.checkpoints.folder import complete
+    from diffmoe.checkpoints.folder import find_complete
 
-    return complete(path)
+    return find_complete(path)
 
 
 def weights_of(path: Path, asked: str) -> str:
@@ -54,7 +54,7 @@ def open_network(
     that share the experts; each reads its own ones. verify: hold every file against its checksum,
     once per machine; raises UserError where one is damaged. The clock is 0 where it is not known.
     """
-    from diffmoe.checkpoints.folder import verify as problems_of
+    from diffmoe.checkpoints.checksums import find_damage
     from diffmoe.checkpoints.network import Snapshot, load_network
 
     path, dtype = locate(path), parameter_dtype(dtype)
@@ -62,9 +62,9 @@ def open_network(
         network, about = load_exported(path, device, dtype, topology, verify)
         latents = opened_from(about.latents, path).model_dump(mode="json")
         latents["class_names"] = about.class_names
-        clock = (about.clock or Clock()).model_dump()
+        clock = about.clock or Clock(samples=0, step=0, skipped=0)
         return Snapshot(network, about.config, latents, clock)
-    problems = problems_of(path, digest=cached_sha256) if verify else []
+    problems = find_damage(path, digest=cached_sha256) if verify else []
     if problems:
         raise UserError(f"{problems[0]}; take another checkpoint")
     snapshot = load_network(path, weights, topology)

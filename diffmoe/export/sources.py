@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from diffmoe.capacity.thresholds import Calibrated, stored
-from diffmoe.checkpoints.folder import CHECKSUMS, complete, verify
+from diffmoe.checkpoints import checksums
+from diffmoe.checkpoints.checksums import find_damage
+from diffmoe.checkpoints.folder import find_complete
 from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
-from diffmoe.checkpoints.posthoc import combined
+from diffmoe.checkpoints.posthoc import combined_average
 from diffmoe.errors import UserError
 from diffmoe.export.autoencoder_folder import opened_from
 from diffmoe.export.exported import ExportedModel
@@ -74,11 +76,11 @@ def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
     if kind not in ("ema", "live") or (std and kind == "live"):
         raise UserError(f"--weights {weights}: choose ema, live, or ema:STD such as ema:0.10")
     if std:
-        with combined(path, _number(std)) as average:
+        with combined_average(path, _number(std)) as average:
             yield _source(average.newest, f"ema:{average.std:g}", average.read)
         return
-    with open_checkpoint(complete(path)) as stored_there:
-        problems = verify(stored_there.path)
+    with open_checkpoint(find_complete(path)) as stored_there:
+        problems = find_damage(stored_there.path)
         if problems:
             raise UserError(f"{problems[0]}; take another checkpoint")
         prefix = {"ema": "ema", "live": "weights"}[kind]
@@ -94,7 +96,7 @@ def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
 
 def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Tensor]) -> Source:
     """read: parameters by name; thresholds are those of the checkpoint, never averaged."""
-    path, about = checkpoint.path, checkpoint.about
+    path, record, config = checkpoint.path, checkpoint.record, checkpoint.config
     prefix = "weights" if weights == "live" else "ema"
     if not any(name.startswith(f"{prefix}/") for name in checkpoint.shapes):
         prefix = next(iter(checkpoint.prefixes))  # the lengths of a combination, alike in shapes
@@ -104,20 +106,20 @@ def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Te
         if name.partition("/")[0] in (prefix, "buffers")
     }
     buffers = {name.partition("/")[2] for name in checkpoint.shapes if name.startswith("buffers/")}
-    latents = about["latents"]
+    latents = record.latents
     values: dict[str, Any] = {
         "weights": weights,
-        "model": about["config"]["model"],
-        "moe": about["config"]["moe"],
-        "diffusion": about["config"]["diffusion"],
+        "model": config.model.model_dump(),
+        "moe": config.moe.model_dump(),
+        "diffusion": config.diffusion.model_dump(),
         "latents": {key: latents[key] for key in _LATENTS if key in latents},
         "class_names": latents.get("class_names"),
-        "label_dropout": about["config"].get("training", {}).get("label_dropout"),
-        "clock": about["clock"],
+        "label_dropout": config.training.label_dropout,
+        "clock": record.clock,
         "provenance": {
             "kind": "training checkpoint",
             "name": f"{path.resolve().parent.name}/{path.name}",
-            "sha256": sha256_of(path / CHECKSUMS),
+            "sha256": sha256_of(path / checksums.FILE_NAME),
         },
     }
     made = parse_metadata(values, path / "run.json")

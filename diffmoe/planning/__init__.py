@@ -1,1 +1,1 @@
-"""What a run will need, before it starts: memory, traffic, operations, time; and whether it can."""
+"""What a run needs, estimated before it starts: memory, traffic, FLOPs, time; and its refusals."""

@@ -1,23 +1,24 @@
-"""Bytes that the forward keeps for the backward, on one GPU, for one micro-batch.
+"""Bytes of activations that the forward saves for the backward, on one GPU, for one micro-batch.
 
-Counted along diffmoe.models: each line is one tensor that autograd saves, each storage once.
-S tokens, D width, N token-expert pairs, H hidden width, E experts, B samples; `a` bytes an element.
+Follows diffmoe.models: one line per tensor that autograd saves; shared storage counts once.
+S tokens, D width, N token-expert pairs, H hidden width, E experts, B samples; an element has `a`
+bytes.
 """
 
-from diffmoe.planning import text
+from diffmoe.planning import captions
 from diffmoe.planning.layouts import Layout
 
 F32, INT64 = 4, 8
 
 
 def activation_bytes(layout: Layout) -> int:
-    """At the worst moment: with checkpointing also what one part of a block computes again."""
+    """At the peak: with checkpointing, including what one part of a block recomputes."""
     checkpointing = layout.config.training.activation_checkpointing
     return kept_bytes(layout) + (max(_checkpointed(layout)) if checkpointing else 0)
 
 
 def kept_bytes(layout: Layout) -> int:
-    """At the end of the forward."""
+    """What is held at the end of the forward."""
     config = layout.config
     model = config.model
     S, B, D, a = layout.tokens, layout.micro_batch, model.width, layout.element
@@ -32,9 +33,9 @@ def kept_bytes(layout: Layout) -> int:
     ends = 3 * S * D * a + 6 * B * D * a + 2 * S * patch * F32
     kept = model.depth * block + ends
     if moe_layers:
-        kept += moe_layers * _decided(layout)
-    if model.text is not None:  # between attention and feed-forward: tokens before and after
-        kept += text.embedding_bytes(layout) + model.depth * S * D * a
+        kept += moe_layers * _routing(layout)
+    if model.text is not None:  # tokens before and after cross-attention
+        kept += captions.embedding_bytes(layout) + model.depth * S * D * a
     if config.training.activation_checkpointing:
         return kept
     attention, cross, dense, mixture = _checkpointed(layout)
@@ -42,7 +43,7 @@ def kept_bytes(layout: Layout) -> int:
 
 
 def _checkpointed(layout: Layout) -> tuple[int, int, int, int]:
-    """What self- and cross-attention, a dense and an MoE feed-forward save, or compute again."""
+    """Bytes saved (or recomputed) by self-attention, cross-attention, a dense MLP, an MoE layer."""
     model, moe = layout.config.model, layout.config.moe
     S, D, a = layout.tokens, model.width, layout.element
     dense = 0
@@ -52,7 +53,7 @@ def _checkpointed(layout: Layout) -> tuple[int, int, int, int]:
     if layout.moe_layers:
         shared = _hidden(moe.shared_expert_activation) * S * int(D * moe.shared_expert_ratio) * a
         mixture = _mixture(layout) + shared
-    cross = 0 if model.text is None else text.cross_attention_bytes(layout)
+    cross = 0 if model.text is None else captions.cross_attention_bytes(layout)
     return _attention(layout), cross, dense, mixture
 
 
@@ -60,38 +61,38 @@ def _attention(layout: Layout) -> int:
     model = layout.config.model
     S, D, a = layout.tokens, model.width, layout.element
     inner = model.heads * model.width_of_head
-    # Norm 1's output and statistics, modulated tokens, query, key and value, mixed, projected.
+    # Norm 1's output and statistics, modulated tokens; query, key, value; their mix, projected.
     elements = 3 * S * D + 4 * S * inner
-    statistics = 2 * S * F32 + S * model.heads * F32  # and the softmax's, one a row
-    if model.qk_norm:  # the normalized ones beside the others
+    statistics = 2 * S * F32 + S * model.heads * F32  # and one per row of the softmax
+    if model.qk_norm:  # normalized query and key
         elements += 2 * S * inner
         statistics += 2 * S * model.heads * F32
-    if model.rope:  # turned ones
+    if model.rope:  # rotated query and key
         elements += 2 * S * inner
     return elements * a + statistics
 
 
 def _mixture(layout: Layout) -> int:
-    """What the experts' part saves and checkpointing computes again."""
+    """What the experts save (or recompute)."""
     config = layout.config
     N, D, a = layout.rows, config.model.width, layout.element
     H = int(D * config.moe.expert_ratio)
     hidden = _hidden(config.moe.activation)
-    # Rows, hidden before and after the activation, the experts' output; token numbers, flat.
+    # Rows, hidden before and after the activation, the experts' output; flat token indices.
     return N * (2 * D + hidden * H) * a + N * (INT64 + a)
 
 
 def _hidden(activation: str) -> int:
-    """Hidden tensors of an MLP that autograd saves: before and after the activation."""
+    """Number of hidden tensors that autograd saves in an MLP: before and after the activation."""
     return 4 if activation == "swiglu" else 2
 
 
-def _decided(layout: Layout) -> int:
-    """What routing and the capacity predictor save, checkpointed or not."""
+def _routing(layout: Layout) -> int:
+    """What routing and the capacity predictor save, with checkpointing too."""
     config = layout.config
     S, N, D, a = layout.tokens, layout.rows, config.model.width, layout.element
     E = config.moe.experts
-    saved = S * E * F32 + N * (INT64 + F32)  # scores; token numbers and gates
+    saved = S * E * F32 + N * (INT64 + F32)  # scores; token indices and gates
     if a != F32:
         saved += S * D * F32  # tokens, for the router
     if config.moe.type == "diffmoe":

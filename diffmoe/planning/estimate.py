@@ -1,4 +1,4 @@
-"""How long a step takes, roughly, and which layout to take."""
+"""A rough estimate of a step's time, and which layout to choose."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,13 +9,17 @@ from diffmoe.planning.flops import step_flops
 from diffmoe.planning.host import HostMemory, host_memory
 from diffmoe.planning.layouts import Layout
 from diffmoe.planning.machine import Machine
-from diffmoe.planning.memory import MASTER, Memory, averages, memory, partition
+from diffmoe.planning.memory import MASTER, Memory, average_count, memory, partition_size
 from diffmoe.planning.traffic import Collective, traffic
 
 
 @dataclass(frozen=True)
 class Plan:
-    """seconds: of one optimizer step; fits_gpu, fits_node: GPU's memory, and the node's."""
+    """What a layout needs on a machine.
+
+    flops: of one GPU in one optimizer step. seconds: of one optimizer step. fits_gpu, fits_node:
+    whether the memory of a GPU, and the host memory of a node, suffices.
+    """
 
     layout: Layout
     memory: Memory
@@ -32,30 +36,40 @@ class Plan:
 
 
 def plan(layout: Layout, machine: Machine) -> Plan:
+    """Estimate memory, traffic, FLOPs and time. Nothing is assumed to overlap."""
     needed, moved, flops = memory(layout), traffic(layout), step_flops(layout)
     host = host_memory(layout)
     rate = machine.flops_bf16 if layout.element == 2 else machine.flops_fp32
     seconds = flops / rate
     seconds += sum(c.within / machine.within + c.between / machine.between for c in moved)
-    # What is kept for the backward is written once and read twice, its gradient written and read.
-    # The optimizer reads and writes masters, moments and averages, and reads gradients.
-    again = layout.config.training.activation_checkpointing
+    # Activations are written once and read twice, their gradients written and read once. The
+    # optimizer reads and writes masters, moments and averages, and reads gradients.
+    recomputed = layout.config.training.activation_checkpointing
     kept = activation_bytes(layout.changed({"training.activation_checkpointing": False}))
-    seconds += (5 + 2 * again) * kept * layout.accumulation / machine.device
-    own, states = partition(layout), (3 + averages(layout)) * MASTER
+    seconds += (5 + 2 * recomputed) * kept * layout.accumulation / machine.device
+    own, states = partition_size(layout), (3 + average_count(layout)) * MASTER
     seconds += (
         own * (2 * states + 4 * MASTER) / (machine.host if layout.zero.offload else machine.device)
     )
-    if layout.zero.offload:  # gradients go, weights come
+    if layout.zero.offload:  # gradients to the host, weights back
         seconds += 2 * own * layout.element / machine.host
-    fits = needed.total <= machine.memory, host.total <= machine.node_memory
-    return Plan(layout, needed, host, moved, flops, seconds, *fits)
+    return Plan(
+        layout,
+        needed,
+        host,
+        moved,
+        flops,
+        seconds,
+        fits_gpu=needed.total <= machine.memory,
+        fits_node=host.total <= machine.node_memory,
+    )
 
 
-def recommended(plans: Iterable[Plan]) -> Plan:
-    """The quickest that fits; among equals (2 %) the largest micro-batch, then least memory.
+def recommend(plans: Iterable[Plan]) -> Plan:
+    """The fastest plan that fits; within 2 %, the largest micro-batch, then the least memory.
 
-    A larger micro-batch is a larger pool of tokens, and more work for each launch of a kernel.
+    A larger micro-batch makes a larger pool of tokens, and more work per kernel launch. Raises
+    UserError if none fits, with the one that comes closest.
     """
     plans = list(plans)
     fitting = [one for one in plans if one.fits]
@@ -65,13 +79,13 @@ def recommended(plans: Iterable[Plan]) -> Plan:
             least = min(on_gpu, key=lambda one: one.host.total)
             raise UserError(
                 f"no layout fits: of those that fit the GPUs, {least.layout.describe()} needs the "
-                f"least host memory, {least.host.total / 1e9:.1f} GB a node; give the nodes more, "
-                "take more of them, or a DeepSpeed JSON without offload"
+                f"least host memory, {least.host.total / 1e9:.1f} GB per node; use nodes with more "
+                "memory, more nodes, or a DeepSpeed JSON without offload"
             )
         least = min(plans, key=lambda one: one.memory.total)
         raise UserError(
             f"no layout fits: the smallest, {least.layout.describe()}, needs "
-            f"{least.memory.total / 1e9:.1f} GB a GPU; take more GPUs, or training.precision=bf16"
+            f"{least.memory.total / 1e9:.1f} GB per GPU; use more GPUs, or training.precision=bf16"
         )
     best = min(one.seconds for one in fitting)
     return min(

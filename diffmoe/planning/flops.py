@@ -1,11 +1,11 @@
-"""Floating-point operations of products; a multiply-add counts as two."""
+"""FLOPs of matrix products; a multiply-add counts as two."""
 
-from diffmoe.planning import text
+from diffmoe.planning import captions
 from diffmoe.planning.layouts import Layout
 
 
 def forward_flops(layout: Layout) -> int:
-    """Of one micro-batch on one GPU."""
+    """Of the forward of one micro-batch on one GPU."""
     products, attention = _forward(layout)
     return sum(flops for flops, _ in products) + attention
 
@@ -13,26 +13,26 @@ def forward_flops(layout: Layout) -> int:
 def step_flops(layout: Layout) -> int:
     """Of one optimizer step on one GPU: forward and backward of all micro-batches.
 
-    Checkpointing runs attention and feed-forwards forwards twice.
+    With checkpointing, the forward of attention and feed-forwards counts twice.
     """
     products, attention = _forward(layout)
-    # Backward of a product: one for the weight's gradient, one for the input's, where it has one.
+    # Backward of a product: one for the weight's gradient, one for the input's if it has one.
     work = sum(flops * (2 + has_input) for flops, has_input in products)
-    # Of attention's two products: four, and one is computed again.
+    # Backward of attention's two products: four, and one is recomputed.
     work += attention + attention * 5 // 2
     if layout.config.training.activation_checkpointing:
-        work += _computed_again(layout)
+        work += _recomputed(layout)
     return work * layout.accumulation
 
 
-def _computed_again(layout: Layout) -> int:
+def _recomputed(layout: Layout) -> int:
     model = layout.config.model
     S, D, T = layout.tokens, model.width, layout.tokens_per_sample
     inner = model.heads * model.width_of_head
     attention = model.depth * (2 * S * D * 4 * inner + 4 * S * T * inner)
     if model.text is not None:
-        attention += model.depth * text.cross_attention_again(layout)
-    # torch stops when it has all that was saved: the dense MLP's last product is not among it.
+        attention += model.depth * captions.cross_attention_recomputed(layout)
+    # torch stops once it has all saved tensors, so it skips the dense MLP's last product.
     matrices = _matrices(model.mlp_activation)
     return attention + _dense_layers(layout) * (matrices - 1) // matrices + _mixtures(layout)
 
@@ -45,7 +45,7 @@ def _dense_layers(layout: Layout) -> int:
 
 
 def _matrices(activation: str) -> int:
-    """Of an MLP."""
+    """Weight matrices of an MLP."""
     return 3 if activation == "swiglu" else 2
 
 
@@ -54,7 +54,7 @@ def _mixtures(layout: Layout) -> int:
 
 
 def mixture_flops(layout: Layout) -> int:
-    """Of the experts of one MoE layer, the shared one included, forward."""
+    """Of the forward of one MoE layer's experts, the shared expert included."""
     moe, S, D = layout.config.moe, layout.tokens, layout.config.model.width
     experts = _matrices(moe.activation) * 2 * layout.rows * D * int(D * moe.expert_ratio)
     shared = _matrices(moe.shared_expert_activation) * 2 * S * D * int(D * moe.shared_expert_ratio)
@@ -62,7 +62,7 @@ def mixture_flops(layout: Layout) -> int:
 
 
 def router_products(layout: Layout) -> list[tuple[int, bool]]:
-    """Of router and capacity predictor of one MoE layer: (FLOPs, has its input a gradient)."""
+    """Of one MoE layer: (FLOPs, whether the input has a gradient) of router and predictor."""
     moe, S, D = layout.config.moe, layout.tokens, layout.config.model.width
     if moe.type == "dense":
         return []
@@ -73,7 +73,10 @@ def router_products(layout: Layout) -> list[tuple[int, bool]]:
 
 
 def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
-    """(products as (operations, whether their input has a gradient), attention's two products)."""
+    """Of the forward of one micro-batch: (products, FLOPs of attention's two products).
+
+    products: (FLOPs, whether the input has a gradient) of each.
+    """
     model = layout.config.model
     S, B, D, T = layout.tokens, layout.micro_batch, model.width, layout.tokens_per_sample
     patch = model.patch_size**2 * model.in_channels
@@ -92,8 +95,8 @@ def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
     ]
     attention = model.depth * 4 * S * T * inner
     if model.text is not None:
-        cross, looks = text.cross_attention_flops(layout)
-        embedding, reads = text.embedding_flops(layout)
+        cross, mixing = captions.cross_attention_flops(layout)
+        embedding, own_mixing = captions.embedding_flops(layout)
         products += [(model.depth * cross, True), *embedding]
-        attention += model.depth * looks + reads
+        attention += model.depth * mixing + own_mixing
     return products, attention

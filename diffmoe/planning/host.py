@@ -1,7 +1,7 @@
 """Bytes of host memory on one node, by kind.
 
-States and copies are exact to padding. What processes take besides is an allowance: it was not
-measured on a GPU's machine.
+Optimizer states and copies for saving are exact up to padding. What the processes themselves need
+is an allowance that was not measured on a machine with GPUs.
 """
 
 from dataclasses import dataclass
@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from diffmoe.config import BYTES
 from diffmoe.planning.layouts import BYTES as ELEMENT
 from diffmoe.planning.layouts import Layout
-from diffmoe.planning.memory import MASTER, averages, partition
+from diffmoe.planning.memory import MASTER, average_count, partition_size
 
-# Python, torch, and what CUDA and NCCL keep on the host's side; and of a reader process.
+# Of a rank: Python, torch, and the host side of CUDA and NCCL. Of a data worker.
 RANK_BYTES = 4 * 2**30
 READER_BYTES = 2**29
-# torch rounds pinned memory up to powers of two, by 1.44 on average over evenly spread sizes.
+# torch rounds pinned memory up to a power of two: on average 1.44 times the size.
 PINNED = 1.5
-# Batches of a rank under way: read ahead by the workers, handed over, and in use.
+# Batches per rank: prefetched by the workers, handed over, and in use.
 BATCHES = 4 + 2 + 2
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of one node. network: of the ranks' weights, which are made there and then moved."""
+    """Bytes of one node.
+
+    network: the ranks' weights, created on the host and then moved to the GPUs. states: offloaded
+    optimizer states. saves: copies for saving checkpoints. loader: batches.
+    """
 
     processes: int
     network: int
@@ -32,14 +36,14 @@ class HostMemory:
 
     @property
     def total(self) -> int:
-        """At the worst moment: the weights have left when the other tensors come."""
+        """At the peak. The weights are on the GPUs before the other tensors are allocated."""
         return self.processes + max(self.network, self.states + self.saves + self.loader)
 
 
 def host_memory(layout: Layout) -> HostMemory:
-    """What the ranks of one node need together."""
+    """Host memory of all ranks of one node."""
     config, ranks = layout.config, layout.gpus_per_node
-    sizes, own = layout.sizes, partition(layout)
+    sizes, own = layout.sizes, partition_size(layout)
     readers = min(config.data.workers, config.data.lanes // layout.world)
     return HostMemory(
         processes=ranks * (RANK_BYTES + readers * READER_BYTES),
@@ -51,27 +55,27 @@ def host_memory(layout: Layout) -> HostMemory:
 
 
 def _saved(layout: Layout) -> int:
-    """Bytes that a save copies of each element: master, moments, averages; of a snapshot, these."""
-    training, kept = layout.config.training, averages(layout)
+    """Bytes that saves copy per element: master, moments and averages; of snapshots, averages."""
+    training, kept = layout.config.training, average_count(layout)
     snapshot = ELEMENT[training.snapshot_precision] if training.snapshot_samples else 0
     return (3 + kept) * MASTER + kept * snapshot
 
 
 def _offloaded(layout: Layout) -> int:
-    """Of one rank: what diffmoe.planning.memory leaves out under offload_optimizer."""
+    """Of one rank: what memory.py leaves out if the optimizer is offloaded."""
     if not layout.zero.offload:
         return 0
-    own, element = partition(layout), layout.element
-    # Masters, their gradients, and weights on their way back; the largest gradient on its way.
+    own, element = partition_size(layout), layout.element
+    # Masters, their gradients, and a buffer for returning weights; the largest gradient in transit.
     pinned = own * (2 * MASTER + element) + layout.sizes.largest * element
     if layout.accumulation > 1:  # gradients of earlier micro-batches
         pinned += own * element
-    unpinned = own * (2 + averages(layout)) * MASTER
+    unpinned = own * (2 + average_count(layout)) * MASTER
     return int(pinned * (PINNED if layout.zero.pinned else 1)) + unpinned
 
 
 def _sample(layout: Layout) -> int:
-    """Of one sample as the loop gets it, in fp32."""
+    """Of one sample as the loop receives it, in fp32."""
     model = layout.config.model
     latent = model.in_channels * model.input_size**2 * 4
     if model.text is None or model.text.encoder == BYTES:

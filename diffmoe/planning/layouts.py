@@ -1,4 +1,4 @@
-"""Ways to spread one run over a machine."""
+"""Ways to distribute a run over a machine."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,21 +18,21 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class Zero:
-    """What a DeepSpeed JSON says of memory.
+    """The settings of a DeepSpeed JSON that affect memory.
 
-    bucket: elements of a reduce bucket. buckets: how many of them there are at once. offload:
-    masters, moments, averages and their gradients lie in host memory; pinned: page-locked there.
-    (allgather_bucket_size cuts a collective into pieces, and needs no memory.)
+    bucket: elements of a reduce bucket. buckets: how many exist at once. offload: masters, moments,
+    averages and their gradients are in host memory. pinned: that memory is page-locked.
+    (allgather_bucket_size only splits a collective, it needs no memory.)
     """
 
-    bucket: int = 25_000_000  # what diffmoe.parallel.zero sets where the JSON is silent
+    bucket: int = 25_000_000  # the default of diffmoe.parallel.zero
     buckets: int = 1
     offload: bool = False
     pinned: bool = False
 
     @classmethod
     def of(cls, ds_settings: Mapping[str, Any]) -> "Zero":
-        """ds_settings: the JSON, as diffmoe.parallel.zero.read_ds_config reads it."""
+        """ds_settings: the JSON as diffmoe.parallel.zero.read_ds_config returns it."""
         zero = ds_settings.get("zero_optimization", {})
         offload = zero.get("offload_optimizer") or {}
         return cls(
@@ -45,9 +45,9 @@ class Zero:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Trainable elements that one rank holds: dense ones, and its share of the experts.
+    """Trainable elements of one rank: dense ones, and those of its experts.
 
-    largest: of one parameter.
+    largest: elements of the largest parameter.
     """
 
     dense: int
@@ -71,10 +71,7 @@ def sizes_of(model_json: str, moe_json: str, expert_parallel: int) -> Sizes:
 
 @dataclass(frozen=True)
 class Layout:
-    """One configuration on one machine; all sizes that the estimates need.
-
-    nodes, gpus_per_node: of the machine; every GPU is one rank. zero: of the DeepSpeed JSON.
-    """
+    """A configuration on a number of GPUs, one rank per GPU, and the sizes that follow from it."""
 
     config: Config
     nodes: int
@@ -95,12 +92,12 @@ class Layout:
 
     @property
     def micro_batch(self) -> int:
-        """Samples of one GPU in one forward."""
+        """Samples per GPU and forward."""
         return self.config.training.batch_size // (self.world * self.accumulation)
 
     @property
     def element(self) -> int:
-        """Bytes of a parameter, a gradient and an activation."""
+        """Bytes of one element of parameters, gradients and activations."""
         return BYTES[self.config.training.precision]
 
     @property
@@ -112,12 +109,12 @@ class Layout:
 
     @property
     def expert_replicas(self) -> int:
-        """Ranks of an expert-data-parallel group."""
+        """Ranks that hold the same experts (an expert-data-parallel group)."""
         return self.world // self.expert_parallel
 
     @property
     def tokens(self) -> int:
-        """S: tokens of one GPU in one forward."""
+        """S: tokens per GPU and forward."""
         return self.micro_batch * self.tokens_per_sample
 
     @property
@@ -133,10 +130,10 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Token-expert pairs that one GPU sends to the experts of one layer, on average.
+        """N: token-expert pairs that one GPU sends to the experts of one layer.
 
-        Exact in the default pool and for expert choice; a wide pool and token choice balance it
-        over the ranks only on average.
+        Exact in the default pool and for expert choice; with a wide pool or token choice it is the
+        average over ranks.
         """
         moe = self.config.moe
         if moe.type == "token_choice":
@@ -152,10 +149,11 @@ class Layout:
         return expert_capacity(tokens, moe.experts, moe.capacity, moe.capacity_rounding)
 
     def changed(self, changes: dict[str, Any]) -> "Layout":
-        """With other settings, dotted keys, on the same machine."""
+        """A copy with other settings. changes: by dotted key."""
         return replace(self, config=self.config.replace(changes))
 
     def describe(self) -> str:
+        """In a few words, as a line of a table begins."""
         checkpointing = self.config.training.activation_checkpointing
         return (
             f"P={self.expert_parallel} stage {self.config.parallel.zero_stage} "
@@ -164,7 +162,7 @@ class Layout:
         )
 
 
-def layouts(
+def possible_layouts(
     config: Config,
     nodes: int,
     gpus_per_node: int,
@@ -173,9 +171,10 @@ def layouts(
     micro_batch: int | None = None,
     zero: Zero = Zero(),
 ) -> Iterator[Layout]:
-    """Every layout that keeps the run's batch; a given value narrows the choice.
+    """Every layout with the run's batch size, with and without activation checkpointing.
 
-    Raises UserError if the configuration can't be spread over so many GPUs at all.
+    expert_parallel, zero_stage, micro_batch: fix one of the choices. Raises UserError if the
+    configuration does not fit this number of GPUs, or a fixed choice is not possible.
     """
     world, batch = nodes * gpus_per_node, config.training.batch_size
     if batch % world:

@@ -1,4 +1,4 @@
-"""What a run is planned for."""
+"""The machine that a run is planned for."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU and its links. The defaults are an H100 with NVLink, and 400 Gbit/s of network a GPU.
+    """A GPU and its links. Defaults: H100 with NVLink, and 400 Gbit/s of network per GPU.
 
-    memory: bytes. node_memory: of the host, what a job gets of each node. flops_*: what products
-    reach, operations a second: 40 % of the card's sheet. within, between, device, host: bytes a
-    second that reach a GPU from its node's others, from other nodes, from its own memory, and from
-    its host's.
+    memory: bytes of the GPU. node_memory: bytes of host memory that a job gets on each node.
+    flops_*: FLOP/s that matrix products achieve; default 40 % of the data sheet. within, between,
+    device, host: bytes/s from GPUs of the same node, from other nodes, from the GPU's own memory,
+    and from host memory.
     """
 
     memory: float = 80e9
@@ -24,10 +24,11 @@ class Machine:
     host: float = 25e9
 
     def assumptions(self) -> str:
+        """What an estimate assumes, in a sentence for the user."""
         return (
-            f"assumed: products reach {self.flops_bf16 / 1e12:.0f} TFLOP/s in bf16 and "
-            f"{self.flops_fp32 / 1e12:.0f} in fp32 (TF32); a GPU gets {self.within / 1e9:.0f} GB/s "
-            f"inside its node and {self.between / 1e9:.0f} between nodes, {self.device / 1e12:g} "
-            f"TB/s from its own memory and {self.host / 1e9:.0f} GB/s from its host's; nothing "
-            "overlaps; no time for kernel launches and data"
+            f"assumed: matrix products achieve {self.flops_bf16 / 1e12:.0f} TFLOP/s in bf16 and "
+            f"{self.flops_fp32 / 1e12:.0f} in fp32 (TF32); per GPU {self.within / 1e9:.0f} GB/s "
+            f"inside a node and {self.between / 1e9:.0f} between nodes, {self.device / 1e12:g} "
+            f"TB/s from its own memory and {self.host / 1e9:.0f} GB/s from host memory; nothing "
+            "overlaps; kernel launches and data loading take no time"
         )

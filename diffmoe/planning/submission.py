@@ -1,4 +1,4 @@
-"""Checks before a job is queued."""
+"""What is checked before a job is queued."""
 
 import os
 import shutil
@@ -11,50 +11,54 @@ from diffmoe.parallel.zero import read_ds_config, reconcile
 from diffmoe.planning.estimate import Plan, plan
 from diffmoe.planning.layouts import Layout, Zero
 from diffmoe.planning.machine import Machine
-from diffmoe.planning.memory import MASTER, averages
+from diffmoe.planning.memory import MASTER, average_count
 from diffmoe.training import preflight
 from diffmoe.training.resume import check_configuration
 
 
-def check(
+def check_submission(
     config: Config, ds_config: str | None, nodes: int, gpus_per_node: int, machine: Machine
 ) -> Plan:
-    """All that can be refused before the queue; writes nothing, and needs no GPU.
+    """Check everything that can be checked without a GPU, and plan the run. Writes nothing.
 
-    Raises UserError as the run itself would, or because it won't fit the GPUs, the nodes' memory
-    or the disk.
+    ds_config: path of the DeepSpeed JSON; its offload, buckets and stage count in the plan. Raises
+    UserError where the run itself would at its start, and if it does not fit the memory of the
+    GPUs or the nodes, or the disk.
     """
     given = read_ds_config(ds_config) if ds_config else {}
     config = reconcile(config, given, ds_config or "")
     preflight.check(config, given, nodes * gpus_per_node)
     output = Path(config.output)
     if folder.names(output):
-        check_configuration(folder.complete(output), config, [])
+        check_configuration(folder.find_complete(output), config, [])
     planned = plan(Layout(config, nodes, gpus_per_node, Zero.of(given)), machine)
     if not planned.fits_gpu:
         raise UserError(
-            f"{planned.layout.describe()} needs {planned.memory.total / 1e9:.1f} GB a GPU, and "
+            f"{planned.layout.describe()} needs {planned.memory.total / 1e9:.1f} GB per GPU, and "
             f"--gpu-memory is {machine.memory / 1e9:g}; tools/plan.py shows what fits"
         )
     if not planned.fits_node:
         raise UserError(
-            f"{planned.layout.describe()} needs {planned.host.total / 1e9:.1f} GB of host memory a "
-            f"node, and the job asks for {machine.node_memory / 1e9:.1f} (--mem); "
-            f"give {-(-planned.host.total // 2**30)}G, or see tools/plan.py"
+            f"{planned.layout.describe()} needs {planned.host.total / 1e9:.1f} GB of host memory "
+            f"per node, and the job requests {machine.node_memory / 1e9:.1f} (--mem); "
+            f"request {-(-planned.host.total // 2**30)}G, or see tools/plan.py"
         )
     check_space(planned.layout)
     return planned
 
 
 def checkpoint_bytes(layout: Layout) -> int:
-    """One whole checkpoint: masters, two moments and the averages of every parameter."""
+    """Size of one checkpoint: masters, two moments and the averages of every parameter."""
     sizes = layout.sizes
     elements = sizes.dense + sizes.experts * layout.expert_parallel
-    return elements * MASTER * (3 + averages(layout))
+    return elements * MASTER * (3 + average_count(layout))
 
 
 def check_space(layout: Layout) -> None:
-    """Room for the checkpoints that the run keeps and does not have yet, and for one more."""
+    """Raise UserError without disk space for the checkpoints still to come, plus one.
+
+    The run keeps training.keep_last checkpoints, and writes the next before it deletes the oldest.
+    """
     config = layout.config
     place = Path(config.output).absolute()
     while not place.exists():
@@ -66,7 +70,7 @@ def check_space(layout: Layout) -> None:
     free = shutil.disk_usage(place).free
     if free < wanted:
         raise UserError(
-            f"output={config.output}: {free / 1e9:.1f} GB are free there, and the checkpoints need "
+            f"output={config.output}: {free / 1e9:.1f} GB are free there, and checkpoints need "
             f"{wanted / 1e9:.1f} (training.keep_last={keeps}, {one / 1e9:.1f} GB each); choose "
-            "another output, or set training.keep_last lower"
+            "another output, or lower training.keep_last"
         )

@@ -1,4 +1,4 @@
-"""Bytes that the collectives of one optimizer step move."""
+"""Bytes that the collectives of one optimizer step transfer."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ F32, F64, INT64 = 4, 8, 8
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective in one optimizer step, as one rank takes part in it.
+    """All collectives of one kind in one optimizer step, as seen by one rank.
 
-    bytes: of the tensors that the rank gives (all_to_all, all_reduce) or ends up with (all_gather),
-        over all calls. within, between: what it sends to ranks of its own node and of others.
+    bytes: of the rank's input (all_to_all, all_reduce) or output (all_gather), over all calls.
+    within, between: bytes that it sends to ranks of its own node, and of other nodes.
     """
 
     name: str
@@ -25,9 +25,9 @@ class Collective:
 
 
 def traffic(layout: Layout) -> list[Collective]:
-    """All collectives that grow with the model or the batch, and the routing's."""
+    """The collectives whose size grows with the model or the batch, and those of routing."""
     sizes, element, steps = layout.sizes, layout.element, layout.accumulation
-    # Stage 2 has no room for whole gradients, so that each micro-batch's are reduced.
+    # Stage 2 does not keep all gradients, so it reduces those of each micro-batch.
     reductions = steps if layout.config.parallel.zero_stage == 2 else 1
     found = [
         _all_to_all(layout),
@@ -62,15 +62,15 @@ def traffic(layout: Layout) -> list[Collective]:
 
 
 def _all_to_all(layout: Layout) -> Collective:
-    """Tokens to their experts and back, and the same for gradients; one way is one all-to-all."""
+    """Tokens to their experts and back, and the same for gradients; each way is one all-to-all."""
     P, node = layout.expert_parallel, layout.gpus_per_node
     ways = 4 + 2 * layout.config.training.activation_checkpointing
     moe = layout.config.moe
     sent = ways * layout.rows * layout.config.model.width * layout.element
-    if moe.type == "token_choice" or moe.token_pool != "micro_batch":  # counts go ahead
+    if moe.type == "token_choice" or moe.token_pool != "micro_batch":  # preceded by counts
         sent += (ways // 2 - 1) * moe.experts * INT64
     sent *= layout.moe_layers * layout.accumulation
-    # Groups are contiguous ranks: as many of a group as fit share a node.
+    # Groups are contiguous ranks, so as many of a group as possible are on one node.
     near = min(P, node)
     return Collective(
         "tokens to experts and back",
@@ -83,10 +83,10 @@ def _all_to_all(layout: Layout) -> Collective:
 
 
 def _ring(layout: Layout, name: str, stride: int, ranks: int, size: int, passes: int) -> Collective:
-    """All-reduce (two passes) or all-gather (one) over ranks `stride` apart.
+    """All-reduce (two passes) or all-gather (one pass) over ranks `stride` apart.
 
-    First inside the nodes, then each GPU its share between them, as NCCL does with one network
-    card a GPU: no other order sends less between nodes.
+    First inside each node, then each GPU its share between nodes, as NCCL does with one network
+    card per GPU; no other order sends less between nodes.
     """
     near = max(1, min(ranks, layout.gpus_per_node // stride))
     nodes = ranks // near
@@ -98,9 +98,9 @@ def _ring(layout: Layout, name: str, stride: int, ranks: int, size: int, passes:
 
 
 def _routing(layout: Layout) -> list[Collective]:
-    """What decides, and tells how it went: small beside the rest."""
+    """Collectives of the gradient norm, thresholds and wide pools; small beside the others."""
     moe, L = layout.config.moe, layout.moe_layers
-    # Squared norms of dense and of expert gradients, the experts' mean; in bf16 an overflow flag.
+    # Squared norms of dense and expert gradients, the experts' mean; in bf16 an overflow flag.
     norms = F32 * (1 + (L > 0) + (L > 0 and layout.expert_replicas > 1))
     found = [_ring(layout, "gradient norm", 1, layout.world, norms + (layout.element == 2), 2)]
     if moe.type != "diffmoe" or not L:
@@ -109,7 +109,7 @@ def _routing(layout: Layout) -> list[Collective]:
     pool, steps = ranks[moe.token_pool], layout.accumulation
     found.append(_ring(layout, "thresholds", 1, layout.world, L * moe.experts * F64, 2))
     if pool > 1:
-        # A histogram of 256 bins for each of 4 bytes: for the scores, and for the thresholds.
+        # A histogram of 256 bins for each of 4 bytes, for the scores and for the thresholds.
         bins = 4 * 256 * INT64 * L * moe.experts * steps * 2
         counts = 2 * moe.experts * INT64 * L * steps * pool
         found.append(_ring(layout, "pool's histograms", 1, pool, bins, 2))

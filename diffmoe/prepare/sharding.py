@@ -20,7 +20,7 @@ from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.data.packing import ShardFile, clear, shard_name, shard_sizes
 from diffmoe.errors import UserError
 from diffmoe.seeding import keyed_generator
-from diffmoe.work import Ranks, Records, remove_torn
+from diffmoe.work import Ranks, Records, remove_stale_files
 
 
 class Item(Protocol):
@@ -123,7 +123,7 @@ def _begin(records: Records, plan: dict, overwrite: bool, ranks: Ranks) -> None:
     if not records.begun:
         clear(directory, overwrite)
     records.begin(plan, "use the same, choose another folder, or overwrite it (--overwrite)")
-    remove_torn(directory)
+    remove_stale_files(directory)
 
 
 def _pack(

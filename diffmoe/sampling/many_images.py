@@ -31,7 +31,7 @@ from diffmoe.sampling.latents import check_sampling
 from diffmoe.sampling.sharing import equal_share
 from diffmoe.seeding import keyed_generator
 from diffmoe.text.prompts import Prompts
-from diffmoe.work import Ranks, Records, remove_torn, writable, write_json_once
+from diffmoe.work import Ranks, Records, ensure_writable, remove_stale_files, write_json_once
 
 MANIFEST = "samples.json"
 
@@ -141,10 +141,10 @@ def _begin(folder: Path, records: Records, plan: dict[str, Any]) -> None:
         raise UserError(
             f"{folder} holds files, but was not begun by this command; choose an empty --out"
         )
-    writable(folder)
+    ensure_writable(folder)
     records.begin(plan, "use the same, or choose another folder (--out)")
-    remove_torn(folder)
-    remove_torn(records.folder)
+    remove_stale_files(folder)
+    remove_stale_files(records.folder)
 
 
 def _agreed(network: DiT, missing: list[int]) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 import diffmoe
-from diffmoe.checkpoints import folder
+from diffmoe.checkpoints import checksums, folder
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
@@ -102,7 +102,7 @@ def _seen(config: Config, resume: str) -> dict[str, Any]:
         seen["manifest of the data (SHA-256)"] = _manifest(config.data.path)
     if resume not in ("auto", "none"):
         path = Path(resume)
-        seen[f"--resume {resume}"] = [_hash(path / folder.CHECKSUMS), folder.names(path)]
+        seen[f"--resume {resume}"] = [_hash(path / checksums.FILE_NAME), folder.names(path)]
     if config.training.init is not None:
         seen["training.init (SHA-256)"] = _hash(Path(config.training.init) / "config.json")
     if config.evaluation.prompts is not None:

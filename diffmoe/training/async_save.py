@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe.checkpoints import folder
-from diffmoe.checkpoints.pieces import Hashes, HostCopy, write
+from diffmoe.checkpoints import folder, lifecycle
+from diffmoe.checkpoints.checksums import Checksums
+from diffmoe.checkpoints.pieces import HostCopy, write_pieces
+from diffmoe.checkpoints.run_file import Origin, RunFile
+from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
@@ -42,7 +45,7 @@ class Saver:
         manifest: Manifest,
         say: Callable[[str], None],
         lease: Lease,
-        origin: dict[str, str] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """say: tells rank 0's user. lease: of the folder. origin: see `describe`."""
         self.engine, self.network, self.ema = engine, network, ema
@@ -66,7 +69,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
-    def begin(self, clock: dict[str, int], *kinds: str) -> None:
+    def begin(self, clock: Clock, *kinds: str) -> None:
         """Begin to save; every rank calls it. Raises UserError if an earlier failure is to end it,
         or if the weights are not finite.
 
@@ -82,7 +85,7 @@ class Saver:
         self._problem = None
         if not all_finite(self.ema):
             raise UserError(
-                f"weights or averages are not finite after step {clock['step']}, so this step is "
+                f"weights or averages are not finite after step {clock.step}, so this step is "
                 f"not saved. Look at {self.folder / 'metrics.jsonl'} for when the loss or the "
                 "gradient norm grew; lower optimizer.learning_rate or set "
                 "optimizer.gradient_clipping, and resume an earlier checkpoint"
@@ -90,11 +93,11 @@ class Saver:
         state = pieces(self.engine, self.network, self.ema)
         chosen = {"step": state, "ema": for_sampling(state)}
         copies = {
-            self.folder / f"{kind}-{clock['step']:08d}": self._copies[kind].take(chosen[kind])
+            self.folder / f"{kind}-{clock.step:08d}": self._copies[kind].take(chosen[kind])
             for kind in kinds
         }
-        about = describe(self.engine, self.network, self.config, self.manifest, clock, self.origin)
-        arguments = (copies, about, time.monotonic() - began)
+        record = describe(self.engine, self.network, self.config, self.manifest, clock, self.origin)
+        arguments = (copies, record, time.monotonic() - began)
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
 
@@ -112,13 +115,11 @@ class Saver:
         if self._problem is not None:
             raise UserError(self._problem)
 
-    def _run(
-        self, copies: dict[Path, dict[str, Tensor]], about: dict[str, Any], stalled: float
-    ) -> None:
+    def _run(self, copies: dict[Path, dict[str, Tensor]], record: RunFile, stalled: float) -> None:
         for path, state in copies.items():
             began = time.monotonic()
             try:
-                problem = self._write(path, state, about)
+                problem = self._write(path, state, record)
             except BaseException as error:  # a collective broke: some rank is gone
                 self._problem = f"{path} was not saved: {error}"
                 return
@@ -144,24 +145,24 @@ class Saver:
                 "(training.save_failure=continue)"
             )
 
-    def _write(self, path: Path, state: dict[str, Tensor], about: dict[str, Any]) -> str | None:
+    def _write(self, path: Path, state: dict[str, Tensor], record: RunFile) -> str | None:
         """What was wrong on the first rank that failed, the same on all ranks; None if nothing."""
-        torn = folder.temporary(path, self._writer)
+        torn = lifecycle.temporary(path, self._writer)
 
         def prepare(_: None) -> None:
             self.lease.check()
-            folder.remove(torn)
+            lifecycle.remove(torn)
             torn.mkdir(parents=True)
 
-        def commit(written: list[Hashes]) -> None:
+        def commit(written: list[Checksums]) -> None:
             self.lease.check()
             files = {name: entry for hashes in written for name, entry in hashes.items()}
-            folder.commit(torn, path, about, files)
+            lifecycle.commit(torn, path, record, files)
 
         problem = self._on_first_rank(prepare, None)
         if problem is None:
             try:
-                mine: Hashes | str = write(state, torn, self.group)
+                mine: Checksums | str = write_pieces(state, torn, self.group)
             except OSError as error:
                 mine = str(error)
             everyone: list | None = [None] * dist.get_world_size() if self.first else None
@@ -170,7 +171,7 @@ class Saver:
             problem = self._on_first_rank(commit, everyone, problems[0] if problems else None)
         if self.first:
             if problem is not None:
-                folder.remove(torn)
+                lifecycle.remove(torn)
             elif problem is None and path.name.startswith("step-"):
                 self._tidy(path)
         return problem
@@ -193,6 +194,6 @@ class Saver:
         training = self.config.training
         try:
             write_atomically(self.folder / "latest", newest.name)
-            folder.prune(self.folder, training.keep_last, training.keep_samples)
+            lifecycle.prune(self.folder, training.keep_last, training.keep_samples)
         except (OSError, UserError) as error:
             self.say(f"warning: {newest} is complete, but tidying {self.folder} failed: {error}")

@@ -9,16 +9,17 @@ parallelism and ZeRO stage may change.
 import hashlib
 import platform
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe.checkpoints.folder import read_about, reading
+from diffmoe.checkpoints.lifecycle import reading
 from diffmoe.checkpoints.network import threshold_buffers
-from diffmoe.checkpoints.pieces import Piece, read
+from diffmoe.checkpoints.pieces import Piece, read_pieces
+from diffmoe.checkpoints.run_file import Origin, RunFile, SavedBy, read_run_file
+from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.models.dit import DiT
@@ -33,11 +34,11 @@ def describe(
     network: DiT,
     config: Config,
     manifest: Manifest,
-    clock: dict[str, int],
-    origin: dict[str, str] | None = None,
-) -> dict[str, Any]:
+    clock: Clock,
+    origin: Origin | None = None,
+) -> RunFile:
     """run.json: all that is no tensor. origin: where --resume PATH began this run (resume.py)."""
-    return {
+    fields = {
         "clock": clock,
         "optimizer_steps": _optimizer_steps(engine),
         "config": config.model_dump(mode="json"),
@@ -45,14 +46,14 @@ def describe(
         # passwords, and is of this machine.
         "latents": manifest.model_dump(mode="json", exclude={"shards", "location"}),
         "shards_sha256": shards_sha256(manifest),
-        "saved_by": {
-            "world": network.topology.world,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "python": platform.python_version(),
-        },
-        **({} if origin is None else {"origin": origin}),
+        "saved_by": SavedBy(
+            world=network.topology.world,
+            torch=str(torch.__version__),
+            deepspeed=deepspeed.__version__,
+            python=platform.python_version(),
+        ),
     }
+    return RunFile.model_validate(fields if origin is None else fields | {"origin": origin})
 
 
 def shards_sha256(manifest: Manifest) -> str:
@@ -81,17 +82,15 @@ def for_sampling(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in state.items() if name.startswith(("ema", "buffers/"))}
 
 
-def load(
-    checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA
-) -> dict[str, int]:
+def load(checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> Clock:
     """Restore weights, masters, moments, EMA and buffers on any layout. Returns the clock."""
-    about = read_about(checkpoint)
-    _create_optimizer_state(engine, about["optimizer_steps"])
+    record = read_run_file(checkpoint)
+    _create_optimizer_state(engine, record.optimizer_steps)
     with reading(checkpoint):
-        read(checkpoint, pieces(engine, network, ema))
+        read_pieces(checkpoint, pieces(engine, network, ema))
     engine.optimizer.update_lp_params()
-    engine.global_steps = about["clock"]["step"]
-    return about["clock"]
+    engine.global_steps = record.clock.step
+    return record.clock
 
 
 def all_finite(ema: EMA) -> bool:
@@ -104,15 +103,15 @@ def all_finite(ema: EMA) -> bool:
 
 def restored(checkpoint: Path, network: DiT, state: dict[str, Tensor]) -> str:
     """One line on what `load` has restored, and from which layout. state: of `pieces`."""
-    about = read_about(checkpoint)
-    clock, parallel = about["clock"], about["config"]["parallel"]
+    record = read_run_file(checkpoint)
+    clock, parallel = record.clock, record.settings.parallel
     kinds = sorted({name.split("/")[0] for name in state} - {"buffers"})
     buffers = sum(name.startswith("buffers/") for name in state)
     return (
-        f"resumed {checkpoint} at {clock['samples']} samples (step {clock['step']}, "
-        f"{clock['skipped']} skipped, {about['optimizer_steps']} of the optimizer), saved by "
-        f"{about['saved_by']['world']} ranks with expert_parallel={parallel['expert_parallel']} "
-        f"and zero_stage={parallel['zero_stage']}; restored {', '.join(kinds)} of "
+        f"resumed {checkpoint} at {clock.samples} samples (step {clock.step}, "
+        f"{clock.skipped} skipped, {record.optimizer_steps} of the optimizer), saved by "
+        f"{record.saved_by.world} ranks with expert_parallel={parallel.expert_parallel} "
+        f"and zero_stage={parallel.zero_stage}; restored {', '.join(kinds)} of "
         f"{len(list(network.parameters()))} tensors, and {buffers} buffers"
     )
 

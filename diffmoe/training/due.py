@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from diffmoe.checkpoints import folder
+from diffmoe.checkpoints.checksums import wrong_sizes
+from diffmoe.checkpoints.run_file import read_run_file
 from diffmoe.config import Config
 from diffmoe.evaluation.results import FILE_NAME
 from diffmoe.training.history import entries
@@ -34,13 +35,12 @@ def missed(config: Config, checkpoint: Path) -> set[str]:
 
     The checkpoint is saved first, so a kill may come in between.
     """
-    about, run = folder.read_about(checkpoint), Path(config.output)
-    clock = about["clock"]
-    batch = about["config"]["training"]["batch_size"]
-    missing = due(config, clock["samples"] - batch, clock["samples"]) - {"step"}
-    if not folder.wrong_sizes(run / f"ema-{clock['step']:08d}"):
+    record, run = read_run_file(checkpoint), Path(config.output)
+    clock, batch = record.clock, record.settings.training.batch_size
+    missing = due(config, clock.samples - batch, clock.samples) - {"step"}
+    if not wrong_sizes(run / f"ema-{clock.step:08d}"):
         missing.discard("ema")
-    if _evaluated(run, clock["samples"]):
+    if _evaluated(run, clock.samples):
         missing.discard("evaluation")
     return missing
 

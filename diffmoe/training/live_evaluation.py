@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe.capacity.meter import CapacityByTime, merged
+from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.data.manifest import Manifest
@@ -102,7 +103,7 @@ class LiveEvaluation:
             file = self.folder / results.FILE_NAME
             history.keep(file, lambda result: (clock_of_live(result) or 0) <= samples)
 
-    def run(self, clock: dict[str, int]) -> None:
+    def run(self, clock: Clock) -> None:
         """Every rank calls it. Given up where any is asked to stop meanwhile, or cannot sample."""
         began = time.monotonic()
         with self.ema.in_place_of_weights(self.engine, self.weights):
@@ -112,12 +113,12 @@ class LiveEvaluation:
         if made is None:
             self.telemetry.say("asked to stop: the evaluation under way is given up")
         elif isinstance(made, UserError):
-            self.telemetry.say(f"warning: no evaluation at {clock['samples']} samples: {made}")
+            self.telemetry.say(f"warning: no evaluation at {clock.samples} samples: {made}")
         elif self.network.topology.rank == 0:
             try:
                 self._judge(clock, *made, began)
             except (UserError, OSError) as error:  # a figure less is no reason to end a run
-                self.telemetry.say(f"warning: no evaluation at {clock['samples']} samples: {error}")
+                self.telemetry.say(f"warning: no evaluation at {clock.samples} samples: {error}")
 
     def _sample(self) -> tuple[np.ndarray, CapacityByTime | None] | UserError | None:
         """All images on rank 0, none on the others.
@@ -162,7 +163,7 @@ class LiveEvaluation:
 
     def _judge(
         self,
-        clock: dict[str, int],
+        clock: Clock,
         images: np.ndarray,
         capacity: CapacityByTime | None,
         began: float,
@@ -188,7 +189,7 @@ class LiveEvaluation:
         )
         about = {
             "model": self.config.output,
-            "clock": clock,
+            "clock": clock.model_dump(),
             "sampler": self.settings.chosen_sampler(self.config),
             "capacity_measured": capacity and capacity.average,
             "sampling": {
@@ -200,11 +201,11 @@ class LiveEvaluation:
         self.lease.check()
         picture = grid(torch.from_numpy(images[:SHOWN]), columns=8)
         self.folder.mkdir(exist_ok=True)
-        picture.save(self.folder / f"samples-{clock['step']:08d}.png")
+        picture.save(self.folder / f"samples-{clock.step:08d}.png")
         found = [measure(source) | about for measure in self._measures()]
         results.append(self.folder / results.FILE_NAME, *found)
         values = {name: value for result in found for name, value in result["metrics"].items()}
-        self.telemetry.evaluated(clock["samples"], values, picture, time.monotonic() - began)
+        self.telemetry.evaluated(clock.samples, values, picture, time.monotonic() - began)
 
     def _measures(self) -> list[Any]:
         """Functions of an ImageSet; what they need is loaded once, when it is first needed."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe.clock import Clock
 from diffmoe.config import Config, OptimizerConfig
 from diffmoe.data.examples import micro_batches
 from diffmoe.data.fetching import Fetch
@@ -84,7 +85,7 @@ def train(
     samples, step, skipped, skipped_in_a_row = 0, 0, 0, 0
     if resume_from is not None:
         clock = checkpoint.load(resume_from, engine, network, ema)
-        samples, step, skipped = clock["samples"], clock["step"], clock["skipped"]
+        samples, step, skipped = clock.samples, clock.step, clock.skipped
         if not checkpoint.all_finite(ema):
             raise UserError(
                 f"{resume_from} holds weights or averages that are not finite; resume an earlier "
@@ -232,7 +233,7 @@ def train(
                 },
             )
         done = samples >= training.total_samples
-        clock = {"samples": samples, "step": step, "skipped": skipped}
+        clock = Clock(samples=samples, step=step, skipped=skipped)
         now_due = due(config, before, samples)
         if asked:
             now_due.add("step")

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from diffmoe.checkpoints import folder
+from diffmoe.checkpoints import checksums, folder, lifecycle
+from diffmoe.checkpoints.run_file import Origin, RunFile, read_run_file
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
@@ -63,7 +64,7 @@ class Resume(NamedTuple):
     checkpoint: Path | None
     notes: list[str]
     aside: tuple[Path, ...] = ()
-    origin: dict[str, str] | None = None
+    origin: Origin | None = None
     missed: frozenset[str] = frozenset()
 
 
@@ -100,12 +101,12 @@ def find_checkpoint(config: Config, resume: str, allowed: list[str] | None = Non
         notes.append(f"{output} has already been trained on from {path}, and goes on")
     if going_on:
         checkpoint, passed_over = _newest_whole(output, here)
-        origin = folder.read_about(checkpoint).get("origin")
+        origin = read_run_file(checkpoint).origin
     else:
         checkpoint, passed_over = _named(path, output, here)
-        origin = {"path": os.path.realpath(path), "sha256": _identity(checkpoint)}
+        origin = Origin(path=os.path.realpath(path), sha256=_identity(checkpoint))
         if checkpoint.parent == output:
-            aside = from_first_rank(folder.later(checkpoint))
+            aside = from_first_rank(folder.later_than(checkpoint))
     notes += passed_over + check_configuration(checkpoint, config, allowed or [])
     notes += [f"{path} is set aside as abandoned-{path.name}" for path in aside]
     own = checkpoint.parent == output
@@ -119,16 +120,16 @@ def _trained_on(path: Path, output: Path, here: list[str], config: Config) -> bo
     PATH may be gone by now, or be a run that has newer ones. With another configuration PATH is
     meant to be begun from once more.
     """
-    whole = (output / name for name in reversed(here) if not folder.wrong_sizes(output / name))
+    whole = (output / name for name in reversed(here) if not checksums.wrong_sizes(output / name))
     newest = next(whole, None)
     try:
-        origin = folder.read_about(newest).get("origin") if newest else None
-        if not isinstance(origin, dict):
+        origin = read_run_file(newest).origin if newest else None
+        if newest is None or origin is None:
             return False
         if folder.is_checkpoint(path):
-            belongs = origin.get("sha256") == _identity(path)
+            belongs = origin.sha256 == _identity(path)
         else:
-            belongs = origin.get("path") == os.path.realpath(path)
+            belongs = origin.path == os.path.realpath(path)
         check_configuration(newest, config, [])
     except UserError:  # damaged, or of another configuration
         return False
@@ -137,7 +138,7 @@ def _trained_on(path: Path, output: Path, here: list[str], config: Config) -> bo
 
 def _identity(checkpoint: Path) -> str:
     try:
-        return sha256_of(checkpoint / folder.CHECKSUMS)
+        return sha256_of(checkpoint / checksums.FILE_NAME)
     except OSError as error:
         raise UserError(f"{checkpoint} cannot be read: {error.strerror}") from None
 
@@ -155,9 +156,9 @@ def make_way(config: Config, resume: Resume) -> None:
     output = Path(config.output)
     try:
         for path in folder.leftovers(output):
-            folder.remove(path)
+            lifecycle.remove(path)
         for path in resume.aside:
-            folder.set_aside(path)
+            lifecycle.set_aside(path)
         if resume.checkpoint is not None and resume.checkpoint.parent == output:
             # A kill may have come before it was written.
             write_atomically(output / "latest", resume.checkpoint.name)
@@ -190,7 +191,7 @@ def _named(path: Path, output: Path, here: list[str]) -> tuple[Path, list[str]]:
     if not folder.is_checkpoint(path) and folder.names(path):
         path, passed_over = _newest_whole(path, from_first_rank(folder.names(path)))
     else:
-        path = folder.complete(path)
+        path = folder.find_complete(path)
         if path.name.startswith("ema-"):
             raise UserError(f"{path} holds the EMA alone: sample from it; resume a step-XXXXXXXX")
         problems = _verified_together(path)
@@ -211,8 +212,8 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
 
     Returns what differs and is taken; raises UserError with all that is refused.
     """
-    about = folder.read_about(checkpoint)
-    there, now = dotted(about["config"]), dotted(config.model_dump(mode="json"))
+    record = read_run_file(checkpoint)
+    there, now = dotted(record.config), dotted(config.model_dump(mode="json"))
     defaults = dotted(Config().model_dump(mode="json"))
     known = defaults.keys() | there.keys()
     unknown = [field for field in allowed if field not in known]
@@ -231,9 +232,9 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
             taken.append(line)
         else:
             refused.append(line)
-    if config.data.path is not None and "shards_sha256" in about:
+    if config.data.path is not None and record.shards_sha256 is not None:
         manifest = Manifest.load(config.data.path)
-        if shards_sha256(manifest) != about["shards_sha256"]:
+        if shards_sha256(manifest) != record.shards_sha256:
             line = f"data.path: {config.data.path} holds other shards than the run was trained on"
             (taken if "data.path" in allowed else refused).append(line)
     if shape:
@@ -249,16 +250,17 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
             )
         )
     return [f"changed since {checkpoint.name}: {line}" for line in taken] + _other_pools(
-        about, config
+        record, config
     )
 
 
-def _other_pools(about: dict[str, Any], config: Config) -> list[str]:
+def _other_pools(record: RunFile, config: Config) -> list[str]:
     """A pool narrower than all ranks holds other tokens on another layout."""
     scope = config.moe.token_pool
-    before, now = about["saved_by"]["world"], dist.get_world_size() if dist.is_initialized() else 1
+    before: float = record.saved_by.world
+    now: float = dist.get_world_size() if dist.is_initialized() else 1
     if scope == "expert_parallel":
-        before /= about["config"]["parallel"]["expert_parallel"]
+        before /= record.settings.parallel.expert_parallel
         now /= config.parallel.expert_parallel
     if config.moe.type != "diffmoe" or scope == "global" or before == now:
         return []
@@ -293,10 +295,10 @@ def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _verified_together(checkpoint: Path) -> list[str]:
-    """`verify`, the hashing shared among the ranks."""
+    """`find_damage`, the hashing shared among the ranks."""
     if not dist.is_initialized():
-        return folder.verify(checkpoint)
+        return checksums.find_damage(checkpoint)
     rank, world = dist.get_rank(), dist.get_world_size()
     everyone: list = [None] * world
-    dist.all_gather_object(everyone, folder.verify(checkpoint, rank, world))
+    dist.all_gather_object(everyone, checksums.find_damage(checkpoint, rank, world))
     return sorted({problem for problems in everyone for problem in problems})

@@ -8,8 +8,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from diffmoe import launcher
-from diffmoe.ending import end_process
+from diffmoe.process import launcher
+from diffmoe.process.exit import end_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 

@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 import psutil
 import torch.distributed as dist
 
-from diffmoe import launcher
-from diffmoe.ending import end_process
 from diffmoe.parallel.rendezvous import meet
+from diffmoe.process import launcher
+from diffmoe.process.exit import end_process
 from diffmoe.training import roll_call
 from diffmoe.training.progress import LONG, Progress
 from diffmoe.training.roll_call import State

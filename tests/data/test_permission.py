@@ -8,7 +8,7 @@ import pytest
 from webdataset import utils
 from webdataset.gopen import gopen_schemes
 
-from diffmoe.checkpoints.folder import stored_config
+from diffmoe.checkpoints.run_file import stored_config
 from diffmoe.config import Config
 from diffmoe.data.fetching import Fetch, check_addresses, open_shard
 from diffmoe.data.manifest import Manifest, starts_program
@@ -157,7 +157,7 @@ def test_the_permission_comes_with_no_file_and_stays_in_none(tmp_path: Path):
     dumped = given.model_dump(mode="json")
     assert "allow_commands" not in json.dumps(dumped)
     dumped["data"]["allow_commands"] = True  # by whoever made the checkpoint
-    assert not stored_config(tmp_path, {"config": dumped}).data.allow_commands
+    assert not stored_config(tmp_path, dumped).data.allow_commands
     file = tmp_path / "config.yaml"
     file.write_text(given.to_yaml())
     assert load_config(str(file)) == Config.model_validate(given.model_dump())

@@ -163,7 +163,7 @@ def test_damaged_missing_and_empty_input_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"neither a folder nor an \.npz file"):
         open_images(tmp_path / "absent")
     (tmp_path / "broken.npz").write_bytes(b"PK broken")
-    with pytest.raises(UserError, match="is no readable npz file"):
+    with pytest.raises(UserError, match="is not a readable npz file"):
         open_images(tmp_path / "broken.npz")
     (tmp_path / "empty" / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1 of 1 images of .*empty cannot be read: .*a\.png"):

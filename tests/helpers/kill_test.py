@@ -15,7 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from diffmoe.checkpoints.folder import leftovers, names, verify
+from diffmoe.checkpoints.checksums import find_damage
+from diffmoe.checkpoints.folder import leftovers, names
 from diffmoe.config import Config
 from tests.helpers.ranks import ranks_of
 from tests.helpers.runs import assert_identical, clock, newest, pack, run_config, tensors, train
@@ -83,7 +84,7 @@ def _wait_for_a_save(output: Path, before: list[str], further: int) -> None:
 def _hold_to_its_word(output: Path, before: list[str], told: str, seen: Counter) -> None:
     found = names(output)
     for name in found:
-        assert verify(output / name) == [], name
+        assert find_damage(output / name) == [], name
     announced = [name for name in _after(told, "saved ") if name.startswith("step-")]
     resumed = _after(told, "resumed ")
     if resumed:
@@ -116,7 +117,7 @@ def _finish(folder: Path, config: Config, seen: Counter) -> None:
     assert_identical(tensors(newest(last)), tensors(newest(undisturbed)))
     output = Path(config.output)
     assert names(output, "ema") == [f"ema-{step:08d}" for step in range(3, steps + 1, 3)]
-    assert [verify(output / name) for name in names(output, "ema")] == [[]] * (steps // 3)
+    assert [find_damage(output / name) for name in names(output, "ema")] == [[]] * (steps // 3)
     seen["steps"] = steps
 
 

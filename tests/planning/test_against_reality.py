@@ -15,7 +15,7 @@ from diffmoe.planning.activations import kept_bytes
 from diffmoe.planning.flops import forward_flops, step_flops
 from diffmoe.planning.host import PINNED, host_memory
 from diffmoe.planning.layouts import Layout, Zero
-from diffmoe.planning.memory import memory, partition
+from diffmoe.planning.memory import memory, partition_size
 from diffmoe.planning.traffic import traffic
 from tests.helpers.measured import saved_bytes, step_in_pretence, step_on_rank
 from tests.helpers.ranks import run_ranks
@@ -59,7 +59,7 @@ def test_memory_and_traffic_equal_a_real_step(
     for told in ranks_told:
         for kind in ("parameters", "masters", "moments", "ema"):
             assert told[kind] == getattr(planned, kind), kind
-        assert told["gradient_partition"] == 4 * partition(layout)
+        assert told["gradient_partition"] == 4 * partition_size(layout)
         assert told["buckets"] == planned.buckets
     # Copies for saving: to padding, and what the planner adds for pinned memory.
     saved = sum(told["saves"] - told["buffers"] for told in ranks_told)
@@ -98,7 +98,7 @@ def test_offloaded_states_equal_a_real_step(steps: int):
         kinds = ("masters", "gradient_partition", "moments", "ema", "accumulated")
         states += sum(told[kind] for kind in kinds) + returning + leaving
     assert host.states == states
-    assert host.saves == pytest.approx(2 * 4 * 4 * partition(layout))  # not pinned once more
+    assert host.saves == pytest.approx(2 * 4 * 4 * partition_size(layout))  # not pinned once more
 
 
 @pytest.mark.parametrize(("world", "ranks"), [(64, 8), (256, 16)])

@@ -97,8 +97,8 @@ def test_fifos_devices_endless_files_and_dangling_links_are_skipped_by_name(root
     assert manifest.samples == 4
     skipped = dict(line.split(": ", 1) for line in manifest.skipped)
     assert sorted(skipped) == ["cat/fifo.png", "cat/gone.png", "cat/zero.png", "dog/sparse.png"]
-    assert "no regular file" in skipped["cat/fifo.png"]
-    assert "no regular file" in skipped["cat/zero.png"]
+    assert "not a regular file" in skipped["cat/fifo.png"]
+    assert "not a regular file" in skipped["cat/zero.png"]
     assert "No such file" in skipped["cat/gone.png"]
     assert "1,099,511,627,776 bytes" in skipped["dog/sparse.png"]
     # Figures need every image: evaluation names them all at once.
@@ -114,7 +114,7 @@ def test_captions_and_tars_that_are_no_files_do_not_hang(root, tmp_path):
     manifest = pack(root, tmp_path / "out", captions=True)
     assert manifest.samples == 3
     assert "dog/b.png" in manifest.skipped[0]
-    assert "no regular file" in manifest.skipped[0]
+    assert "not a regular file" in manifest.skipped[0]
     (tmp_path / "tars").mkdir()
     os.mkfifo(tmp_path / "tars" / "a.tar")
     with pytest.raises(UserError, match=r"a\.tar cannot be read: .*it is a pipe"):

@@ -49,7 +49,7 @@ def test_the_dial_from_calibration_to_samples_and_report(run, tmp_path):
     checkpoint = run / (run / "latest").read_text()
     entries = json.loads((checkpoint / "thresholds.json").read_text())
     assert entries["0.5"]["measured"] == pytest.approx(0.5, rel=0.01)
-    assert told("tools/checkpoint.py", "verify", run).strip().endswith("whole")
+    assert told("tools/checkpoint.py", "verify", run).strip().endswith("intact")
 
     for capacity in ("0.5", "2"):
         picture = tmp_path / f"{capacity}.png"

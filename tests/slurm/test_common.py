@@ -65,8 +65,8 @@ def test_starts_are_counted_until_something_was_saved(tmp_path: Path):
         "8 step-20 1",
         "c step-20 2",
     ]
-    assert "error: 3 starts of this job in a row came no further than 'start'" in done.stderr
-    assert "The last one was ended from outside" in done.stderr
+    assert "error: 3 starts of this job in a row made no progress beyond 'start'" in done.stderr
+    assert "The last one was killed from outside" in done.stderr
 
 
 def test_how_the_last_start_ended_is_told(tmp_path: Path):
@@ -77,7 +77,9 @@ def test_how_the_last_start_ended_is_told(tmp_path: Path):
     bash(f"diffmoe_ended {tmp_path} 'was asked to stop after 5 s'")
     told = bash(count)
     assert told.returncode == 1
-    assert "came no further than 'start'. The last one was asked to stop after 5 s." in told.stderr
+    assert (
+        "made no progress beyond 'start'. The last one was asked to stop after 5 s." in told.stderr
+    )
 
 
 def test_files_that_kills_leave_are_no_progress(tmp_path: Path):
@@ -102,7 +104,7 @@ def test_heads_say_what_the_planner_says(size: str):
     config = load_config(f"diffmoe_{size}_e16_flow", template_settings(text))
     planned = plan(Layout(config, TEMPLATES[size], 8), Machine())
     seconds = planned.seconds
-    assert f"{planned.memory.total / 1e9:.1f} GB a GPU and {seconds:.3f} s a step" in text
+    assert f"{planned.memory.total / 1e9:.1f} GB per GPU and {seconds:.3f} s per step" in text
     assert f"over {700_000 * round(seconds, 3) / 3600:.0f} hours" in text
     assert f"#SBATCH --nodes={TEMPLATES[size]}\n" in text
 

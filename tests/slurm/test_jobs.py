@@ -92,7 +92,7 @@ def test_usr1_saves_requeues_and_the_end_is_the_same(
     assert reached % 20, "saved at the signal, not at an interval"
     identity = (run / "wandb_id").read_text().split()[0]
     assert job.end() == "COMPLETED", job.log
-    assert "stopped in time, and saved\nrequeueing" in job.log
+    assert "stopped early, progress is saved\nrequeueing" in job.log
     assert "error: this cluster does not requeue" not in job.log
     assert f"resumed {run}/step-{reached:08d} at {8 * reached} samples" in job.log
     assert_identical(tensors(run / newest(run)), tensors(undisturbed / newest(undisturbed)))
@@ -140,7 +140,7 @@ def test_a_fourth_start_without_progress_fails(cluster: Cluster, data: Path, tmp
     (run / "slurm-starts").write_text(f"{job.number} start 3\n")
     cluster.command("scontrol", "release", job.number)
     assert job.end() == "FAILED"
-    assert "error: 3 starts of this job in a row came no further than 'start'" in job.log
+    assert "error: 3 starts of this job in a row made no progress beyond 'start'" in job.log
     assert newest(run) == "none"
 
 
@@ -167,11 +167,11 @@ def test_a_signal_before_there_are_ranks_is_counted_and_told(
     job.wait_for(lambda: job.field("Restarts") == "1", "requeue")
     assert job.end(180) == "FAILED"
     assert job.field("ExitCode") == "1:0"
-    assert "s, too early to save anything\nrequeueing job" in job.log
+    assert "s, before anything could be saved\nrequeueing job" in job.log
     assert re.search(
-        "error: 3 starts of this job in a row came no further than 'start'. The last one was asked "
-        r"to stop \(USR1: time limit or preemption\) after \d+ s, too early to save anything; "
-        r"give it more time \(sbatch --time\)\.",
+        "error: 3 starts of this job in a row made no progress beyond 'start'. The last one was "
+        r"asked to stop \(USR1: time limit or preemption\) after \d+ s, before it could save "
+        r"anything; give it more time \(sbatch --time\)\.",
         job.log,
     )
     assert not list(run.glob("logs/*/rank-*.log"))

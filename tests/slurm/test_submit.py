@@ -1,6 +1,7 @@
 """tools/submit.py: refuses on the login node, shows the plan, submits what it shows."""
 
 import importlib.util
+import json
 import re
 import sys
 from collections import namedtuple
@@ -13,7 +14,7 @@ import pytest
 from diffmoe.errors import UserError, run_command
 from diffmoe.planning import submission
 from diffmoe.planning.machine import Machine
-from diffmoe.planning.sbatch import further_options, node_memory
+from diffmoe.planning.sbatch import extra_options, node_memory
 from tests.helpers.cluster import SETTINGS, Cluster, Job, steps
 from tests.helpers.processes import ROOT
 from tests.helpers.runs import pack, run_config
@@ -55,9 +56,9 @@ def test_a_dry_run_shows_all_and_changes_nothing(data: Path, submit: Submit):
     for part in (
         "mnist on 2 nodes x 1 GPUs",
         "parallel.expert_parallel=2",
-        "GB a node of 214.7, fits",
+        "GB per node of 214.7, fits",
         "all_to_all of tokens to experts and back over 2 ranks",
-        "assumed: products reach 396 TFLOP/s",
+        "assumed: matrix products achieve 396 TFLOP/s",
         "#SBATCH --nodes=2\n",
         "#SBATCH --ntasks-per-node=1\n",
         "#SBATCH --account=ours\n",
@@ -78,10 +79,13 @@ def test_a_dry_run_shows_all_and_changes_nothing(data: Path, submit: Submit):
         (("--ds_config", "/none.json"), "cannot read --ds_config /none.json"),
         (("model.color=red",), "unknown key model.color"),
         (("--gpu-memory", "2"), "--gpu-memory is 2"),
-        (("--mem", "3G"), "GB of host memory a node, and the job asks for 3.2 (--mem); give 5G"),
-        (("--mem", "much"), "--mem much: write it as sbatch takes it"),
+        (
+            ("--mem", "3G"),
+            "GB of host memory per node, and the job requests 3.2 (--mem); request 5G",
+        ),
+        (("--mem", "much"), "--mem much: write it as for sbatch"),
         (("--sbatch", "--nodes=4"), "--nodes itself, so that what it checks is what runs"),
-        (("--sbatch", "--gres=gpu:a100:2"), "asks for 2 GPUs a node, and --gpus-per-node is 1"),
+        (("--sbatch", "--gres=gpu:a100:2"), "asks for 2 GPUs per node, and --gpus-per-node is 1"),
         (
             (*EVALUATED, "evaluation.reference=/none.npz"),
             "evaluation.reference=/none.npz: the data is gray",
@@ -105,13 +109,30 @@ def test_what_cannot_run_is_refused(
     assert not (data.parent / "run").exists()
 
 
+def test_the_deepspeed_json_counts_in_the_plan(tmp_path: Path):
+    """Offloaded states move from the GPUs to the nodes, and buckets have the JSON's size."""
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 1)
+    zero = {"reduce_bucket_size": 50_000, "overlap_comm": True}
+    plans = {}
+    for name, more in (("plain", {}), ("offload", {"offload_optimizer": {"device": "cpu"}})):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2, **zero, **more}}))
+        plans[name] = submission.check_submission(config, str(file), 1, 2, Machine())
+    plain, offload = plans["plain"], plans["offload"]
+    assert plain.layout.config.parallel.zero_stage == 2
+    assert plain.memory.buckets == offload.memory.buckets == 2 * 50_000 * 4
+    assert (plain.memory.masters > 0, offload.memory.masters) == (True, 0)
+    assert (plain.host.states, offload.host.states > 0) == (0, True)
+
+
 def test_too_little_disk_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pack(tmp_path / "data")
     usage = namedtuple("usage", "free")(1_000_000)
     monkeypatch.setattr(submission.shutil, "disk_usage", lambda _: usage)
     config = run_config(tmp_path, 1, training__keep_last=3)
     with pytest.raises(UserError, match=r"0\.0 GB are free there.*training\.keep_last=3"):
-        submission.check(config, None, 1, 2, Machine())
+        submission.check_submission(config, None, 1, 2, Machine())
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path):
@@ -119,7 +140,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path):
     (tmp_path / "taken").touch()
     config = run_config(tmp_path, 1).replace({"output": str(tmp_path / "taken/run")})
     with pytest.raises(UserError, match=r"taken/run: .*/taken cannot be written"):
-        submission.check(config, None, 1, 2, Machine())
+        submission.check_submission(config, None, 1, 2, Machine())
 
 
 @pytest.mark.parametrize(
@@ -133,14 +154,14 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path):
         (["--comment 'a b'"], {"comment": "a b"}),
     ],
 )
-def test_further_options_by_their_long_names(given: list[str], options: dict[str, str | None]):
-    assert further_options(given, 8) == options
+def test_extra_options_by_their_long_names(given: list[str], options: dict[str, str | None]):
+    assert extra_options(given, 8) == options
 
 
 @pytest.mark.parametrize("given", ["long", "qos=long", "-t 1", "--output x", "--array=0-3", "---"])
 def test_what_is_no_option_or_ours_is_refused(given: str):
     with pytest.raises(UserError, match=f'^--sbatch "{given.split()[0]}": '):
-        further_options([given], 8)
+        extra_options([given], 8)
 
 
 def test_memory_of_a_node():
@@ -205,10 +226,10 @@ def test_a_chain_keeps_its_options_and_fails_if_it_ends_before_the_run(
         job.end()
     logs = [(run / f"submitted/diffmoe-s-{job.number}.out").read_text() for job in jobs]
     assert jobs[0].field("JobState") == "COMPLETED", logs[0]
-    assert "job 1/2 of the chain ends; the next one goes on" in logs[0]
+    assert "job 1/2 of the chain ends; the next one resumes" in logs[0]
     assert jobs[1].field("JobState") == "FAILED", logs[1]
     assert jobs[1].field("ExitCode") == "85:0"
     assert (
-        f"error: the chain's last job ends, and the run is not done: {8 * steps(run)} of 480 "
-        "samples; submit the same again, it goes on"
+        f"error: the chain's last job ends, and the run is not finished: {8 * steps(run)} of 480 "
+        "samples; submit the same command again to resume"
     ) in logs[1]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmoe.checkpoints.folder import names, prune, reading, set_aside, verify
+from diffmoe.checkpoints.checksums import find_damage
+from diffmoe.checkpoints.folder import names
+from diffmoe.checkpoints.lifecycle import prune, reading, set_aside
 from diffmoe.checkpoints.network import load_network
 from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.config import Config
@@ -49,7 +51,7 @@ def test_a_run_leaves_whole_checkpoints_and_nothing_else(run: Config):
     ]
     assert (output / "latest").read_text() == "step-00000006"
     for path in output.glob("*-*"):
-        assert verify(path) == []
+        assert find_damage(path) == []
         listed = json.loads((path / "checksums.json").read_text())["files"]
         assert sorted(listed) == ["__0_0.distcp", "__1_0.distcp", "index.json", "run.json"]
         assert {file.name for file in path.iterdir()} == {*listed, "checksums.json"}
@@ -80,7 +82,8 @@ def _checkpoint(folder: Path, step: int) -> None:
     path.mkdir(parents=True)
     clock = {"step": step, "samples": 10 * step, "skipped": 0}
     keys = {"clock": clock, "optimizer_steps": step, "saved_by": {"world": 1}}
-    text = json.dumps({**keys, "config": {}, "latents": {}})
+    config = {"parallel": {"expert_parallel": 1, "zero_stage": 1}, "training": {"batch_size": 10}}
+    text = json.dumps({**keys, "config": config, "latents": {}})
     (path / "run.json").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     files = {"run.json": {"bytes": len(text), "sha256": digest}}
@@ -157,17 +160,19 @@ def test_retention_leaves_what_is_being_read(tmp_path: Path):
 
 
 def test_loading_a_network_counts_as_reading(run: Config, monkeypatch: pytest.MonkeyPatch):
-    from diffmoe.training import checkpoint
+    from diffmoe.checkpoints import network
 
-    file, read = newest(run) / "checksums.json", checkpoint.read
+    file, read, reads = newest(run) / "checksums.json", network.read_pieces, []
 
     def locked(*values, **named):
         with open(file, "r+b") as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        reads.append(file)
         return read(*values, **named)
 
-    monkeypatch.setattr(checkpoint, "read", locked)
+    monkeypatch.setattr(network, "read_pieces", locked)
     load_network(newest(run))
+    assert reads == [file]
 
 
 @pytest.mark.slow
@@ -212,7 +217,7 @@ def slow_disk(rank: int) -> None:
     from diffmoe.training import async_save
     from diffmoe.training.telemetry import Telemetry
 
-    write, step, begin = async_save.write, Telemetry.step, async_save.Saver.begin
+    write, step, begin = async_save.write_pieces, Telemetry.step, async_save.Saver.begin
     stepped = threading.Event()
 
     def note(folder: Path, event: str) -> None:
@@ -237,7 +242,7 @@ def slow_disk(rank: int) -> None:
         stepped.clear()
         begin(*values)
 
-    async_save.write, Telemetry.step, async_save.Saver.begin = slow, stepping, beginning
+    async_save.write_pieces, Telemetry.step, async_save.Saver.begin = slow, stepping, beginning
 
 
 def test_what_is_copied_and_no_more(tmp_path: Path):

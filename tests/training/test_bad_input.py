@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffmoe.checkpoints.folder import read_about
 from diffmoe.checkpoints.network import load_network
+from diffmoe.checkpoints.run_file import read_run_file
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.preflight import check_data
@@ -115,7 +115,7 @@ def test_manifest_against_model(tmp_path: Path, key: str, value: int, said: str)
 def test_damaged_run_json(run: Config, content: bytes, said: str):
     checkpoint = Path(run.output) / "step-00000002"
     (checkpoint / "run.json").write_bytes(content)
-    message = refusal(read_about, checkpoint)
+    message = refusal(read_run_file, checkpoint)
     assert message.startswith(f"{checkpoint}/run.json is damaged (")
     assert said in message
     assert "take an older checkpoint" in message

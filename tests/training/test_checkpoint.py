@@ -8,6 +8,7 @@ import torch
 
 from diffmoe.checkpoints.network import load_network
 from diffmoe.checkpoints.pieces import IndexReader
+from diffmoe.clock import Clock
 from diffmoe.config import Config
 from tests.helpers.runs import (
     clock,
@@ -62,7 +63,7 @@ def test_load_network_gives_the_checkpoints_weights_whole(two_ranks):
     state = tensors(path)
     live, ema = (load_network(path, weights) for weights in ("live", "ema"))
     for snapshot, kind in ((live, "weights"), (ema, "ema")):
-        assert snapshot.clock == {"samples": 48, "step": 6, "skipped": 0}
+        assert snapshot.clock == Clock(samples=48, step=6, skipped=0)
         assert snapshot.config == two_ranks[1]
         assert snapshot.latents["shape"] == [2, 8, 8]
         assert not snapshot.network.training

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.checkpoints.folder import complete, names, verify
+from diffmoe.checkpoints.checksums import find_damage
+from diffmoe.checkpoints.folder import find_complete, names
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint
@@ -69,7 +70,7 @@ def test_none_beside_checkpoints(run: Config):
 
 def test_a_path_must_be_there(run: Config):
     message = refusal(run, f"{run.output}/step-00000009")
-    assert message.startswith(f"{run.output}/step-00000009 is no complete checkpoint")
+    assert message.startswith(f"{run.output}/step-00000009 is not a complete checkpoint")
 
 
 def test_a_path_is_an_older_checkpoint_or_a_runs_folder(run: Config, tmp_path: Path):
@@ -111,7 +112,7 @@ def test_damage_is_recognized_named_and_passed_over(run: Config, damage: str, fi
     broken = folder / "step-00000002"
     assert sorted(path.name for path in broken.iterdir()) == sorted(FILES)
     DAMAGES[damage](broken / file)
-    problems = verify(broken)
+    problems = find_damage(broken)
     assert problems
     if file != "checksums.json" or damage != "flip":  # a flipped digit there accuses another file
         assert file in problems[0]
@@ -120,7 +121,7 @@ def test_damage_is_recognized_named_and_passed_over(run: Config, damage: str, fi
     assert f"{broken} is passed over: {problems[0]}" in found.notes
     assert problems[0] in refusal(run, str(broken)) or damage == "remove"
     if damage != "flip":  # sizes alone are looked at before sampling
-        assert complete(folder) == folder / "step-00000001"
+        assert find_complete(folder) == folder / "step-00000001"
 
 
 def test_nothing_whole_is_never_started_over_in_silence(run: Config):
@@ -144,8 +145,8 @@ def test_what_a_kill_left_is_told_and_removed(run: Config):
     assert train(run) == [True]
     assert names(folder) == ["step-00000001", "step-00000002", "step-00000003", "step-00000004"]
     assert not (folder / ".step-00000003.tmp").exists()
-    assert verify(folder / "abandoned-step-00000002") != []
-    assert [verify(folder / name) for name in names(folder)] == [[]] * 4
+    assert find_damage(folder / "abandoned-step-00000002") != []
+    assert [find_damage(folder / name) for name in names(folder)] == [[]] * 4
 
 
 def test_latest_is_for_people(run: Config):
@@ -242,7 +243,7 @@ def test_copies_are_left_alone_and_taken_by_their_path(run: Config):
         shutil.copytree(folder / "step-00000001", copy)
     (folder / "step-00000003x").mkdir()
     assert names(folder) == ["step-00000001", "step-00000002"]
-    assert complete(folder) == folder / "step-00000002"
+    assert find_complete(folder) == folder / "step-00000002"
     found = find_checkpoint(run, "auto")
     assert (found.checkpoint, found.aside) == (folder / "step-00000002", ())
     for copy in copied:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.checkpoints.folder import leftovers, names, verify
+from diffmoe.checkpoints.checksums import find_damage
+from diffmoe.checkpoints.folder import leftovers, names
 from tests.helpers.kill_test import kill_many
 from tests.helpers.ranks import ranks_of
 from tests.helpers.runs import clock, metrics, newest, pack, run_config, train
@@ -68,7 +69,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
             told = ranks.told()
         assert set(codes) == {2}, told
         assert names(output) == ["step-00000002"]
-        assert verify(newest(config)) == []
+        assert find_damage(newest(config)) == []
         assert leftovers(output) == []
         assert "No space left on device" in told, told
         assert f"{output}/step-00000002 stays the newest" in told

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffmoe.checkpoints.folder import names, verify
+from diffmoe.checkpoints.checksums import find_damage
+from diffmoe.checkpoints.folder import names
 from diffmoe.config import Config
 from diffmoe.evaluation import results
 from diffmoe.training import history
@@ -70,7 +71,7 @@ def test_what_a_kill_prevented_is_done_first(run: Config, trained: Config):
     assert train(run, world=2) == [True] * 2
     assert figures(run) == figures(trained)
     output, whole = Path(run.output), Path(trained.output)
-    assert verify(output / "ema-00000004") == []
+    assert find_damage(output / "ema-00000004") == []
     assert_identical(tensors(output / "ema-00000004"), tensors(whole / "ema-00000004"))
     pictures = [folder / "evaluation/samples-00000004.png" for folder in (output, whole)]
     with Image.open(pictures[0]) as made, Image.open(pictures[1]) as expected:

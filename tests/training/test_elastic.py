@@ -99,8 +99,9 @@ def resume_on_each(folder: Path) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from diffmoe.checkpoints.run_file import read_run_file
     from diffmoe.parallel.topology import create_topology
-    from diffmoe.training import checkpoint, loop
+    from diffmoe.training import loop
     from diffmoe.training.async_save import Saver
     from diffmoe.training.lease import Lease
     from diffmoe.training.resume import Resume
@@ -112,8 +113,8 @@ def resume_on_each(folder: Path) -> None:
     def save_again(saver, engine, network, ema, config, *values):
         """What was loaded is saved at once, as another run's."""
         init(saver, engine, network, ema, config, *values)
-        about = checkpoint.read_about(folder / config.training.precision / f"undisturbed/{STEP}")
-        saver.begin(about["clock"], "step")
+        source = folder / config.training.precision / f"undisturbed/{STEP}"
+        saver.begin(read_run_file(source).clock, "step")
         saver.wait()
 
     Saver.__init__ = save_again
@@ -198,7 +199,7 @@ def load_all(folder: Path) -> int:
             for tensor in state.values():
                 tensor.fill_(torch.nan)
             path = folder / precision / str(source) / STEP
-            assert checkpoint.load(path, engine, network, ema)["step"] == 3
+            assert checkpoint.load(path, engine, network, ema).step == 3
             assert engine.global_steps == 3
             assert {int(s["step"]) for s in engine.optimizer.optimizer.state.values()} == {3}
             for name, piece in checkpoint.pieces(engine, network, ema).items():

@@ -16,12 +16,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from diffmoe.checkpoints import old_index
-from diffmoe.checkpoints.folder import verify
+from diffmoe.checkpoints.checksums import find_damage
 from diffmoe.checkpoints.index import read_index
 from diffmoe.checkpoints.inspect import compare, open_checkpoint
 from diffmoe.checkpoints.network import load_network
 from diffmoe.checkpoints.old_index import _NAMES, fields_of
-from diffmoe.checkpoints.pieces import Piece, write
+from diffmoe.checkpoints.pieces import Piece, write_pieces
 from diffmoe.conversion.detect_format import open_source
 from diffmoe.errors import UserError
 from tests.helpers.runs import pack, run_config, tensors, train
@@ -38,7 +38,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def test_an_old_checkpoint_is_read_bit_for_bit(old: Path):
-    assert verify(old) == []
+    assert find_damage(old) == []
     assert not (old / "index.json").exists()
     reader = dcp.FileSystemReader(old)  # torch's own, which unpickles
     stored = reader.read_metadata().state_dict_metadata
@@ -64,7 +64,7 @@ def test_an_old_run_goes_on_and_is_saved_anew(old: Path):
     config = run_config(old.parent, 3, **smaller)
     train(config)  # on one rank, without sharing experts
     new = run / "step-00000003"
-    assert verify(new) == []
+    assert find_damage(new) == []
     assert sorted(p.name for p in new.iterdir()) == [
         "__0_0.distcp",
         "checksums.json",
@@ -73,6 +73,9 @@ def test_an_old_run_goes_on_and_is_saved_anew(old: Path):
     ]
     with open_checkpoint(run / old.name) as a, open_checkpoint(new) as b:
         assert all(d.problem is None for d in compare(a, b))
+    before, after = (json.loads((run / name / "run.json").read_text()) for name in (old.name, new))
+    assert list(after) == list(before)  # the stored names, in their order
+    assert list(after["saved_by"]) == list(before["saved_by"])
 
 
 def test_what_is_written_is_what_torch_would_have_known(tmp_path: Path):
@@ -81,7 +84,7 @@ def test_what_is_written_is_what_torch_would_have_known(tmp_path: Path):
         "ema/x": Piece.of(torch.arange(6.0), 0, 6),
         "buffers/y": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
     }
-    hashes = write(state, tmp_path / "a", None)
+    hashes = write_pieces(state, tmp_path / "a", None)
     assert sorted(hashes) == ["__0_0.distcp", "index.json"]
     index = json.loads((tmp_path / "a/index.json").read_text())
     pieces = {name: entry.pop("pieces") for name, entry in index["tensors"].items()}
@@ -120,7 +123,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_index_that_its_files_cannot_hold_is_refused(tmp_path: Path, change: str):
-    write({"ema/x": Piece.of(torch.arange(6.0), 0, 6)}, tmp_path, None)
+    write_pieces({"ema/x": Piece.of(torch.arange(6.0), 0, 6)}, tmp_path, None)
     field, value, told = CHANGES[change]
     file = tmp_path / "index.json"
     index = json.loads(file.read_text())
@@ -240,7 +243,7 @@ class ByName:
         return (getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"))
 
 
-def test_members_of_enumerations_by_name_are_followed_without_being_looked_up():
-    found = old_index._followed(pickle.dumps(ByName(), protocol=4))
+def test_members_of_enumerations_by_name_are_interpreted_without_being_looked_up():
+    found = old_index._interpret(pickle.dumps(ByName(), protocol=4))
     assert found.kind == ("builtins", "getattr")
     assert found.arguments[0].name == "_MEM_FORMAT_ENCODING"

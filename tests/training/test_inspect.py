@@ -164,7 +164,7 @@ def test_list_names_every_checkpoint_and_what_is_wrong(tool, tmp_path: Path, two
     code, told = tool("list", tmp_path / "nothing")
     assert (code, told) == (
         2,
-        f"error: {tmp_path / 'nothing'} is no folder; give a run's output, which holds "
+        f"error: {tmp_path / 'nothing'} is not a folder; give a run's output, which holds "
         "step-XXXXXXXX\n",
     )
 
@@ -191,13 +191,13 @@ def test_show_prints_clock_layout_shapes_and_norms(tool, two_ranks: Config):
 def test_verify_tells_the_file_that_changed(tool, tmp_path: Path, two_ranks: Config):
     run = Path(shutil.copytree(two_ranks.output, tmp_path / "run"))
     code, told = tool("verify", run)
-    assert (code, told.count("  whole")) == (0, 3)
+    assert (code, told.count("  intact")) == (0, 3)
     file = next((run / "step-00000002").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     code, told = tool("verify", run)
-    assert (code, told.count("  whole")) == (2, 2)
+    assert (code, told.count("  intact")) == (2, 2)
     assert f"{run / 'step-00000002'}  DAMAGED" in told
     assert str(file) in told
     assert tool("verify", run / "step-00000003")[0] == 0

@@ -297,7 +297,7 @@ class LoseTheFolder:
         from diffmoe.training import async_save
 
         lease.STALE = 0.0  # always looks
-        begin, write = async_save.Saver.begin, async_save.write
+        begin, write = async_save.Saver.begin, async_save.write_pieces
 
         def beginning(*values):
             if self.moment == "before":
@@ -311,7 +311,7 @@ class LoseTheFolder:
             self.lose()
             return written
 
-        async_save.Saver.begin, async_save.write = beginning, writing
+        async_save.Saver.begin, async_save.write_pieces = beginning, writing
 
     def lose(self) -> None:
         (self.output / "lease-1.json").unlink(missing_ok=True)

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmoe.checkpoints.folder import read_about, verify
+from diffmoe.checkpoints.checksums import find_damage
 from diffmoe.checkpoints.network import load_network
 from diffmoe.checkpoints.posthoc import reconstruct_ema
+from diffmoe.checkpoints.run_file import read_run_file
+from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from tests.helpers.runs import assert_identical, newest, pack, run_config, tensors, train
@@ -85,14 +87,14 @@ def test_the_reconstruction_samples_like_a_snapshot(tmp_path: Path, stored: Conf
     again = reconstruct_ema(Path(stored.output), 0.12, tmp_path / "again")
     assert again.snapshots == done.snapshots
     assert_identical(tensors(again.path), tensors(out))
-    assert verify(out) == []
-    about = read_about(out)["reconstructed"]
-    assert about["std"] == 0.12
-    assert about["error"] == done.error < 0.02
+    assert find_damage(out) == []
+    made = read_run_file(out).reconstructed
+    assert made.std == 0.12
+    assert made.error == done.error < 0.02
     snapshots = [f"ema-{step:08d}" for step in range(2, STEPS, 2)]
-    assert about["from"] == [*snapshots, f"step-{STEPS:08d}"]
+    assert made.stored == (*snapshots, f"step-{STEPS:08d}")
     snapshot = load_network(out)
-    assert snapshot.clock == {"samples": 8 * STEPS, "step": STEPS, "skipped": 0}
+    assert snapshot.clock == Clock(samples=8 * STEPS, step=STEPS, skipped=0)
     found = tensors(out)
     for name, parameter in snapshot.network.named_parameters():
         assert torch.equal(parameter.flatten(), found[f"ema/{name}"]), name

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.checkpoints.folder import complete, names, verify
+from diffmoe.checkpoints.checksums import find_damage
+from diffmoe.checkpoints.folder import find_complete, names
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint, make_way
@@ -137,7 +138,7 @@ def test_a_broken_checkpoint_is_told_and_passed_over(
     FAULTS[fault][1](broken / name)
     closed = fault.endswith("closed")
     with somebody(tmp_path) if closed else contextlib.nullcontext():
-        problems = verify(broken)
+        problems = find_damage(broken)
         assert problems, fault
         assert str(broken) in problems[0]
         assert names(folder) == ["step-00000001", "step-00000002"]
@@ -184,7 +185,7 @@ def test_metrics_that_cannot_be_read_are_named(run: Config):
 def test_a_path_that_can_be_none_is_told(run: Config, tmp_path: Path, path: str):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError) as error:
-        complete(tmp_path / path)
+        find_complete(tmp_path / path)
     assert str(error.value).startswith(f"{tmp_path / path} ")
     with pytest.raises(UserError):
         find_checkpoint(run, str(tmp_path / path))
@@ -206,4 +207,4 @@ def test_strange_names_disturb_nobody(run: Config):
     assert not os.path.lexists(folder / ".step-00000004.tmp")
     done = command(sys.executable, "tools/checkpoint.py", "verify", str(folder))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("  whole") == 8
+    assert done.stdout.count("  intact") == 8

@@ -110,16 +110,16 @@ def test_a_rank_that_hangs_without_dying_is_named_and_all_stacks_are_shown(
 
 
 def slow_save(rank: int) -> None:
-    from diffmoe.checkpoints import folder
+    from diffmoe.checkpoints import lifecycle
 
     impatient(rank)
-    commit = folder.commit
+    commit = lifecycle.commit
 
     def slow(*arguments):
         time.sleep(6)
         return commit(*arguments)
 
-    folder.commit = slow
+    lifecycle.commit = slow
 
 
 def test_what_may_take_long_is_no_hang(tmp_path: Path):

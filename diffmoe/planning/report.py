@@ -1,4 +1,4 @@
-"""Plans as text."""
+"""Plans as text for the user."""
 
 import math
 from dataclasses import fields
@@ -10,12 +10,14 @@ GB = 1e9
 KINDS = [field.name for field in fields(Memory)]
 
 
-def table(plans: list[Plan]) -> str:
-    """One line a layout: GB of a GPU by kind, their total, seconds a step, and whether it fits."""
+def plan_table(plans: list[Plan]) -> str:
+    """One line per layout: GB per GPU by kind, total, seconds per step, and whether it fits."""
     heads = {"activations": "activ.", "gradients": "grads", "parameters": "params"}
     names = [heads.get(kind, kind.replace("_", "-")) for kind in KINDS]
     width = max(len(one.layout.describe()) for one in plans)
-    lines = ["GB a GPU".ljust(width) + "".join(f"{name:>11}" for name in names) + "  total  s/step"]
+    lines = [
+        "GB per GPU".ljust(width) + "".join(f"{name:>11}" for name in names) + "  total  s/step"
+    ]
     for one in plans:
         kinds = "".join(f"{getattr(one.memory, kind) / GB:11.2f}" for kind in KINDS)
         lines.append(
@@ -33,25 +35,25 @@ def _misfit(one: Plan) -> str:
     return "  does not fit" if not one.fits_gpu else "  does not fit the node's host memory"
 
 
-def detail(one: Plan, node_memory: float) -> str:
-    """The layout as settings of train.py, what it needs, and what its collectives move.
+def plan_details(one: Plan, node_memory: float) -> str:
+    """The layout as settings of train.py, its memory, and the traffic of its collectives.
 
-    node_memory: bytes of the host that a job gets of each node.
+    node_memory: bytes of host memory that a job gets on each node.
     """
     layout, needed, host = one.layout, one.memory, one.host
     batch = layout.config.training.batch_size
     lines = [
-        settings(one),
+        _settings(one),
         f"  memory: {needed.tensors / GB:.2f} GB of tensors, {needed.total / GB:.1f} GB with "
-        f"{FRAGMENTATION - 1:.0%} lost by the allocator and {CONTEXT_BYTES / GB:.1f} GB of CUDA "
+        f"{FRAGMENTATION - 1:.0%} lost by the allocator and {CONTEXT_BYTES / GB:.1f} GB for CUDA "
         f"and libraries; {'fits' if one.fits_gpu else 'does not fit'}",
-        f"  host memory: {host.total / GB:.1f} GB a node{_given(one, node_memory)}: "
-        f"{host.processes / GB:.1f} of processes and the larger of",
-        f"    {host.network / GB:.1f} of new weights, {host.saves / GB:.1f} of copies for saving "
-        f"+ {host.states / GB:.1f} of offloaded states + {host.loader / GB:.1f} of batches",
-        f"  work: {one.flops / 1e12:.2f} TFLOP a GPU and step; about {one.seconds:.3f} s a step, "
+        f"  host memory: {host.total / GB:.1f} GB per node{_given(one, node_memory)}: "
+        f"{host.processes / GB:.1f} for processes, plus the larger of",
+        f"    {host.network / GB:.1f} for initial weights, and {host.saves / GB:.1f} for saving "
+        f"+ {host.states / GB:.1f} for offloaded states + {host.loader / GB:.1f} for batches",
+        f"  work: {one.flops / 1e12:.2f} TFLOP per GPU and step; about {one.seconds:.3f} s/step, "
         f"{batch / one.seconds:.0f} samples/s",
-        "  collectives of one step, MB that one GPU sends:      in its node  between nodes",
+        "  collectives of one step, MB sent per GPU:            in its node  between nodes",
     ]
     lines += [
         f"    {c.operation + ' of ' + c.name + f' over {c.ranks} ranks':<56}"
@@ -67,7 +69,7 @@ def _given(one: Plan, node_memory: float) -> str:
     return f" of {node_memory / GB:.1f}, {'fits' if one.fits_node else 'does not fit'}"
 
 
-def settings(one: Plan) -> str:
+def _settings(one: Plan) -> str:
     config = one.layout.config
     return (
         f"parallel.expert_parallel={config.parallel.expert_parallel} "

@@ -1,26 +1,29 @@
-"""A run outlives its terminal, its pipe and the disk of its log: what cannot be told is dropped.
+"""Output that never fails: a run survives the end of its terminal or pipe, and a full log disk.
 
-Otherwise the line that tells of a save could keep the save from being made.
+Otherwise a failed print about a save could prevent the save itself.
 """
 
 import io
 import sys
+from typing import Any
 
 
-class _Dropping(io.FileIO):
-    def write(self, data: bytes) -> int:
+class _LossyFile(io.FileIO):
+    """Drops what cannot be written."""
+
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:  # closed at the other end, hung up, or no space left
             return memoryview(data).nbytes
 
 
-def outlive_terminal() -> None:
-    """From now on writing to standard output and error does not fail."""
+def ignore_output_errors() -> None:
+    """Replace stdout and stderr by streams whose writes do not fail."""
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
         old.flush()
-        raw = _Dropping(old.fileno(), "w", closefd=False)
+        raw = _LossyFile(old.fileno(), "w", closefd=False)
         stream = io.TextIOWrapper(
             io.BufferedWriter(raw), encoding=old.encoding, errors=old.errors, line_buffering=True
         )

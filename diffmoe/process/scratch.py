@@ -1,20 +1,20 @@
-"""This process's temporary files, torch's and wandb's too, in one folder that goes with it."""
+"""One folder for all temporary files of this process (torch's and wandb's too), removed at exit."""
 
 import getpass
 import os
 import shutil
 import tempfile
 
-from diffmoe.ending import at_any_end
+from diffmoe.process.exit import at_exit
 
 _folder: str | None = None
-_owner = 0  # forked readers inherit the name, not the duty
+_owner = 0  # forked readers inherit the folder but must not remove it
 
 
-def enter(keep_compiled: bool) -> None:
-    """From here on temporary files go to a folder that is removed at the end of the process.
+def use_scratch_folder(keep_compiled: bool) -> None:
+    """Create the folder and point TMPDIR and `tempfile` to it.
 
-    keep_compiled: torch's compiled kernels stay where torch keeps them for later runs.
+    keep_compiled: leave torch's compiled kernels in its shared cache, for later runs.
     """
     global _folder, _owner
     shared = tempfile.gettempdir()
@@ -22,7 +22,7 @@ def enter(keep_compiled: bool) -> None:
     kernels = shared if keep_compiled else _folder
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{kernels}/torchinductor_{getpass.getuser()}")
     os.environ["TMPDIR"] = tempfile.tempdir = _folder
-    at_any_end(_remove)
+    at_exit(_remove)
 
 
 def _remove() -> None:
