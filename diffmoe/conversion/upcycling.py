@@ -108,7 +108,7 @@ def _part_of_mixture(
     if part.endswith(".thresholds"):
         return torch.zeros(experts)
     if not part.startswith("experts."):
-        return network.initial(name, seed)
+        return network.initial_value(name, seed)
     leaf = part.removeprefix("experts.")
     one = source.read(f"{layer}.{_OF_DENSE[network.moe_config.activation][leaf]}")
     one = one.t() if leaf.startswith("w_") else one

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from diffmoe.config import Config
 from diffmoe.conversion.release import config_from_release
 from diffmoe.models.dit import DiT
+from diffmoe.models.initialization import initializers_of
 from tests.helpers.tiny import BYTES, FROZEN, WITHOUT_POOLED, tiny_config
 
 GOLDEN = Path(__file__).with_name("initial_weights.json")
@@ -64,3 +66,23 @@ def test_initial_weights_are_those_of_before(name: str):
     expected = json.loads(GOLDEN.read_text())[name]
     # Processors differ in the last bit of normally distributed numbers.
     assert fingerprint(CONFIGS[name]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_one_parameter_alone_starts_as_in_the_network():
+    config = CONFIGS["bytes"]
+    network = DiT(config.model, config.moe).initialize(3)
+    with torch.device("meta"):
+        empty = DiT(config.model, config.moe)
+    for name, parameter in network.named_parameters():
+        if name not in network.expert_parameters():
+            assert torch.equal(empty.initial_value(name, 3), parameter), name
+
+
+def test_a_parameter_without_an_initializer_is_refused():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(1))
+
+    with pytest.raises(TypeError, match="Scale does not say how its parameter factor starts"):
+        initializers_of(nn.Sequential(nn.Linear(2, 2), Scale()))
