@@ -14,7 +14,9 @@ def tree_map(function: Callable[[Tensor], Tensor], value: T) -> T:
     tree: Any = value
     if isinstance(tree, Tensor):
         return function(tree)  # type: ignore[return-value]
-    return None if tree is None else type(tree)(*(tree_map(function, part) for part in tree))
+    if tree is None:
+        return tree
+    return type(tree)(*(tree_map(function, part) for part in tree))
 
 
 def tree_cat(values: Sequence[T]) -> T:
@@ -22,7 +24,8 @@ def tree_cat(values: Sequence[T]) -> T:
     trees: Sequence[Any] = values
     first = trees[0]
     if isinstance(first, Tensor):
-        return first if len(trees) == 1 else torch.cat(tuple(trees))
+        joined = first if len(trees) == 1 else torch.cat(tuple(trees))
+        return joined  # type: ignore[return-value]
     if first is None:
-        return None  # type: ignore[return-value]
+        return first
     return type(first)(*(tree_cat(column) for column in zip(*trees, strict=True)))

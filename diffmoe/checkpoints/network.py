@@ -2,25 +2,27 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from diffmoe.checkpoints.folder import read_about, reading, stored_config
+from diffmoe.checkpoints.folder import ABOUT, read_about, reading, stored_config
 from diffmoe.checkpoints.inspect import open_checkpoint
 from diffmoe.checkpoints.pieces import Piece, read
 from diffmoe.config import Config
 from diffmoe.errors import UserError
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint's network, and what is needed to sample from it."""
+    """A checkpoint's network, and what sampling from it needs. class_names: empty if unknown."""
 
     network: DiT
     config: Config
-    latents: dict[str, Any]
+    latents: LatentSpec
+    class_names: tuple[str, ...]
     clock: dict[str, int]
 
 
@@ -55,7 +57,9 @@ def load_network(
         state[f"{prefix}/{name}"] = Piece.of(flat, first, parts * len(flat))
     with reading(checkpoint):
         read(checkpoint, state, alone=True)
-    return Snapshot(network.eval(), config, about["latents"], about["clock"])
+    latents = LatentSpec.from_manifest(about["latents"], checkpoint / ABOUT)
+    class_names = tuple(about["latents"].get("class_names") or ())
+    return Snapshot(network.eval(), config, latents, class_names, about["clock"])
 
 
 def _holds_ema(checkpoint: Path) -> bool:

@@ -115,7 +115,7 @@ class GaussianDiffusion:
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _variational_bound(self, output: Tensor, x_t: Tensor, data: Tensor, t: Tensor) -> Tensor:
-        """Term t of the bound in bits per dimension (n,): KL(q || p), at t = 0 the decoder's NLL."""
+        """Term t of the bound in bits per dimension (n,): KL(q || p); at t = 0 the decoder's."""
         q = self.q_posterior(data, x_t, t)
         p = self.p_mean_variance(output, x_t, t)
         kl = 0.5 * (

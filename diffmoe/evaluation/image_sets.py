@@ -173,7 +173,7 @@ def _shards(folder: Path) -> ImageSet:
             "they were made of"
         )
     manifest.check(folder)
-    decode = autoencoder_of(manifest.model_dump(), "cpu").decode
+    decode = autoencoder_of(manifest.latent_spec, "cpu").decode
 
     def parts() -> Iterator[Part]:
         for shard in manifest.shards:

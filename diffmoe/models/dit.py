@@ -49,6 +49,9 @@ class DiT(nn.Module):
     topology: of the ranks that share the experts; None: this process has all of them.
     """
 
+    positions: Tensor
+    rotation: Tensor | None
+
     def __init__(
         self, model: ModelConfig, moe: MoEConfig, topology: Topology | None = None
     ) -> None:
