@@ -202,7 +202,10 @@ def test_inference_needs_nothing_of_training(folder: Path, single_run: Config):
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     rooms, *sizes = done.stdout.splitlines()
-    allowed = "conditions config errors export files hash_cache models parallel redaction seeding"
+    allowed = (
+        "conditions config errors export files hash_cache latent_spec models parallel redaction "
+        "seeding"
+    )
     assert set(rooms.split()) <= set(allowed.split())
     assert sizes == ["(8, 8)", "(8, 8)"]
 
