@@ -15,7 +15,7 @@ def tree_map(function: Callable[[Tensor], Tensor], value: T) -> T:
     if isinstance(tree, Tensor):
         return function(tree)  # type: ignore[return-value]
     if tree is None:
-        return tree
+        return tree  # type: ignore[return-value]
     return type(tree)(*(tree_map(function, part) for part in tree))
 
 
@@ -27,5 +27,5 @@ def tree_cat(values: Sequence[T]) -> T:
         joined = first if len(trees) == 1 else torch.cat(tuple(trees))
         return joined  # type: ignore[return-value]
     if first is None:
-        return first
+        return first  # type: ignore[return-value]
     return type(first)(*(tree_cat(column) for column in zip(*trees, strict=True)))
