@@ -9,9 +9,9 @@ from torch import Tensor
 class Text(NamedTuple):
     """Captions of B samples, padded to L positions.
 
-    tokens: (B, L, D_text) features of a frozen encoder, or (B, L) byte ids (int64) of a model that
-    trains its own. mask_BL: True where a position is text; a row without any is the null caption.
-    pooled: (B, D_pool) one vector a caption, or None.
+    tokens: (B, L, D_text) features of a frozen encoder, or (B, L) byte ids (int64) for a model that
+    trains its own encoder. mask_BL: True where there is text; a row of False is the null caption.
+    pooled: (B, D_pool), one vector per caption, or None.
     """
 
     tokens: Tensor
@@ -19,12 +19,12 @@ class Text(NamedTuple):
     pooled: Tensor | None = None
 
 
-# Class labels (B,), of which num_classes is the null one; or captions.
+# Class labels (B,), where num_classes is the null label; or captions.
 Condition = Tensor | Text
 
 
 def unconditional(condition: Condition, where_B: Tensor, num_classes: int) -> Condition:
-    """The condition with the null label, or the null caption, where the mask is True."""
+    """The condition with the null label or caption where `where_B` is True."""
     if isinstance(condition, Text):
         return condition._replace(mask_BL=condition.mask_BL & ~where_B[:, None])
     return torch.where(where_B, num_classes, condition)

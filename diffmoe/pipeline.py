@@ -44,7 +44,7 @@ class Pipeline:
         self.weights = weights_of(self.folder, weights)
         snapshot = open_network(self.folder, weights, device=device, dtype=dtype, verify=verify)
         self.network, self.config = snapshot.network, snapshot.config
-        self.class_names: Sequence[str] = snapshot.latents.get("class_names") or ()
+        self.class_names: Sequence[str] = snapshot.class_names
         self.autoencoder = autoencoder_of(snapshot.latents, device)
         self.encoder = encoder_of(self.config, text_encoder, device)
 

@@ -1,7 +1,7 @@
-"""Named tuples of tensors, treated as one: they may hold further ones, and None."""
+"""Operations on named tuples of tensors, which may hold further ones, and None."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,17 +10,22 @@ T = TypeVar("T")
 
 
 def tree_map(function: Callable[[Tensor], Tensor], value: T) -> T:
-    """The same tuple (or tensor) with `function` of every tensor in the tensor's place."""
-    if isinstance(value, Tensor):
-        return function(value)
-    return None if value is None else type(value)(*(tree_map(function, part) for part in value))
+    """The same tuple (or tensor) with every tensor replaced by `function` of it."""
+    tree: Any = value
+    if isinstance(tree, Tensor):
+        return function(tree)  # type: ignore[return-value]
+    if tree is None:
+        return tree  # type: ignore[return-value]
+    return type(tree)(*(tree_map(function, part) for part in tree))
 
 
 def tree_cat(values: Sequence[T]) -> T:
-    """One tuple (or tensor) out of several alike, each tensor concatenated along its first axis."""
-    first = values[0]
+    """Several tuples (or tensors) of one structure as one: tensors concatenated along axis 0."""
+    trees: Sequence[Any] = values
+    first = trees[0]
     if isinstance(first, Tensor):
-        return first if len(values) == 1 else torch.cat(tuple(values))
+        joined = first if len(trees) == 1 else torch.cat(tuple(trees))
+        return joined  # type: ignore[return-value]
     if first is None:
-        return None
-    return type(first)(*(tree_cat(column) for column in zip(*values, strict=True)))
+        return first  # type: ignore[return-value]
+    return type(first)(*(tree_cat(column) for column in zip(*trees, strict=True)))

@@ -16,7 +16,7 @@ FLOORS = [
         *("process", "ending", "scratch", "terminal", "launcher"),  # the last four become process/
     },
     {"config"},
-    {"conditions", "work", "recipes"},
+    {"conditions", "latent_spec", "work", "recipes"},
     {"parallel", "diffusion"},
     {"models", "data"},
     {"checkpoints", "text", "digits", "capacity"},

@@ -249,7 +249,7 @@ def test_a_safetensors_header_is_measured_before_it_is_read(tmp_path: Path):
 
 def test_tensors_that_repeat_their_numbers_are_refused(tmp_path: Path):
     torch.save({"ema": {"x": torch.zeros(1).expand(1 << 20, 1 << 20)}}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt: x has the shape \(1048576, 1048576\), and fewer"):
+    with pytest.raises(UserError, match=r"x\.pt: x has the shape \(1048576, 1048576\), but fewer"):
         load_state(tmp_path / "x.pt")
 
 

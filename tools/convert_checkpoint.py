@@ -5,13 +5,14 @@
   python tools/convert_checkpoint.py release.pt exported/release --objective flow
   python tools/convert_checkpoint.py exported/release release2.pt --to release
   python tools/convert_checkpoint.py exported/dense exported/moe --upcycle --experts 8
-  python tools/convert_checkpoint.py info exported/mnist            what any such path is
+  python tools/convert_checkpoint.py info exported/mnist            describe the model at a path
 
-FROM is a run's folder, a checkpoint step-XXXXXXXX or ema-XXXXXXXX of any number of ranks, an
+FROM is a run's folder, a checkpoint step-XXXXXXXX or ema-XXXXXXXX saved by any number of ranks, an
 exported folder, a .pt file of the DiffMoE release, DiT or SiT, or a folder of diffusers'
 DiTTransformer2DModel or of a pipeline with one (its vae/ and scheduler are used). TO must not
-exist; it appears when it is whole, and has been held against FROM. No GPU, no process group, one
-tensor at a time. diffmoe.load(TO) and diffmoe.Pipeline(TO) take the result.
+exist. It is written atomically, and its predictions are checked to be bit-identical to FROM's. No
+GPU is needed, and the memory of one network. Open the result with diffmoe.load(TO) or
+diffmoe.Pipeline(TO).
 """
 
 from __future__ import annotations
@@ -39,74 +40,87 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         default="ema",
-        help="ema (default), live, or of a run with training.ema_stds ema:STD, such as ema:0.10; "
-        "of a .pt file its entry `ema` or `model`",
+        help="ema (default) or live (entries `ema` and `model` of a .pt file), or ema:STD, such as "
+        "ema:0.10, of a run with training.ema_stds",
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of TO (default float32)",
     )
     parser.add_argument(
         "--to",
         choices=["diffmoe", *FORMATS],
         default="diffmoe",
-        help="format of TO; default diffmoe, the folder for inference",
+        help="format of TO (default diffmoe, the folder for inference)",
     )
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="per file; default 5")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="size of a file (default 5)"
+    )
     parser.add_argument(
         "--capacity",
         type=float,
         metavar="C",
-        help="of training, of a .pt file (default 1) or to train an upcycled model with",
+        help="capacity of training: of a .pt file (default 1), or for an upcycled model",
     )
-    more = parser.add_argument_group("more experts; train on with training.init=TO")
+    more = parser.add_argument_group("more experts (continue training with training.init=TO)")
     how = more.add_mutually_exclusive_group()
     how.add_argument(
         "--upcycle",
         choices=["shared", "copies"],
         nargs="?",
         const="shared",
-        help="a dense model to a DiffMoE with the same output. shared (default): beside its MLP, "
-        "exact at any capacity; copies: E of them, exact at capacity E",
+        help="turn a dense model into a DiffMoE with the same output. shared (default): experts "
+        "beside its MLP, exact at any capacity; copies: E copies of its MLP, exact at capacity E",
     )
     how.add_argument(
-        "--grow", action="store_true", help="a multiple of the experts, the same output"
+        "--grow", action="store_true", help="multiply the experts, with the same output"
     )
-    more.add_argument("--experts", type=int, metavar="E", help="how many there will be")
-    more.add_argument("--every-block", action="store_true", help="default: every second one")
+    more.add_argument("--experts", type=int, metavar="E", help="number of experts of TO")
+    more.add_argument(
+        "--every-block", action="store_true", help="experts in every block (default: every second)"
+    )
     more.add_argument(
         "--noise",
         type=float,
         default=0.0,
-        help="on new experts, in their deviations; default 0",
+        help="noise on new experts, in standard deviations of their weights (default 0)",
     )
-    more.add_argument("--seed", type=int, default=0, help="of noise and new routers; default 0")
-    foreign = parser.add_argument_group("what other projects' files do not say")
-    foreign.add_argument("--format", choices=FORMATS, help="of FROM; default detected, and said")
+    more.add_argument(
+        "--seed", type=int, default=0, help="seed of noise and new routers (default 0)"
+    )
+    foreign = parser.add_argument_group("what other projects' files may not contain")
+    foreign.add_argument("--format", choices=FORMATS, help="format of FROM (default: detected)")
     foreign.add_argument("--objective", choices=["flow", "ddpm"])
-    foreign.add_argument("--heads", type=int, help="default: those of the published widths")
+    foreign.add_argument("--heads", type=int, help="attention heads (default: by published widths)")
     foreign.add_argument(
         "--num-classes",
         type=int,
         metavar="N",
-        help="without the null one; default as the file says, or 1000 of 1001 rows of labels",
+        help="without the null label (default: from the file, or 1000 for 1001 rows of labels)",
     )
-    foreign.add_argument("--input-size", type=int, help="default: from pos_embed")
-    foreign.add_argument("--top-k", type=int, default=1, help="of token choice; default 1")
+    foreign.add_argument(
+        "--input-size", type=int, help="height and width of the latents (default: from pos_embed)"
+    )
+    foreign.add_argument(
+        "--top-k", type=int, default=1, help="experts per token of token choice (default 1)"
+    )
     foreign.add_argument(
         "--vae",
-        help="a hub id or a folder, which comes along; default a pipeline's own vae/, else "
-        "stabilityai/sd-vae-ft-ema",
+        help="autoencoder: a hub id, or a folder, which is copied (default: a pipeline's own vae/, "
+        "else stabilityai/sd-vae-ft-ema)",
     )
     foreign.add_argument(
         "--scale",
         type=float,
-        help="of its latents; default as the folder of --vae says, else 0.18215",
+        help="scale of its latents (default: from the folder of --vae, else 0.18215)",
     )
     return parser.parse_args()
 
 
 def with_experts(source: Source, options: argparse.Namespace) -> Source:
-    """What --upcycle or --grow make of it."""
+    """The source after --upcycle or --grow, if either is given."""
     from diffmoe.conversion.upcycling import grow, upcycle
 
     if options.upcycle is None and not options.grow:
@@ -128,12 +142,12 @@ def with_experts(source: Source, options: argparse.Namespace) -> Source:
     )
 
 
-def tell(notes: tuple[str, ...]) -> None:
+def print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
         print(printable(note), file=sys.stderr)
 
 
-def show(path: Path) -> None:
+def print_info(path: Path) -> None:
     from diffmoe.conversion.info import info
 
     lines = info(path)
@@ -146,17 +160,17 @@ def main() -> None:
     if sys.argv[1:2] == ["info"]:
         parser = argparse.ArgumentParser(
             prog="convert_checkpoint.py info",
-            description="what a model or its file is, by its path",
+            description="describe the model at a path",
         )
         parser.add_argument("path", metavar="PATH", type=Path)
-        return show(parser.parse_args(sys.argv[2:]).path)
+        return print_info(parser.parse_args(sys.argv[2:]).path)
     options = parse()
     from diffmoe.conversion.detect_format import open_source
     from diffmoe.conversion.foreign import Options, write_foreign
     from diffmoe.export.writing import refuse_existing, write_exported
 
     refuse_existing(options.target)
-    unsaid = Options(
+    unknown = Options(
         objective=options.objective,
         heads=options.heads,
         num_classes=options.num_classes,
@@ -166,19 +180,19 @@ def main() -> None:
         autoencoder=options.vae,
         scale=options.scale,
     )
-    with open_source(options.source, options.weights, options.format, unsaid) as source:
+    with open_source(options.source, options.weights, options.format, unknown) as source:
         source = with_experts(source, options)
-        tell(source.notes)
+        print_notes(source.notes)
         if options.to != "diffmoe":
-            tell(write_foreign(source, options.target, options.to))
-            print(printable(f"{options.target}: {options.to} file of {source.where}"))
+            print_notes(write_foreign(source, options.target, options.to))
+            print(printable(f"{options.target}: {source.where} in the format {options.to}"))
             return
         limit = int(options.max_shard_gb * 1e9)
         written = write_exported(source, options.target, options.dtype, limit)
-    tell(written.notes)
+    print_notes(written.notes)
     print(
         f"{printable(str(written.path))}: {written.bytes / 1e6:.2f} MB of {options.dtype}; "
-        f"{written.compared} numbers of its predictions equal the source's bit for bit"
+        f"{written.compared} predicted numbers equal the source's bit for bit"
     )
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     prompts = prompts_of(options, config, device)
     dial = Dial.of(network, config, folder, weights, report=print, prompts=prompts)
     decode = autoencoder_of(snapshot.latents, device).decode
-    names = snapshot.latents.get("class_names") or [str(k) for k in range(config.model.num_classes)]
+    names = snapshot.class_names or [str(k) for k in range(config.model.num_classes)]
     if prompts is None:
         wanted = gradio.Dropdown(list(names), value=names[0], type="index", label="Class")
     else:

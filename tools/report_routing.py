@@ -96,7 +96,7 @@ def main() -> None:
     if isinstance(options.classes, int):
         classes = classes[: options.classes]
     elif options.classes:
-        names = () if prompts else snapshot.latents.get("class_names") or ()
+        names = () if prompts else snapshot.class_names
         classes = class_numbers(options.classes, names, folder)
     order = SampleRequest(options.samples, tuple(classes), options.labels)
     labels = [order.label(k, options.seed) for k in range(options.samples)]

@@ -139,7 +139,7 @@ def main() -> None:
         raise UserError("--classes and --check-digits are of models that draw classes; leave them")
     classes = None
     if options.classes:
-        names = snapshot.latents.get("class_names") or ()
+        names = snapshot.class_names
         classes = class_numbers(options.classes, names, folder)
     calibrated = set_capacity(snapshot.network, folder, options.routing, options.capacity, weights)
     decode = autoencoder_of(snapshot.latents, device).decode
@@ -221,8 +221,7 @@ def _folder(
 
     folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
     choices = classes or range(len(prompts) if prompts else config.model.num_classes)
-    latents = snapshot.latents
-    if options.format == "adm" and (latents["autoencoder"], latents["shape"][0]) == ("identity", 1):
+    if options.format == "adm" and snapshot.latents.makes_gray:
         raise UserError(
             "--format adm: ADM's evaluator takes RGB images, this model makes gray ones"
         )

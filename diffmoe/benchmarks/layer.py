@@ -50,8 +50,8 @@ def mixture_of(
     layer = seeded_layer(layer, device, DTYPES[config.training.precision])
 
     def function(tokens: Tensor) -> tuple[Tensor, ...]:
-        mixed, decided = layer(tokens)
-        return mixed, decided.capacity_loss
+        mixed, layer_routing = layer(tokens)
+        return mixed, layer_routing.capacity_loss
 
     return Candidate(layer, function)
 

@@ -15,7 +15,7 @@ from diffmoe.models.routing import Assignment
 def take(layer: MoEFeedForward, scores_SE: Tensor) -> tuple[Tensor, Assignment]:
     """Which tokens every expert takes, as mask (E, S) and as static assignment."""
     k = layer._capacity(len(scores_SE), layer.moe.capacity)
-    selected_ES = layer._take_from_pool(routing.ranked(scores_SE), k)
+    selected_ES = layer._select_from_pool(routing.ranked(scores_SE), k)
     return selected_ES, routing.static_assignment(selected_ES, scores_SE, k)
 
 

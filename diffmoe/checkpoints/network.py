@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from diffmoe.checkpoints import run_file
 from diffmoe.checkpoints.inspect import open_checkpoint
 from diffmoe.checkpoints.lifecycle import reading
 from diffmoe.checkpoints.pieces import Piece, read_pieces
@@ -13,19 +14,21 @@ from diffmoe.checkpoints.run_file import read_run_file, stored_config
 from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.errors import UserError
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint's network and what is needed to sample from it.
+    """A checkpoint's network, and what sampling from it needs. class_names: empty if unknown.
 
-    latents: RunFile.latents. clock: of the training when it was saved.
+    clock: of the training when it was saved.
     """
 
     network: DiT
     config: Config
-    latents: dict[str, Any]
+    latents: LatentSpec
+    class_names: tuple[str, ...]
     clock: Clock
 
 
@@ -62,7 +65,9 @@ def load_network(
         state[f"{prefix}/{name}"] = Piece.of(flat, first, parts * len(flat))
     with reading(checkpoint):
         read_pieces(checkpoint, state, alone=True)
-    return Snapshot(network.eval(), config, record.latents, record.clock)
+    latents = LatentSpec.from_manifest(record.latents, checkpoint / run_file.FILE_NAME)
+    class_names = tuple(record.latents.get("class_names") or ())
+    return Snapshot(network.eval(), config, latents, class_names, record.clock)
 
 
 def _holds_ema(checkpoint: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a path holds, and the source that it gives."""
+"""Detects what a path holds and opens it as a source."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from diffmoe.conversion.foreign import Format, Options, foreign_source
 from diffmoe.conversion.hugging_face import transformer_folder
 from diffmoe.errors import UserError
-from diffmoe.export.exported import is_exported
+from diffmoe.export.exported_model import is_exported
 from diffmoe.export.sources import Source, checkpoint_source, exported_source
 
 
@@ -18,7 +18,11 @@ def open_source(
     form: Format | None = None,
     options: Options | None = None,
 ) -> Iterator[Source]:
-    """Any path that can be converted. weights, form, options: as in the sources' functions."""
+    """The source of any path that can be converted.
+
+    weights, form, options: as of foreign_source and checkpoint_source. Raises UserError if the path
+    does not exist or holds no model.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run, a checkpoint, or a model")
     if is_exported(path):

@@ -1,4 +1,4 @@
-"""What diffusers computes from a folder that was written for it, and how that differs."""
+"""Measures by how much diffusers' predictions differ for a folder that was written for it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from diffmoe.export.sources import Source
 from diffmoe.export.tensors import empty_network, fill
 from diffmoe.seeding import keyed_generator
 
-# The lines that make it exact: diffusers' configuration has no field for this.
+# Code that makes it exact: diffusers' configuration has no field for this.
 EXACT = f"""from diffusers import {CLASS}
 
 transformer = {CLASS}.from_pretrained("PATH OF THIS FOLDER")
@@ -21,82 +21,83 @@ for module in transformer.modules():
         module.downscale_freq_shift = 0
 """
 _TIMESTEPS = (0, 1, 10, 100, 250, 500, 750, 999)
-# Of the largest prediction: rounding, far from what a wrong weight does.
+# Relative to the largest prediction: rounding; a wrong weight changes far more.
 _ROUNDING = 1e-4
 
 
 class Difference(NamedTuple):
-    """Largest, between the source's predictions and diffusers'.
+    """The largest differences between the source's predictions and diffusers'.
 
-    plain: as diffusers loads the folder. exact: with the lines above. reach: of the source's
-    predictions themselves, the largest.
+    plain: as diffusers loads the folder. exact: with the code above. scale: the source's largest
+    prediction.
     """
 
     plain: float
     exact: float
-    reach: float
+    scale: float
 
 
 @torch.inference_mode()
-def measured(source: Source, folder: Path) -> Difference | None:
-    """Both networks on one batch of timesteps, in fp32; None where diffusers is not installed.
+def measure_difference(source: Source, folder: Path) -> Difference | None:
+    """Run both networks on one batch, in fp32. None if diffusers is not installed.
 
-    Raises UserError where they differ by more than rounding with the lines above, too.
+    Raises UserError if they differ by more than rounding even with the code above.
     """
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError:
         return None
-    about = source.about
-    network = empty_network(about.model, about.moe)
+    metadata = source.metadata
+    network = empty_network(metadata.model, metadata.moe)
     fill(network, lambda name, _: source.read(name))
-    size, labels = about.model.input_size, about.model.num_classes + 1
+    size, labels = metadata.model.input_size, metadata.model.num_classes + 1
     x = torch.randn(
-        (len(_TIMESTEPS), about.model.in_channels, size, size),
+        (len(_TIMESTEPS), metadata.model.in_channels, size, size),
         generator=keyed_generator("difference to diffusers"),
     )
     t, y = torch.tensor(_TIMESTEPS), torch.arange(len(_TIMESTEPS)) % labels
     expected = network(x, t, y).prediction
     del network
-    theirs = DiTTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    other = DiTTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
 
     def largest(tensor: Tensor) -> float:
         return float(tensor.abs().max())
 
-    plain = largest(theirs(x, t, y).sample - expected)
-    for module in theirs.modules():
+    plain = largest(other(x, t, y).sample - expected)
+    for module in other.modules():
         if hasattr(module, "downscale_freq_shift"):
             module.downscale_freq_shift = 0
-    found = Difference(plain, largest(theirs(x, t, y).sample - expected), largest(expected))
-    if found.exact > _ROUNDING * max(1.0, found.reach):
+    found = Difference(plain, largest(other(x, t, y).sample - expected), largest(expected))
+    if found.exact > _ROUNDING * max(1.0, found.scale):
         raise UserError(
-            f"{source.where}: diffusers computes something else from it, by up to {found.exact:.3g}"
-            " with DiT's timestep frequencies; nothing was kept"
+            f"{source.where}: diffusers' predictions differ by up to {found.exact:.3g} with DiT's "
+            "timestep frequencies, too; nothing was kept"
         )
     return found
 
 
-def in_words(found: Difference | None) -> str:
-    """For the user, and README.md of the folder."""
-    told = (
-        "diffusers spaces the frequencies of timesteps otherwise than DiT and this model "
-        "(downscale_freq_shift=1 for 0), and its configuration has no field for that"
+def describe(found: Difference | None) -> str:
+    """The difference in words, for the user and for README.md of the folder."""
+    cause = (
+        "diffusers spaces the timestep frequencies differently from DiT and this model "
+        "(downscale_freq_shift=1 instead of 0), and its configuration has no field for that"
     )
     if found is None:
         return (
-            f"{told}. By how much predictions differ was not measured, since diffusers is not "
-            "installed; the code in README.md makes it exact"
+            f"{cause}. The difference was not measured, since diffusers is not installed; the code "
+            "in README.md makes it exact"
         )
     return (
-        f"{told}: predictions differ by up to {found.plain:.3g} where they reach {found.reach:.3g}."
-        f" The code in README.md makes that {found.exact:.1g}"
+        f"{cause}: predictions up to {found.scale:.3g} differ by up to {found.plain:.3g}. The code "
+        f"in README.md reduces that to {found.exact:.1g}"
     )
 
 
 def readme(found: Difference | None) -> str:
+    """README.md of the folder."""
     return f"""# {CLASS}
 
-Written by DiffMoE. {in_words(found).replace("README.md", "this file")}.
+Written by DiffMoE. {describe(found).replace("README.md", "this file")}.
 
 ```python
 {EXACT}```

@@ -1,4 +1,4 @@
-"""Checksums of downloaded files: what huggingface_hub leaves of those of large files."""
+"""Verifies downloaded files by the checksums that huggingface_hub keeps of large files."""
 
 import re
 from collections.abc import Iterable
@@ -11,29 +11,31 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_downloads(folder: Path, names: Iterable[str]) -> None:
-    """Hold files of a folder against their hashes, where the download left any.
+    """Compare files of a folder with their SHA-256, where the download left it.
 
-    Raises UserError naming the first that is damaged.
+    Raises UserError naming the first file that is damaged.
     """
     for name in names:
         file = folder / name
         expected = _expected(file, folder)
         if expected is not None and (not file.is_file() or sha256_of(file) != expected):
             raise UserError(
-                f"{file} is damaged: its SHA-256 is not that of the download; get it again"
+                f"{file} is damaged: its SHA-256 is not that of the download; download it again"
             )
 
 
 def _expected(file: Path, folder: Path) -> str | None:
-    """In the cache a file is a link to a blob of that name; in a folder of the user's choice there
-    are notes, of which the second line is the hash if the file is a large one.
+    """A file's SHA-256, if the download left it.
+
+    In the cache, large files are links to blobs named by their hash. A folder that the user chose
+    has metadata files, whose second line is the hash of a large file.
     """
     blob = file.resolve()
     if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return blob.name
     for root in (folder, folder.parent):  # a model alone, or a part of a pipeline
-        place = file.relative_to(root)
-        notes = root / ".cache" / "huggingface" / "download" / f"{place}.metadata"
+        relative = file.relative_to(root)
+        notes = root / ".cache" / "huggingface" / "download" / f"{relative}.metadata"
         if notes.is_file():
             lines = notes.read_text(errors="replace").splitlines()
             if len(lines) > 1 and _SHA256.fullmatch(lines[1].strip()):

@@ -1,4 +1,4 @@
-"""diffusers' DiTTransformer2DModel, a dense DiT, to ours and back."""
+"""diffusers' DiTTransformer2DModel, a dense DiT: to ours and back."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from diffmoe.files import contained, read_json
 
 CLASS = "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# Of a pipeline's folder, beside that of the model.
+# In a pipeline's folder, which has the model's in a subfolder.
 INDEX = "model_index.json"
-# What a scheduler's configuration says of the noise; missing fields have these values.
+# Fields of a scheduler's configuration that we can convert, with their only values and defaults.
 _NOISE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -32,14 +32,14 @@ _FIXED = {
     "norm_type": "ada_norm_zero",
 }
 DIFFERENCE = (
-    "diffusers spaces the timestep's frequencies over 127 steps (downscale_freq_shift=1) where DiT "
-    "and this project take 128, and its published config.json has norm_eps=1e-5 for 1e-6: weights "
-    "of facebookresearch/DiT are exact here, and what diffusers computes from them is a little off"
+    "diffusers spaces the timestep frequencies over 127 steps (downscale_freq_shift=1), DiT and "
+    "this project over 128, and its published config.json has norm_eps=1e-5 instead of 1e-6: "
+    "weights of facebookresearch/DiT are exact here, but predictions of diffusers differ slightly"
 )
 
 
 def transformer_folder(path: Path) -> Path | None:
-    """The model's folder: itself, or `transformer` of a pipeline's. None where it is neither."""
+    """The model's folder: the path itself, or its `transformer` (of a pipeline). Else None."""
     for folder in (path, path / "transformer"):
         if not (folder / "config.json").exists():
             continue
@@ -50,20 +50,20 @@ def transformer_folder(path: Path) -> Path | None:
 
 
 def check_scheduler(pipeline: Path) -> str:
-    """The scheduler's name. Raises UserError unless it undoes the noise that ours undo, too."""
+    """The scheduler's class. Raises UserError unless its noise is that of our samplers."""
     file = pipeline / "scheduler" / "scheduler_config.json"
     values = read_json(file)
     name = str(values.get("_class_name")) if isinstance(values, dict) else "nothing"
     if not re.fullmatch(r"(DDPM|DDIM|DPM|DEIS|PNDM|LMS|Euler|Heun|KDPM|UniPC).*", name):
-        raise UserError(f"{file}: it is of {name}; only schedulers of DDPM's noise are converted")
+        raise UserError(f"{file}: {name} is not a scheduler for DDPM's noise, which is required")
     for key, wanted in _NOISE.items():
         if values.get(key, wanted) != wanted:
-            raise UserError(f"{file}: {key}={values[key]!r}; only {wanted!r} can be converted")
+            raise UserError(f"{file}: {key}={values[key]!r} cannot be converted, only {wanted!r}")
     return name
 
 
 def class_names(pipeline: Path, number: int) -> tuple[str, ...] | None:
-    """Those of model_index.json, if they are as many."""
+    """The class names of model_index.json, if there are `number`; else None."""
     values = read_json(pipeline / INDEX)
     labels = values.get("id2label") if isinstance(values, dict) else None
     if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(number)}:
@@ -71,13 +71,13 @@ def class_names(pipeline: Path, number: int) -> tuple[str, ...] | None:
     return tuple(str(labels[str(i)]) for i in range(number))
 
 
-def sections_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_sections(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model and moe sections of a folder's config.json."""
     file = folder / "config.json"
     values = read_json(file)
     for key, wanted in _FIXED.items():
         if values.get(key, wanted) != wanted:
-            raise UserError(f"{file}: {key}={values[key]!r}; only {wanted!r} can be converted")
+            raise UserError(f"{file}: {key}={values[key]!r} cannot be converted, only {wanted!r}")
     try:
         heads, head_width = values["num_attention_heads"], values["attention_head_dim"]
         channels = values["in_channels"]
@@ -92,19 +92,19 @@ def sections_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "learn_sigma": (values["out_channels"] or channels) == 2 * channels,
         }
     except (KeyError, TypeError) as error:
-        raise UserError(f"{file} lacks {error} or holds another type there") from None
+        raise UserError(f"{file}: {error} is missing or of another type") from None
     return model, {"type": "dense"}
 
 
 def diffusers_layout(model: ModelConfig, moe: MoEConfig) -> Layout:
-    """Their names of each of our tensors. Raises UserError for a network that they cannot hold."""
+    """The layout of a network. Raises UserError for one that diffusers' class cannot represent."""
     if moe.type != "dense":
         raise UserError(f"moe.type={moe.type}: diffusers' {CLASS} is dense and has no experts")
     for key, wanted in (("qk_norm", False), ("rope", False), ("mlp_ratio", 4.0)):
         if getattr(model, key) != wanted:
-            raise UserError(f"model.{key}={getattr(model, key)}: {CLASS} has {wanted} only")
+            raise UserError(f"model.{key}={getattr(model, key)}: {CLASS} supports only {wanted}")
     every = [f"transformer_blocks.{i}.norm1.emb" for i in range(model.depth)]
-    why = "each block has its own embedder of timesteps and labels there, ours has one for all"
+    why = "diffusers has embedders of timesteps and labels in each block, our network one for all"
     layout: Layout = {}
     for leaf in ("weight", "bias"):
         layout[f"patch_embed.{leaf}"] = same(f"pos_embed.proj.{leaf}")

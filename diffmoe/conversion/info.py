@@ -1,4 +1,4 @@
-"""What a path holds, in a few lines: kind, sizes, parameters, samples seen, thresholds."""
+"""Describes the model at a path: kind, size, parameters, samples seen, thresholds."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from diffmoe.conversion.hugging_face import transformer_folder
 from diffmoe.conversion.release import label_rows
 from diffmoe.conversion.state_dicts import StateDict, load_state
 from diffmoe.errors import UserError
-from diffmoe.export.exported import ExportedModel, is_exported
+from diffmoe.export.exported_model import ExportedModel, is_exported
 from diffmoe.export.model_card import conditioning, family, parameter_counts
 from diffmoe.export.tensors import Shapes
 
@@ -23,7 +23,7 @@ Lines = dict[str, str]
 
 
 def info(path: Path) -> Lines:
-    """By what it is about, one line each. Raises UserError where the path holds no model."""
+    """Facts by their names. Raises UserError if the path holds no model."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if is_exported(path):
@@ -33,10 +33,10 @@ def info(path: Path) -> Lines:
     folder = transformer_folder(path)
     if folder is not None:
         with foreign_source(path) as source:
-            about = source.about
+            metadata = source.metadata
             return {
                 "kind": "folder of diffusers' DiTTransformer2DModel",
-                **_network(about.model, about.moe, source.shapes, source.read),
+                **_network(metadata.model, metadata.moe, source.shapes, source.read),
                 "on disk": _size(folder),
             }
     return _checkpoint(find_complete(path))
@@ -44,19 +44,19 @@ def info(path: Path) -> Lines:
 
 def _exported(path: Path) -> Lines:
     model = ExportedModel(path)
-    about = model.about
-    made = about.provenance
+    metadata = model.metadata
+    made = metadata.provenance
     return {
-        "kind": f"exported model, {about.dtype}",
-        **_network(about.model, about.moe, model.shapes, model.read),
-        "objective": about.diffusion.objective,
-        "latents": f"{about.latents.autoencoder}, scale {about.latents.scale}",
-        "weights": about.weights,
-        "samples seen": f"{about.clock.samples:,}" if about.clock else "unknown",
+        "kind": f"exported model, {metadata.dtype}",
+        **_network(metadata.model, metadata.moe, model.shapes, model.read),
+        "objective": metadata.diffusion.objective,
+        "latents": f"{metadata.latents.autoencoder}, scale {metadata.latents.scale}",
+        "weights": metadata.weights,
+        "samples seen": f"{metadata.clock.samples:,}" if metadata.clock else "unknown",
         "made from": "; ".join((f"{made.kind} {made.name}", *made.steps)),
         "calibrated": ", ".join(sorted(stored(path))) or "nothing",
         "on disk": _size(path),
-        "checksums": f"all {model.verify()} files are as they were written",
+        "checksums": f"all {model.verify()} files agree with theirs",
     }
 
 
@@ -90,19 +90,20 @@ def _checkpoint(path: Path) -> Lines:
 
 
 def _state_dict(path: Path) -> Lines:
-    """Of a .pt file; what its tensors do not show, such as heads and objective, stays unsaid."""
+    """Of a .pt file. What its tensors do not show, such as heads and objective, is left out."""
     found = {state.entry: state for state in _entries(path)}
     lines: Lines = {}
     for entry, state in found.items():
         options = _assumed({name: tuple(t.shape) for name, t in state.tensors.items()})
         with foreign_source(path, state.weights, options=options) as source:
-            about = source.about
-            told = _network(about.model, about.moe, source.shapes, source.read)
-            rows = about.model.num_classes + 1
-            told["labels"] = f"{rows} rows, of classes and, if labels were dropped, the null one"
-            told["thresholds" + (f" of {entry}" if entry else "")] = told.pop("thresholds", "none")
-            names = "DiT or SiT" if about.moe.type == "dense" else "the DiffMoE release"
-            lines |= {"kind": f"state dict in the names of {names}", **told}
+            metadata = source.metadata
+            entry_lines = _network(metadata.model, metadata.moe, source.shapes, source.read)
+            rows = metadata.model.num_classes + 1
+            entry_lines["labels"] = f"{rows} rows: classes, and with label dropout the null label"
+            thresholds = entry_lines.pop("thresholds", "none")
+            entry_lines["thresholds" + (f" of {entry}" if entry else "")] = thresholds
+            names = "DiT or SiT" if metadata.moe.type == "dense" else "the DiffMoE release"
+            lines |= {"kind": f"state dict with the names of {names}", **entry_lines}
     entries = ", ".join(entry or "a plain state dict" for entry in found)
     return lines | {"entries": entries, "on disk": _size(path)}
 
@@ -119,7 +120,7 @@ def _entries(path: Path) -> Iterator[StateDict]:
 
 
 def _assumed(shapes: Shapes) -> Options:
-    """Stands in for what is not shown, and is not told."""
+    """Placeholders for what the tensors do not show; they do not appear in the output."""
     patches = shapes.get("x_embedder.proj.weight", ())
     return Options(
         objective="flow",
@@ -136,7 +137,7 @@ def _network(
     lines = {
         "network": f"{family(moe)}; {model.depth} blocks of width {model.width}, patch "
         f"{model.patch_size}, {conditioning(model)}",
-        "parameters": f"{total:,}, of which {active:,.0f} work on an average token"
+        "parameters": f"{total:,}, of which {active:,.0f} are active for an average token"
         + (f" at capacity {moe.capacity:g}" if moe.type != "dense" else ""),
     }
     names = [name for name in shapes if name.endswith(".thresholds")]

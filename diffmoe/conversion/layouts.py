@@ -1,7 +1,7 @@
 """Another project's names for the tensors of a network, from ours and back.
 
-A layout says for each of our tensors which of theirs it is made of. The same table reads their
-files, accounts for every name and shape in them, and writes them.
+A layout lists for each of our tensors which of theirs it is made of. The same table is used to read
+their files, to check every name and shape in them, and to write them.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from diffmoe.export.tensors import Shapes
 
 
 class Parts(NamedTuple):
-    """Their tensors that make up one of ours. join and split are inverse to each other."""
+    """Their tensors that make up one of ours. join and split are inverses of each other."""
 
     names: list[str]
     join: Callable[[list[Tensor]], Tensor]
@@ -26,12 +26,12 @@ Layout = dict[str, Parts]
 
 
 def same(name: str) -> Parts:
-    """The tensor as it is."""
+    """The same tensor under another name."""
     return Parts([name], lambda parts: parts[0], lambda tensor: [tensor])
 
 
 def stacked(names: list[str], transposed: bool) -> Parts:
-    """One of theirs per row of dimension 0. transposed: theirs are (out, in), ours (in, out)."""
+    """One of their tensors per index of dimension 0. transposed: theirs are (out, in), ours not."""
 
     def turn(tensor: Tensor) -> Tensor:
         return tensor.t() if transposed else tensor
@@ -44,7 +44,7 @@ def stacked(names: list[str], transposed: bool) -> Parts:
 
 
 def without_last_row(name: str) -> Parts:
-    """Ours has a row more, of zeros."""
+    """Ours has one more row, which is zero."""
     return Parts(
         [name],
         lambda parts: torch.cat([parts[0], torch.zeros_like(parts[0][:1])]),
@@ -53,12 +53,12 @@ def without_last_row(name: str) -> Parts:
 
 
 def concatenated(names: list[str]) -> Parts:
-    """Equal shares of dimension 0."""
+    """Their tensors, of equal size, concatenated along dimension 0."""
     return Parts(names, torch.cat, lambda tensor: list(tensor.chunk(len(names))))
 
 
 def repeated(names: list[str], why: str) -> Parts:
-    """One tensor that they keep several times. why: what is wrong if those differ."""
+    """One tensor that they store several times. why: explains an error if the copies differ."""
 
     def first(parts: list[Tensor]) -> Tensor:
         for name, part in zip(names, parts, strict=True):
@@ -69,8 +69,8 @@ def repeated(names: list[str], why: str) -> Parts:
     return Parts(names, first, lambda tensor: [tensor] * len(names))
 
 
-def their_shapes(layout: Layout, ours: Shapes) -> Shapes:
-    """Shapes under their names."""
+def foreign_shapes(layout: Layout, ours: Shapes) -> Shapes:
+    """The shapes of their tensors, by their names. ours: those of our tensors."""
     return {
         name: tuple(part.shape)
         for own, parts in layout.items()
@@ -80,14 +80,15 @@ def their_shapes(layout: Layout, ours: Shapes) -> Shapes:
     }
 
 
-def check_their_state_dict(found: Shapes, layout: Layout, ours: Shapes, where: str) -> None:
-    """See that their file has what the layout needs and nothing else, told in their names.
+def check_foreign_state_dict(found: Shapes, layout: Layout, ours: Shapes, where: str) -> None:
+    """Check that their file has the tensors of the layout in their shapes, and no other.
 
-    Raises UserError naming the first tensors that are missing, left over or of another shape.
+    where: names the file in errors. Raises UserError naming, by their names, the first tensors that
+    are missing, unexpected or of another shape.
     """
-    expected = their_shapes(layout, ours)
+    expected = foreign_shapes(layout, ours)
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is left over" for name in found if name not in expected]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
     problems += [
         f"{name} has the shape {found[name]}, not {expected[name]}"
         for name in expected
@@ -99,13 +100,12 @@ def check_their_state_dict(found: Shapes, layout: Layout, ours: Shapes, where: s
 
 
 def reader(layout: Layout, get: Callable[[str], Tensor], where: str) -> Callable[[str], Tensor]:
-    """Gives our tensors, in fp32, from theirs. where: names the file in errors."""
+    """A function that gives our tensors, in fp32. get: gives theirs. where: for errors."""
 
     def read(name: str) -> Tensor:
         parts = layout[name]
-        theirs = [get(their_name) for their_name in parts.names]
         try:
-            return parts.join(theirs).float()
+            return parts.join([get(part) for part in parts.names]).float()
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
@@ -113,7 +113,7 @@ def reader(layout: Layout, get: Callable[[str], Tensor], where: str) -> Callable
 
 
 def translated(layout: Layout, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Their state dict from our tensors: the whole network, once."""
+    """Their state dict, made from our tensors. Holds the whole network in memory."""
     state: dict[str, Tensor] = {}
     for own, parts in layout.items():
         for name, part in zip(parts.names, parts.split(read(own)), strict=True):

@@ -1,7 +1,7 @@
-"""Names and layouts of the paper's release, of facebookresearch/DiT and of SiT, to ours and back.
+"""Tensors of the paper's release, of facebookresearch/DiT and of SiT: to ours and back.
 
-The three share their names; the latter two are dense. What the release derives as we do, such as
-`pos_embed`, has no tensor here.
+The three have the same names; the latter two are dense. What they store and we compute, such as
+`pos_embed`, is not a tensor here.
 """
 
 import math
@@ -23,7 +23,7 @@ _FAMILIES = {
     "DiT": "dense",
 }
 
-# Their prefix -> ours, of everything that is no expert. In each, ".weight" and ".bias" stay.
+# Their prefix -> ours, of everything but experts. Then ".weight" or ".bias" follows.
 _TOP = {
     "x_embedder.proj": "patch_embed",
     "t_embedder.mlp.0": "timestep_embed.fc1",
@@ -49,14 +49,14 @@ _IN_BLOCK = {
     "mlp.capacity_predictor.0": "feed_forward.capacity_predictor.hidden",
     "mlp.capacity_predictor.2": "feed_forward.capacity_predictor.out",
 }
-# Whole names inside a block. Token choice has its router in a module of its own.
+# Complete names in a block. Token choice has its router in a submodule.
 _ROUTER, _ROUTER_OF_TOKEN_CHOICE = "mlp.gate_weight", "mlp.gate.weight"
 _WHOLE = {
     _ROUTER: "feed_forward.router",
     _ROUTER_OF_TOKEN_CHOICE: "feed_forward.router",
     "mlp.expert_threshold": "feed_forward.capacity_predictor.thresholds",
 }
-# One expert's linear layer -> our stacked tensor. Matrices are transposed there.
+# One expert's linear layer -> our stacked tensor. Theirs are (out, in), ours (in, out).
 _EXPERT = {
     "fc1.weight": "w_in",
     "fc1.bias": "b_in",
@@ -66,15 +66,16 @@ _EXPERT = {
     "up_proj.weight": "w_up",
     "down_proj.weight": "w_out",
 }
-_IMAGENET = 1000  # classes of published models, which have a null row
-# Of the published widths, S to XL.
+_IMAGENET = 1000  # classes of the published models, which have a null label
+# Attention heads of the published widths, S to XL.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def config_from_release(family: str, options: dict[str, Any]) -> Config:
-    """The configuration of a release model from its class name and its own option names.
+    """The configuration of a release model, from its class name and options.
 
-    Raises UserError for an option that has no like here.
+    family: DiffMoE, ECDiT, TCDiT or DiT. options: by the release's names. Raises UserError for an
+    option that we do not have.
     """
     if family not in _FAMILIES:
         raise UserError(f"release model {family!r} is unknown; known: {', '.join(_FAMILIES)}")
@@ -94,26 +95,26 @@ def config_from_release(family: str, options: dict[str, Any]) -> Config:
     mixture = options.get("MoE_config", {})
     if family == "DiT" or mixture["interleave"]:
         model["mlp_activation"] = activation
-    moe = {"type": _FAMILIES[family]}
+    moe: dict[str, Any] = {"type": _FAMILIES[family]}
     if family != "DiT":
         if mixture.get("capacity_schedule"):
             raise UserError(
-                "MoE_config.capacity_schedule: a capacity that falls during training cannot be "
-                "trained with here; set moe.capacity to the one of its end. Weights that were "
-                "trained with it convert as any others"
+                "MoE_config.capacity_schedule: a capacity that changes during training cannot be "
+                "trained with here; set moe.capacity to its last value. Weights that were trained "
+                "with it can be converted"
             )
         token_choice = family == "TCDiT"
         shared = mixture["n_shared_experts"] or 0
         moe |= {
             "experts": mixture["num_experts"],
-            # Of token choice its capacity is a number of experts, and num_experts_per_tok unused.
+            # For token choice, its `capacity` is k; num_experts_per_tok is not used there.
             "capacity": 1.0 if token_choice else mixture["capacity"],
             "top_k": mixture["capacity"] if token_choice else 1,
             "every_block": not mixture["interleave"],
             "activation": activation,
             "expert_init_std": 0.006 if mixture.get("init_MoeMLP") else None,
             "expert_ratio": options["mlp_ratio"],
-            # DiffMoE has one of this size, however many it is asked for.
+            # The release's DiffMoE has one of this size, whatever the number.
             "shared_expert_ratio": 8.0 * bool(shared) if family == "DiffMoE" else float(shared),
             "shared_expert_activation": "swiglu" if shared and family != "DiffMoE" else "gelu",
             "capacity_loss_weight": options.get("CapacityPred_loss_weight", 0.01),
@@ -126,7 +127,7 @@ def config_from_release(family: str, options: dict[str, Any]) -> Config:
 
 
 def label_rows(shapes: Shapes) -> int:
-    """Of the table of labels: one a class, and one more if labels were dropped in training."""
+    """Rows of the label table: one per class, and with label dropout one for the null label."""
     return _shape(shapes, "y_embedder.embedding_table.weight", 2)[0]
 
 
@@ -138,11 +139,11 @@ def sections_from_shapes(
     capacity: float,
     top_k: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model and moe sections that the tensors show. The rest is what they cannot show.
+    """The model and moe sections of a configuration, from tensors and what they cannot show.
 
-    num_classes: None derives it for ImageNet's. heads: None derives it for the published widths.
-    input_size: None derives it from pos_embed. capacity, top_k: of training. Raises UserError
-    naming the tensor or option that is missing.
+    num_classes: None: ImageNet's, if the label table fits. heads: None: those of a published width.
+    input_size: None: from pos_embed. capacity, top_k: of training. Raises UserError naming the
+    tensor or option that is missing.
     """
     width, channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
     blocks = [int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))]
@@ -151,24 +152,24 @@ def sections_from_shapes(
     if heads is None:
         if width not in HEADS:
             raise UserError(
-                "the number of attention heads cannot be seen in the tensors, and the width "
-                f"{width} is none of the published ones ({', '.join(map(str, HEADS))}); give "
+                "the tensors do not show the number of attention heads, and the width "
+                f"{width} is not a published one ({', '.join(map(str, HEADS))}); give "
                 "--heads N"
             )
         heads = HEADS[width]
         if inner != width:
             raise UserError(
                 f"blocks.0.attn.proj.weight takes {inner} channels for a width of {width}, so "
-                "head_dim was set and the number of heads cannot be seen; give --heads N"
+                "head_dim was set and the number of heads is unknown; give --heads N"
             )
     if heads < 1 or inner % heads:
         raise UserError(
-            f"blocks.0.attn.proj.weight takes {inner} channels, which {heads} heads cannot share; "
-            "give --heads N"
+            f"blocks.0.attn.proj.weight takes {inner} channels, which is not divisible by "
+            f"{heads} heads; give --heads N"
         )
     if input_size is None:
         if "pos_embed" not in shapes:
-            raise UserError("without pos_embed the input size cannot be seen; give --input-size N")
+            raise UserError("without pos_embed the input size is unknown; give --input-size N")
         input_size = round(_shape(shapes, "pos_embed", 3)[1] ** 0.5) * patch
     model = {
         "input_size": input_size,
@@ -187,21 +188,21 @@ def sections_from_shapes(
     return model, _mixture(shapes, width, capacity, top_k)
 
 
-def _classes(rows: int, told: int | None) -> int:
-    """The number of classes of a table of labels. told: by the user, or beside the weights."""
-    if told is None and rows == _IMAGENET + 1:
+def _classes(rows: int, given: int | None) -> int:
+    """The number of classes of a label table. given: by the user, or in the weights' file."""
+    if given is None and rows == _IMAGENET + 1:
         return _IMAGENET
-    if told is None:
+    if given is None:
         raise UserError(
-            f"its table of labels has {rows} rows, of {rows - 1} classes and the null label, or of "
-            f"{rows} classes if it was trained without label dropout; give --num-classes N"
+            f"its label table has {rows} rows: {rows - 1} classes and the null label, or {rows} "
+            "classes if it was trained without label dropout; give --num-classes N"
         )
-    if told not in (rows - 1, rows) or told < 1:
+    if given not in (rows - 1, rows) or given < 1:
         raise UserError(
-            f"its table of labels has {rows} rows, which do not fit {told} classes; give "
+            f"its label table has {rows} rows, which do not fit {given} classes; give "
             f"--num-classes {rows - 1}, or {rows} if it was trained without label dropout"
         )
-    return told
+    return given
 
 
 def _mixture(shapes: Shapes, width: int, capacity: float, top_k: int) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def _mixture(shapes: Shapes, width: int, capacity: float, top_k: int) -> dict[st
 
 
 def _mlp(shapes: Shapes, name: str, width: int) -> tuple[float, str]:
-    """Hidden size over width, and activation, of the first such MLP of a block; 0 if none."""
+    """Hidden size / width, and activation, of the first such MLP of a block; 0 if there is none."""
     for activation, first in (("gelu", "fc1"), ("swiglu", "gate_proj")):
         found = re.compile(rf"blocks\.\d+\.{re.escape(name)}\.{first}\.weight")
         weight = next((n for n in shapes if found.fullmatch(n)), None)
@@ -247,7 +248,7 @@ def _mlp(shapes: Shapes, name: str, width: int) -> tuple[float, str]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """Of which int(width * ratio) makes the hidden size again."""
+    """A ratio with int(width * ratio) == hidden."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -260,13 +261,13 @@ def _shape(shapes: Shapes, name: str, sides: int) -> tuple[int, ...]:
 
 
 def release_layout(model: ModelConfig, moe: MoEConfig, null_row: bool = True) -> Layout:
-    """Their names of each of our tensors. Raises UserError for a network that they cannot hold.
+    """The layout of a network. Raises UserError for one that the release cannot represent.
 
-    null_row: whether their table of labels has one, as networks with label dropout do.
+    null_row: whether their label table has the null label, as with label dropout.
     """
     strange = [key for key in ("qk_norm", "rope") if getattr(model, key)]
     if strange:
-        raise UserError(f"model.{strange[0]}=true: the release's networks know no such thing")
+        raise UserError(f"model.{strange[0]}=true: the release's networks do not have it")
     prefixes = {ours: theirs for theirs, ours in _TOP.items()}
     in_block = {ours: theirs for theirs, ours in (_IN_BLOCK | _WHOLE).items()}
     in_block["feed_forward.router"] = (
@@ -301,7 +302,7 @@ def release_layout(model: ModelConfig, moe: MoEConfig, null_row: bool = True) ->
 
 
 def from_release(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and stack any part of a release state dict (or its gradients); values stay.
+    """Rename and stack any part of a release state dict (or gradients of one).
 
     Raises UserError for an unknown name, or experts that are not numbered 0, 1, 2, ...
     """
@@ -326,7 +327,7 @@ def from_release(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_derived(name: str) -> bool:
-    """Whether the release stores what follows from its options."""
+    """Whether it is a tensor that the release stores and we compute from the configuration."""
     return name == "pos_embed" or name.endswith(".mlp.ema_decay")
 
 
@@ -337,5 +338,5 @@ def _our_name(name: str) -> str:
     prefix, _, leaf = (block[2] if block else name).rpartition(".")
     table = _IN_BLOCK if block else _TOP
     if prefix not in table:
-        raise UserError(f"{name} is no tensor of the release's networks")
+        raise UserError(f"{name} is not a tensor of the release's networks")
     return f"{block[1]}.{table[prefix]}.{leaf}" if block else f"{table[prefix]}.{leaf}"

@@ -1,16 +1,12 @@
 """Images to latents and back. Pixels are latents with an identity autoencoder."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
-
-# One number, or one per channel.
-Numbers = float | list[float]
+from diffmoe.latent_spec import LatentSpec, Numbers
 
 
 class PixelAutoencoder:
@@ -125,11 +121,12 @@ def load_autoencoder(
 
 
 def autoencoder_of(
-    fields: Mapping[str, Any], device: str | torch.device = "cpu"
+    latents: LatentSpec, device: str | torch.device = "cpu"
 ) -> PixelAutoencoder | KLAutoencoder:
-    """The same from a manifest's fields, as a checkpoint stores them."""
-    names = ("autoencoder", "scale", "shift", "pixel_range")
-    return load_autoencoder(device=device, **{k: fields[k] for k in names if k in fields})
+    """The autoencoder that decodes such latents."""
+    return load_autoencoder(
+        latents.autoencoder, latents.scale, latents.shift, device, latents.pixel_range
+    )
 
 
 def canonical_name(path_or_id: str) -> str:

@@ -20,6 +20,7 @@ from pydantic import (
 from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError
 from diffmoe.files import read_json, replacing
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.redaction import redact
 
 FILE_NAME = "manifest.json"
@@ -171,6 +172,11 @@ class Manifest(BaseModel):
         if self.version == 1:
             fields.pop("mirrored", None)
         return fields
+
+    @property
+    def latent_spec(self) -> LatentSpec:
+        """What the numbers of these latents are."""
+        return LatentSpec.from_manifest(self.model_dump(), FILE_NAME)
 
     @property
     def samples(self) -> int:

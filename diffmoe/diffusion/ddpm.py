@@ -23,7 +23,7 @@ class Posterior(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The model's p(x_{t-1} | x_t), and the data it believes in, each (n, C, H, W)."""
+    """The model's p(x_{t-1} | x_t) and the data that it predicts, each (n, C, H, W)."""
 
     mean: Tensor
     variance: Tensor
@@ -34,8 +34,8 @@ class Prediction(NamedTuple):
 class GaussianDiffusion:
     """Linear betas: 1e-4 to 0.02 at 1000 steps, scaled to about the same total noise elsewhere.
 
-    t in every method counts this diffusion's own steps, 0 (least noise) to steps - 1. The network
-    is fed `timesteps[t]`, the original timestep: the two differ only after `respaced`.
+    t of every method counts this diffusion's own steps, 0 (least noise) to steps - 1. The network
+    is called with `timesteps[t]`, the original timestep; the two differ only after `respaced`.
     """
 
     def __init__(self, steps: int = 1000) -> None:
@@ -54,7 +54,7 @@ class GaussianDiffusion:
         self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
         # q(x_{t-1} | x_t, data): arXiv 2006.11239, Eq. 6 and 7.
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        # Zero at t = 0, where the data is all but known; its logarithm borrows the next one.
+        # The variance is 0 at t = 0; there its logarithm is that of t = 1.
         self.posterior_log_variance = self._first_from_second(self.posterior_variance).log()
         self._posterior_data_weight = (
             betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
@@ -67,10 +67,10 @@ class GaussianDiffusion:
         return torch.cat([table[1:2], table[1:]])
 
     def respaced(self, steps: int | Sequence[int]) -> "GaussianDiffusion":
-        """The diffusion that visits only some steps, with the same noise level at each of them.
+        """A diffusion of some of these steps, with the same noise level at each of them.
 
-        steps: how many, spread evenly from the first to the last as DiT does; or which ones, as
-        t of this diffusion. At least two.
+        steps: their number, spread evenly from the first to the last as DiT does; or which ones, as
+        t of this diffusion. At least two. Raises UserError for others.
         """
         if isinstance(steps, int):
             if not 2 <= steps <= self.steps:
@@ -79,9 +79,9 @@ class GaussianDiffusion:
         else:
             chosen = sorted(steps)
             if len(chosen) < 2 or len(set(chosen)) < len(chosen):
-                raise UserError(f"sampling steps {chosen}: need two or more, each once")
+                raise UserError(f"sampling steps {chosen}: choose two or more different ones")
             if chosen[0] < 0 or chosen[-1] >= self.steps:
-                raise UserError(f"sampling steps {chosen}: must lie in 0..{self.steps - 1}")
+                raise UserError(f"sampling steps {chosen}: choose from 0 to {self.steps - 1}")
         alphas_cumprod = self.alphas_cumprod[chosen]
         previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
         spaced = object.__new__(type(self))
@@ -103,8 +103,8 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Per sample (n,) fp32: "mse" of epsilon, "vb" in bits per dimension, "loss" their sum.
 
-        prediction: (n, 2C, H, W), epsilon and variance; the vb term trains the variance alone, its
-        mean is frozen. With (n, C, H, W) the variance is fixed, and "loss" is "mse".
+        prediction: (n, 2C, H, W), epsilon and variance; the vb term trains the variance only, with
+        its mean detached. With (n, C, H, W) the variance is fixed, and "loss" is "mse".
         """
         channels = data.shape[1]
         mse = (prediction[:, :channels].float() - noise.float()).square().flatten(1).mean(1)
@@ -115,7 +115,7 @@ class GaussianDiffusion:
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _variational_bound(self, output: Tensor, x_t: Tensor, data: Tensor, t: Tensor) -> Tensor:
-        """A term of the bound in bits per dimension (n,): KL(q || p); at t = 0 the decoder's."""
+        """Term t of the bound in bits per dimension (n,): KL(q || p); at t = 0 the decoder's."""
         q = self.q_posterior(data, x_t, t)
         p = self.p_mean_variance(output, x_t, t)
         kl = 0.5 * (
@@ -148,7 +148,7 @@ class GaussianDiffusion:
         model_output: (n, 2C, H, W): the last C channels v set the log variance between its bounds,
         v = -1 the posterior's and v = 1 beta's (arXiv 2102.09672, Eq. 15). With (n, C, H, W) the
         variance is beta (DiT's "fixed large").
-        clip: hold the predicted data to [-1, 1]; right for pixels, wrong for latents.
+        clip: clamp the predicted data to [-1, 1]; right for pixels, wrong for latents.
         """
         x_t = x_t.float()
         channels = x_t.shape[1]
@@ -159,7 +159,7 @@ class GaussianDiffusion:
             log_variance = weight * high + (1 - weight) * low
             variance = log_variance.exp()
         else:
-            # At t = 0 beta would be far larger than the posterior's: take the next posterior there.
+            # At t = 0 beta is far larger than the posterior's variance: take that of t = 1 there.
             fixed = torch.cat([self.posterior_variance[1:2], self.betas[1:]])
             variance = _at(fixed, t, x_t).expand_as(x_t)
             log_variance = _at(fixed.log(), t, x_t).expand_as(x_t)
@@ -190,7 +190,8 @@ class GaussianDiffusion:
 def evenly_spaced(steps: int, count: int) -> list[int]:
     """`count` of the indices 0..steps-1, both ends included (DiT's space_timesteps, one section).
 
-    The stride is summed up and rounded half to even, as there: published samplers depend on it.
+    Multiples of the stride are summed up and rounded half to even as in DiT's code: published
+    samplers depend on it.
     """
     stride = (steps - 1) / (count - 1)
     chosen, position = [], 0.0
@@ -204,7 +205,7 @@ def discretized_log_likelihood(data: Tensor, mean: Tensor, log_scale: Tensor) ->
     """log of a Gaussian's mass in data's bin, for 8-bit values scaled to [-1, 1], elementwise.
 
     improved-diffusion's decoder, with its tanh approximation of the normal distribution function.
-    DiT keeps it for latents, which have no bins: there it is only a convention of the loss.
+    DiT keeps it for latents, which have no bins.
     """
     centered = data - mean
     inverse_scale = torch.exp(-log_scale)
@@ -223,6 +224,6 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """table[t] as fp32 (n, 1, 1, 1) on `like`'s device, without waiting for that device."""
+    """table[t] as fp32 (n, 1, 1, 1) on `like`'s device; does not wait for that device."""
     values = table.float().to(like.device)[t.to(like.device)]
     return values.view(-1, *[1] * (like.ndim - 1))

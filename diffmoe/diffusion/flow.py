@@ -11,21 +11,22 @@ Share = TypeVar("Share", float, Tensor)
 
 
 def shifted(noise_share: Share, shift: float) -> Share:
-    """The noise share s = 1 - t moved to shift * s / (1 + (shift - 1) * s): 0 and 1 stay.
+    """The noise share s = 1 - t becomes shift * s / (1 + (shift - 1) * s); 0 and 1 stay.
 
-    Large flat areas show through noise that hides fine ones, so with them it takes a shift above 1
-    to make the noise levels matter at which an image's contents are decided (arXiv 2403.03206,
+    Neighboring pixels of large images are alike, so the image shows through more noise. A shift
+    above 1 moves times to noise levels at which the content is still open (arXiv 2403.03206,
     Eq. 23).
     """
     return shift * noise_share / (1 + (shift - 1) * noise_share)
 
 
 class FlowMatching:
-    """The paper's flow objective in its release's orientation: v = data - noise, t = 1 is data.
+    """The paper's flow objective with its release's direction: v = data - noise, t = 1 is data.
 
     timesteps: density of t in training, "uniform" on [0, 1) or "logit_normal", the sigmoid of a
     standard normal variable (arXiv 2403.03206, section 3.1).
-    shift: more than 1 moves that density towards noise; see `shifted`.
+    shift: above 1 moves that density towards noise; see `shifted`. Raises UserError for other
+    timesteps.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class FlowMatching:
         self.timesteps, self.shift = timesteps, shift
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
-        """t (n,), fp32 on the CPU, fed to the network unscaled."""
+        """t (n,), fp32 on the CPU, given to the network unscaled."""
         if self.timesteps == "uniform":
             t = torch.rand(n, generator=generator)
         else:
@@ -53,8 +54,8 @@ class FlowMatching:
     ) -> dict[str, Tensor]:
         """Mean squared error against data - noise, per sample: {"loss", "mse"}, each (n,) fp32.
 
-        prediction: (n, C, H, W), or (n, 2C, H, W) of a network with sigma channels, which a flow
-        does not use. x_t and t are not needed here; every objective takes the same arguments.
+        prediction: (n, C, H, W), or (n, 2C, H, W) of a network with variance channels, which a flow
+        does not use. x_t and t are not used: all objectives take the same arguments.
         """
         channels = data.shape[1]
         if prediction.shape[1] not in (channels, 2 * channels):

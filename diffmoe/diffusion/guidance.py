@@ -1,4 +1,4 @@
-"""Classifier-free guidance: one model of (x, t) out of a network and what it is to draw."""
+"""Classifier-free guidance: makes a model of (x, t) from a network and a condition."""
 
 from collections.abc import Callable
 
@@ -23,15 +23,16 @@ def guided(
 ) -> Model:
     """Classifier-free guidance: unconditional + scale * (conditional - unconditional).
 
-    network: (x, t, condition) -> (n, channels or 2 * channels, ...). The two passes are two
-    forwards, so that they never share a token pool; at scale 1, and at times outside of `interval`,
+    network: (x, t, condition) -> (n, channels or 2 * channels, ...). The two passes are separate
+    calls, so that they never share a token pool; at scale 1, and at times outside of `interval`,
     only the conditional one runs.
-    null: the condition of the unconditional pass: the null label, or caption, or a negative prompt.
-    guided_channels: guide only the first ones, the others come from the conditional pass; the
-    release's DDPM runs guide 3. None guides all.
-    interval: lowest and highest t, as fed to the network, that are guided (arXiv 2404.07724).
-    keep_variance: append the variance channels of the conditional pass, where the network has them
-    (sample_ddpm wants them, sample_flow does not).
+    null: condition of the unconditional pass: the null label or caption, or a negative prompt.
+    guided_channels: guide only the first ones; the others are the conditional pass's. The
+    release's DDPM runs guide 3. None: all.
+    interval: lowest and highest t that are guided, as the network gets t (arXiv 2404.07724).
+    keep_variance: append the variance channels of the conditional pass, where the network has them:
+    True for sample_ddpm, False for sample_flow.
+    Raises UserError for guided_channels that are not there.
     """
     last = channels if guided_channels is None else guided_channels
     if not 1 <= last <= channels:

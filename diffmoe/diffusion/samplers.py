@@ -1,7 +1,7 @@
 """From noise to data: Euler, Heun, dopri5 and an SDE for flows, DDPM and DDIM for diffusion.
 
-A model is a callable of (x, t); guidance.py makes one from a network and labels. `progress`, where
-given, is called with the fraction of the trajectory that is done.
+A model is a callable of (x, t); guidance.py makes one from a network and a condition. `progress` is
+called with the fraction of the trajectory that is done.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Progress = Callable[[float], None]
 
 
 class SampleNoise:
-    """Noise of the samples `indices` of one seed, whichever batch they are drawn in.
+    """Noise of the samples `indices` of one seed; it does not depend on how they are batched.
 
     Each sample has its own generator, keyed (seed, "sample", index). The first draw is the initial
     noise, the later ones are those of the sampler's steps.
@@ -50,10 +50,11 @@ def sample_flow(
     """Follow dx/dt = velocity(x, t) from noise at t = 0 to data at t = 1, both (n, C, H, W) fp32.
 
     velocity: takes t (n,) fp32 and returns (n, C, H, W).
-    steps: intervals of `time_grid`, one evaluation each with euler and sde, two with heun. dopri5
-    chooses its own, from the error over the whole batch: a sample then depends on its batch mates,
-    within the tolerance.
-    draw: noise shaped like x, which sde alone asks for, once per step but the last.
+    steps: intervals of `time_grid`; euler and sde take one evaluation for each, heun two. dopri5
+    ignores it and chooses its own steps by the error over the whole batch: a sample then depends on
+    the rest of its batch, within the tolerance.
+    draw: gives noise shaped like x; sde needs it, once for each step but the last.
+    Raises UserError for settings that do not fit.
     """
     if method not in ("euler", "heun", "dopri5", "sde"):
         raise UserError(f"flow sampler {method!r}: choose 'euler', 'heun', 'dopri5' or 'sde'")
@@ -69,6 +70,8 @@ def sample_flow(
     if steps < (2 if method == "sde" else 1):
         raise UserError(f"{steps} sampling steps: {method} needs at least {1 + (method == 'sde')}")
     if method == "sde":
+        if draw is None:
+            raise ValueError("sampler sde needs draw, which gives the noise of its steps")
         return _euler_maruyama(slope, x, steps, shift, draw, progress)
     for t, t_next in pairwise(time_grid(steps, shift)):
         here = slope(x, t)
@@ -83,7 +86,7 @@ def sample_flow(
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """steps + 1 times from 0 (noise) to 1 (data).
 
-    shift: 1 spaces them equally; more takes more of the steps at high noise (flow.shifted).
+    shift: 1 spaces them equally; above 1, more of the steps are at high noise (flow.shifted).
     """
     if not shift > 0:
         raise UserError(f"shift={shift}: must be above 0; 1 spaces the steps equally")
@@ -102,10 +105,10 @@ def _euler_maruyama(
     """SiT's reverse SDE (arXiv 2401.08740, Eq. 5), which has the flow's marginals.
 
     dx = (v + w * score) dt + sqrt(2 w) dW with w = 1 - t, the noise's share, and
-    score = (t v - x) / (1 - t), so that the drift is (1 + t) v - x. Near t = 1 it grows stiff: the
-    last step leaves there in one, to E[data | x] = x + (1 - t) v.
+    score = (t v - x) / (1 - t), so that the drift is (1 + t) v - x. It becomes stiff near t = 1, so
+    the last step goes there at once, to E[data | x] = x + (1 - t) v.
     """
-    last = max(0.04, 1 / steps)  # SiT's length of it, or an equal share of few steps
+    last = max(0.04, 1 / steps)  # SiT's length of the last step, or an equal share of few steps
     times = [(1 - last) * t for t in time_grid(steps - 1, shift)]
     for t, t_next in pairwise(times):
         dt = t_next - t
@@ -139,7 +142,7 @@ def _dopri5(
 
     span = torch.tensor([0.0, 1.0], device=x.device)
     # rtol: SiT has 1e-3; on Gaussian data (test_samplers.py) 1e-4 takes 32 evaluations instead of
-    # 20 and ends 50 times nearer to the exact answer. step_t ends a step at t = 1: without it the
+    # 20 and is 50 times closer to the exact answer. step_t ends a step at t = 1: without it the
     # solver steps past the end, where the network was never trained, and interpolates back.
     options = {"step_t": span[1:]}
     return odeint(watched, x, span, method="dopri5", atol=1e-6, rtol=1e-4, options=options)[-1]
@@ -155,18 +158,17 @@ def sample_ddpm(
     draw: Callable[[], Tensor],
     method: Literal["ddpm", "ddim"] = "ddpm",
     eta: float = 0.0,
-    clip: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """Walk `steps` evenly spaced steps of `diffusion` from noise x_T to data, (n, C, H, W) fp32.
 
     model: takes the original timesteps (n,) int64, returns epsilon (n, C, ...), or epsilon and
     variance (n, 2C, ...).
-    draw: noise shaped like x_T, called once per step in the order of use, at the last step too
-    although that adds none (as the release does): `SampleNoise.draw`, after it gave x_T.
+    draw: gives noise shaped like x_T, such as `SampleNoise.draw`. Called once per step in the order
+    of use; also at the last step, which adds none (as the release does).
     method: "ddpm" samples p(x_{t-1} | x_t); "ddim" is arXiv 2010.02502, Eq. 12, where `eta` scales
     the noise. DDIM with eta = 0 uses no noise and draws none.
-    clip: hold the predicted data to [-1, 1]; DiT and the paper do not.
+    Raises UserError for settings that do not fit.
     """
     if method not in ("ddpm", "ddim"):
         raise UserError(f"diffusion sampler {method!r}: choose 'ddpm' or 'ddim'")
@@ -177,16 +179,16 @@ def sample_ddpm(
     for i in reversed(range(steps)):
         t = torch.full((len(x),), i, device=x.device)
         original = torch.full_like(t, int(spaced.timesteps[i]))
-        step = spaced.p_mean_variance(model(x, original), x, t, clip)
+        deviation: Tensor | float
+        step = spaced.p_mean_variance(model(x, original), x, t)
         if method == "ddpm":
-            mean, deviation = step.mean, torch.exp(0.5 * step.log_variance)
+            x, deviation = step.mean, torch.exp(0.5 * step.log_variance)
         else:
-            mean, deviation = _ddim_step(spaced, step.pred_data, x, t, i, eta)
+            x, deviation = _ddim_step(spaced, step.pred_data, x, t, i, eta)
         if method == "ddpm" or eta:
             noise = draw().to(x)
             if i > 0:
-                mean = mean + deviation * noise
-        x = mean
+                x = x + deviation * noise
         if progress:
             progress(1 - i / steps)
     return x
@@ -199,6 +201,6 @@ def _ddim_step(
     here = float(diffusion.alphas_cumprod[i])
     there = float(diffusion.alphas_cumprod_prev[i])
     sigma = eta * ((1 - there) / (1 - here) * (1 - here / there)) ** 0.5
-    epsilon = diffusion.epsilon_from_data(pred_data, x, t)  # not the model's own, if it was clipped
+    epsilon = diffusion.epsilon_from_data(pred_data, x, t)
     mean = there**0.5 * pred_data + (1 - there - sigma**2) ** 0.5 * epsilon
     return mean, sigma

@@ -1,6 +1,7 @@
-"""CLIP score: how near an image is to its caption, to a CLIP of a local folder."""
+"""CLIP score: similarity of images and their captions, by a CLIP in a local folder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,26 +14,31 @@ from diffmoe.text.local_models import checksum_of, load_model, load_preparation,
 
 
 class Clip:
-    """name: of its folder. checksum: of weights and vocabulary."""
+    """A CLIP of transformers. name: of its folder. checksum: of weights and vocabulary.
+
+    Raises UserError if the folder holds another model.
+    """
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
         if model_kind(folder) != "clip":
-            raise UserError(f"{folder} is no CLIP; give a folder of transformers' CLIPModel")
+            raise UserError(f"{folder} is not a CLIP; give a folder of transformers' CLIPModel")
         self._model = load_model(folder, "CLIPModel", device)
         self._tokenizer = load_preparation(folder, "AutoTokenizer")
         self._images = load_preparation(folder, "CLIPImageProcessor")
         self._device = device
+        config: Any = self._model.config
+        self._max_length = config.text_config.max_position_embeddings
         self.name = Path(folder).resolve().name
         self.checksum = checksum_of(self._model, self._tokenizer)
 
     @torch.inference_mode()
     def scores(self, images: np.ndarray, captions: list[str]) -> Tensor:
-        """100 max(cosine, 0) of each uint8 image (n,H,W,3) and its caption: (n,)."""
+        """100 max(cosine, 0) of images and captions (n,) (arXiv 2104.08718). images: uint8."""
         words = self._tokenizer(
             captions,
             padding=True,
             truncation=True,
-            max_length=self._model.config.text_config.max_position_embeddings,
+            max_length=self._max_length,
             return_tensors="pt",
         ).to(self._device)
         pictures = [Image.fromarray(image) for image in images]
@@ -45,9 +51,9 @@ class Clip:
 
 
 def clip_score(images: ImageSet, clip: Clip, batch: int = 50) -> float:
-    """The mean over samples of ours with captions. Raises UserError for other images."""
+    """The mean score of samples with captions. Raises UserError for other images."""
     captions, scores = images.captions(), []
     for part in batches(images, batch):
         require_rgb(part.images, images.path)
-        scores.append(clip.scores(part.images, [captions[label] for label in part.labels]))
+        scores.append(clip.scores(part.images, [captions[label] for label in part.known_labels]))
     return float(torch.cat(scores).mean())

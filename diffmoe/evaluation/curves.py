@@ -1,4 +1,4 @@
-"""A metric against samples seen, guidance or capacity: several runs in one picture."""
+"""Plots a metric of several runs against samples seen, guidance or capacity."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,34 +13,35 @@ AXES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
     "capacity": ("capacity C, measured", lambda result: result["capacity_measured"]),
 }
 
-# All but the axis must be the same on one line.
+# The results of one line agree in all of these but the axis.
 _SETTINGS = ("number", "steps", "guidance", "guidance_interval", "sampler", "capacity")
 
 
 def metric_name(results: list[dict[str, Any]], metric: str) -> str:
-    """The full name of `FD`, `FD-EXTRACTOR`, ...; raises UserError where it stands for several.
+    """The full name of a metric such as FD or FD-EXTRACTOR.
 
-    Figures of different extractors, or against different references, are not drawn together.
+    Raises UserError if there is none, or several: those of different extractors do not compare.
     """
     names = {name for result in results for name in result["metrics"]}
     fitting = sorted(n for n in names if n == metric or n.partition("-")[0] == metric)
     if len(fitting) != 1:
         there = ", ".join(fitting or sorted(names))
         raise UserError(
-            f"--metric {metric}: figures of different extractors do not compare; choose one of "
+            f"--metric {metric}: metrics of different extractors do not compare; choose one of "
             f"{there}"
             if fitting
-            else f"--metric {metric} is not in these results; there is {there}"
+            else f"--metric {metric} is not in these results, which have {there}"
         )
     return fitting[0]
 
 
-def lines(
+def curve_points(
     paths: list[Path], metric: str, axis: str
 ) -> tuple[str, dict[str, list[tuple[float, float]]]]:
-    """The metric's full name, and (x, y) by line, rising in x; the last of equal x counts.
+    """The metric's full name, and the points (x, y) of each line, sorted by x.
 
-    One line for each path and other settings. Raises UserError for results that do not compare.
+    There is a line for each path and combination of settings. Of equal x, the last result counts.
+    Raises UserError for results that do not compare.
     """
     found = {path: read(path) for path in paths}
     name = metric_name([result for results in found.values() for result in results], metric)
@@ -49,27 +50,27 @@ def lines(
     for path, results in found.items():
         for result in results:
             if name not in result["metrics"] or "clock" not in result:
-                continue  # another metric, or images that no model of ours made
+                continue  # of another metric, or of images that were not sampled by us
             x = AXES[axis][1](result)
             if x is None:
                 raise UserError(f"{path}: a dense model has no capacity; choose another --against")
             references.add(_reference(result))
             drawn.setdefault(_label(path, result, axis), {})[x] = result["metrics"][name]
     if len(references) > 1:
-        told = "; ".join(sorted(references))
-        raise UserError(f"figures against different references do not compare: {told}")
+        listed = "; ".join(sorted(references))
+        raise UserError(f"metrics against different references do not compare: {listed}")
     if not drawn:
         raise UserError(f"no result of a model has {name}; evaluate one first")
     return name, {label: sorted(points.items()) for label, points in drawn.items()}
 
 
 def plot(paths: list[Path], metric: str, axis: str, out: Path) -> str:
-    """Draw `lines`. Returns the metric's full name."""
+    """Plot `curve_points` to the file `out`. Returns the metric's full name."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('the plot needs matplotlib: pip install "diffmoe[eval]"') from None
-    name, drawn = lines(paths, metric, axis)
+    name, drawn = curve_points(paths, metric, axis)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, points in drawn.items():
@@ -83,16 +84,18 @@ def plot(paths: list[Path], metric: str, axis: str, out: Path) -> str:
 
 
 def _reference(result: dict[str, Any]) -> str:
-    about = result.get("reference")
-    return f"{about['path']} ({about.get('number', '?')} images)" if about else "none"
+    reference = result.get("reference")
+    if not reference:
+        return "none"
+    return f"{reference['path']} ({reference.get('number', '?')} images)"
 
 
 def _label(path: Path, result: dict[str, Any], axis: str) -> str:
     settings = {**result["images"], "sampler": result["sampler"]}
     settings["capacity"] = settings["model"]["capacity"]
-    told = [f"{k} {settings[k]}" for k in _SETTINGS if k != axis and settings[k] is not None]
+    parts = [f"{k} {settings[k]}" for k in _SETTINGS if k != axis and settings[k] is not None]
     if settings.get("labels", "balanced") != "balanced":
-        told.append(f"{settings['labels']} labels")
+        parts.append(f"{settings['labels']} labels")
     if axis != "samples":
-        told.append(f"{result['clock']['samples']} samples")
-    return f"{path.parent.name if path.suffix else path.name}: {', '.join(told)}"
+        parts.append(f"{result['clock']['samples']} samples")
+    return f"{path.parent.name if path.suffix else path.name}: {', '.join(parts)}"

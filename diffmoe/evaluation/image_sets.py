@@ -1,4 +1,4 @@
-"""Images to evaluate, a batch at a time, from what sampling, others' tools or packing wrote."""
+"""Opens images to evaluate: sampled folders, npz files, shards of pixels, or image files."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +20,24 @@ from diffmoe.sampling.many_images import MANIFEST, read_manifest, shard_arrays
 
 
 class Part(NamedTuple):
-    """Some consecutive images: uint8 (n, H, W, C), and their labels (n,) where they are known."""
+    """Consecutive images: uint8 (n, H, W, C), and their labels (n,) if they are known."""
 
     images: np.ndarray
     labels: np.ndarray | None
 
+    @property
+    def known_labels(self) -> np.ndarray:
+        """The labels. Raises ValueError if there are none."""
+        if self.labels is None:
+            raise ValueError("these images have no labels")
+        return self.labels
+
 
 class ImageSet(NamedTuple):
-    """number: of images. about: kind and place, and all that the source tells of itself.
+    """Images that are read when they are needed.
 
-    parts: reads them anew, in order, never all at once.
+    number: of images. about: their kind and path, and what the source records of itself. parts:
+    reads them from the start, in order, some at a time.
     """
 
     number: int
@@ -42,7 +50,7 @@ class ImageSet(NamedTuple):
         return self.about["path"]
 
     def expect(self, number: int | None) -> "ImageSet":
-        """Itself; raises UserError unless it holds exactly so many (None: any)."""
+        """The same images; raises UserError unless there are exactly `number` (None: any)."""
         if number is not None and number != self.number:
             raise UserError(
                 f"{self.path} holds {self.number} images, {number} were asked for; "
@@ -51,7 +59,7 @@ class ImageSet(NamedTuple):
         return self
 
     def captions(self) -> list[str]:
-        """The caption of each label. Raises UserError unless they are samples of captions."""
+        """The caption of each label. Raises UserError unless they were sampled from captions."""
         if "captions" not in self.about:
             raise UserError(
                 f"{self.path} tells of no captions; give a folder that tools/sample.py "
@@ -61,17 +69,16 @@ class ImageSet(NamedTuple):
 
 
 def open_images(path: str | Path, background: Color = WHITE) -> ImageSet:
-    """The images of a folder of our samples, an ADM npz, our shards of pixels, or image files.
+    """Open a folder of samples, an ADM npz, shards of pixels, or a folder of image files.
 
-    background: what transparent image files are put on.
-    Raises UserError for what is none of these, or is incomplete; `parts` raises it for images that
-    are not uint8 RGB, or not all of one size, and for files that cannot be read.
+    background: color behind transparent image files. Raises UserError for anything else, and if it
+    is incomplete. `parts` raises UserError for files that cannot be read.
     """
     path = Path(path)
     if path.suffix == ".npz":
         return _adm(path)
     if not path.is_dir():
-        raise UserError(f"{path} is neither a folder nor an .npz file; give images")
+        raise UserError(f"{path} is not a folder or .npz file of images")
     if (path / MANIFEST).exists() or (path / ".sampling").exists():
         return _samples(path)
     if (path / FILE_NAME).exists():
@@ -80,7 +87,7 @@ def open_images(path: str | Path, background: Color = WHITE) -> ImageSet:
 
 
 def batches(images: ImageSet, size: int) -> Iterator[Part]:
-    """Parts of at most `size` images, all of the first one's shape. Raises UserError otherwise."""
+    """Parts of at most `size` images. Raises UserError unless all are uint8 of one shape."""
     shape, seen = None, 0
     for part in images.parts():
         for start in range(0, len(part.images), size):
@@ -95,7 +102,7 @@ def batches(images: ImageSet, size: int) -> Iterator[Part]:
             if some.shape[1:] != shape:
                 raise UserError(
                     f"{images.path}: image {seen} is {_size(some.shape[1:])}, those "
-                    f"before {_size(shape)}; give images of one size"
+                    f"before {_size(shape)}; all must have one size"
                 )
             seen += len(some)
             yield Part(some, None if part.labels is None else part.labels[start : start + size])
@@ -104,7 +111,7 @@ def batches(images: ImageSet, size: int) -> Iterator[Part]:
 
 
 def require_rgb(images: np.ndarray, path: str) -> None:
-    """Raises UserError for gray or RGBA images, which extractors do not take."""
+    """Raise UserError for gray or RGBA images, which extractors do not take."""
     if images.ndim != 4 or images.shape[3] != 3:
         raise UserError(
             f"{path} holds images of shape {images.shape[1:]}; extractors take RGB: "
@@ -117,14 +124,14 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _samples(folder: Path) -> ImageSet:
-    """Every index once, no file that the manifest does not list, checksums when read."""
+    """Samples of ours: checks that every index is there once; verifies checksums on reading."""
     file, manifest = folder / MANIFEST, read_manifest(folder)
     listed = [shard["file"] for shard in manifest["shards"]]
     stale = sorted({path.name for path in folder.glob("samples-*.npz")} - set(listed))
     if stale:
-        raise UserError(f"{folder / stale[0]} is not of these samples; remove it: {MANIFEST} rules")
+        raise UserError(f"{folder / stale[0]} is not listed in {MANIFEST}; remove it")
     if len(set(listed)) != len(listed):
-        raise UserError(f"{file} lists a file twice; sample into another folder")
+        raise UserError(f"{file} lists a file twice; sample to another folder")
     indices = []
     for name in listed:
         if not (folder / name).exists():
@@ -149,10 +156,10 @@ def _samples(folder: Path) -> ImageSet:
 
 
 def _adm(file: Path) -> ImageSet:
-    """`arr_0` and, where it is there, `arr_1`, of ADM's evaluator."""
+    """The format of ADM's evaluator: images in `arr_0`, labels in `arr_1` if there are any."""
     header = npz_shape(file, "arr_0")
     if header is None:
-        raise UserError(f"{file} holds no arr_0, so no images")
+        raise UserError(f"{file} has no arr_0 with images")
     if not header or header[0] < 1:
         raise UserError(f"{file}: arr_0 of shape {header} holds no images")
 
@@ -170,7 +177,7 @@ def _adm(file: Path) -> ImageSet:
 
 
 def _shards(folder: Path) -> ImageSet:
-    """Of packed data whose latents are pixels, as the model sees them, without mirroring."""
+    """Packed data whose latents are pixels, decoded, not mirrored."""
     manifest = Manifest.load(folder)
     if manifest.autoencoder != "identity":
         raise UserError(
@@ -178,7 +185,7 @@ def _shards(folder: Path) -> ImageSet:
             "they were made of"
         )
     manifest.check(folder)
-    decode = autoencoder_of(manifest.model_dump(), "cpu").decode
+    decode = autoencoder_of(manifest.latent_spec, "cpu").decode
 
     def parts() -> Iterator[Part]:
         for shard in manifest.shards:
@@ -195,9 +202,8 @@ def _shards(folder: Path) -> ImageSet:
 
 
 def _files(folder: Path, background: Color) -> ImageSet:
-    """Image files below a folder, by name; where all lie in subfolders, these are the classes.
-
-    Links are followed wherever they lead: nothing but figures comes of it.
+    """Image files in a folder and its subfolders, by name; if all are in subfolders, these are
+    their classes. Symbolic links are followed: the images are only measured, never copied.
     """
     files = sorted(Path(file) for file in image_files(folder, follow_links=True))
     if not files:
@@ -214,14 +220,14 @@ def _files(folder: Path, background: Color) -> ImageSet:
                 raise _unreadable(folder, files, number, background)
             yield Part(image[None], label)
 
-    about = {"kind": "files", "path": str(folder)}
+    about: dict[str, Any] = {"kind": "files", "path": str(folder)}
     if background != WHITE:
         about["background"] = background
     return ImageSet(len(files), about, _gathered(parts))
 
 
 def _read(file: Path, background: Color) -> np.ndarray | str:
-    """The image, (H,W,3) uint8, or why there is none."""
+    """The image, (H,W,3) uint8, or why it cannot be read."""
     try:
         return np.asarray(read_image(file, background=background))
     except (OSError, ValueError) as error:
@@ -229,18 +235,18 @@ def _read(file: Path, background: Color) -> np.ndarray | str:
 
 
 def _unreadable(folder: Path, files: list[Path], first: int, background: Color) -> UserError:
-    """What is said of bad images: of all at once, since figures need every one mended."""
+    """The error for unreadable images; it counts all of them, so that they can be fixed at once."""
     found = ((file, _read(file, background)) for file in files[first:])
     bad = [f"{printable(str(file))} ({why})" for file, why in found if isinstance(why, str)]
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return UserError(
         f"{len(bad)} of {len(files)} images of {printable(str(folder))} cannot be read: "
-        f"{', '.join(bad[:3])}{more}; mend or remove them"
+        f"{', '.join(bad[:3])}{more}; fix or remove them"
     )
 
 
 def _gathered(one_by_one: Callable[[], Iterator[Part]], size: int = 50) -> Callable:
-    """Parts of one image each, joined while they have the same shape."""
+    """Parts of up to `size` images of one shape, from parts of one image."""
 
     def joined(held: list[Part]) -> Part:
         labels = None if held[0].labels is None else np.concatenate([p.labels for p in held])

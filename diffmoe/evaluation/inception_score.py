@@ -1,4 +1,4 @@
-"""Inception score over splits, from probabilities that pass by in batches."""
+"""Inception score over splits (arXiv 1606.03498), from batches of probabilities."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ SPLIT_SIZE = 5000  # ADM's
 class InceptionScore:
     """exp of the mean KL of p(y|x) from p(y) in each split of consecutive images, then the mean.
 
-    As ADM's evaluator: splits of 5,000, the last one may be smaller and counts as much. A score
-    rises with the split's size, so figures of other numbers of images do not compare.
+    As in ADM's evaluator: splits of 5,000; the last one may be smaller, with the same weight. A
+    score grows with the split's size, so scores of other numbers of images do not compare.
     """
 
     def __init__(self, split_size: int = SPLIT_SIZE) -> None:

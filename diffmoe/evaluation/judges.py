@@ -1,4 +1,4 @@
-"""Class accuracy: how many images a classifier gives the class that was asked for."""
+"""Class accuracy: the share of images that a classifier assigns to the requested class."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +19,11 @@ Classify = Callable[[np.ndarray], np.ndarray]
 def load_classifier(
     specification: str, device: str | torch.device = "cpu"
 ) -> tuple[str, str | None, Classify]:
-    """Its name, the SHA-256 of its file, and itself.
+    """A classifier's name, the SHA-256 of its file if it has one, and itself.
 
     specification: `digits` (5 nearest neighbors among real MNIST), a TorchScript FILE.pt or
-    `package.module:function`; the last two take float images (n, C, H, W) in 0..255 and give
-    scores (n, classes).
+    `package.module:function`; the last two take float images (n, C, H, W) in 0..255 and return
+    scores (n, classes). Raises UserError if it cannot be loaded.
     """
     if specification == "digits":
         return specification, None, digit_classifier()
@@ -32,8 +32,8 @@ def load_classifier(
         network = open_torchscript(file, device)
         return file.stem, sha256_of(file), _by_scores(network, device)
     if ":" in specification:
-        network = import_function(specification)
-        return specification, None, _by_scores(network, torch.device(device))
+        function = import_function(specification)
+        return specification, None, _by_scores(function, torch.device(device))
     raise UserError(
         f"classifier {specification}: choose digits, a TorchScript FILE.pt or "
         "package.module:function"
@@ -41,7 +41,7 @@ def load_classifier(
 
 
 def class_accuracy(images: ImageSet, classify: Classify, batch: int = 50) -> float:
-    """Share of images whose label the classifier gives. Raises UserError without labels."""
+    """The share of images whose label the classifier predicts. Raises UserError without labels."""
     right = 0
     for part in batches(images, batch):
         if part.labels is None:

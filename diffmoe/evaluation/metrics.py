@@ -1,4 +1,4 @@
-"""All figures of some images against a reference; every name carries the extractor."""
+"""All metrics of images against a reference."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,18 @@ from diffmoe.evaluation.references import Reference
 from diffmoe.evaluation.summary import Summary
 
 
-class Figures(NamedTuple):
-    """values by name, such as FD-efficientnet_lite0@224; what there is to warn of."""
+class Metrics(NamedTuple):
+    """values: by names that end in the extractor's, such as FD-efficientnet_lite0@224."""
 
     values: dict[str, float]
     warnings: list[str]
 
 
-def figures(samples: Summary, reference: Reference, extractor: Extractor) -> Figures:
-    """What samples and reference allow: sFD needs spatial features, IS probabilities, and KID,
-    precision and recall the features themselves.
+def compute_metrics(samples: Summary, reference: Reference, extractor: Extractor) -> Metrics:
+    """All metrics that samples and reference have the data for.
+
+    sFD needs spatial features, IS probabilities; KID, precision and recall need the features of
+    both.
     """
     values = {"FD": frechet_distance(samples.pooled, reference.pooled)}
     if samples.spatial is not None and reference.spatial is not None:
@@ -38,4 +40,4 @@ def figures(samples: Summary, reference: Reference, extractor: Extractor) -> Fig
     if samples.duplicates:
         warned.append(f"{samples.duplicates} of {samples.number} samples equal an earlier one")
     named = {extractor.metric(name): value for name, value in values.items()}
-    return Figures(named, [text for text in warned if text])
+    return Metrics(named, [text for text in warned if text])

@@ -63,7 +63,7 @@ def sample_model(
     weights = weights_of(model, weights)
     snapshot = open_network(model, weights, topology, device)
     network, config = snapshot.network, snapshot.config
-    if rgb and (snapshot.latents["autoencoder"], snapshot.latents["shape"][0]) == ("identity", 1):
+    if rgb and snapshot.latents.makes_gray:
         raise UserError(
             f"{model} makes gray images, and extractors take RGB; leave --reference out and give "
             "--classifier digits, or one of your own"

@@ -1,4 +1,4 @@
-"""Mean and covariance of features that pass by in batches, in float64."""
+"""Mean and covariance of features, accumulated over batches in float64."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from diffmoe.errors import UserError
 class Gaussian(NamedTuple):
     """Mean (d,) and unbiased covariance (d,d), float64, of `number` feature vectors.
 
-    number: None where a stored file does not tell.
+    number: None if a stored file does not have it.
     """
 
     mean: Tensor
@@ -20,9 +20,9 @@ class Gaussian(NamedTuple):
 
 
 class Moments:
-    """Sums over all that was added: d^2 numbers, however many vectors.
+    """Accumulates sums: d^2 numbers, however many vectors.
 
-    Sums are taken about the first batch's mean, so that a large common offset costs no digits.
+    The sums are relative to the first batch's mean, so that a large mean costs no precision.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Moments:
         self._outer.addmm_(centered.T, centered)
 
     def gaussian(self) -> Gaussian:
-        """On the CPU. Raises UserError for fewer than two vectors, which have no covariance."""
+        """Mean and covariance, on the CPU. Raises UserError for fewer than two vectors."""
         if self.number < 2:
             raise UserError(f"{self.number} image(s) have no covariance; give at least 2")
         mean = self._sum / self.number

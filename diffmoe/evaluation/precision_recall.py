@@ -7,18 +7,18 @@ from torch import Tensor
 
 from diffmoe.errors import UserError
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 _BLOCK = 1 << 25  # distances at a time: 128 MB
 
 
 def precision_and_recall(
-    samples: Tensor, reference: Tensor, neighbors: int = NEIGHBOURS
+    samples: Tensor, reference: Tensor, neighbors: int = NEIGHBORS
 ) -> tuple[float, float]:
-    """Shares of samples within the reference's manifold, and of the reference within theirs.
+    """Precision: the share of samples in the reference's manifold. Recall: the reverse.
 
-    samples, reference: (n, d), (m, d). A set's manifold is the union of balls about its vectors,
-    each as far as its k-th nearest other vector, edge included. Distances are Euclidean, float32.
-    A block of them is in memory at a time.
+    samples, reference: (n, d), (m, d). A set's manifold is the union of closed balls around its
+    vectors that reach to the k-th nearest other vector. Distances are Euclidean, in float32; one
+    block of them is in memory at a time. Raises UserError for too few vectors.
     """
     for name, features in (("samples", samples), ("reference", reference)):
         if len(features) <= neighbors:
@@ -26,7 +26,7 @@ def precision_and_recall(
                 f"precision and recall with {neighbors} neighbors: {len(features)} {name}; give "
                 f"at least {neighbors + 1}"
             )
-    center = reference.float().mean(0)  # near the origin, the squares below lose fewer digits
+    center = reference.float().mean(0)  # near the origin, squares are more precise
     samples, reference = samples.float() - center, reference.float() - center
     return (
         _share_within(samples, reference, _radii(reference, neighbors)),
@@ -45,13 +45,13 @@ def _radii(features: Tensor, neighbors: int) -> Tensor:
 
 
 def _share_within(points: Tensor, centers: Tensor, radii: Tensor) -> float:
-    """Of `points`, those in any ball."""
+    """The share of `points` in any ball. radii: squared."""
     inside = sum(int((squared <= radii).any(1).sum()) for _, squared in _blocks(points, centers))
     return inside / len(points)
 
 
 def _blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The first row and the squared distances of blocks of rows to all columns."""
+    """Blocks of rows: the index of the first one, and their squared distances to all columns."""
     step = max(1, _BLOCK // len(columns))
     lengths = columns.square().sum(1)
     for start in range(0, len(rows), step):

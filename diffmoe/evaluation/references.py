@@ -1,4 +1,4 @@
-"""What samples are held against: statistics stored before, or images."""
+"""What samples are compared with: stored statistics, or images."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,15 @@ from diffmoe.evaluation.summary import summarize
 from diffmoe.npz_files import npz_shape, read_npz, write_npz
 from diffmoe.prepare.decoding import WHITE, Color
 
-# For precision, recall and KID; as many as the ImageNet reference of ADM holds.
+# For precision, recall and KID; as many as in ADM's ImageNet reference.
 KEPT_FEATURES = 10_000
 
 
 class Reference(NamedTuple):
-    """features: (k, d) for precision, recall and KID; None where only moments are known.
+    """Statistics of a set of images.
 
-    about: where it is from, and which moments were used, stored or computed.
+    features: (k, d) for precision, recall and KID; None if only moments are known. about: their
+    origin, and whether moments were stored or computed.
     """
 
     pooled: Gaussian
@@ -35,11 +36,11 @@ class Reference(NamedTuple):
 def load_reference(
     path: str | Path, extractor: Extractor, batch: int = 50, background: Color = WHITE
 ) -> Reference:
-    """From `store_reference`'s file, ADM's npz, or any images that `open_images` reads.
+    """Load a file of `store_reference`, ADM's npz, or any images that `open_images` reads.
 
-    ADM's mu, sigma, mu_s, sigma_s are Inception's of all training images, while its arr_0 holds
-    some: with that extractor the stored ones are used, as in ADM's protocol. Raises UserError for
-    statistics of another extractor.
+    ADM's mu, sigma, mu_s, sigma_s are Inception's of all training images, its arr_0 holds some of
+    them: with that extractor the stored moments are used, as in ADM's protocol. Raises UserError
+    for statistics of another extractor.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -53,7 +54,7 @@ def load_reference(
 
 
 def check_reference(path: str | Path, extractor: Extractor) -> None:
-    """Raise what `load_reference` would, as far as it can be told without reading images."""
+    """Raise what `load_reference` would, as far as possible without reading images."""
     path = Path(path)
     if path.suffix == ".npz" and npz_shape(path, "about") is not None:
         _stored(path, extractor)
@@ -66,7 +67,7 @@ def check_reference(path: str | Path, extractor: Extractor) -> None:
 def compute_reference(
     path: str | Path, extractor: Extractor, batch: int = 50, background: Color = WHITE
 ) -> Reference:
-    """Of all images of a folder or file; `background` is for transparent ones."""
+    """Compute statistics of all images of a folder or file. background: of transparent ones."""
     images = open_images(path, background)
     found = summarize(images, extractor, batch, keep=KEPT_FEATURES)
     about = {
@@ -81,9 +82,14 @@ def compute_reference(
 
 
 def store_reference(file: Path, reference: Reference) -> None:
-    """Write an npz with ADM's names for the moments, the kept features, and `about` as JSON."""
+    """Write an npz with ADM's names for the moments, the features, and `about` as JSON.
+
+    Raises UserError for a reference without features, or another suffix.
+    """
     if file.suffix != ".npz":
-        raise UserError(f"{file}: a reference's name ends in .npz")
+        raise UserError(f"{file}: the name must end in .npz")
+    if reference.features is None:
+        raise UserError(f"{reference.about['path']} has only moments; give images")
     arrays = _moments("", reference.pooled)
     if reference.spatial is not None:
         arrays |= _moments("_s", reference.spatial)
@@ -101,8 +107,8 @@ def _stored(file: Path, extractor: Extractor) -> Reference:
     try:
         arrays = read_npz(file)
         about = json.loads(str(arrays["about"]))
-        number, theirs = int(about["number"]), about["extractor"]
-        told = _told(theirs)
+        number, stored = int(about["number"]), about["extractor"]
+        name = _describe(stored)
         pooled = _gaussian(arrays, "", number)
         spatial = _gaussian(arrays, "_s", number) if "mu_s" in arrays else None
         features = torch.from_numpy(arrays["features"].copy())
@@ -110,11 +116,11 @@ def _stored(file: Path, extractor: Extractor) -> Reference:
         raise UserError(
             f"{file} is damaged ({error}); make it again: tools/evaluate.py reference"
         ) from None
-    ours = {"name": extractor.name, "sha256": extractor.checksum}
-    if theirs != ours:
+    requested = {"name": extractor.name, "sha256": extractor.checksum}
+    if stored != requested:
         raise UserError(
-            f"{file} holds statistics of the extractor {told}, not of {_told(ours)}; "
-            f"take --extractor {theirs['name']}, or make a reference with {ours['name']}"
+            f"{file} has statistics of the extractor {name}, not of {_describe(requested)}; choose "
+            f"--extractor {stored['name']}, or make a reference with {extractor.name}"
         )
     moments = f"stored by tools/evaluate.py reference, of {number} images"
     return Reference(pooled, spatial, features, about | {"path": str(file), "moments": moments})
@@ -123,7 +129,7 @@ def _stored(file: Path, extractor: Extractor) -> Reference:
 def _adm(file: Path, extractor: Extractor, batch: int) -> Reference:
     if not extractor.is_inception:
         raise UserError(
-            f"{file} holds no images (arr_0) but Inception's mu and sigma alone; they do not fit "
+            f"{file} has no images (arr_0), only Inception's mu and sigma, which do not fit "
             f"{extractor.name}: give images, or --extractor inception-2015-12-05.pt"
         )
     arrays = read_npz(file, "mu", "sigma", "mu_s", "sigma_s")
@@ -132,7 +138,10 @@ def _adm(file: Path, extractor: Extractor, batch: int) -> Reference:
         spatial = _gaussian(arrays, "_s", None) if "mu_s" in arrays else None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: mu and sigma cannot be read ({error})") from None
-    about = {"path": str(file), "moments": "stored in it (mu, sigma, mu_s, sigma_s)"}
+    about: dict[str, Any] = {
+        "path": str(file),
+        "moments": "stored in it (mu, sigma, mu_s, sigma_s)",
+    }
     if npz_shape(file, "arr_0") is None:
         return Reference(pooled, spatial, None, about)
     found = summarize(open_images(file), extractor, batch, keep=KEPT_FEATURES)
@@ -150,5 +159,5 @@ def _gaussian(arrays: Any, suffix: str, number: int | None) -> Gaussian:
     return Gaussian(mean, covariance, number)
 
 
-def _told(extractor: dict[str, Any]) -> str:
+def _describe(extractor: dict[str, Any]) -> str:
     return f"{extractor['name']} ({(extractor['sha256'] or 'no checksum')[:12]})"

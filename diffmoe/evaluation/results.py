@@ -1,4 +1,4 @@
-"""results.jsonl: one line for each evaluation, with everything that defines its figures."""
+"""results.jsonl: one line per evaluation, with everything that defines its metrics."""
 
 import importlib.metadata
 import json
@@ -17,22 +17,22 @@ from diffmoe.evaluation.clip_score import Clip, clip_score
 from diffmoe.evaluation.extractors import Extractor
 from diffmoe.evaluation.image_sets import ImageSet
 from diffmoe.evaluation.judges import Classify, class_accuracy
-from diffmoe.evaluation.metrics import figures
+from diffmoe.evaluation.metrics import compute_metrics
 from diffmoe.evaluation.references import Reference
 from diffmoe.evaluation.scenes import Scene, SceneReader, real_accuracy, scene_accuracy
 from diffmoe.evaluation.summary import summarize
 from diffmoe.files import read_lines
 
 FILE_NAME = "results.jsonl"
-_WELL_READ = 0.97  # of real scenes; a reader that is worse says little of a model
+_WELL_READ = 0.97  # of real scenes; a worse reader cannot judge a model
 
 
 def measure(
     images: ImageSet, extractor: Extractor, reference: Reference, batch: int = 50
 ) -> dict[str, Any]:
-    """A result: metrics by name, warnings, images, reference, extractor, cost, versions."""
+    """A result, for `append`: metrics, warnings, images, reference, extractor, cost, versions."""
     found = summarize(images, extractor, batch)
-    values, warned = figures(found, reference, extractor)
+    values, warned = compute_metrics(found, reference, extractor)
     return {
         "metrics": values,
         "warnings": warned,
@@ -66,9 +66,9 @@ def measure_accuracy(
 def measure_scenes(
     images: ImageSet, truth: dict[str, Scene], read: SceneReader, batch: int = 50
 ) -> dict[str, Any]:
-    """A result: what of the scenes is as was asked for, beside how well real ones are read.
+    """A result: which share of the scenes is as requested, and how well real ones are read.
 
-    truth: what each caption asks for.
+    truth: the scene of each caption.
     """
     real = real_accuracy(truth, read)
     found = scene_accuracy(images, truth, read, batch)
@@ -109,7 +109,7 @@ def _common(images: ImageSet) -> dict[str, Any]:
 
 
 def append(file: Path, *results: dict[str, Any]) -> None:
-    """Add a line for each, in one write, on the disk when this returns."""
+    """Append a line for each result, in one write, and sync the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as stream:
         stream.write("".join(json.dumps(result, allow_nan=False) + "\n" for result in results))
@@ -118,10 +118,10 @@ def append(file: Path, *results: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All results of a file, or of the files in a folder and below, which array jobs fill."""
+    """All results of a file, or of all files in a folder and its subfolders (of array jobs)."""
     files = sorted(path.rglob(FILE_NAME)) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{path} holds no {FILE_NAME}; give a folder that tools/evaluate.py filled")
+        raise UserError(f"{path} has no {FILE_NAME}; give a folder written by tools/evaluate.py")
     return [result for file in files for result in _read(file)]
 
 
@@ -134,11 +134,11 @@ def _read(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise UserError(f"{file} holds a line that is no result of tools/evaluate.py; remove it")
+    raise UserError(f"{file} has a line that is not a result of tools/evaluate.py; remove it")
 
 
 def table(result: dict[str, Any]) -> str:
-    """The metrics for people, and what to beware of."""
+    """Metrics and warnings as text."""
     width = max(map(len, result["metrics"]))
     lines = [f"{name:{width}}  {value:.5g}" for name, value in result["metrics"].items()]
     lines.append(f"of {result['number']} images: {result['images']['path']}")

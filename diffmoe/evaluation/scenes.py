@@ -1,4 +1,4 @@
-"""Do pictures of colored digits show what was asked? Classifiers fitted on real ones answer."""
+"""Checks whether images of colored digits show what was requested, by simple classifiers."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import ImageSet, batches
 from diffmoe.files import read_text
 
-_REAL = 10  # held-out canvases of each scene
+_REAL = 10  # held-out images of each scene
 
 
 class SceneReader:
-    """Reads the color and the digit at the two places of a relation."""
+    """Recognizes the color and the digit at the two places of a relation."""
 
     def __init__(self) -> None:
         real = Digits()
@@ -26,7 +26,7 @@ class SceneReader:
         self._colors = _mean_colors([(scene, real.draw(scene, rng)) for scene in scenes])
 
     def __call__(self, canvases: np.ndarray, relations: Sequence[str]) -> list[Scene]:
-        """uint8 canvases (n,32,32,3) to what each shows where its relation looks."""
+        """The scenes of uint8 canvases (n,32,32,3). relations: where to look in each."""
         places = np.concatenate(  # (2n,16,16,3)
             [
                 place
@@ -44,13 +44,13 @@ class SceneReader:
 
 
 def load_truth(file: str | Path) -> dict[str, Scene]:
-    """What each caption of an unseen.json asks for. Raises UserError for another file."""
+    """The scene of each caption of an unseen.json. Raises UserError for another file."""
     try:
         entries = json.loads(read_text(file, encoding="utf-8-sig"))
         truth = {
             entry["prompt"]: Scene(
                 entry["relation"],
-                tuple(entry["colors" if "colors" in entry else "colours"]),  # as once written
+                tuple(entry["colors" if "colors" in entry else "colours"]),  # in older files
                 tuple(entry["digits"]),
             )
             for entry in entries
@@ -68,26 +68,26 @@ def load_truth(file: str | Path) -> dict[str, Scene]:
 def scene_accuracy(
     images: ImageSet, truth: dict[str, Scene], read: SceneReader, batch: int = 50
 ) -> dict[str, float]:
-    """Shares of digits, of colors, and of whole scenes that are as their captions say.
+    """The shares of digits, of colors, and of complete scenes that agree with the captions.
 
-    Raises UserError unless the images are samples of ours whose captions `truth` knows.
+    Raises UserError unless the images are samples whose captions are all in `truth`.
     """
     captions = images.captions()
     unknown = sorted(set(captions) - truth.keys())
     if unknown:
-        raise UserError(f"{images.path}: the truth does not tell of {unknown[0]!r}")
+        raise UserError(f"{images.path}: the truth has no {unknown[0]!r}")
     wanted, shown = [], []
     for part in batches(images, batch):
         if part.images.shape[1:] != (SIZE, SIZE, 3):
             raise UserError(f"{images.path}: {part.images.shape[1:]} is no canvas")
-        scenes = [truth[captions[label]] for label in part.labels]
+        scenes = [truth[captions[label]] for label in part.known_labels]
         wanted += scenes
         shown += read(part.images, [scene.relation for scene in scenes])
     return _shares(shown, wanted)
 
 
 def real_accuracy(truth: dict[str, Scene], read: SceneReader) -> dict[str, float]:
-    """The same of real canvases of these scenes, of digits that the reader has not seen."""
+    """As `scene_accuracy`, of real canvases with digits that the reader was not fitted to."""
     digits, rng = Digits(held_out=True), np.random.default_rng(0)
     wanted = [scene for scene in truth.values() for _ in range(_REAL)]
     canvases = np.stack([digits.draw(scene, rng) for scene in wanted])
@@ -95,8 +95,8 @@ def real_accuracy(truth: dict[str, Scene], read: SceneReader) -> dict[str, float
 
 
 def _shares(shown: Sequence[Scene], wanted: Sequence[Scene]) -> dict[str, float]:
-    def share(found: Any, asked: Any) -> float:
-        return float((np.array(found) == np.array(asked)).mean())
+    def share(found: Any, requested: Any) -> float:
+        return float((np.array(found) == np.array(requested)).mean())
 
     return {
         "digits": share([s.digits for s in shown], [s.digits for s in wanted]),
@@ -106,13 +106,13 @@ def _shares(shown: Sequence[Scene], wanted: Sequence[Scene]) -> dict[str, float]
 
 
 def _hues(places: np.ndarray) -> np.ndarray:
-    """The mean color (n,3) of each place, of length 1: a thin digit is as red as a thick one."""
+    """The mean color (n,3) of each place, normalized, so that a digit's thickness has no effect."""
     means = places.astype(np.float64).mean((1, 2))
     return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
 
 
 def _mean_colors(drawn: list[tuple[Scene, np.ndarray]]) -> np.ndarray:
-    """The mean of each color's hues (6,3), over all the places where it stands."""
+    """The mean hue of each color (6,3), over all places that have it."""
     of: dict[str, list[np.ndarray]] = {name: [] for name in COLOURS}
     for scene, canvas in drawn:
         hues = _hues(np.concatenate(halves(canvas[None], scene.relation)))

@@ -1,4 +1,4 @@
-"""Images in, all that the metrics need of them out, a batch at a time."""
+"""Summarizes images: everything that the metrics need, computed in one pass."""
 
 import hashlib
 import time
@@ -17,11 +17,12 @@ from diffmoe.evaluation.moments import Gaussian, Moments
 
 
 class Summary(NamedTuple):
-    """Of a set of images. Besides `features`, its size does not grow with their number.
+    """Statistics of images. Only `features` grows with their number.
 
-    features: (k, d) float32 on the CPU, of all images or of some evenly spaced. spatial and
-    inception_score (mean, spread over splits): None where the extractor gives none. duplicates:
-    how many images equal an earlier one. seconds: it took, `extracting` of these in the network.
+    features: (k, d) float32 on the CPU, of all images or of evenly spaced ones. spatial and
+    inception_score (mean, spread over splits): None if the extractor does not give them.
+    duplicates: images that equal an earlier one. seconds: of the pass, `extracting` of them in the
+    network.
     """
 
     number: int
@@ -40,12 +41,11 @@ def summarize(
 ) -> Summary:
     """Run all images through the extractor once.
 
-    keep: at most so many features are kept, of evenly spaced images; None keeps all.
-    Raises UserError for images that are not uint8 RGB of one size, and for features that are not
-    finite.
+    keep: most features to keep, of evenly spaced images; None: all. Raises UserError if there are
+    no images, or they are not uint8 RGB of one size, or features are not finite.
     """
     pooled, spatial, score = Moments(), Moments(), InceptionScore()
-    kept, seen, shape, extracting = [], set(), None, 0.0
+    kept, seen, shape, extracting = list[Tensor](), set[bytes](), (0, 0, 0), 0.0
     wanted = _spaced(images.number, keep)
     done, begun = 0, time.perf_counter()
     for part in _shown(images, batch):

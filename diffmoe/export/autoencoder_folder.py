@@ -1,43 +1,43 @@
-"""The folder of an autoencoder, which comes along with a model that is exported."""
+"""The autoencoder's folder, which is copied along with an exported model."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffmoe.errors import UserError
-from diffmoe.export.metadata import Latents
 from diffmoe.export.tensors import write_file
 from diffmoe.files import read_json
+from diffmoe.latent_spec import LatentSpec
 
-# Its name in an exported folder, and `latents.autoencoder` there.
+# Its subfolder of an exported model, and the value of `latents.autoencoder` there.
 FOLDER = "vae"
 _CONFIG = "config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder that `latents.autoencoder` names, there or not; None for pixels and hub ids."""
+    """The folder that `LatentSpec.autoencoder` names, which may be missing; else None."""
     path = Path(name)
     return path if path.is_absolute() or path.is_dir() else None
 
 
-def opened_from(latents: Latents, folder: Path) -> Latents:
-    """Of an exported folder: with the autoencoder that came along found from anywhere."""
+def with_own_autoencoder(latents: LatentSpec, folder: Path) -> LatentSpec:
+    """Latents of an exported folder, with the path of the autoencoder inside it if there is one."""
     if latents.autoencoder != FOLDER:
         return latents
     return latents.model_copy(update={"autoencoder": str((folder / FOLDER).absolute())})
 
 
-def own_config(folder: Path) -> dict[str, Any]:
-    """config.json of a diffusers autoencoder. Raises UserError where there is none."""
+def read_autoencoder_config(folder: Path) -> dict[str, Any]:
+    """config.json of a diffusers autoencoder. Raises UserError if it is missing or damaged."""
     values = read_json(folder / _CONFIG)
     if not isinstance(values, dict):
-        raise UserError(f"{folder / _CONFIG} is no configuration of an autoencoder")
+        raise UserError(f"{folder / _CONFIG} is not the configuration of an autoencoder")
     return values
 
 
 def autoencoder_files(folder: Path) -> list[str]:
-    """The files that diffusers reads. Raises UserError where they are not there."""
+    """Names of the files that diffusers reads. Raises UserError if there are none."""
     for weights in _WEIGHTS:
         index = folder / f"{weights}.index.json"
         if index.exists():
@@ -54,7 +54,7 @@ def autoencoder_files(folder: Path) -> list[str]:
 
 
 def copy_autoencoder(folder: Path, exported: Path) -> dict[str, dict[str, Any]]:
-    """Copy it into an exported folder. -> {file: {"bytes": ..., "sha256": ...}}."""
+    """Copy it into an exported folder. Returns {file: {"bytes": ..., "sha256": ...}}."""
     (exported / FOLDER).mkdir()
     return {
         f"{FOLDER}/{name}": write_file(exported / FOLDER / name, _blocks(folder / name))

@@ -1,4 +1,4 @@
-"""config.json of an exported model: what the network is, what its latents are, whence it comes."""
+"""config.json of an exported model: its network, its latents, and where it comes from."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,48 +9,24 @@ from diffmoe.clock import Clock
 from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.files import contained, read_json
+from diffmoe.latent_spec import LatentSpec
 
 FILE_NAME = "config.json"
 DTypeName = Literal["float32", "bfloat16"]
-# No side of a network is longer; a damaged file must not make us count that far.
+# No dimension of a network is larger; a damaged file must not make us count that far.
 _LONGEST = 1 << 20
-
-Numbers = float | list[float]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Latents(_Part):
-    """What the network's numbers stand for, as a data folder's manifest says it.
-
-    The model works on (z - shift) * scale of the autoencoder's latents z of `shape` (C, H, W).
-    autoencoder: a hub id, "identity" where the latents are pixels, or "vae" where its folder lies
-    beside config.json. pixel_range: its black and white.
-    source: the data, in words.
-    """
-
-    shape: tuple[int, int, int]
-    scale: Numbers = 1.0
-    shift: Numbers = 0.0
-    autoencoder: str = "identity"
-    pixel_range: tuple[float, float] = (-1.0, 1.0)
-    source: str = "unknown"
-
-    @model_validator(mode="after")
-    def _per_channel(self) -> "Latents":
-        for name in ("scale", "shift"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) != self.shape[0]:
-                raise ValueError(f"{name} has {len(value)} numbers for {self.shape[0]} channels")
-        return self
-
-
 class Provenance(_Part):
-    """kind: of what was converted. name: of its file or folder. sha256: of the file, or of a
-    checkpoint's checksums.json, which holds those of all its files. steps: what was done on the
-    way, such as upcycling.
+    """Where an exported model comes from.
+
+    kind: of the source. name: of its file or folder. sha256: of the file, or of a checkpoint's
+    checksums.json, which holds those of all its files. steps: what was done to it, such as
+    upcycling.
     """
 
     kind: str
@@ -60,10 +36,10 @@ class Provenance(_Part):
 
 
 class Metadata(_Part):
-    """All of an exported model that is no tensor.
+    """Everything of an exported model that is not a tensor.
 
-    weights: ema, live, or ema:STD. label_dropout: of its training, None where it is not known; with
-    0 the null label was never trained, and guidance has nothing to lead away from.
+    weights: ema, live, or ema:STD. label_dropout: of its training, None if unknown; with 0 the null
+    label was never trained, so the model cannot be guided.
     """
 
     format: Literal["diffmoe"] = "diffmoe"
@@ -73,7 +49,7 @@ class Metadata(_Part):
     model: ModelConfig
     moe: MoEConfig
     diffusion: DiffusionConfig
-    latents: Latents
+    latents: LatentSpec
     class_names: tuple[str, ...] | None = None
     label_dropout: float | None = Field(None, ge=0, le=1)
     clock: Clock | None = None
@@ -88,7 +64,7 @@ class Metadata(_Part):
         for section, fields in sections.items():
             for name, value in fields.items():
                 if isinstance(value, int | float) and not -_LONGEST <= value <= _LONGEST:
-                    raise ValueError(f"{section}.{name}={value} is no size of a network")
+                    raise ValueError(f"{section}.{name}={value} is not the size of a network")
         return values
 
     @model_validator(mode="after")
@@ -106,15 +82,16 @@ class Metadata(_Part):
 
     @property
     def config(self) -> Config:
-        """A run's configuration with these sections, the others at their defaults."""
-        config = Config(model=self.model, moe=self.moe, diffusion=self.diffusion)
+        """A run's configuration with these sections; the others have their defaults."""
+        sections = {"model": self.model, "moe": self.moe, "diffusion": self.diffusion}
+        config = Config.model_validate(sections)
         if self.label_dropout is None:
             return config
         return config.replace({"training.label_dropout": self.label_dropout})
 
     @property
     def calibrated_for(self) -> str:
-        """The `weights` of the calibrated thresholds that hold for this model: ema or live."""
+        """Which weights its calibrated thresholds are of: ema or live."""
         return self.weights.partition(":")[0]
 
     def replace(self, **changes: Any) -> "Metadata":
@@ -123,18 +100,19 @@ class Metadata(_Part):
 
 
 def _section(values: Any, name: str) -> dict[str, Any]:
-    """A part of what may be anything."""
+    """A section, or an empty one if there is none in whatever `values` is."""
     section = values.get(name) if isinstance(values, dict) else None
     return section if isinstance(section, dict) else {}
 
 
-def read_about(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> Metadata:
     """config.json of an exported model. Raises UserError naming the file and the field."""
     file = contained(folder, FILE_NAME)
     return parse_metadata(read_json(file), file)
 
 
 def parse_metadata(values: Any, file: Path) -> Metadata:
+    """Validate. Raises UserError naming `file` and the fields."""
     try:
         return Metadata.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder, written from what is known of the run."""
+"""The model card: README.md of an exported folder, from its metadata and its run's results."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ _FAMILIES = {
 
 
 def parameter_counts(shapes: Shapes, moe: MoEConfig) -> tuple[int, float]:
-    """All parameters, and those that work on an average token at training's capacity (Eq. 40)."""
+    """All parameters, and those active for an average token at training's capacity (Eq. 40)."""
     total = experts = 0
     for name, shape in shapes.items():
         count = 1
@@ -36,7 +36,7 @@ def parameter_counts(shapes: Shapes, moe: MoEConfig) -> tuple[int, float]:
 
 
 def family(moe: MoEConfig) -> str:
-    """Such as DiffMoE, 16 experts in every second block."""
+    """For example: DiffMoE, 16 experts in every second block."""
     name = _FAMILIES[moe.type]
     if moe.type == "dense":
         return name
@@ -45,47 +45,50 @@ def family(moe: MoEConfig) -> str:
 
 
 def conditioning(model: ModelConfig) -> str:
-    """What a model draws, in words."""
+    """What a model is conditioned on, in words."""
     if model.text is None:
         return f"{model.num_classes} classes"
     return f"captions of up to {model.text.length} tokens, encoder {model.text.encoder}"
 
 
-def model_card(about: Metadata, shapes: Shapes, capacities: list[str], run: Path | None) -> str:
-    """capacities: names of calibrated thresholds. run: the folder whose results.jsonl is shown."""
-    model, latents = about.model, about.latents
-    total, active = parameter_counts(shapes, about.moe)
-    objective = {"flow": "flow matching", "ddpm": "DDPM, 1,000 steps"}[about.diffusion.objective]
+def model_card(metadata: Metadata, shapes: Shapes, capacities: list[str], run: Path | None) -> str:
+    """The text of README.md.
+
+    capacities: names of calibrated thresholds. run: the folder whose results.jsonl is shown.
+    """
+    model, latents = metadata.model, metadata.latents
+    total, active = parameter_counts(shapes, metadata.moe)
+    objective = {"flow": "flow matching", "ddpm": "DDPM, 1,000 steps"}[metadata.diffusion.objective]
     shape = "x".join(map(str, latents.shape))
     rows = [
-        ("model", f"{family(about.moe)}; {model.depth} blocks of width {model.width}, "
+        ("model", f"{family(metadata.moe)}; {model.depth} blocks of width {model.width}, "
                   f"{model.heads} heads, patch {model.patch_size}"),
-        ("parameters", f"{total:,}, of which {active:,.0f} work on an average token"),
+        ("parameters", f"{total:,}, of which {active:,.0f} are active for an average token"),
         ("trained with", objective),
         ("data", f"{latents.source}; {conditioning(model)}"),
         ("latents", f"{shape}, autoencoder {latents.autoencoder}, scale {latents.scale}, "
                     f"shift {latents.shift}"),
-        ("samples seen", f"{about.clock.samples:,}" if about.clock else "unknown"),
-        ("weights", f"{about.weights}, {about.dtype}"),
-        ("made from", _provenance(about)),
+        ("samples seen", f"{metadata.clock.samples:,}" if metadata.clock else "unknown"),
+        ("weights", f"{metadata.weights}, {metadata.dtype}"),
+        ("made from", _provenance(metadata)),
     ]  # fmt: skip
-    if about.moe.type == "diffmoe":
+    if metadata.moe.type == "diffmoe":
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
-    guidance = 1 if about.label_dropout == 0 else 1.5
+    guidance = 1 if metadata.label_dropout == 0 else 1.5
     wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
     return f"""---
 library_name: diffmoe
 license: # fill in before you share this
 ---
-# {family(about.moe)}
+# {family(metadata.moe)}
 
 | | |
 |---|---|
 {table}
 
-License: to be filled in by whoever shares this model.
+License: fill this in before you share the model.
 
 ```python
 import diffmoe
@@ -93,13 +96,13 @@ pipeline = diffmoe.Pipeline("PATH OF THIS FOLDER")
 images = pipeline({wanted}, seed=0, steps=50, guidance={guidance}{capacity})
 ```
 
-`config.json` says what the network and its latents are, `checksums.json` holds the SHA-256 of the
-files. The method is described in arXiv 2503.14487.
+`config.json` describes the network and its latents; `checksums.json` has the SHA-256 of each file.
+The method is described in arXiv 2503.14487.
 {_results(run)}"""
 
 
-def _provenance(about: Metadata) -> str:
-    made = about.provenance
+def _provenance(metadata: Metadata) -> str:
+    made = metadata.provenance
     parts = [f"{made.kind} {made.name}"]
     if made.sha256:
         parts.append(f"SHA-256 {made.sha256[:16]}...")
@@ -107,19 +110,19 @@ def _provenance(about: Metadata) -> str:
 
 
 def _results(run: Path | None) -> str:
-    """The figures of the run's results.jsonl, a table per line; nothing where there are none."""
-    lines = read_results(run) if run is not None else []
+    """The metrics of the run's results.jsonl, a row per line; empty if there are none."""
+    lines = _read_results(run) if run is not None else []
     if not lines:
         return ""
-    told = "\n".join(
+    rows = "\n".join(
         f"| {', '.join(f'{key}: {_short(value)}' for key, value in line.items())} |"
         for line in lines
     )
-    return f"\n## Figures\n\n| results.jsonl of the run |\n|---|\n{told}\n"
+    return f"\n## Results\n\n| results.jsonl of the run |\n|---|\n{rows}\n"
 
 
-def read_results(run: Path) -> list[dict[str, Any]]:
-    """The objects of results.jsonl, one a line. Raises UserError where a line is none."""
+def _read_results(run: Path) -> list[dict[str, Any]]:
+    """The objects of results.jsonl, one per line. Raises UserError for other lines."""
     file = run / RESULTS
     if not file.exists():
         return []
@@ -128,9 +131,11 @@ def read_results(run: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}, line {number}, is not JSON ({error}); mend it") from None
+            raise UserError(
+                f"{file}, line {number}, is not JSON ({error}); fix or remove it"
+            ) from None
         if not isinstance(line, dict):
-            raise UserError(f"{file}, line {number}, is no object; mend it")
+            raise UserError(f"{file}, line {number}, is not an object; fix or remove it")
         lines.append(line)
     return lines
 
@@ -149,5 +154,5 @@ def _short(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """For a table of Markdown: on one line."""
+    """For a Markdown table: on one line."""
     return printable(text.replace("|", "/"))

@@ -1,4 +1,4 @@
-"""Any model of ours by its path: a run's folder, a checkpoint, or an exported folder."""
+"""Open any model by its path: a run's folder, a checkpoint, or an exported folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,8 +7,8 @@ import torch
 
 from diffmoe.clock import Clock
 from diffmoe.errors import UserError
-from diffmoe.export.autoencoder_folder import opened_from
-from diffmoe.export.exported import is_exported, load_exported
+from diffmoe.export.autoencoder_folder import with_own_autoencoder
+from diffmoe.export.exported_model import is_exported, load_exported
 from diffmoe.export.tensors import cast_parameters, parameter_dtype
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def locate(path: str | Path) -> Path:
-    """The folder that holds the model: an exported one, a checkpoint, or a run's newest.
+    """The folder of the model: an exported one, a checkpoint, or a run's newest checkpoint.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     path = Path(path)
     if is_exported(path):
@@ -31,13 +31,13 @@ def locate(path: str | Path) -> Path:
     return find_complete(path)
 
 
-def weights_of(path: Path, asked: str) -> str:
-    """Which weights `open_network` takes, ema or live: an exported folder holds one set only."""
+def weights_of(path: Path, requested: str) -> str:
+    """Which weights `open_network` loads, ema or live: an exported folder has only one set."""
     if is_exported(path):
-        from diffmoe.export.metadata import read_about
+        from diffmoe.export.metadata import read_metadata
 
-        return read_about(path).calibrated_for
-    return asked
+        return read_metadata(path).calibrated_for
+    return requested
 
 
 def open_network(
@@ -50,20 +50,19 @@ def open_network(
 ) -> "Snapshot":
     """The network, for evaluation, with what sampling from it needs.
 
-    weights: ema or live, of a checkpoint; an exported folder holds one set. topology: of ranks
-    that share the experts; each reads its own ones. verify: hold every file against its checksum,
-    once per machine; raises UserError where one is damaged. The clock is 0 where it is not known.
+    weights: ema or live, of a checkpoint; an exported folder has one set. topology: of ranks that
+    share the experts; each reads only its own. verify: compare every file with its checksum, once
+    per machine; raises UserError if one is damaged. The clock is 0 if it is unknown.
     """
     from diffmoe.checkpoints.checksums import find_damage
     from diffmoe.checkpoints.network import Snapshot, load_network
 
     path, dtype = locate(path), parameter_dtype(dtype)
     if is_exported(path):
-        network, about = load_exported(path, device, dtype, topology, verify)
-        latents = opened_from(about.latents, path).model_dump(mode="json")
-        latents["class_names"] = about.class_names
-        clock = about.clock or Clock(samples=0, step=0, skipped=0)
-        return Snapshot(network, about.config, latents, clock)
+        network, metadata = load_exported(path, device, dtype, topology, verify)
+        latents = with_own_autoencoder(metadata.latents, path)
+        clock = metadata.clock or Clock(samples=0, step=0, skipped=0)
+        return Snapshot(network, metadata.config, latents, metadata.class_names or (), clock)
     problems = find_damage(path, digest=cached_sha256) if verify else []
     if problems:
         raise UserError(f"{problems[0]}; take another checkpoint")
@@ -78,17 +77,18 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     verify: bool = True,
 ) -> DiT:
-    """A model ready to run: model(x, t, labels).prediction, of a text model model(x, t, text).
+    """A model ready to run: model(x, t, labels).prediction, or model(x, t, text).prediction.
 
-    path: an exported folder, a run's folder or a checkpoint (their EMA weights). device: default
-    the GPU where there is one. dtype: of the parameters, float32, bfloat16, float16 or float64;
-    scores of the router and what the capacity predictor says are in fp32 at least. verify: hold
-    the files against their checksums; each is read once per machine, and again when it changed.
+    path: an exported folder, a run's folder or a checkpoint (their EMA weights). device: the GPU
+    by default, if there is one. dtype: of the parameters: float32, bfloat16, float16 or float64;
+    router scores and the capacity predictor's logits are fp32 at least. verify: compare the files
+    with their checksums; each is read once per machine, and again if it has changed.
+    Raises UserError if there is no model, or a file is damaged.
     """
     from diffmoe.parallel.device import default_device
 
     dtype = parameter_dtype(dtype)
     device = device or default_device()
-    if is_exported(Path(path)):  # on the way no module of training or checkpoints is loaded
+    if is_exported(Path(path)):  # loads no module of training or checkpoints
         return load_exported(Path(path), device, dtype, verify=verify)[0]
     return open_network(path, device=device, dtype=dtype, verify=verify).network

@@ -1,12 +1,12 @@
-"""What is converted: an About, and tensors by our names, one at a time.
+"""Models that can be written: metadata, and tensors by our names, one at a time.
 
-Every kind of source gives one: our checkpoints and exported folders here, foreign files in
-release.py and hugging_face.py; upcycling.py makes one of another.
+Here from checkpoints and exported folders. conversion/foreign.py makes sources from other projects'
+files, conversion/upcycling.py from other sources.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,25 @@ from diffmoe.checkpoints.folder import find_complete
 from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
 from diffmoe.checkpoints.posthoc import combined_average
 from diffmoe.errors import UserError
-from diffmoe.export.autoencoder_folder import opened_from
-from diffmoe.export.exported import ExportedModel
+from diffmoe.export.autoencoder_folder import with_own_autoencoder
+from diffmoe.export.exported_model import ExportedModel
 from diffmoe.export.metadata import Metadata, parse_metadata
-from diffmoe.export.tensors import Read, Shapes, check_state_dict, finite
+from diffmoe.export.tensors import Read, Shapes, check_state_dict, require_finite
 from diffmoe.files import sha256_of
-
-_LATENTS = ("shape", "scale", "shift", "autoencoder", "pixel_range", "source")
+from diffmoe.latent_spec import LatentSpec
 
 
 @dataclass(frozen=True)
 class Source:
     """A model that can be written.
 
-    where: names it in errors. read: a tensor by name, in its shape of `shapes`. thresholds:
-    calibrated ones that hold for these weights. run: the folder of the run, for its figures.
-    notes: what its user should know.
+    where: its name in errors. read: gives a tensor by name, in its shape of `shapes`. thresholds:
+    calibrated ones of these weights. run: the folder of the run, for its results. notes: for the
+    user.
     """
 
     where: str
-    about: Metadata
+    metadata: Metadata
     shapes: Shapes
     read: Read
     thresholds: dict[str, Calibrated] = field(default_factory=dict)
@@ -46,31 +45,33 @@ class Source:
     notes: tuple[str, ...] = ()
 
     def checked(self) -> "Source":
-        """Itself: all tensors there, none left over, and each is looked at for NaN when read."""
-        check_state_dict(self.shapes, self.about.model, self.about.moe, self.where)
-        return Source(**(self.__dict__ | {"read": self._finite}))
+        """The same source, after a check of names and shapes; each tensor is checked for NaN when
+        it is read. Raises UserError.
+        """
+        check_state_dict(self.shapes, self.metadata.model, self.metadata.moe, self.where)
+        return replace(self, read=self._read_finite)
 
-    def _finite(self, name: str) -> Tensor:
-        return finite(name, self.read(name), self.where)
+    def _read_finite(self, name: str) -> Tensor:
+        return require_finite(name, self.read(name), self.where)
 
 
 @contextlib.contextmanager
 def exported_source(path: Path) -> Iterator[Source]:
-    """An exported folder, to be written in another type or name; held against its checksums."""
+    """An exported folder, for example to write it in another type. Its checksums are verified."""
     model = ExportedModel(path)
     model.verify()
-    latents = opened_from(model.about.latents, path)
-    about = model.about.model_copy(update={"latents": latents})
-    yield Source(str(path), about, model.shapes, model.read, stored(path))
+    latents = with_own_autoencoder(model.metadata.latents, path)
+    metadata = model.metadata.model_copy(update={"latents": latents})
+    yield Source(str(path), metadata, model.shapes, model.read, stored(path))
 
 
 @contextlib.contextmanager
 def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
-    """A run's newest checkpoint, or a named one, of any number of ranks, P and ZeRO stage.
+    """A run's newest checkpoint or a given one, saved by any number of ranks, P and ZeRO stage.
 
-    weights: ema, live, or ema:STD, a power-function average put together from those of the run
-    (path is then the run's folder). No retention deletes what is being read, and every file is
-    held against its checksum.
+    weights: ema, live, or ema:STD, a power-function average reconstructed from those of the run
+    (path is then the run's folder). Checksums are verified, and the checkpoint is not pruned while
+    it is read. Raises UserError if it is damaged or does not have these weights.
     """
     kind, _, std = weights.partition(":")
     if kind not in ("ema", "live") or (std and kind == "live"):
@@ -86,7 +87,7 @@ def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
         prefix = {"ema": "ema", "live": "weights"}[kind]
         if not any(name.startswith(f"{prefix}/") for name in stored_there.shapes):
             other = "live" if kind == "ema" else "ema"
-            raise UserError(f"{stored_there.path} holds no {kind} weights; take --weights {other}")
+            raise UserError(f"{stored_there.path} has no {kind} weights; choose --weights {other}")
 
         def read(name: str) -> Tensor:
             return stored_there.read(f"{prefix}/{name}")
@@ -95,25 +96,25 @@ def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
 
 
 def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Tensor]) -> Source:
-    """read: parameters by name; thresholds are those of the checkpoint, never averaged."""
+    """read: gives parameters by name. Thresholds are the checkpoint's, never averaged."""
     path, record, config = checkpoint.path, checkpoint.record, checkpoint.config
     prefix = "weights" if weights == "live" else "ema"
     if not any(name.startswith(f"{prefix}/") for name in checkpoint.shapes):
-        prefix = next(iter(checkpoint.prefixes))  # the lengths of a combination, alike in shapes
+        prefix = next(iter(checkpoint.prefixes))  # of power-function averages, with equal shapes
     shapes = {
         name.partition("/")[2]: shape
         for name, shape in checkpoint.shapes.items()
         if name.partition("/")[0] in (prefix, "buffers")
     }
     buffers = {name.partition("/")[2] for name in checkpoint.shapes if name.startswith("buffers/")}
-    latents = record.latents
+    latents = LatentSpec.from_manifest(record.latents, path / "run.json")
     values: dict[str, Any] = {
         "weights": weights,
         "model": config.model.model_dump(),
         "moe": config.moe.model_dump(),
         "diffusion": config.diffusion.model_dump(),
-        "latents": {key: latents[key] for key in _LATENTS if key in latents},
-        "class_names": latents.get("class_names"),
+        "latents": latents,
+        "class_names": record.latents.get("class_names"),
         "label_dropout": config.training.label_dropout,
         "clock": record.clock,
         "provenance": {
@@ -122,8 +123,8 @@ def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Te
             "sha256": sha256_of(path / checksums.FILE_NAME),
         },
     }
-    made = parse_metadata(values, path / "run.json")
-    kind = made.calibrated_for
+    metadata = parse_metadata(values, path / "run.json")
+    kind = metadata.calibrated_for
     calibrated = {
         name: entry
         for name, entry in stored(path).items()
@@ -131,7 +132,7 @@ def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Te
     }
     return Source(
         where=str(path),
-        about=made,
+        metadata=metadata,
         shapes=shapes,
         read=lambda name: checkpoint.read(f"buffers/{name}") if name in buffers else read(name),
         thresholds=calibrated,
@@ -143,4 +144,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"--weights ema:{text}: STD is a number, such as ema:0.10") from None
+        raise UserError(f"--weights ema:{text}: STD must be a number, as in ema:0.10") from None

@@ -1,4 +1,4 @@
-"""A model's safetensors in a folder: one file, or several with an index, as Hugging Face has it."""
+"""Reads a folder of safetensors: one file, or several with an index, as Hugging Face has them."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +13,14 @@ from diffmoe.files import check_safetensors, contained, read_json
 
 
 class StoredTensors:
-    """Every tensor by name. Files are mapped, not read, until a tensor is asked for.
+    """Every tensor by name. Files are memory-mapped; a tensor is read when it is requested.
 
-    dtypes: as safetensors calls them, F32, BF16, ... Raises UserError where a file is missing or
-    damaged, or does not hold what the index says.
+    dtypes: by safetensors' names, F32, BF16, ... Raises UserError if a file is missing or damaged,
+    or does not hold what the index lists.
     """
 
     def __init__(self, folder: Path, single: str) -> None:
-        """single: name of the one file; the index is `single`.index.json, if it is there."""
+        """single: name of the file if there is one; the index, if any, is `single`.index.json."""
         self.folder = folder
         self._index = folder / f"{single}.index.json"
         self._files: dict[str, str] = {}
@@ -42,12 +42,12 @@ class StoredTensors:
 
     @property
     def files(self) -> list[str]:
-        """Of the folder: those that hold tensors, and their index."""
+        """Names of the files with tensors, and of their index."""
         index = [self._index.name] if self._index.exists() else []
         return [*index, *sorted(set(self._files.values()))]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor as it is stored. rows: of dimension 0 alone."""
+        """A tensor as it is stored. rows: of dimension 0; None: all."""
         with self._opened(self._files[name]) as stored:
             return stored.get_tensor(name) if rows is None else stored.get_slice(name)[rows]
 
@@ -55,10 +55,10 @@ class StoredTensors:
         index = read_json(contained(self.folder, self._index.name))
         found = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-            raise UserError(f"{self._index} holds no weight_map of names to files")
+            raise UserError(f"{self._index} has no weight_map of names to files")
         outside = [file for file in found.values() if Path(file).name != file]
         if outside:
-            raise UserError(f"{self._index} names {outside[0]}, outside of its folder")
+            raise UserError(f"{self._index} lists {outside[0]}, outside of its folder")
         return found
 
     @contextlib.contextmanager
@@ -72,10 +72,11 @@ class StoredTensors:
             raise UserError(f"{path} is missing or damaged ({error}); get it again") from None
 
 
-def hold_against(checksums: Path, needed: Iterable[str], digest: Callable[[Path], str]) -> int:
-    """Hold the files that a checksums.json lists against it; how many these are.
+def verify_checksums(checksums: Path, needed: Iterable[str], digest: Callable[[Path], str]) -> int:
+    """Compare the files that a checksums.json lists with it. Returns their number.
 
-    needed: what it must list. Raises UserError naming the first file that is missing or damaged.
+    needed: names that it must list. digest: gives a file's SHA-256. Raises UserError naming the
+    first file that is missing or damaged.
     """
     try:
         files = read_json(checksums)["files"]
@@ -88,7 +89,7 @@ def hold_against(checksums: Path, needed: Iterable[str], digest: Callable[[Path]
         part = contained(checksums.parent, name)
         if not part.is_file() or digest(part) != expected:
             raise UserError(
-                f"{part} is missing, or not what was written; get it again, or convert the model "
-                "again (diffmoe.load and Pipeline take verify=False)"
+                f"{part} is missing, or differs from its checksum; get it again, or convert the "
+                "model again (diffmoe.load and Pipeline take verify=False)"
             )
     return len(listed)

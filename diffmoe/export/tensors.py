@@ -1,12 +1,13 @@
-"""The tensors that a network must have, and files of them: safetensors written as a stream.
+"""The tensors of a network: which there must be, and writing them as safetensors.
 
-A model of any size is written with one of its tensors in memory.
+A model of any size is written with one of its tensors in memory at a time.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,9 @@ Read = Callable[[str], Tensor]
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-# Where Hugging Face splits as well.
+# Where Hugging Face splits files, too.
 MAX_SHARD_BYTES = 5_000_000_000
-# In the header of safetensors.
+# Names in the header of safetensors.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -37,15 +38,13 @@ def empty_network(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> DiT:
-    """A network whose parameters, of `dtype`, are to be filled; buffers are in fp32.
+    """A network, for evaluation, whose parameters of `dtype` are still to be filled.
 
-    On the device `meta` it takes no memory.
+    Its buffers are fp32. For names and shapes alone, see `meta_network`.
     """
     with torch.device("meta"):
         network = DiT(model, moe, topology)
     cast_parameters(network, dtype)
-    if str(device) == "meta":
-        return network
     network.to_empty(device=device)
     network.positions.copy_(grid_positions(model.width, network.grid))
     if network.rotation is not None:
@@ -53,8 +52,15 @@ def empty_network(
     return network.eval()
 
 
+@lru_cache(maxsize=8)
+def meta_network(model: ModelConfig, moe: MoEConfig) -> DiT:
+    """The network without memory for its parameters: names and shapes. Do not change it."""
+    with torch.device("meta"):
+        return DiT(model, moe)
+
+
 def parameter_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The type of a network's parameters by its name. Raises UserError for one they cannot have."""
+    """The type of parameters by its name. Raises UserError for one that they cannot have."""
     name = str(dtype).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16", "float64"):
         raise UserError(f"dtype {name}: choose float32, bfloat16, float16 or float64")
@@ -62,21 +68,22 @@ def parameter_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def cast_parameters(network: nn.Module, dtype: torch.dtype) -> None:
-    """Thresholds and positions stay in fp32, as in training."""
+    """Change the parameters' type. Thresholds and positions stay fp32, as in training."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def expected_shapes(model: ModelConfig, moe: MoEConfig) -> Shapes:
-    """Every tensor of a network by name, experts under their global numbers (dimension 0)."""
-    network = empty_network(model, moe, device="meta")
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    """The shape of every tensor of a network, by name; experts' tensors hold all experts."""
+    state = meta_network(model, moe).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def check_state_dict(found: Shapes, model: ModelConfig, moe: MoEConfig, where: str) -> None:
-    """See that a source has every tensor of the network in its shape, and nothing else.
+    """Check that there is every tensor of the network in its shape, and no other.
 
-    Raises UserError naming the first tensors that are missing, left over or of another shape.
+    where: names the source in errors. Raises UserError naming the first tensors that are missing,
+    unexpected or of another shape.
     """
     if model.blocks > len(found):
         raise UserError(
@@ -84,7 +91,7 @@ def check_state_dict(found: Shapes, model: ModelConfig, moe: MoEConfig, where: s
         )
     expected = expected_shapes(model, moe)
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is left over" for name in found if name not in expected]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
         if found[name] == expected[name]:
             continue
@@ -97,17 +104,20 @@ def check_state_dict(found: Shapes, model: ModelConfig, moe: MoEConfig, where: s
         raise UserError(f"{where} does not fit the network: {'; '.join(problems[:3])}{more}")
 
 
-def finite(name: str, tensor: Tensor, where: str) -> Tensor:
-    """The same tensor. Raises UserError where it holds NaN or infinity."""
+def require_finite(name: str, tensor: Tensor, where: str) -> Tensor:
+    """The same tensor. Raises UserError if it contains NaN or infinity."""
     if not bool(tensor.isfinite().all()):
         number = int((~tensor.isfinite()).sum())
-        raise UserError(f"{where}: {name} holds {number} numbers that are not finite")
+        raise UserError(f"{where}: {name} contains {number} numbers that are not finite")
     return tensor
 
 
 @torch.no_grad()
 def fill(network: DiT, read: Callable[[str, slice | None], Tensor]) -> DiT:
-    """Copy every tensor into the network, one at a time. read: (name, rows of dimension 0)."""
+    """Copy every tensor into the network, one at a time. Returns the network.
+
+    read: gives a tensor by its name, and of an expert's the rows of dimension 0 (None: all).
+    """
     experts, topology = network.expert_parameters(), network.topology
     for name, tensor in network.state_dict().items():
         rows = None
@@ -119,20 +129,20 @@ def fill(network: DiT, read: Callable[[str, slice | None], Tensor]) -> DiT:
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Thresholds are compared with probabilities in fp32, and are few."""
+    """The type in which a tensor is stored. Thresholds are fp32: they are compared in fp32."""
     return torch.float32 if name.endswith(".thresholds") else dtype
 
 
 class Shard(NamedTuple):
-    """A file to be: its tensors in order."""
+    """A file to be written, and the names of its tensors in order."""
 
     file: str
     names: list[str]
 
 
 def plan_shards(shapes: Shapes, dtype: torch.dtype, limit: int = MAX_SHARD_BYTES) -> list[Shard]:
-    """One file, or several of at most `limit` bytes of tensors (a larger tensor gets its own)."""
-    # fp32 before bf16, so that every tensor begins at a multiple of its element.
+    """One file, or several with at most `limit` bytes of tensors (a larger tensor gets its own)."""
+    # fp32 before bf16, so that every tensor is aligned to the size of its numbers.
     ordered = sorted(shapes, key=lambda name: stored_dtype(name, dtype) != torch.float32)
     groups: list[list[str]] = [[]]
     size = 0
@@ -152,15 +162,17 @@ def plan_shards(shapes: Shapes, dtype: torch.dtype, limit: int = MAX_SHARD_BYTES
 
 
 def total_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
+    """Bytes of all tensors as they are stored."""
     return sum(_bytes(name, shapes, dtype) for name in shapes)
 
 
 def write_tensors(
     folder: Path, shapes: Shapes, read: Read, dtype: torch.dtype, limit: int = MAX_SHARD_BYTES
 ) -> dict[str, dict[str, Any]]:
-    """Write model.safetensors, or shards with an index. -> {file: {"bytes": ..., "sha256": ...}}.
+    """Write model.safetensors, or shards with an index.
 
-    read: gives a tensor by name; asked for each once, and not kept.
+    read: gives a tensor by name; called once for each. Returns {file: {"bytes": ..., "sha256":
+    ...}}.
     """
     shards = plan_shards(shapes, dtype, limit)
     written = {
@@ -177,7 +189,7 @@ def write_tensors(
 
 
 def write_file(path: Path, blocks: Iterator[Any] | list[Any]) -> dict[str, Any]:
-    """Write bytes to a new file, on the disk when this returns. -> its size and SHA-256."""
+    """Write and sync a new file. Returns {"bytes": its size, "sha256": ...}."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb") as file:
         for block in blocks:
@@ -192,7 +204,7 @@ def write_file(path: Path, blocks: Iterator[Any] | list[Any]) -> dict[str, Any]:
 def _write_file(
     path: Path, names: list[str], shapes: Shapes, read: Read, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """A safetensors file: the header's length, the header, the numbers."""
+    """Write a safetensors file: the header's length, the header, the numbers."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -212,8 +224,8 @@ def _write_file(
         for name in names:
             tensor = read(name).to(stored_dtype(name, dtype)).contiguous()
             if tuple(tensor.shape) != shapes[name]:
-                raise ValueError(f"{name} came as {tuple(tensor.shape)}, not {shapes[name]}")
-            yield memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {shapes[name]}")
+            yield tensor.view(-1).view(torch.uint8).numpy().data
 
     return write_file(path, blocks())
 

@@ -1,4 +1,4 @@
-"""A source becomes an exported folder: whole or not at all, and held against the source."""
+"""Writes a source as an exported folder, atomically, and compares the result with the source."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.capacity.thresholds import store
-from diffmoe.conditions import Text
+from diffmoe.conditions import Condition, Text
 from diffmoe.config import BYTES, TextConfig
 from diffmoe.errors import UserError
 from diffmoe.export.autoencoder_folder import (
@@ -20,7 +20,7 @@ from diffmoe.export.autoencoder_folder import (
     copy_autoencoder,
     local_folder,
 )
-from diffmoe.export.exported import CARD, CHECKSUMS, load_exported
+from diffmoe.export.exported_model import CARD, CHECKSUMS, load_exported
 from diffmoe.export.metadata import FILE_NAME, Metadata
 from diffmoe.export.model_card import model_card
 from diffmoe.export.sources import Source
@@ -41,9 +41,9 @@ from diffmoe.seeding import keyed_generator
 
 
 class Written(NamedTuple):
-    """path: the folder. bytes: of its tensors. compared: numbers of the forwards that agreed.
+    """path: the folder. bytes: of its tensors. compared: how many predicted numbers were equal.
 
-    notes: what its user should know.
+    notes: for the user.
     """
 
     path: Path
@@ -55,71 +55,74 @@ class Written(NamedTuple):
 def write_exported(
     source: Source, target: Path, dtype: str = "float32", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> Written:
-    """Write the source as an exported folder, load that again and compare forwards bit for bit.
+    """Write the source as an exported folder, load that and compare predictions bit for bit.
 
-    An autoencoder that is a folder of this machine comes along; no other path, and no secret of an
-    address, is written. Memory: while writing one tensor, while comparing one network, in fp32.
-    Raises UserError where the source is not sound, the target exists, the disk is full, or the
-    result differs; then nothing of it stays.
+    An autoencoder in a local folder is copied along; no other path, and no secret of an address,
+    is written. Memory: one tensor while writing, one network in fp32 while comparing.
+    dtype: float32 or bfloat16. Raises UserError if the source is damaged, the target exists, the
+    disk is full, or the result differs; then nothing is left of it.
     """
     source = source.checked()
-    latents = source.about.latents
-    autoencoder, notes = local_folder(latents.autoencoder), ()
-    shown: dict[str, str] = {"source": redact(without_folders(latents.source))}
+    latents = source.metadata.latents
+    autoencoder = local_folder(latents.autoencoder)
+    notes: tuple[str, ...] = ()
+    stored_as: dict[str, str] = {"source": redact(without_folders(latents.source))}
     if autoencoder is not None:
-        shown["autoencoder"] = FOLDER
+        stored_as["autoencoder"] = FOLDER
     if autoencoder is not None and not autoencoder.is_dir():
         notes = (
             f"warning: the autoencoder {autoencoder} is not on this machine; copy it to "
-            f"{target / FOLDER}, where the model looks for it",
+            f"{target / FOLDER}, where it is expected",
         )
         autoencoder = None
-    about = source.about.replace(dtype=dtype, latents=latents.model_copy(update=shown).model_dump())
+    metadata = source.metadata.replace(
+        dtype=dtype, latents=latents.model_copy(update=stored_as).model_dump()
+    )
     kind = getattr(torch, dtype)
     size = total_bytes(source.shapes, kind)
     if autoencoder is not None:
         size += sum((autoencoder / name).stat().st_size for name in autoencoder_files(autoencoder))
-    with new_folder(target, size) as torn:
-        files = write_tensors(torn, source.shapes, source.read, kind, max_shard_bytes)
+    with new_folder(target, size) as temporary:
+        files = write_tensors(temporary, source.shapes, source.read, kind, max_shard_bytes)
         if autoencoder is not None:
-            files |= copy_autoencoder(autoencoder, torn)
-        text = json.dumps(about.model_dump(mode="json"), indent=1)
-        files[FILE_NAME] = write_file(torn / FILE_NAME, [text.encode()])
+            files |= copy_autoencoder(autoencoder, temporary)
+        text = json.dumps(metadata.model_dump(mode="json"), indent=1)
+        files[FILE_NAME] = write_file(temporary / FILE_NAME, [text.encode()])
         for name, entry in source.thresholds.items():
-            store(torn, name, entry)
-        card = model_card(about, source.shapes, sorted(source.thresholds), source.run)
-        write_file(torn / CARD, [card.encode()])
-        write_file(torn / CHECKSUMS, [json.dumps({"files": files}, indent=1).encode()])
-        compared = _compare(source, torn, kind)
+            store(temporary, name, entry)
+        card = model_card(metadata, source.shapes, sorted(source.thresholds), source.run)
+        write_file(temporary / CARD, [card.encode()])
+        write_file(temporary / CHECKSUMS, [json.dumps({"files": files}, indent=1).encode()])
+        compared = _compare(source, temporary, kind)
     return Written(target, total_bytes(source.shapes, kind), compared, notes)
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, needed: int = 0) -> Iterator[Path]:
-    """A hidden folder that gets the name `target` when all went well, else is removed.
+    """A temporary folder, renamed to `target` at the end, or removed if an error occurs.
 
-    needed: bytes that must be free. Raises UserError where the target exists, and for OSErrors.
+    needed: bytes that must be free. Raises UserError if the target exists, and for OSErrors.
     """
-    with _new(target, needed) as torn:
-        torn.mkdir()
-        yield torn
-        for file in torn.rglob("*"):
+    with _new(target, needed) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
             sync(file)
 
 
 @contextlib.contextmanager
 def new_file(target: Path, needed: int = 0) -> Iterator[Path]:
-    """The same for a file."""
-    with _new(target, needed) as torn:
-        yield torn
+    """As `new_folder`, for a file."""
+    with _new(target, needed) as temporary:
+        yield temporary
 
 
 @contextlib.contextmanager
 def _new(target: Path, needed: int) -> Iterator[Path]:
     refuse_existing(target)
-    torn = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        _remove(torn)
+        _remove(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if needed > free:
@@ -127,15 +130,15 @@ def _new(target: Path, needed: int) -> Iterator[Path]:
                 f"{target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; free "
                 "space or choose another place"
             )
-        yield torn
+        yield temporary
         refuse_existing(target)
-        sync(torn)
-        torn.rename(target)
+        sync(temporary)
+        temporary.rename(target)
         sync(target.parent)
     except OSError as error:
         raise UserError(f"{target} was not written: {error.strerror or error}") from error
     finally:
-        _remove(torn)
+        _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -146,44 +149,48 @@ def _remove(path: Path) -> None:
 
 
 def refuse_existing(target: Path) -> None:
+    """Raise UserError if the target exists."""
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; choose another name, or remove it first")
 
 
 def _compare(source: Source, folder: Path, kind: torch.dtype) -> int:
-    """Forward passes of the source and of what was written, equal bit for bit, in fp32."""
-    about = source.about
-    network = empty_network(about.model, about.moe)
+    """Compare the fp32 predictions of the source and of what was written. Returns how many.
+
+    Raises UserError unless they are equal bit for bit.
+    """
+    metadata = source.metadata
+    network = empty_network(metadata.model, metadata.moe)
     fill(network, lambda name, _: source.read(name))
     cast_parameters(network, kind)
     cast_parameters(network, torch.float32)
-    expected = probe(network, about)
+    expected = probe(network, metadata)
     del network
-    found = probe(load_exported(folder, verify=False)[0], about)
-    for (how, a), b in zip(expected.items(), found.values(), strict=True):
+    found = probe(load_exported(folder, verify=False)[0], metadata)
+    for (routing, a), b in zip(expected.items(), found.values(), strict=True):
         if not torch.equal(a, b):
             largest = float((a - b).abs().max())
             raise UserError(
-                f"{source.where}: the written model's output ({how}) differs from the source's by "
-                f"up to {largest:.3g}; nothing was kept. Is the disk sound?"
+                f"{source.where}: the written model's output ({routing}) differs from the source's "
+                f"by up to {largest:.3g}; nothing was kept. Check the disk"
             )
     return sum(output.numel() for output in expected.values())
 
 
 @torch.inference_mode()
-def probe(network: DiT, about: Metadata) -> dict[str, Tensor]:
-    """Predictions for two fixed inputs, routed as the model is set, and with all experts at work.
+def probe(network: DiT, metadata: Metadata) -> dict[str, Tensor]:
+    """Predictions for two fixed inputs, with the routing of the model and with static routing.
 
-    The second input has the null label, or no caption. -> {how it was routed: (2, C or 2C, H, W)}.
+    The second input has the null label or caption. Returns {routing: (2, C or 2C, H, W)}.
     """
-    model, flow = about.model, about.diffusion.objective == "flow"
+    model, flow = metadata.model, metadata.diffusion.objective == "flow"
     shape = (2, model.in_channels, model.input_size, model.input_size)
     x = torch.randn(shape, generator=keyed_generator("conversion probe"))
     t = torch.tensor([0.3, 0.8]) if flow else torch.tensor([250.0, 800.0])
-    condition = torch.tensor([0, model.num_classes])
+    condition: Condition = torch.tensor([0, model.num_classes])
     if model.text is not None:
         condition = _probe_text(model.text)
-    outputs = {about.moe.inference: network(x, t, condition).prediction}
+    outputs: dict[str, Tensor] = {metadata.moe.inference: network(x, t, condition).prediction}
     if network.routing is not None:
         with network.routed(RoutingMode("static")):
             outputs["static"] = network(x, t, condition).prediction
@@ -191,11 +198,11 @@ def probe(network: DiT, about: Metadata) -> dict[str, Tensor]:
 
 
 def _probe_text(text: TextConfig) -> Text:
-    """Two captions, of all places and of none."""
-    generator, places = keyed_generator("conversion probe text"), (2, text.length)
+    """Two captions: of full length, and the null caption."""
+    generator, positions = keyed_generator("conversion probe text"), (2, text.length)
     if text.encoder == BYTES:
-        tokens = torch.randint(256, places, generator=generator)
+        tokens = torch.randint(256, positions, generator=generator)
     else:
-        tokens = torch.randn(*places, text.width, generator=generator)
+        tokens = torch.randn(*positions, text.width, generator=generator)
     pooled = torch.randn(2, text.pooled, generator=generator) if text.pooled else None
-    return Text(tokens, torch.tensor([[True], [False]]).expand(places), pooled)
+    return Text(tokens, torch.tensor([[True], [False]]).expand(positions), pooled)

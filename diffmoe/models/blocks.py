@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from diffmoe.models.initialization import normal, starting, zero_linear
+
 
 def maybe_checkpoint(active: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function`; if active, keep its inputs alone and compute it again in the backward."""
+    """Call `function`; if active, keep only its inputs and compute it again in the backward."""
     if not active:
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -48,7 +50,7 @@ def dense_mlp(width: int, hidden: int, activation: str) -> MLP | SwiGLU:
 class Attention(nn.Module):
     """Multi-head self-attention, optionally with normalized queries and keys, rotary positions.
 
-    head_width: channels of one head; None shares the width out among the heads.
+    head_width: channels of one head; None: width / heads.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rotation: Tensor | None, mask_BT: Tensor | None = None
     ) -> Tensor:
-        """mask_BT: the tokens to look at; none may be without any."""
+        """mask_BT: True for tokens to attend to, at least one in each row; None: all."""
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, 3, self.heads, self.head_width)
         query, key, value = (one.transpose(1, 2) for one in qkv.unbind(2))  # (B, heads, T, ...)
@@ -78,21 +80,21 @@ class Attention(nn.Module):
 
 
 class Context(NamedTuple):
-    """What image tokens look at beside themselves: tokens_BLD, where mask_BL (B, L) is True."""
+    """Tokens that image tokens attend to beside themselves: tokens_BLD, where mask_BL is True."""
 
     tokens_BLD: Tensor
     mask_BL: Tensor
 
 
 class CrossAttention(nn.Module):
-    """Queries of the image tokens over keys and values of the context."""
+    """Queries of the image tokens over keys and values of the context. The output starts at 0."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, head_width: int) -> None:
         super().__init__()
         self.heads, self.head_width = heads, head_width
         self.q = nn.Linear(width, heads * head_width)
         self.kv = nn.Linear(width, 2 * heads * head_width)
-        self.proj = nn.Linear(heads * head_width, width)
+        self.proj = zero_linear(heads * head_width, width)
         self.q_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
 
@@ -107,20 +109,20 @@ class CrossAttention(nn.Module):
 
 
 def rotary_angles(grid: int, head_width: int) -> Tensor:
-    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs turn with y."""
+    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y."""
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    # Once transformers has loaded a model, linspace alone forgets `with torch.device(...)`.
+    # Once transformers has loaded a model, linspace ignores `with torch.device(...)`.
     frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4, device=y.device)
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + h/2]) by its token's angle, in fp32."""
+    """Rotate each pair (x[i], x[i + h/2]) by its token's angle, in fp32."""
     cos, sin = rotation
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.to(x.dtype)
+    rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.to(x.dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -130,8 +132,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(self.frequencies, width)
-        self.fc2 = nn.Linear(width, width)
+        self.fc1 = starting(nn.Linear(self.frequencies, width), weight=normal(0.02))
+        self.fc2 = starting(nn.Linear(width, width), weight=normal(0.02))
 
     def forward(self, t_B: Tensor) -> Tensor:
         half = self.frequencies // 2
@@ -160,8 +162,8 @@ def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero).
 
-    cross_attention: between them, to a context. Its output starts at zero (DiT.initialize), so it
-    has no gate: behind a gate of zero neither would ever learn.
+    cross_attention: to a context, between the two. Its output starts at zero, so it has no gate:
+    behind a gate of zero neither would ever learn.
     """
 
     def __init__(
@@ -176,13 +178,14 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = Attention(width, heads, qk_norm, head_width)
-        self.norm_cross = self.cross_attention = None
+        self.norm_cross: nn.LayerNorm | None = None
+        self.cross_attention: CrossAttention | None = None
         if cross_attention:
             self.norm_cross = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
             self.cross_attention = CrossAttention(width, heads, qk_norm, head_width)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.feed_forward = feed_forward
-        self.adaln = nn.Linear(width, 6 * width)
+        self.adaln = zero_linear(width, 6 * width)
         self.checkpointing = False
 
     def forward(
@@ -192,18 +195,18 @@ class Block(nn.Module):
         rotation: Tensor | None,
         context: Context | None = None,
     ) -> tuple[Tensor, Any]:
-        """-> the new tokens, and what the feed-forward decided (None when it is dense)."""
+        """The new tokens, and the LayerRouting of an MoE feed-forward (None of a dense one)."""
         modulation = self.adaln(F.silu(condition_BD)).chunk(6, dim=-1)
         x_BTD = maybe_checkpoint(self.checkpointing, self._attend, x_BTD, *modulation[:3], rotation)
         if context is not None:
-            x_BTD = maybe_checkpoint(self.checkpointing, self._look, x_BTD, *context)
+            x_BTD = maybe_checkpoint(self.checkpointing, self._attend_to_context, x_BTD, *context)
         shift, scale, gate = modulation[3:]
         h_BTD = modulate(self.norm2(x_BTD), shift, scale)
         if isinstance(self.feed_forward, MLP | SwiGLU):
-            h_BTD, decided = maybe_checkpoint(self.checkpointing, self.feed_forward, h_BTD), None
+            h_BTD, routing = maybe_checkpoint(self.checkpointing, self.feed_forward, h_BTD), None
         else:
-            h_BTD, decided = self.feed_forward(h_BTD)
-        return x_BTD + gate[:, None] * h_BTD, decided
+            h_BTD, routing = self.feed_forward(h_BTD)
+        return x_BTD + gate[:, None] * h_BTD, routing
 
     def _attend(
         self, x_BTD: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rotation: Tensor | None
@@ -211,5 +214,7 @@ class Block(nn.Module):
         h_BTD = modulate(self.norm1(x_BTD), shift, scale)
         return x_BTD + gate[:, None] * self.attention(h_BTD, rotation)
 
-    def _look(self, x_BTD: Tensor, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    def _attend_to_context(self, x_BTD: Tensor, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        assert self.cross_attention is not None
+        assert self.norm_cross is not None
         return x_BTD + self.cross_attention(self.norm_cross(x_BTD), tokens_BLD, mask_BL)

@@ -1,4 +1,4 @@
-"""The capacity predictor: learns which tokens get taken, and replaces the pool at inference."""
+"""The capacity predictor: learns which tokens are selected; replaces the pool at inference."""
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ class CapacityPredictor(nn.Module):
     """Linear - SiLU - Linear on detached tokens, one logit per expert (Eq. 10, 11).
 
     thresholds: tau of Eq. 14 and 17, one per expert; starts at 0, as in the release.
-    log_odds: calibrated thresholds that stand in for them at inference, as logits: near 0 and 1
-    many probabilities round to the same number, their logits do not.
+    log_odds: calibrated thresholds, as logits, which inference uses instead of `thresholds` where
+    they are set. Near 0 and 1 many probabilities round to the same number; their logits do not.
     """
 
     thresholds: Tensor
@@ -41,5 +41,5 @@ class CapacityPredictor(nn.Module):
 
 
 def capacity_loss(logits_SE: Tensor, selected_ES: Tensor) -> Tensor:
-    """Binary cross-entropy against what was taken, mean over tokens and experts (Eq. 12, 13)."""
+    """Binary cross-entropy against what was selected, mean over tokens, experts (Eq. 12, 13)."""
     return F.binary_cross_entropy_with_logits(logits_SE, selected_ES.t().to(logits_SE.dtype))

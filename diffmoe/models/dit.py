@@ -20,29 +20,19 @@ from diffmoe.models.blocks import (
     modulate,
     rotary_angles,
 )
+from diffmoe.models.capacity_predictor import CapacityPredictor
 from diffmoe.models.experts import Experts
+from diffmoe.models.initialization import initializers_of, normal, starting, zero_linear
 from diffmoe.models.inputs import check_inputs
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
-from diffmoe.models.routing_mode import RoutingMode, check_capacity
+from diffmoe.models.routing_mode import Kind, RoutingMode, check_capacity
 from diffmoe.models.text_embedding import TextEmbedder
 from diffmoe.parallel.topology import Topology
 from diffmoe.seeding import keyed_generator
 
-# Zero at the start: the output, and all that captions add, so that a text model starts as one
-# without text.
-_AT_ZERO = ("final", "text_embed.pooled_embed.", "text_embed.null_pooled")
-_PARTS_AT_ZERO = (".adaln.", ".cross_attention.proj.")
-_EMBEDDINGS = (
-    "timestep_embed",
-    "label_embed",
-    "text_embed.null_token",
-)
-# At the scale of what their blocks add: smaller ones are lost in it, and words lose their order.
-_TEXT_EMBEDDINGS = ("text_embed.encoder.embed", "text_embed.encoder.places")
-
 
 class DiTOutput(NamedTuple):
-    """prediction (B, C or 2C, H, W) in fp32, and each MoE layer's routing, first layer first."""
+    """prediction (B, C or 2C, H, W) in fp32 at least, and each MoE layer's routing, in order."""
 
     prediction: Tensor
     routing: list[LayerRouting]
@@ -54,12 +44,18 @@ for _kind in (Text, DiTOutput, LayerRouting):
 
 
 class DiT(nn.Module):
-    """A diffusion transformer; every second (or every) feed-forward is a mixture of experts."""
+    """A diffusion transformer; every second (or every) feed-forward is a mixture of experts.
+
+    topology: of the ranks that share the experts; None: this process has all of them.
+    """
+
+    positions: Tensor
+    rotation: Tensor | None
 
     def __init__(
         self, model: ModelConfig, moe: MoEConfig, topology: Topology | None = None
     ) -> None:
-        """Parameters are uninitialized: call `initialize`, or load them."""
+        """Parameters are left uninitialized: call `initialize`, or load them."""
         super().__init__()
         topology = topology or Topology()
         self.config, self.moe_config, self.topology = model, moe, topology
@@ -69,10 +65,13 @@ class DiT(nn.Module):
             model.in_channels, model.width, model.patch_size, stride=model.patch_size
         )
         self.timestep_embed = TimestepEmbedder(model.width)
-        self.label_embed = self.text_embed = None
+        self.label_embed: nn.Embedding | None = None
+        self.text_embed: TextEmbedder | None = None
         if model.text is None:
             # One row more than classes: the null label that guidance and label dropout use.
-            self.label_embed = nn.Embedding(model.num_classes + 1, model.width)
+            self.label_embed = starting(
+                nn.Embedding(model.num_classes + 1, model.width), weight=normal(0.02)
+            )
         else:
             self.text_embed = TextEmbedder(model.text, model.width)
         self.blocks = nn.ModuleList(
@@ -87,8 +86,8 @@ class DiT(nn.Module):
             for index in range(model.depth)
         )
         self.final_norm = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
-        self.final_adaln = nn.Linear(model.width, 2 * model.width)
-        self.final = nn.Linear(model.width, model.patch_size**2 * self.out_channels)
+        self.final_adaln = zero_linear(model.width, 2 * model.width)
+        self.final = zero_linear(model.width, model.patch_size**2 * self.out_channels)
         self.register_buffer("positions", grid_positions(model.width, self.grid), persistent=False)
         rotation = rotary_angles(self.grid, model.width_of_head) if model.rope else None
         self.register_buffer("rotation", rotation, persistent=False)
@@ -102,25 +101,28 @@ class DiT(nn.Module):
         return dense_mlp(model.width, int(model.width * model.mlp_ratio), model.mlp_activation)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> DiTOutput:
-        """x (B, C, H, W) noisy latents, t (B,).
+        """The prediction for noisy latents x (B, C, H, W) at times t (B,).
 
-        condition: labels (B,), num_classes being the null one; of a text model its captions.
-        Raises ValueError for other shapes, some of which would be computed with in silence.
+        condition: labels (B,), where num_classes is the null label; or captions, of a text model.
+        Raises ValueError for inputs of other shapes or types.
         """
         check_inputs(self.config, x, t, condition)
         x_BDT = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2)
-        # Sums keep the layout of their first term: all blocks would go on in that of the patches.
+        # A sum has its first term's memory layout: without a copy, that of the patches in all
+        # blocks.
         x_BTD = x_BDT.transpose(1, 2).contiguous() + self.positions.to(x_BDT.dtype)
-        if self.text_embed is None:
-            context, vector = None, self.label_embed(condition)
-        else:
+        context = None
+        if self.text_embed is not None:
             context, vector = self.text_embed(condition)
+        else:
+            assert self.label_embed is not None
+            vector = self.label_embed(condition)
         condition_BD = self.timestep_embed(t) + vector
         routing = []
         for block in self.blocks:
-            x_BTD, decided = block(x_BTD, condition_BD, self.rotation, context)
-            if decided is not None:
-                routing.append(decided)
+            x_BTD, layer_routing = block(x_BTD, condition_BD, self.rotation, context)
+            if layer_routing is not None:
+                routing.append(layer_routing)
         shift, scale = self.final_adaln(F.silu(condition_BD)).chunk(2, dim=-1)
         patches = self.final(modulate(self.final_norm(x_BTD), shift, scale))
         return DiTOutput(self._unpatchify(patches), routing)
@@ -138,25 +140,31 @@ class DiT(nn.Module):
         return [layer for layer in layers if isinstance(layer, MoEFeedForward)]
 
     @property
+    def capacity_predictors(self) -> list[CapacityPredictor]:
+        """One for each MoE layer of a DiffMoE; none of another network."""
+        predictors = (layer.capacity_predictor for layer in self.moe_layers)
+        return [predictor for predictor in predictors if predictor is not None]
+
+    @property
     def thresholds_LE(self) -> Tensor:
-        """The capacity thresholds of all MoE layers, a copy."""
-        return torch.stack([layer.capacity_predictor.thresholds for layer in self.moe_layers])
+        """A copy of the capacity thresholds of all MoE layers, (L, E)."""
+        return torch.stack([predictor.thresholds for predictor in self.capacity_predictors])
 
     @property
     def has_thresholds(self) -> bool:
-        """Whether a predictor decides at inference, so that capacity can be chosen."""
+        """Whether capacity predictors route at inference, so that capacity can be chosen."""
         return self.moe_config.type == "diffmoe" and bool(self.moe_layers)
 
     @property
     def shares_compute(self) -> bool:
-        """Whether a sample's routing depends on its batch mates, in evaluation."""
+        """Whether a sample's routing in evaluation depends on the rest of its batch."""
         return self.routing is not None and self.routing.kind != "per_token"
 
     @property
     def routing(self) -> RoutingMode | None:
-        """How evaluation routes; None where there is one way alone (no capacity predictor).
+        """How evaluation routes; None without capacity predictors, where there is only one way.
 
-        Setting it raises UserError for a mode that the network cannot follow.
+        Setting it raises UserError for a mode that the network does not have.
         """
         return self._routing
 
@@ -166,38 +174,40 @@ class DiT(nn.Module):
         if not self.has_thresholds:
             family = moe.type if self.moe_layers else "dense"
             raise UserError(
-                f"routing {mode.kind}: a {family} model routes in one way alone; leave it out"
+                f"routing {mode.kind}: a {family} model has only one way to route; leave it out"
             )
         if mode.capacity is not None:
             check_capacity(mode.capacity, moe.experts)
         self._routing = mode
-        for number, layer in enumerate(self.moe_layers):
+        for layer in self.moe_layers:
             layer.inference = mode.kind
             layer.capacity = moe.capacity if mode.capacity is None else mode.capacity
-            predictor, log_odds_LE = layer.capacity_predictor, mode.log_odds_LE
+        for number, predictor in enumerate(self.capacity_predictors):
+            log_odds_LE = mode.log_odds_LE
             predictor.log_odds = (
                 None if log_odds_LE is None else log_odds_LE[number].to(predictor.thresholds.device)
             )
 
     @contextmanager
     def routed(self, mode: RoutingMode) -> Iterator[None]:
-        """Route by a mode for a while, then as before."""
+        """Route by `mode` inside of the `with` block, afterwards as before."""
         before = self.routing
         self.routing = mode
         try:
             yield
         finally:
-            self.routing = before
+            if before is not None:
+                self.routing = before
 
-    def route_by(self, kind: str, capacity: float | None = None) -> None:
-        """Set `routing` but for its thresholds, which stay."""
+    def route_by(self, kind: Kind, capacity: float | None = None) -> None:
+        """Set kind and capacity of `routing`; its thresholds stay."""
         log_odds_LE = None if self.routing is None else self.routing.log_odds_LE
         self.routing = RoutingMode(kind, capacity, log_odds_LE)
 
     def move_thresholds(self, kth_LE: Tensor) -> None:
         """One step of their moving average (Eq. 17) towards the K-th largest probabilities."""
-        for layer, kth_E in zip(self.moe_layers, kth_LE, strict=True):
-            layer.capacity_predictor.thresholds.lerp_(kth_E, 1 - self.moe_config.threshold_ema)
+        for predictor, kth_E in zip(self.capacity_predictors, kth_LE, strict=True):
+            predictor.thresholds.lerp_(kth_E, 1 - self.moe_config.threshold_ema)
 
     def checkpoint_activations(self, active: bool) -> None:
         """Compute each block's activations again in the backward pass instead of keeping them."""
@@ -206,7 +216,7 @@ class DiT(nn.Module):
                 module.checkpointing = active
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of which this rank holds a part: rows of dimension 0 are experts."""
+        """The parameters of which this rank holds a part: dimension 0 counts its experts."""
         return {
             f"{prefix}.{name}": parameter
             for prefix, module in self.named_modules()
@@ -221,47 +231,26 @@ class DiT(nn.Module):
         Each tensor, and each expert under its global number, has a generator of its own, so the
         weights do not depend on how many ranks share the experts.
         """
-        experts = self.expert_parameters()
+        initializers, experts = initializers_of(self), self.expert_parameters()
         for name, parameter in self.named_parameters():
+            initializer = initializers[name]
             if name not in experts:
-                self._initialize_one(name, parameter, keyed_generator(seed, "init", name))
+                generator = keyed_generator(seed, "init", name)
+                parameter.copy_(initializer(parameter.shape, generator))
                 continue
             first = self.topology.expert_rank * len(parameter)
-            for offset, one in enumerate(parameter):
-                # Expert matrices are stored (in, out): Xavier's bound is the same.
-                self._initialize_one(name, one, keyed_generator(seed, "init", name, first + offset))
+            for number, one in enumerate(parameter, first):
+                generator = keyed_generator(seed, "init", name, number)
+                one.copy_(initializer(one.shape, generator))
         return self
 
-    @torch.no_grad()
-    def initial(self, name: str, seed: int) -> Tensor:
-        """One parameter that is no expert's, as `initialize` makes it; works on the meta device."""
-        tensor = torch.empty(self.get_parameter(name).shape)
-        self._initialize_one(name, tensor, keyed_generator(seed, "init", name))
-        return tensor
+    def initial_value(self, name: str, seed: int) -> Tensor:
+        """One parameter as `initialize` makes it, in fp32 on the CPU.
 
-    def _initialize_one(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        leaf = name.rsplit(".", 1)[-1]
-        if "_norm." in name:
-            tensor.fill_(1.0)
-        elif (
-            leaf in ("bias", "b_in", "b_out")
-            or name.startswith(_AT_ZERO)
-            or any(part in name for part in _PARTS_AT_ZERO)
-        ):
-            tensor.zero_()
-        elif leaf == "router":
-            _fill_normal(tensor, self.moe_config.router_init_std, generator)
-        elif ".experts." in name and self.moe_config.expert_init_std is not None:
-            _fill_normal(tensor, self.moe_config.expert_init_std, generator)
-        elif name.startswith(_EMBEDDINGS):
-            _fill_normal(tensor, 0.02, generator)
-        elif name.startswith(_TEXT_EMBEDDINGS):
-            _fill_normal(tensor, 1.0, generator)
-        else:
-            rows, columns = tensor.flatten(1).shape
-            bound = (6 / (rows + columns)) ** 0.5
-            drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
-            tensor.copy_((2 * drawn - 1) * bound)
+        The network may be on the meta device. Not for experts' parameters.
+        """
+        shape, generator = self.get_parameter(name).shape, keyed_generator(seed, "init", name)
+        return initializers_of(self)[name](shape, generator)
 
     def parameter_count(self) -> int:
         """Trainable parameters of the whole model, all ranks' experts included."""
@@ -270,7 +259,3 @@ class DiT(nn.Module):
             parameter.numel() * (self.topology.expert_parallel if name in experts else 1)
             for name, parameter in self.named_parameters()
         )
-
-
-def _fill_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
-    tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffmoe.models.initialization import normal, xavier_uniform, zeros
 from diffmoe.models.precision import autocast_dtype
 
 
@@ -11,11 +12,25 @@ class Experts(nn.Module):
     """e MLPs with their weights stacked, so that all of them run in one batched product per layer.
 
     GELU (tanh form, with biases) as in DiT, or SwiGLU (three matrices, no biases).
+    init_std: each expert's matrices start normally distributed; None: Xavier uniform.
     """
 
-    def __init__(self, experts: int, width: int, hidden: int, activation: str) -> None:
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        hidden: int,
+        activation: str,
+        init_std: float | None = None,
+    ) -> None:
         super().__init__()
         self.activation = activation
+        matrix = xavier_uniform if init_std is None else normal(init_std)
+        # Of one expert's part of each tensor.
+        self.initializers = {
+            **dict.fromkeys(("w_in", "w_gate", "w_up", "w_out"), matrix),
+            **dict.fromkeys(("b_in", "b_out"), zeros),
+        }
         if activation == "swiglu":
             self.w_gate = nn.Parameter(torch.empty(experts, width, hidden))
             self.w_up = nn.Parameter(torch.empty(experts, width, hidden))
@@ -26,7 +41,7 @@ class Experts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, rows: Tensor, counts_e: Tensor | None) -> Tensor:
-        """rows (e, N, D) when every expert has N rows (counts_e is None), else (N, D) by expert."""
+        """rows: (e, N, D) if every expert has N rows (counts_e None), else (N, D) by expert."""
         multiply = _batched_linear if counts_e is None else _GroupedLinear(rows, counts_e)
         if self.activation == "swiglu":
             hidden = F.silu(multiply(rows, self.w_gate)) * multiply(rows, self.w_up)
@@ -46,7 +61,7 @@ class _GroupedLinear:
 
     def __init__(self, rows_ND: Tensor, counts_e: Tensor) -> None:
         self.counts_e = counts_e
-        self.dtype = autocast_dtype(rows_ND) or rows_ND.dtype  # autocast leaves the kernel alone
+        self.dtype = autocast_dtype(rows_ND) or rows_ND.dtype  # autocast ignores grouped_mm
         # torch's grouped product (2.10 on) takes these types only, and at least one row; elsewhere
         # one product per expert.
         self.has_kernel = (
@@ -57,7 +72,7 @@ class _GroupedLinear:
                 or (
                     self.dtype == torch.float32
                     and rows_ND.device.type == "cpu"
-                    and not torch.compiler.is_compiling()  # its shape inference knows bf16 alone
+                    and not torch.compiler.is_compiling()  # shape inference knows bf16 only
                 )
             )
         )
@@ -65,7 +80,7 @@ class _GroupedLinear:
     def __call__(self, rows_ND: Tensor, w_eDH: Tensor, b_eH: Tensor | None = None) -> Tensor:
         rows_ND, w_eDH = rows_ND.to(self.dtype), w_eDH.to(self.dtype)
         b_eH = None if b_eH is None else b_eH.to(self.dtype)
-        # The kernel wants rows, in and out, whose length in bytes divides by 16.
+        # The kernel needs rows, in and out, whose length in bytes is a multiple of 16.
         if self.has_kernel and w_eDH.shape[1] % 8 == 0 and w_eDH.shape[2] % 8 == 0:
             ends_e = self.counts_e.cumsum(0).to(torch.int32)
             product_NH = F.grouped_mm(rows_ND, w_eDH, offs=ends_e)

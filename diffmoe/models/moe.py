@@ -10,13 +10,18 @@ from diffmoe.models import routing
 from diffmoe.models.blocks import dense_mlp, maybe_checkpoint
 from diffmoe.models.capacity_predictor import CapacityPredictor, capacity_loss
 from diffmoe.models.experts import Experts
+from diffmoe.models.initialization import normal
 from diffmoe.models.precision import autocast_dtype
 from diffmoe.models.routing import Assignment
 from diffmoe.parallel.topology import Topology
 
 
 class LayerRouting(NamedTuple):
-    """What one MoE layer decided in one forward, for losses, thresholds and reports."""
+    """Routing of one MoE layer in one forward pass, for losses, thresholds and reports.
+
+    selected_ES: which expert takes which token. capacity_logits_SE: of the capacity predictor.
+    capacity_loss, balance_loss: scalars, in training.
+    """
 
     selected_ES: Tensor
     capacity_logits_SE: Tensor | None = None
@@ -39,11 +44,13 @@ class MoEFeedForward(nn.Module):
         self.pool = topology.token_pool(moe.token_pool)
         self.dispatch = topology.dispatch()
         self.router = nn.Parameter(torch.empty(moe.experts, model.width))
+        self.initializers = {"router": normal(moe.router_init_std)}
         self.experts = Experts(
             moe.experts // topology.expert_parallel,
             model.width,
             int(model.width * moe.expert_ratio),
             moe.activation,
+            moe.expert_init_std,
         )
         self.capacity_predictor = (
             CapacityPredictor(model.width, moe.experts) if moe.type == "diffmoe" else None
@@ -60,10 +67,10 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, LayerRouting]:
         tokens_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        assignment, decided = self._route(tokens_SD, x_BTD.shape[1])
-        # Routing stays outside of what is computed again: it happens once, checkpointed or not.
+        assignment, layer_routing = self._route(tokens_SD, x_BTD.shape[1])
+        # Routing is never computed again in the backward pass.
         mixed_SD = maybe_checkpoint(self.checkpointing, self._mix, tokens_SD, *assignment)
-        return mixed_SD.view_as(x_BTD), decided
+        return mixed_SD.view_as(x_BTD), layer_routing
 
     def _route(self, tokens_SD: Tensor, tokens_per_sample: int) -> tuple[Assignment, LayerRouting]:
         tokens = tokens_SD.shape[0]  # not len(), which torch.export takes for a constant
@@ -72,19 +79,23 @@ class MoEFeedForward(nn.Module):
         if self.moe.type == "token_choice":
             selected_ES = routing.token_choice_mask(ranked_SE, self.moe.top_k)
             balance = routing.load_balancing_loss(scores_SE, selected_ES) if self.training else None
-            decided = LayerRouting(selected_ES, balance_loss=balance)
-            return routing.ragged_assignment(selected_ES, scores_SE), decided
+            assignment = routing.ragged_assignment(selected_ES, scores_SE)
+            return assignment, LayerRouting(selected_ES, balance_loss=balance)
         if self.moe.type == "expert_choice":
             k = self._capacity(tokens_per_sample, self.moe.capacity)
             selected_ES = routing.expert_choice_mask(ranked_SE, tokens_per_sample, k)
             k *= tokens // tokens_per_sample
             return self._assign(selected_ES, scores_SE, k), LayerRouting(selected_ES)
+        assert self.capacity_predictor is not None
         logits_SE = self.capacity_predictor(tokens_SD)
         if self.training:
             k = self._capacity(tokens * self.pool.ranks, self.moe.capacity)
-            selected_ES = self._take_from_pool(ranked_SE, k)
-            decided = LayerRouting(selected_ES, logits_SE, capacity_loss(logits_SE, selected_ES))
-            return self._assign(selected_ES, scores_SE, k), decided
+            selected_ES = self._select_from_pool(ranked_SE, k)
+            loss = capacity_loss(logits_SE, selected_ES)
+            return (
+                self._assign(selected_ES, scores_SE, k),
+                LayerRouting(selected_ES, logits_SE, loss),
+            )
         if self.inference == "static":
             k = self._capacity(tokens, self.capacity)
             selected_ES = routing.top_k_mask(ranked_SE.t(), k)
@@ -102,13 +113,13 @@ class MoEFeedForward(nn.Module):
         moe = self.moe
         return routing.expert_capacity(tokens, moe.experts, capacity, moe.capacity_rounding)
 
-    def _take_from_pool(self, scores_SE: Tensor, k: int) -> Tensor:
+    def _select_from_pool(self, scores_SE: Tensor, k: int) -> Tensor:
         scores_ES = scores_SE.t().contiguous()
         kth_E = self.pool.kth_largest(scores_ES, k)
-        return routing.take_largest(scores_ES, kth_E, self.pool.ties(scores_ES, kth_E, k))
+        return routing.select_largest(scores_ES, kth_E, self.pool.ties(scores_ES, kth_E, k))
 
     def _assign(self, selected_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
-        """Static where every expert surely takes k tokens of every rank of the group."""
+        """Static where every expert is known to take k tokens of every rank of the group."""
         equal_on_all_ranks = self.training or self.dispatch.size == 1
         if self.pool.ranks == 1 and equal_on_all_ranks:
             return routing.static_assignment(selected_ES, scores_SE, k)
@@ -117,7 +128,7 @@ class MoEFeedForward(nn.Module):
     def _mix(
         self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None
     ) -> Tensor:
-        """Gather each expert's tokens, run the experts, add the gated results up. -> (S, D)."""
+        """Gather each expert's tokens, run the experts, sum the gated results. -> (S, D)."""
         rows = routing.gather(tokens_SD, token_index)
         if counts_E is None:
             rows = self.dispatch.static(rows, self.experts)
@@ -128,18 +139,20 @@ class MoEFeedForward(nn.Module):
             if self.shared_expert is None
             else self.shared_expert(tokens_SD)
         )
-        if autocast_dtype(tokens_SD) is not None:  # what an expert adds is not rounded away
+        if autocast_dtype(tokens_SD) is not None:  # small terms would be rounded away in the sum
             base_SD, rows = base_SD.float(), rows.float()
         return routing.combine(base_SD, rows, gates, token_index).to(tokens_SD.dtype)
 
 
 def routing_loss(routings: list[LayerRouting], moe: MoEConfig) -> Tensor | float:
-    """What the MoE layers add to the loss: capacity prediction (Eq. 13) or load balance."""
+    """What the MoE layers add to the loss: capacity prediction (Eq. 13) or load balancing."""
     if moe.type == "diffmoe":
-        total = torch.stack([layer.capacity_loss for layer in routings]).sum()
+        losses = [layer.capacity_loss for layer in routings if layer.capacity_loss is not None]
+        total = torch.stack(losses).sum()
         if moe.capacity_loss_reduction == "mean":
             total = total / len(routings)
         return moe.capacity_loss_weight * total
     if moe.type == "token_choice":
-        return moe.aux_loss_weight * torch.stack([layer.balance_loss for layer in routings]).sum()
+        losses = [layer.balance_loss for layer in routings if layer.balance_loss is not None]
+        return moe.aux_loss_weight * torch.stack(losses).sum()
     return 0.0

@@ -1,4 +1,4 @@
-"""What a surrounding torch.autocast does to the layer, and where it must not reach."""
+"""Which type a surrounding torch.autocast computes in, and how to turn it off."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The type in which products of `tensor` are computed here; None outside of torch.autocast."""
+    """The type that torch.autocast computes products of `tensor` in here; None outside of it."""
     kind = tensor.device.type
     # Devices such as meta know no autocast; asking whether it is on there is an error.
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):

@@ -63,13 +63,13 @@ def router_scores(tokens_SD: Tensor, weight_ED: Tensor) -> Tensor:
 def ranked(scores_SE: Tensor) -> Tensor:
     """The scores to choose by: without gradient, and NaN below all others.
 
-    So every expert finds its K whatever the scores are, and a sample that has become NaN takes no
+    Every expert then finds its K whatever the scores are, and a sample that has become NaN takes no
     other sample's place.
     """
     return scores_SE.detach().nan_to_num(nan=-1.0)
 
 
-def take_largest(values_XS: Tensor, kth_X: Tensor, ties_X: Tensor) -> Tensor:
+def select_largest(values_XS: Tensor, kth_X: Tensor, ties_X: Tensor) -> Tensor:
     """Mask (X, S) of all values above the K-th largest, and of the first `ties_X` that equal it."""
     equal_XS = values_XS == kth_X[:, None]
     return (values_XS > kth_X[:, None]) | (equal_XS & (equal_XS.cumsum(dim=1) <= ties_X[:, None]))
@@ -80,14 +80,14 @@ def top_k_mask(values_XS: Tensor, k: int) -> Tensor:
     if k == 0:  # a rank without tokens
         return torch.zeros_like(values_XS, dtype=torch.bool)
     kth_X = values_XS.topk(k, dim=1).values[:, -1]
-    return take_largest(values_XS, kth_X, k - (values_XS > kth_X[:, None]).sum(dim=1))
+    return select_largest(values_XS, kth_X, k - (values_XS > kth_X[:, None]).sum(dim=1))
 
 
 def static_assignment(selected_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
-    """The pairs of a mask in which every expert took exactly k tokens; no wait for the device."""
+    """The pairs of a mask with exactly k tokens for every expert; does not wait for the device."""
     slot_ES = torch.where(selected_ES, selected_ES.cumsum(dim=1) - 1, k)
     token_ES = torch.arange(selected_ES.shape[1], device=selected_ES.device).expand_as(selected_ES)
-    # Tokens not taken are all written into a last column, which is cut off.
+    # All tokens that were not selected are written into a last column, which is cut off.
     index_EK = token_ES.new_zeros(selected_ES.shape[0], k + 1).scatter(1, slot_ES, token_ES)[:, :k]
     return Assignment(index_EK, scores_SE.t().gather(1, index_EK))
 
@@ -99,13 +99,13 @@ def ragged_assignment(selected_ES: Tensor, scores_SE: Tensor) -> Assignment:
 
 
 def gather(tokens_SD: Tensor, token_index: Tensor) -> Tensor:
-    """The chosen tokens, (*token_index.shape, D)."""
-    # The backward of index_select adds rows; that of an index in brackets, numbers one by one.
+    """The selected tokens, (*token_index.shape, D)."""
+    # The backward of index_select adds whole rows; that of tokens_SD[index], single numbers.
     return tokens_SD.index_select(0, token_index.flatten()).unflatten(0, token_index.shape)
 
 
 def combine(base_SD: Tensor, rows: Tensor, gates: Tensor, token_index: Tensor) -> Tensor:
-    """base_SD plus every row times its gate, at the row's token. rows: (*gates.shape, D)."""
+    """base_SD plus every row times its gate, added at its token. rows: (*gates.shape, D)."""
     gated = rows * gates.unsqueeze(-1).to(rows.dtype)
     return base_SD.index_add(0, token_index.flatten(), gated.flatten(0, -2))
 

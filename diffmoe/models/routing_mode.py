@@ -1,4 +1,4 @@
-"""How a DiffMoE network routes in evaluation: one value, which the network holds whole."""
+"""How a DiffMoE network routes in evaluation: one value, kept by the network."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,9 +16,11 @@ class RoutingMode:
 
     kind: per_token (Eq. 14; an image does not depend on its batch mates), pooled (Alg. 4) or
     static (each expert's best K tokens of the batch, as in training).
-    capacity: C of static; None: that of training.
-    log_odds_LE: calibrated thresholds, as logits, by layer and expert; None: those that training
-    tracked.
+    capacity: C of static routing; None: that of training.
+    log_odds_LE: calibrated thresholds (L, E) of per_token and pooled, as logits; None: those that
+    training tracked.
+
+    Raises UserError for a kind that does not exist, or a capacity with another kind than static.
     """
 
     kind: Kind = "per_token"
@@ -30,12 +32,12 @@ class RoutingMode:
             raise UserError(f"routing {self.kind}: choose per_token, pooled or static")
         if self.capacity is not None and self.kind != "static":
             raise UserError(
-                f"capacity {self.capacity:g} belongs to static routing; {self.kind} goes by "
+                f"capacity {self.capacity:g} belongs to static routing; {self.kind} uses "
                 "thresholds (tools/calibrate.py finds those of a capacity)"
             )
 
 
 def check_capacity(capacity: float, experts: int) -> None:
-    """Raise UserError for one that no routing can meet, as NaN."""
+    """Raise UserError for a capacity that no routing can meet, or NaN."""
     if not 0 < capacity <= experts:
         raise UserError(f"capacity {capacity:g}: choose one above 0, at most {experts} (experts)")

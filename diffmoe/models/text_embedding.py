@@ -1,4 +1,4 @@
-"""Captions in the width of the network, with a learned null caption."""
+"""Captions projected to the network's width, with a learned null caption."""
 
 import torch
 from torch import Tensor, nn
@@ -8,28 +8,32 @@ from diffmoe.conditions import Text
 from diffmoe.config import BYTES, TextConfig
 from diffmoe.models.blocks import Context
 from diffmoe.models.byte_encoder import ByteEncoder
+from diffmoe.models.initialization import normal, zero_linear, zeros
 
 
 class TextEmbedder(nn.Module):
-    """Captions in the width of the network, and in the place of the null caption learned ones.
+    """Captions projected to the network's width. The null caption is learned.
 
-    Learned: a token and, where captions have a pooled vector, a vector. An encoder's features of
-    the empty string would do, but then training and sampling without a caption need that encoder.
-    With a token, no row of the attention is ever empty.
+    It is a token and, where captions have a pooled vector, a vector. (With an encoder's features of
+    the empty string instead, sampling without a caption would need that encoder.) Because of the
+    token, attention always has something to attend to.
     """
 
     def __init__(self, text: TextConfig, width: int) -> None:
         super().__init__()
-        self.encoder, pooled = None, text.pooled
+        self.encoder: ByteEncoder | None = None
+        pooled = text.pooled
         if text.encoder == BYTES:
             self.encoder, pooled = ByteEncoder(text), text.width
         self.project = nn.Linear(text.width, width)
         self.null_token = nn.Parameter(torch.empty(width))
-        self.pooled_embed = nn.Linear(pooled, width) if pooled else None
+        # Zero, as is the output of cross-attention: a text model starts as one without text.
+        self.pooled_embed = zero_linear(pooled, width) if pooled else None
         self.null_pooled = nn.Parameter(torch.empty(width)) if pooled else None
+        self.initializers = {"null_token": normal(0.02), "null_pooled": zeros}
 
     def forward(self, text: Text) -> tuple[Context, Tensor | float]:
-        """-> what the blocks look at, and what captions add to the condition (B, D)."""
+        """-> what the blocks attend to, and what captions add to the condition (B, D)."""
         dtype = self.project.weight.dtype
         null_B1 = ~text.mask_BL.any(dim=1, keepdim=True)
         mask_BL = text.mask_BL | null_B1
@@ -42,10 +46,12 @@ class TextEmbedder(nn.Module):
             pooled_BD = torch.einsum("bl,bld->bd", weights_BL, features_BLD)
         # Encoders differ in scale by orders of magnitude.
         tokens_BLD = self.project(F.layer_norm(features_BLD, features_BLD.shape[-1:]))
-        # The same token at every place of the row is, to attention, one token.
+        # Attention to a row of equal tokens gives what attention to one of them does.
         tokens_BLD = torch.where(null_B1[..., None], self.null_token, tokens_BLD)
         context = Context(tokens_BLD, mask_BL)
         if self.pooled_embed is None:
             return context, 0.0
+        assert pooled_BD is not None
+        assert self.null_pooled is not None
         vector_BD = self.pooled_embed(F.layer_norm(pooled_BD, pooled_BD.shape[-1:]))
         return context, torch.where(null_B1, self.null_pooled, vector_BD)

@@ -231,7 +231,7 @@ def _write_sheet(
 ) -> None:
     """The report gets where it is, or why it is not, and what is wrong with its images."""
     try:
-        autoencoder = autoencoder_of(manifest.model_dump(), device)
+        autoencoder = autoencoder_of(manifest.latent_spec, device)
     except UserError as error:
         report.lines.append(f"no contact sheet: {error}")
         return

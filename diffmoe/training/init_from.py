@@ -7,7 +7,7 @@ import torch
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
-from diffmoe.export.exported import ExportedModel, is_exported
+from diffmoe.export.exported_model import ExportedModel, is_exported
 from diffmoe.export.tensors import check_state_dict
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
@@ -28,7 +28,7 @@ def check(config: Config) -> None:
             "tools/convert_checkpoint.py FROM TO"
         )
     model = ExportedModel(path)
-    there, now = model.about.model.model_dump(), config.model.model_dump()
+    there, now = model.metadata.model.model_dump(), config.model.model_dump()
     differing = [f"model.{key}: {there[key]} there, {now[key]} now" for key in now]
     differing = [line for key, line in zip(now, differing, strict=True) if there[key] != now[key]]
     if differing:

@@ -49,7 +49,7 @@ def check(config: Config, manifest: Manifest) -> None:
     check_judges(prompts, evaluation.classifier, evaluation.truth)
     _settings(config).chosen_sampler(config)
     check_guidance(config, _settings(config), prompts)
-    autoencoder_of(manifest.model_dump())
+    autoencoder_of(manifest.latent_spec)
     if evaluation.classifier:
         load_classifier(evaluation.classifier)
     if not evaluation.reference:
@@ -93,7 +93,7 @@ class LiveEvaluation:
         choices = config.model.num_classes if self.prompts is None else len(self.prompts)
         evaluation = config.evaluation
         self.order = SampleRequest(evaluation.num_samples, tuple(range(choices)), evaluation.labels)
-        self.decode = autoencoder_of(manifest.model_dump(), device).decode
+        self.decode = autoencoder_of(manifest.latent_spec, device).decode
         self.weights = next(iter(reversed(ema.averages)), "live")
         self._judges: list[Any] | None = None
 

@@ -50,8 +50,8 @@ def test_the_parts_in_a_chain_are_the_layer():
     selected_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
     rows_EKD = layer.experts(routing.gather(tokens[0], index_EK), None)
     mixed_SD = routing.combine(torch.zeros_like(tokens[0]), rows_EKD, gates_EK, index_EK)
-    mixed, decided = layer(tokens)
-    assert torch.equal(selected_ES, decided.selected_ES)
+    mixed, layer_routing = layer(tokens)
+    assert torch.equal(selected_ES, layer_routing.selected_ES)
     assert torch.equal(mixed_SD, mixed[0])
 
 

@@ -16,7 +16,7 @@ from diffmoe.conversion import hugging_face
 from diffmoe.conversion.foreign import Options, foreign_source, write_foreign
 from diffmoe.data.autoencoders import KLAutoencoder
 from diffmoe.errors import UserError
-from diffmoe.export.exported import ExportedModel
+from diffmoe.export.exported_model import ExportedModel
 from diffmoe.export.sources import Source
 from diffmoe.export.writing import write_exported
 from tests.helpers.autoencoders import autoencoder
@@ -60,10 +60,10 @@ def converted(folder: Path, target: Path, options: Options | None = None) -> Exp
 
 def test_a_pipelines_own_autoencoder_and_names_are_used(pipeline: Path, tmp_path: Path):
     DiTPipeline.from_pretrained(pipeline)  # it is one
-    about = converted(pipeline, tmp_path / "out").about
-    assert (about.latents.autoencoder, about.latents.scale) == ("vae", 0.3)
-    assert about.class_names == tuple(f"name {i}" for i in range(10))
-    assert about.diffusion.objective == "ddpm"
+    metadata = converted(pipeline, tmp_path / "out").metadata
+    assert (metadata.latents.autoencoder, metadata.latents.scale) == ("vae", 0.3)
+    assert metadata.class_names == tuple(f"name {i}" for i in range(10))
+    assert metadata.diffusion.objective == "ddpm"
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = KLAutoencoder(str(pipeline / "vae"), 0.3).decode(latents)
     opened = diffmoe.Pipeline(tmp_path / "out", device="cpu")
@@ -73,29 +73,43 @@ def test_a_pipelines_own_autoencoder_and_names_are_used(pipeline: Path, tmp_path
 
 def test_what_the_user_says_wins(pipeline: Path, tmp_path: Path):
     other = autoencoder(tmp_path / "other", scale=0.7)
-    about = converted(pipeline, tmp_path / "a", Options(autoencoder=str(other))).about
-    assert about.latents.scale == 0.7
-    about = converted(pipeline, tmp_path / "b", Options(autoencoder="some/vae", scale=0.2)).about
-    assert (about.latents.autoencoder, about.latents.scale) == ("some/vae", 0.2)
+    metadata = converted(pipeline, tmp_path / "a", Options(autoencoder=str(other))).metadata
+    assert metadata.latents.scale == 0.7
+    metadata = converted(
+        pipeline, tmp_path / "b", Options(autoencoder="some/vae", scale=0.2)
+    ).metadata
+    assert (metadata.latents.autoencoder, metadata.latents.scale) == ("some/vae", 0.2)
     wide = autoencoder(tmp_path / "wide", channels=8)
-    with pytest.raises(UserError, match="wide makes latents of 8 channels, the model takes 4"):
+    with pytest.raises(UserError, match="wide have 8 channels, those of the model 4"):
         converted(pipeline, tmp_path / "c", Options(autoencoder=str(wide)))
 
 
 def test_a_transformer_alone_has_the_published_autoencoder(pipeline: Path, tmp_path: Path):
-    latents = converted(pipeline / "transformer", tmp_path / "out").about.latents
+    latents = converted(pipeline / "transformer", tmp_path / "out").metadata.latents
     assert (latents.autoencoder, latents.scale) == ("stabilityai/sd-vae-ft-ema", 0.18215)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "told"),
     [
-        (DDIMScheduler(prediction_type="v_prediction"), "prediction_type='v_prediction'; only"),
-        (DDPMScheduler(beta_schedule="scaled_linear"), "beta_schedule='scaled_linear'; only"),
-        (DDIMScheduler(beta_end=0.012), r"beta_end=0\.012; only 0\.02"),
-        (DDIMScheduler(num_train_timesteps=500), "num_train_timesteps=500; only 1000"),
-        (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True; only False"),
-        (FlowMatch(), "FlowMatchEulerDiscreteScheduler; only"),
+        (
+            DDIMScheduler(prediction_type="v_prediction"),
+            "prediction_type='v_prediction' cannot be converted",
+        ),
+        (
+            DDPMScheduler(beta_schedule="scaled_linear"),
+            "beta_schedule='scaled_linear' cannot be converted",
+        ),
+        (DDIMScheduler(beta_end=0.012), r"beta_end=0\.012 cannot be converted, only 0\.02"),
+        (
+            DDIMScheduler(num_train_timesteps=500),
+            "num_train_timesteps=500 cannot be converted, only 1000",
+        ),
+        (
+            DDIMScheduler(rescale_betas_zero_snr=True),
+            "rescale_betas_zero_snr=True cannot be converted, only False",
+        ),
+        (FlowMatch(), "FlowMatchEulerDiscreteScheduler is not a scheduler"),
     ],
 )
 def test_a_pipeline_of_another_diffusion_is_refused(
@@ -125,12 +139,12 @@ def test_the_difference_of_this_very_model_is_measured_and_said(tmp_path: Path):
     notes = write_foreign(dense(), tmp_path / "out", "diffusers")
     (note,) = [note for note in notes if "downscale_freq_shift" in note]
     readme = (tmp_path / "out" / "README.md").read_text()
-    told = float(re.search(r"differ by up to ([0-9.e-]+) ", note)[1])
-    exact = float(re.search(r"README\.md makes that ([0-9.e-]+)", note)[1])
+    told = float(re.search(r"differ by up to ([0-9.e-]+)\.", note)[1])
+    exact = float(re.search(r"README\.md reduces that to ([0-9.e-]+)", note)[1])
     assert f"up to {told:.3g}" in readme
     # Measured here in another way: on the network that was written, step by step.
     transformer = DiTTransformer2DModel.from_pretrained(tmp_path / "out").eval()
-    network = network_of(dense().about.config)
+    network = network_of(dense().metadata.config)
     steps = torch.tensor([0.0, 1, 10, 100, 250, 500, 750, 999])
     x = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(8)
@@ -169,7 +183,7 @@ def test_a_folder_that_diffusers_reads_otherwise_is_not_kept(
     monkeypatch.setattr(
         hugging_face, "diffusers_config", lambda model: text(model).replace("1e-06", "0.1")
     )
-    with pytest.raises(UserError, match="diffusers computes something else from it"):
+    with pytest.raises(UserError, match="diffusers' predictions differ by up to"):
         write_foreign(dense(), tmp_path / "out", "diffusers")
     assert list(tmp_path.iterdir()) == []
 
@@ -178,7 +192,7 @@ def test_damage_of_what_we_wrote_for_diffusers_is_noticed(tmp_path: Path):
     write_foreign(dense(), tmp_path / "out", "diffusers")
     converted(tmp_path / "out", tmp_path / "a")
     flip_bytes(tmp_path / "out" / WEIGHTS)
-    with pytest.raises(UserError, match=f"{re.escape(WEIGHTS)} is missing, or not what was"):
+    with pytest.raises(UserError, match=f"{re.escape(WEIGHTS)} is missing, or differs from its"):
         converted(tmp_path / "out", tmp_path / "b")
 
 

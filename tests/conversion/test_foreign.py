@@ -14,7 +14,7 @@ import diffmoe
 from diffmoe.conversion.foreign import Options, foreign_source, write_foreign
 from diffmoe.conversion.release import config_from_release
 from diffmoe.errors import UserError
-from diffmoe.export.exported import ExportedModel
+from diffmoe.export.exported_model import ExportedModel
 from diffmoe.export.sources import exported_source
 from diffmoe.export.writing import write_exported
 from diffmoe.models.dit import DiT
@@ -60,7 +60,7 @@ def test_a_release_file_computes_what_the_release_did(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", RELEASE)
 def test_what_the_tensors_show_is_what_the_options_said(name: str, tmp_path: Path):
     with foreign_source(release_file(tmp_path / "a.pt", name), options=FLOW) as source:
-        found = source.about
+        found = source.metadata
     options = options_of(name)
     expected = config_from_release(KIND.get(name, "DiffMoE"), options)
     unseen = {"capacity", "capacity_loss_weight", "threshold_ema", "inference"}
@@ -102,11 +102,11 @@ def test_the_entry_that_is_asked_for_is_taken(tmp_path: Path):
         foreign_source(path, "live", None, FLOW) as live,
     ):
         assert torch.equal(live.read(w_in), 2 * ema.read(w_in))
-        assert (ema.about.weights, live.about.weights) == ("ema", "live")
-        assert any("may lag behind" in note for note in ema.notes)
-        assert not any("may lag behind" in note for note in live.notes)
+        assert (ema.metadata.weights, live.metadata.weights) == ("ema", "live")
+        assert any("far too low" in note for note in ema.notes)
+        assert not any("far too low" in note for note in live.notes)
     torch.save({"model": state}, path)
-    with pytest.raises(UserError, match="no ema weights; it has the entries model"):
+    with pytest.raises(UserError, match="no ema weights, only the entries model"):
         converted(path, tmp_path / "out")
 
 
@@ -121,13 +121,16 @@ EXPERT = "blocks.1.mlp.experts.2.fc1.weight"
     ("change", "told"),
     [
         (lambda s: without(s, EXPERT), f"{EXPERT} is missing"),
-        (lambda s: {**s, "blocks.1.mlp.spare": torch.ones(1)}, "blocks.1.mlp.spare is left over"),
+        (lambda s: {**s, "blocks.1.mlp.spare": torch.ones(1)}, "blocks.1.mlp.spare is unexpected"),
         (
             lambda s: {**s, EXPERT: torch.ones(64, 32)},
             rf"{EXPERT} has the shape \(64, 32\), not \(128, 32\)",
         ),
-        (lambda s: {**s, EXPERT: s[EXPERT] / 0}, "w_in holds .* numbers that are not finite"),
-        (lambda s: {**s, "pos_embed": s["pos_embed"] + 0.1}, "trained positions have no place"),
+        (lambda s: {**s, EXPERT: s[EXPERT] / 0}, "w_in contains .* numbers that are not finite"),
+        (
+            lambda s: {**s, "pos_embed": s["pos_embed"] + 0.1},
+            "trained positions cannot be converted",
+        ),
         (lambda s: {**s, "final_layer.linear.weight": torch.ones(31, 32)}, "linear.weight has the"),
         (lambda s: {**s, EXPERT: s[EXPERT].long()}, "is a torch.int64 tensor"),
         (lambda s: without(s, "x_embedder.proj.weight"), "x_embedder.proj.weight is missing"),
@@ -159,15 +162,15 @@ def test_the_published_widths_tell_their_heads(tmp_path: Path):
     write_foreign(source_of(config), tmp_path / "a.pt", "sit")
     options = Options(num_classes=5)
     with foreign_source(tmp_path / "a.pt", form="sit", options=options) as source:
-        assert source.about.model == config.model
-        assert source.about.diffusion.objective == "flow"
+        assert source.metadata.model == config.model
+        assert source.metadata.diffusion.objective == "flow"
 
 
 def test_a_file_of_another_format_than_said_is_refused(tmp_path: Path):
     mixture = release_file(tmp_path / "a.pt", "ecdit")
-    with pytest.raises(UserError, match="not of --format sit: it has experts"):
+    with pytest.raises(UserError, match="not a file of --format sit: it has experts"):
         converted(mixture, tmp_path / "out", FLOW, form="sit")
-    with pytest.raises(UserError, match="not of --format diffusers"):
+    with pytest.raises(UserError, match="not a file of --format diffusers"):
         converted(mixture, tmp_path / "out", FLOW, form="diffusers")
 
 
@@ -201,10 +204,10 @@ def test_dit_and_sit_files_are_dense_models_of_their_objective(
     network = converted(
         path, tmp_path / "out", Options(heads=2, input_size=8, num_classes=10), form=form
     )
-    about = ExportedModel(tmp_path / "out").about
-    assert about.diffusion.objective == objective
-    assert about.model.learn_sigma
-    assert (about.latents.autoencoder, about.latents.scale) == (
+    metadata = ExportedModel(tmp_path / "out").metadata
+    assert metadata.diffusion.objective == objective
+    assert metadata.model.learn_sigma
+    assert (metadata.latents.autoencoder, metadata.latents.scale) == (
         "stabilityai/sd-vae-ft-ema",
         0.18215,
     )
@@ -216,7 +219,7 @@ def test_dit_and_sit_files_are_dense_models_of_their_objective(
     with exported_source(tmp_path / "out") as source:
         write_foreign(source, tmp_path / "b.pt", form)
         other = {"dit": "sit", "sit": "dit"}[form]
-        with pytest.raises(UserError, match=f"a {objective} model is no {other}"):
+        with pytest.raises(UserError, match=f"was trained with {objective}, but {other} needs"):
             write_foreign(source, tmp_path / "c.pt", other)
     back = torch.load(tmp_path / "b.pt", weights_only=True)["ema"]
     assert back.keys() - state.keys() == {"pos_embed"}
@@ -265,9 +268,9 @@ def test_a_diffusers_folder_computes_the_same(diffusers_folder: Path, tmp_path: 
     close(ours[0], theirs[0])
     assert (ours[1:] - theirs[1:]).abs().max() > 1e-3
     close(ours, as_dit(transformer)(x, t, labels).sample)
-    about = ExportedModel(tmp_path / "out").about
-    assert about.diffusion.objective == "ddpm"
-    assert about.model.learn_sigma
+    metadata = ExportedModel(tmp_path / "out").metadata
+    assert metadata.diffusion.objective == "ddpm"
+    assert metadata.model.learn_sigma
 
 
 @torch.no_grad()
@@ -308,9 +311,13 @@ def test_a_diffusers_model_whose_blocks_embed_otherwise_is_refused(
     [
         ("diffusers", {"diffusion__objective": "ddpm"}, "is dense and has no experts"),
         ("sit", {}, "sit is dense; choose --to release"),
-        ("release", {"model__rope": True}, "model.rope=true: the release's networks know no"),
-        ("diffusers", {"moe__type": "dense"}, "a flow model is no diffusers"),
-        ("release", {"model__text": BYTES}, "draws captions, release knows classes alone"),
+        (
+            "release",
+            {"model__rope": True},
+            "model.rope=true: the release's networks do not have it",
+        ),
+        ("diffusers", {"moe__type": "dense"}, "was trained with flow, but diffusers needs ddpm"),
+        ("release", {"model__text": BYTES}, "is text-conditioned, release supports only classes"),
     ],
 )
 def test_a_network_that_the_other_side_cannot_hold_is_refused(

@@ -27,12 +27,12 @@ def test_an_export_is_told_and_a_changed_file_is_found(tmp_path: Path):
     folder = exported(tmp_path / "out")
     told = info(folder)
     assert told["thresholds"] == "0.5000 to 0.5000, mean 0.5000, of 2 layers with 4 experts"
-    assert told["checksums"] == "all 2 files are as they were written"
+    assert told["checksums"] == "all 2 files agree with theirs"
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match="safetensors is missing, or not what was written"):
+    with pytest.raises(UserError, match="safetensors is missing, or differs from its checksum"):
         info(folder)
 
 
@@ -40,7 +40,7 @@ def test_both_entries_of_a_release_file_are_told(tmp_path: Path):
     name = "diffmoe_every_layer"
     lagging, live = release_state(name), release_state(name, "buffers_eval")
     told = info(release_file(tmp_path / "a.pt", name, ema=lagging, model=live))
-    assert told["kind"] == "state dict in the names of the DiffMoE release"
+    assert told["kind"] == "state dict with the names of the DiffMoE release"
     assert told["entries"] == "ema, model"
     assert told["parameters"].startswith("103,912,")
     assert told["thresholds of ema"].startswith("0.0000 to 0.0000")

@@ -13,7 +13,7 @@ from diffmoe.conversion.foreign import Options, foreign_source, write_foreign
 from diffmoe.conversion.release import _ratio, config_from_release
 from diffmoe.conversion.upcycling import upcycle
 from diffmoe.errors import UserError
-from diffmoe.export.exported import ExportedModel
+from diffmoe.export.exported_model import ExportedModel
 from diffmoe.export.sources import exported_source
 from diffmoe.export.writing import write_exported
 from diffmoe.models.dit import DiT
@@ -106,7 +106,7 @@ def test_the_releases_options_and_its_tensors_tell_the_same(name: str, tmp_path:
     kind, release = FRESH[name]
     torch.save({"ema": random_state(kind, release)}, tmp_path / "a.pt")
     with foreign_source(tmp_path / "a.pt", options=said(kind, release)) as source:
-        found = source.about
+        found = source.metadata
     expected = config_from_release(kind, release)
     assert found.model == expected.model
     if kind != "DiT":
@@ -148,7 +148,7 @@ def test_the_number_of_classes_is_asked_for_or_taken_from_the_file(dropout: floa
     unsaid = replace(said("DiT", release), num_classes=None)
     path = saved(tmp_path / "a.pt", state)
     rows = 11 if dropout else 10
-    told = rf"a\.pt: its table of labels has {rows} rows, .* give --num-classes N"
+    told = rf"a\.pt: its label table has {rows} rows: .* give --num-classes N"
     with pytest.raises(UserError, match=told), foreign_source(path, options=unsaid):
         pass
     told = f"which do not fit 12 classes; give --num-classes {rows - 1}, or {rows}"
@@ -158,15 +158,15 @@ def test_the_number_of_classes_is_asked_for_or_taken_from_the_file(dropout: floa
     for kept in (argparse.Namespace(num_classes=10), {"num_classes": 10}):
         path = saved(tmp_path / "b.pt", state, args=kept)
         with foreign_source(path, options=unsaid) as source:
-            assert source.about.model.num_classes == 10
-            assert source.about.label_dropout == (None if dropout else 0)
+            assert source.metadata.model.num_classes == 10
+            assert source.metadata.label_dropout == (None if dropout else 0)
 
 
 def test_a_published_table_of_labels_needs_no_answer(tmp_path: Path):
     release = options(num_classes=1000)
     path = saved(tmp_path / "a.pt", random_state("DiT", release))
     with foreign_source(path, options=replace(said("DiT", release), num_classes=None)) as source:
-        assert source.about.model.num_classes == 1000
+        assert source.metadata.model.num_classes == 1000
         assert any("1000 classes" in note for note in source.notes)
 
 
@@ -175,14 +175,14 @@ def test_without_a_null_row_every_class_is_its_own(tmp_path: Path):
     kind, release = FRESH["dense no null row"]
     state = random_state(kind, release)
     with foreign_source(saved(tmp_path / "a.pt", state), options=said(kind, release)) as source:
-        assert any("sampled without guidance" in note for note in source.notes)
+        assert any("cannot be guided" in note for note in source.notes)
         write_exported(source, tmp_path / "out")
     network = diffmoe.load(tmp_path / "out", device="cpu")
     x, t, _ = inputs()
     y = torch.tensor([9, 8, 0])
     close(network(x, t, y).prediction, forward(kind, release, state, x, t, y))
-    about = ExportedModel(tmp_path / "out").about
-    assert about.config.training.label_dropout == 0
+    metadata = ExportedModel(tmp_path / "out").metadata
+    assert metadata.config.training.label_dropout == 0
     assert torch.equal(network.label_embed.weight[10], torch.zeros(32))
 
 
@@ -197,22 +197,22 @@ def test_heads_of_another_width_that_cannot_be_seen_are_asked_for(tmp_path: Path
         pass
     for heads in (5, 0):
         with (
-            pytest.raises(UserError, match=rf"which {heads} heads cannot share"),
+            pytest.raises(UserError, match=rf"which is not divisible by {heads} heads"),
             foreign_source(path, options=replace(unsaid, heads=heads)),
         ):
             pass
     with foreign_source(path, options=said("DiT", release)) as source:
-        assert (source.about.model.heads, source.about.model.head_width) == (6, 32)
+        assert (source.metadata.model.heads, source.metadata.model.head_width) == (6, 32)
 
 
 def test_heads_that_are_assumed_are_said(tmp_path: Path):
     release = options(hidden_size=384, num_heads=16, depth=1)
     path = saved(tmp_path / "a.pt", random_state("DiT", release))
     with foreign_source(path, options=replace(said("DiT", release), heads=None)) as source:
-        assert source.about.model.heads == 6
+        assert source.metadata.model.heads == 6
         assert any("6 attention heads, as published" in note for note in source.notes)
     with foreign_source(path, options=said("DiT", release)) as source:
-        assert source.about.model.heads == 16
+        assert source.metadata.model.heads == 16
 
 
 WRAPPED = {
@@ -248,15 +248,15 @@ def test_heads_that_align_are_left_out_and_said(tmp_path: Path):
     with foreign_source(
         saved(tmp_path / "a.pt", {**state, **heads}), options=said(kind, release)
     ) as source:
-        assert any("3 tensors projectors.* are left out" in note for note in source.notes)
+        assert any("left out 3 tensors projectors.*" in note for note in source.notes)
     twice = {**state, "_orig_mod.pos_embed": state["pos_embed"]}
     with (
-        pytest.raises(UserError, match=r"_orig_mod\.pos_embed is there twice"),
+        pytest.raises(UserError, match=r"_orig_mod\.pos_embed exists with and without"),
         foreign_source(saved(tmp_path / "b.pt", twice), options=said(kind, release)),
     ):
         pass
     with (
-        pytest.raises(UserError, match=r"holds no tensors of a network; .* are left out"),
+        pytest.raises(UserError, match=r"holds no tensors of a network; .*left out"),
         foreign_source(saved(tmp_path / "c.pt", heads), options=said(kind, release)),
     ):
         pass

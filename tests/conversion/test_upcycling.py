@@ -21,8 +21,8 @@ ROUTINGS = ["per_token", "pooled", "static"]
 
 
 def network(source: Source) -> DiT:
-    about = source.checked().about
-    return fill(empty_network(about.model, about.moe), lambda name, _: source.read(name))
+    metadata = source.checked().metadata
+    return fill(empty_network(metadata.model, metadata.moe), lambda name, _: source.read(name))
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def test_noise_is_seeded_and_in_the_tensor_s_own_measure(dense: Source):
 def test_a_grown_mixture_computes_the_same(family: str, routings: list[str], times: int):
     source = source_of(tiny_config(moe__type=family))
     grown, model = grow(source, 4 * times), network(source)
-    assert (grown.about.moe.experts, grown.about.moe.capacity) == (4 * times, times)
+    assert (grown.metadata.moe.experts, grown.metadata.moe.capacity) == (4 * times, times)
     for routing in routings:
         assert off(network(grown), output(model, routing), routing) < 1e-6
 
@@ -133,13 +133,13 @@ def test_growing_keeps_the_originals_and_moves_the_copies():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda dense, moe: upcycle(moe, 8), "has 4 experts already; see --grow"),
-        (lambda dense, moe: upcycle(dense, 1), "a mixture has at least 2"),
-        (lambda dense, moe: upcycle(dense, 4, capacity=5), "up to the 4 experts"),
+        (lambda dense, moe: upcycle(moe, 8), "already has 4 experts; use --grow"),
+        (lambda dense, moe: upcycle(dense, 1), "choose at least 2"),
+        (lambda dense, moe: upcycle(dense, 4, capacity=5), "above 0, at most 4"),
         (lambda dense, moe: upcycle(dense, 4, noise=-1).read("blocks.1.feed_forward.experts.b_in"),
          "--noise -1"),
-        (lambda dense, moe: grow(dense, 8), "is dense; see --upcycle"),
-        (lambda dense, moe: grow(moe, 2), "Fewer are refused: every expert has learned other"),
+        (lambda dense, moe: grow(dense, 8), "is dense; use --upcycle"),
+        (lambda dense, moe: grow(moe, 2), "Fewer are refused: neither dropping nor averaging"),
         (lambda dense, moe: grow(moe, 6), "has 4; choose a multiple, such as 8"),
         (lambda dense, moe: grow(moe, 4), "has 4; choose a multiple, such as 8"),
     ],

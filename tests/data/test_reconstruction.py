@@ -53,7 +53,7 @@ def test_images_come_back_through_shards_and_draws(photos, pixels, trained, tmp_
     def error(manifest, arrays, autoencoder=None, wanted=wanted):
         """Root of the mean squared error, in levels of 0..255."""
         latents = model_latents(arrays, manifest, keyed_generator(0))
-        decoded = (autoencoder or autoencoder_of(manifest.model_dump())).decode(latents)
+        decoded = (autoencoder or autoencoder_of(manifest.latent_spec)).decode(latents)
         return float(np.sqrt(((decoded.numpy() - wanted) ** 2).mean()))
 
     plain = [sample.array for sample in samples]

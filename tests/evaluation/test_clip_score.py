@@ -82,5 +82,5 @@ def test_what_has_no_captions_or_is_no_clip_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="tells of no captions"):
         clip_score(plain, Clip(folder))
     save_t5(tmp_path / "t5")
-    with pytest.raises(UserError, match="is no CLIP"):
+    with pytest.raises(UserError, match="is not a CLIP"):
         Clip(tmp_path / "t5")

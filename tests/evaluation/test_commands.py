@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
-from diffmoe.evaluation.curves import lines
+from diffmoe.evaluation.curves import curve_points
 from diffmoe.evaluation.models import sample_model
 from diffmoe.export.open import locate
 from tests.helpers.pictures import NAME, pictures, write_files, write_samples
@@ -88,7 +88,7 @@ def test_every_snapshot_makes_a_curve(run, reference, tmp_path):
     told(*words, "--reference", reference, "--extractor", NAME, "--out", tmp_path)
     found = results(tmp_path)
     assert [result["clock"]["samples"] for result in found] == [16, 32]
-    name, drawn = lines([tmp_path], "FD", "samples")
+    name, drawn = curve_points([tmp_path], "FD", "samples")
     assert name == FD
     assert list(drawn.values()) == [[(r["clock"]["samples"], r["metrics"][FD]) for r in found]]
     picture = tmp_path / "curve.png"
@@ -123,26 +123,26 @@ def write(file: Path, *results: dict) -> Path:
 def test_curves_split_by_what_is_not_their_axis(tmp_path):
     a = write(tmp_path / "a" / "results.jsonl", result("FD-x", 3, 20), result("FD-x", 5, 10))
     b = write(tmp_path / "b" / "results.jsonl", result("FD-x", 4), result("FD-x", 6, guidance=2))
-    _, drawn = lines([a, b.parent], "FD", "samples")
+    _, drawn = curve_points([a, b.parent], "FD", "samples")
     assert list(drawn.values()) == [[(10, 5), (20, 3)], [(10, 4)], [(10, 6)]]
-    assert list(lines([tmp_path], "FD", "guidance")[1].values())[-1] == [(1.5, 4), (2, 6)]
-    _, drawn = lines([b], "FD", "guidance")
+    assert list(curve_points([tmp_path], "FD", "guidance")[1].values())[-1] == [(1.5, 4), (2, 6)]
+    _, drawn = curve_points([b], "FD", "guidance")
     assert list(drawn.values()) == [[(1.5, 4), (2, 6)]]
 
 
 def test_figures_that_do_not_compare_are_not_drawn(tmp_path):
     a = write(tmp_path / "a.jsonl", result("FD-x", 3), result("FD-y", 4))
     with pytest.raises(UserError, match=r"different extractors do not compare; .* FD-x, FD-y"):
-        lines([a], "FD", "samples")
-    assert lines([a], "FD-y", "samples")[0] == "FD-y"
+        curve_points([a], "FD", "samples")
+    assert curve_points([a], "FD-y", "samples")[0] == "FD-y"
     b = write(tmp_path / "b.jsonl", result("FD-x", 3), result("FD-x", 4, ref="other"))
     with pytest.raises(UserError, match="different references do not compare"):
-        lines([b], "FD", "samples")
-    with pytest.raises(UserError, match="precision is not in these results; there is FD-x"):
-        lines([b], "precision", "samples")
+        curve_points([b], "FD", "samples")
+    with pytest.raises(UserError, match="precision is not in these results, which have FD-x"):
+        curve_points([b], "precision", "samples")
     (tmp_path / "c.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="no result of tools/evaluate"):
-        lines([tmp_path / "c.jsonl"], "FD", "samples")
+    with pytest.raises(UserError, match="not a result of tools/evaluate"):
+        curve_points([tmp_path / "c.jsonl"], "FD", "samples")
 
 
 def test_class_accuracy_by_folders_and_a_function(tmp_path):

@@ -83,7 +83,7 @@ def test_fewer_and_more_than_asked_are_refused(tmp_path):
 def test_a_stale_file_is_refused(tmp_path):
     folder = write_samples(tmp_path / "samples", IMAGES)
     np.savez(folder / "samples-000099.npz", images=IMAGES)
-    with pytest.raises(UserError, match=r"samples-000099\.npz is not of these samples"):
+    with pytest.raises(UserError, match=r"samples-000099\.npz is not listed"):
         open_images(folder)
 
 
@@ -114,7 +114,7 @@ def test_an_unfinished_or_damaged_folder_is_refused(tmp_path):
     [
         ({"arr_0": IMAGES.astype(np.float32)}, "holds float32; images are uint8"),
         ({"arr_0": IMAGES[:0]}, "holds no images"),
-        ({"images": IMAGES}, "holds no arr_0"),
+        ({"images": IMAGES}, "has no arr_0"),
         ({"arr_0": IMAGES[..., 0]}, r"shape \(8, 8\); extractors take RGB"),
         ({"arr_0": pictures(5, channels=1)}, r"shape \(8, 8, 1\); extractors take RGB"),
         ({"arr_0": pictures(5, channels=4)}, r"shape \(8, 8, 4\); extractors take RGB"),
@@ -160,7 +160,7 @@ def test_damaged_missing_and_empty_input_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no images"):
         open_images(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"neither a folder nor an \.npz file"):
+    with pytest.raises(UserError, match=r"is not a folder or \.npz file"):
         open_images(tmp_path / "absent")
     (tmp_path / "broken.npz").write_bytes(b"PK broken")
     with pytest.raises(UserError, match="is not a readable npz file"):

@@ -85,7 +85,7 @@ def test_fewer_images_than_features_are_told_and_need_no_offset():
 def test_moments_that_do_not_fit_are_refused(broken):
     a = gaussian_of(draw(9, 4))
     b = gaussian_of(draw(9, 5)) if broken == "size" else a._replace(mean=a.mean / 0 * 0)
-    with pytest.raises(UserError, match="of 4 and of 5" if broken == "size" else "not finite"):
+    with pytest.raises(UserError, match="of 4 and 5" if broken == "size" else "not finite"):
         frechet_distance(a, b)
 
 

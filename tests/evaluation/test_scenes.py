@@ -120,7 +120,7 @@ def test_other_pictures_and_files_are_refused(reader, truth, tmp_path):
     with pytest.raises(UserError, match="is no canvas"):
         scene_accuracy(small, truth, reader)
     some = dict(list(truth.items())[1:])
-    with pytest.raises(UserError, match="does not tell of 'a red zero"):
+    with pytest.raises(UserError, match="has no 'a red zero"):
         scene_accuracy(samples(tmp_path / "a", canvases()), some, reader)
     (tmp_path / "no.json").write_text("[1]")
     with pytest.raises(UserError, match="give the unseen"):

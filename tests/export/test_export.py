@@ -16,10 +16,12 @@ from diffmoe.checkpoints.profiles import power_prefix
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.export import writing
-from diffmoe.export.exported import ExportedModel, load_exported
+from diffmoe.export.exported_model import ExportedModel, load_exported
 from diffmoe.export.open import locate, open_network, weights_of
 from diffmoe.export.sources import Source, checkpoint_source, exported_source
+from diffmoe.export.tensors import meta_network
 from diffmoe.export.writing import probe, write_exported
+from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
 from tests.helpers.models import exported, source_of
 from tests.helpers.runs import newest, tensors
@@ -54,16 +56,16 @@ def test_an_export_holds_every_tensor_of_the_checkpoint(
     for name, tensor in expected.items():
         assert torch.equal(model.read(name).view(-1), tensor.view(-1)), name
     assert model.shapes["blocks.1.feed_forward.experts.w_in"] == (4, 16, 64)
-    assert model.about.weights == weights
-    assert model.about.clock.samples == 24
-    assert model.about.class_names[2] == "bird"
+    assert model.metadata.weights == weights
+    assert model.metadata.clock.samples == 24
+    assert model.metadata.class_names[2] == "bird"
 
 
 def test_an_export_computes_what_its_checkpoint_does(spread_run: Config, tmp_path: Path):
     folder = export(spread_run, tmp_path / "out")
-    about = ExportedModel(folder).about
-    expected = probe(load_network(newest(spread_run)).network, about)
-    found = probe(diffmoe.load(folder, device="cpu"), about)
+    metadata = ExportedModel(folder).metadata
+    expected = probe(load_network(newest(spread_run)).network, metadata)
+    found = probe(diffmoe.load(folder, device="cpu"), metadata)
     assert found.keys() == {"per_token", "static"}
     for how, output in found.items():
         assert torch.equal(output, expected[how])
@@ -71,8 +73,8 @@ def test_an_export_computes_what_its_checkpoint_does(spread_run: Config, tmp_pat
 
 def test_an_average_of_any_length_is_exported_without_a_detour(single_run: Config, tmp_path: Path):
     model = ExportedModel(export(single_run, tmp_path / "out", "ema:0.10"))
-    assert model.about.weights == "ema:0.1"
-    assert model.about.calibrated_for == "ema"
+    assert model.metadata.weights == "ema:0.1"
+    assert model.metadata.calibrated_for == "ema"
     # The run tracked this length itself, so the combination is that average.
     tracked = {
         name.partition("/")[2]: tensor
@@ -104,7 +106,7 @@ def test_one_loader_takes_a_run_a_checkpoint_and_an_export(single_run: Config, t
         assert torch.equal(x, y), name
     assert a.clock == b.clock
     assert a.config.model == b.config.model
-    assert b.latents["autoencoder"] == "identity"
+    assert b.latents.autoencoder == "identity"
 
 
 def test_a_rank_reads_its_own_experts_alone(tmp_path: Path):
@@ -208,7 +210,10 @@ def changed(source: Source, name: str, tensor: torch.Tensor | None) -> Source:
         shapes[name] = tuple(tensor.shape)
     read = source.read
     return Source(
-        source.where, source.about, shapes, lambda asked: tensor if asked == name else read(asked)
+        source.where,
+        source.metadata,
+        shapes,
+        lambda asked: tensor if asked == name else read(asked),
     )
 
 
@@ -220,9 +225,9 @@ W_IN = "blocks.1.feed_forward.experts.w_in"
     [
         (W_IN, None, f"{W_IN} is missing"),
         (W_IN, torch.zeros(3, 16, 64), f"{W_IN} holds 3 experts, not 4"),
-        (W_IN, torch.full((4, 16, 64), torch.nan), f"{W_IN} holds 4096 numbers that are not"),
+        (W_IN, torch.full((4, 16, 64), torch.nan), f"{W_IN} contains 4096 numbers that are not"),
         ("final.bias", torch.zeros(9), r"final.bias has the shape \(9,\), not \(8,\)"),
-        ("blocks.9.extra", torch.zeros(1), "blocks.9.extra is left over"),
+        ("blocks.9.extra", torch.zeros(1), "blocks.9.extra is unexpected"),
     ],
 )
 def test_what_does_not_fit_is_named_and_leaves_nothing(
@@ -235,9 +240,9 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
 
 def test_a_result_that_computes_otherwise_is_not_kept(tmp_path: Path, monkeypatch):
     def one_number_off(folder: Path, **how):
-        network, about = load_exported(folder, **how)
+        network, metadata = load_exported(folder, **how)
         network.blocks[1].feed_forward.experts.w_out[3, 0, 0] += 1e-3
-        return network, about
+        return network, metadata
 
     monkeypatch.setattr(writing, "load_exported", one_number_off)
     with pytest.raises(UserError, match="differs from the source's by up to"):
@@ -301,8 +306,11 @@ def test_what_a_kill_left_is_no_hindrance(tmp_path: Path):
     [
         ({"modle": {}}, "config.json: modle is unknown"),
         ({"version": 2}, "config.json: version=2"),
-        ({"model": {"width": 10**15}}, "model.width=1000000000000000 is no size"),
-        ({"model": {"text": {"length": 10**15}}}, "model.text.length=1000000000000000 is no size"),
+        ({"model": {"width": 10**15}}, "model.width=1000000000000000 is not the size"),
+        (
+            {"model": {"text": {"length": 10**15}}},
+            "model.text.length=1000000000000000 is not the size",
+        ),
         ({"model": {"text": BYTES}}, "text_embed.null_token is missing"),
         ({"model": {"heads": 3}}, "model.width=16 is not divisible by model.heads=3"),
         ({"model": {"depth": 5}}, "blocks.4.attention.qkv.weight is missing"),
@@ -324,7 +332,7 @@ def test_an_extra_or_missing_tensor_of_a_folder_is_named(tmp_path: Path):
     file = exported(tmp_path / "out") / "model.safetensors"
     state = load_file(file)
     save_file({**state, "spare": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="spare is left over"):
+    with pytest.raises(UserError, match="spare is unexpected"):
         diffmoe.load(tmp_path / "out")
     del state["final.bias"]
     save_file(state, file)
@@ -340,3 +348,20 @@ def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path):
     file.write_text(json.dumps(index))
     with pytest.raises(UserError, match="outside of its folder"):
         diffmoe.load(tmp_path / "out")
+
+
+def test_a_network_is_built_once_to_learn_its_shapes(tmp_path: Path, monkeypatch):
+    folder = exported(tmp_path / "out")
+    meta_network.cache_clear()
+    built = []
+    build = DiT.__init__
+
+    def counted(network: DiT, *args, **how):
+        built.append(args[0])
+        build(network, *args, **how)
+
+    monkeypatch.setattr(DiT, "__init__", counted)
+    with exported_source(folder) as opened:
+        write_exported(opened, tmp_path / "again")
+    # For the shapes, and with tensors: the source's and the written one's predictions.
+    assert len(built) == 3

@@ -15,7 +15,7 @@ import diffmoe
 from diffmoe.config import Config
 from diffmoe.data.autoencoders import KLAutoencoder
 from diffmoe.errors import UserError
-from diffmoe.export.metadata import read_about
+from diffmoe.export.metadata import read_metadata
 from diffmoe.export.open import open_network
 from diffmoe.export.sources import checkpoint_source, exported_source
 from diffmoe.export.writing import Written, write_exported
@@ -80,8 +80,8 @@ def test_no_path_and_no_secret_reaches_config_or_card(tmp_path: Path):
     told = texts(tmp_path / "out")
     assert str(tmp_path) not in told
     assert SECRET not in told
-    about = read_about(tmp_path / "out")
-    assert about.latents.source == "images of photos, 8x8, from https://***@host/{}"
+    metadata = read_metadata(tmp_path / "out")
+    assert metadata.latents.source == "images of photos, 8x8, from https://***@host/{}"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "fid: 3.5, model: run, data: https://***@h/x?sig=***" in card
     (row,) = [line for line in card.splitlines() if line.startswith("| made from")]
@@ -113,7 +113,7 @@ def test_an_autoencoder_that_is_not_here_is_said(tmp_path: Path):
     (note,) = written.notes
     assert "/elsewhere/vae-of-mine is not on this machine" in note
     assert f"copy it to {tmp_path / 'out' / 'vae'}" in note
-    assert read_about(tmp_path / "out").latents.autoencoder == "vae"
+    assert read_metadata(tmp_path / "out").latents.autoencoder == "vae"
     with pytest.raises(UserError, match="out/vae cannot be loaded"):
         diffmoe.Pipeline(tmp_path / "out", device="cpu")
     autoencoder(tmp_path / "out" / "vae")
@@ -129,7 +129,7 @@ def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path: Path):
 
 def test_a_hub_id_and_older_exports_stay_as_they_are(tmp_path: Path):
     with_autoencoder(tmp_path / "out", "stabilityai/sd-vae-ft-ema")
-    assert read_about(tmp_path / "out").latents.autoencoder == "stabilityai/sd-vae-ft-ema"
+    assert read_metadata(tmp_path / "out").latents.autoencoder == "stabilityai/sd-vae-ft-ema"
     old = exported(tmp_path / "old")
     values = json.loads((old / "config.json").read_text())
     del values["label_dropout"], values["model"]["head_width"], values["model"]["mlp_activation"]
@@ -137,8 +137,8 @@ def test_a_hub_id_and_older_exports_stay_as_they_are(tmp_path: Path):
     values["latents"]["source"] = "images of /home/jane/photos"
     (old / "config.json").write_text(json.dumps(values))
     assert diffmoe.load(old, device="cpu", verify=False).config == source_of(tiny_config(
-        model__in_channels=3)).about.model  # fmt: skip
-    assert read_about(old).label_dropout is None
+        model__in_channels=3)).metadata.model  # fmt: skip
+    assert read_metadata(old).label_dropout is None
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
@@ -146,8 +146,8 @@ def test_an_export_keeps_whether_labels_were_dropped(dropout: float, tmp_path: P
     exported(tmp_path / "out", label_dropout=dropout)
     with exported_source(tmp_path / "out") as source:
         write_exported(source, tmp_path / "again")
-    about = read_about(tmp_path / "again")
-    assert about.label_dropout == about.config.training.label_dropout == dropout
+    metadata = read_metadata(tmp_path / "again")
+    assert metadata.label_dropout == metadata.config.training.label_dropout == dropout
 
 
 ESCAPE = "\x1b]0;owned\x07"
@@ -171,6 +171,6 @@ def test_names_cannot_steer_the_terminal(
 
 def test_a_checkpoint_says_whether_labels_were_dropped(single_run: Config, tmp_path: Path):
     with checkpoint_source(Path(single_run.output)) as source:
-        assert source.about.label_dropout == single_run.training.label_dropout > 0
+        assert source.metadata.label_dropout == single_run.training.label_dropout > 0
         write_exported(source, tmp_path / "out")
     assert open_network(tmp_path / "out").config.training.label_dropout == 0.1

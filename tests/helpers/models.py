@@ -25,7 +25,7 @@ RELEASE = [*DIFFMOE, "ecdit", "tcdit", "dense"]
 NAMES = ["plane", "car", "bird", "cat", "deer"]
 
 
-def source_of(config: Config, **about) -> Source:
+def source_of(config: Config, **metadata) -> Source:
     """A random network whose experts are neither idle nor always at work."""
     network = network_of(config)
     model = config.model
@@ -38,7 +38,7 @@ def source_of(config: Config, **about) -> Source:
             "source": "noise",
         },
         "provenance": {"kind": "test", "name": "random"},
-        **about,
+        **metadata,
     }
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -47,10 +47,10 @@ def source_of(config: Config, **about) -> Source:
     )
 
 
-def exported(folder: Path, config: Config | None = None, **about) -> Path:
+def exported(folder: Path, config: Config | None = None, **metadata) -> Path:
     """An exported folder of a random network."""
     config = config or tiny_config(model__in_channels=3)
-    write_exported(source_of(config, **about), folder)
+    write_exported(source_of(config, **metadata), folder)
     return folder
 
 

@@ -26,18 +26,18 @@ def test_scores_are_bit_for_bit_those_of_fp32_and_combining_rounds_like_fp32(way
     flat_SD = x.flatten(0, 1)
     expected, _ = layer._route(flat_SD, 10)
     with torch.autocast("cpu", dtype):
-        assigned, decided = layer._route(flat_SD, 10)
+        assigned, layer_routing = layer._route(flat_SD, 10)
         y, _ = layer(x)
     gates_SE = torch.nn.functional.linear(flat_SD, layer.router).softmax(dim=1)
-    wanted_S = (gates_SE * decided.selected_ES.t() * constants_E).sum(dim=1)
+    wanted_S = (gates_SE * layer_routing.selected_ES.t() * constants_E).sum(dim=1)
     assert y.dtype == torch.float32
     # bf16 would be off by up to 2^-8 of 8.
     torch.testing.assert_close(
         y.flatten(0, 1), wanted_S[:, None].expand(-1, WIDTH), atol=1e-6, rtol=0
     )
     assert assigned.gates.dtype == torch.float32
-    if decided.capacity_logits_SE is not None:
-        assert decided.capacity_logits_SE.dtype == torch.float32
+    if layer_routing.capacity_logits_SE is not None:
+        assert layer_routing.capacity_logits_SE.dtype == torch.float32
     if way[0] != "diffmoe" or way[2] or way[1] == "static":  # no predictor decides
         assert torch.equal(assigned.token_index, expected.token_index)
         assert torch.equal(assigned.gates, expected.gates)

@@ -35,7 +35,7 @@ X, T, LABELS = torch.zeros(3, 2, 8, 8), torch.full((3,), 0.5), torch.tensor([0, 
         ({"condition": LABELS.float()}, r"labels: \(3,\) of float32"),
         ({"condition": LABELS.bool()}, r"labels: \(3,\) of bool"),
         ({"condition": LABELS.to(torch.uint8)}, r"labels: \(3,\) of uint8"),
-        ({"condition": Text(LABELS, LABELS)}, "captions given to a network of classes"),
+        ({"condition": Text(LABELS, LABELS)}, "captions given to a class-conditioned network"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -84,7 +84,7 @@ def test_other_captions_are_refused(text: dict, changed: dict, told: str):
 
 
 def test_labels_given_to_a_network_of_captions_are_refused():
-    with pytest.raises(ValueError, match="labels given to a network of captions"):
+    with pytest.raises(ValueError, match="labels given to a text-conditioned network"):
         network(model__text=BYTES)(X, T, LABELS)
 
 

@@ -23,9 +23,9 @@ def test_an_expert_filled_with_a_constant_comes_back_as_it_times_its_gate(
         constants_E = torch.tensor([1.0, 2.0, 4.0, 8.0])
         layer.experts.b_out.copy_(constants_E[:, None])
     x = tokens(3, 10)
-    y, decided = layer(x)
+    y, layer_routing = layer(x)
     scores_SE = routing.router_scores(x.flatten(0, 1), layer.router)
-    expected_S = (scores_SE * decided.selected_ES.t() * constants_E).sum(dim=1)
+    expected_S = (scores_SE * layer_routing.selected_ES.t() * constants_E).sum(dim=1)
     assert expected_S.count_nonzero() > 5
     # One rounding per added expert.
     torch.testing.assert_close(
@@ -37,11 +37,11 @@ def test_an_expert_filled_with_a_constant_comes_back_as_it_times_its_gate(
 def test_the_layer_equals_its_formula(way: tuple[str, str, bool]):
     layer = tiny_layer(way, moe__shared_expert_ratio=2.0).double()
     x = tokens(3, 10).double()
-    y, decided = layer(x)
+    y, layer_routing = layer(x)
     flat = x.flatten(0, 1)
     scores_SE = routing.router_scores(flat, layer.router)
     expected = layer.shared_expert(flat)
-    for i, selected_S in enumerate(decided.selected_ES):
+    for i, selected_S in enumerate(layer_routing.selected_ES):
         counts = [0] * 4
         counts[i] = len(flat)
         output = one_after_the_other(layer.experts, flat, counts)
@@ -76,18 +76,18 @@ def test_forward_and_backward_are_finite_in_corner_cases(
             if layer.capacity_predictor is not None:
                 layer.capacity_predictor.out.weight.zero_()
                 layer.capacity_predictor.out.bias.fill_(-50.0)[0] = 50.0
-    y, decided = layer(x)
+    y, layer_routing = layer(x)
     assert y.shape == x.shape
-    assert decided.selected_ES.shape == (num_experts, samples * per_sample)
+    assert layer_routing.selected_ES.shape == (num_experts, samples * per_sample)
     loss = y.square().sum()
-    for extra in (decided.capacity_loss, decided.balance_loss):
+    for extra in (layer_routing.capacity_loss, layer_routing.balance_loss):
         loss = loss if extra is None else loss + extra
     loss.backward()
     assert x.grad.isfinite().all()
     assert y.isfinite().all()
     for name, gradient in gradients(layer).items():
         assert gradient is None or gradient.isfinite().all(), name
-    counts_E = decided.selected_ES.sum(dim=1)
+    counts_E = layer_routing.selected_ES.sum(dim=1)
     if way[0] == "expert_choice":
         k = routing.expert_capacity(per_sample, num_experts, 1.0)
         assert counts_E.tolist() == [k * samples] * num_experts
@@ -103,9 +103,9 @@ def test_forward_and_backward_are_finite_in_corner_cases(
 def test_no_samples_give_no_output_and_zero_gradients(way: tuple[str, str, bool], shared: float):
     layer = tiny_layer(way, moe__shared_expert_ratio=shared)
     x = tokens(0, 16)
-    y, decided = layer(x)
+    y, layer_routing = layer(x)
     assert y.shape == (0, 16, WIDTH)
-    assert decided.selected_ES.shape == (4, 0)
+    assert layer_routing.selected_ES.shape == (4, 0)
     y.sum().backward()
     for name, gradient in gradients(layer.experts).items():
         assert (gradient == 0).all(), name
@@ -115,8 +115,8 @@ def test_no_token_wanted_by_any_expert_gives_zero():
     layer = tiny_layer(("diffmoe", "per_token", False))
     layer.capacity_predictor.thresholds.fill_(1.0)  # no probability is above
     x = tokens(2, 16)
-    y, decided = layer(x)
-    assert not decided.selected_ES.any()
+    y, layer_routing = layer(x)
+    assert not layer_routing.selected_ES.any()
     assert (y == 0).all()
     y.sum().backward()
     assert (x.grad == 0).all()
@@ -126,9 +126,9 @@ def test_no_token_wanted_by_any_expert_gives_zero():
 @pytest.mark.parametrize("way", [way for way in WAYS if "token" not in way[0]], ids=str)
 def test_the_layer_takes_k_as_it_is_told_to_round(way, rounding: str, k: int):
     layer = tiny_layer(way, moe__experts=7, moe__capacity=7.0, moe__capacity_rounding=rounding)
-    _, decided = layer(tokens(1, 61))
+    _, layer_routing = layer(tokens(1, 61))
     if way[0] == "expert_choice" or way[2] or way[1] == "static":
-        assert decided.selected_ES.sum(dim=1).tolist() == [k] * 7
+        assert layer_routing.selected_ES.sum(dim=1).tolist() == [k] * 7
 
 
 def test_the_capacity_loss_sends_no_gradient_into_tokens_or_router():

@@ -78,10 +78,10 @@ def test_pooled_others_are_as_in_the_batch_without_it():
 def test_others_share_out_the_whole_pool(way: tuple[str, str, bool], capacity: float):
     layer = tiny_layer(way, moe__capacity=capacity)
     x = with_nan(tokens(4, 10), True)
-    y, decided = layer(x)
-    selected_EBT = decided.selected_ES.unflatten(1, (4, 10))
+    y, layer_routing = layer(x)
+    selected_EBT = layer_routing.selected_ES.unflatten(1, (4, 10))
     k = int(10 * capacity)
-    assert decided.selected_ES.sum(dim=1).tolist() == [k] * 4
+    assert layer_routing.selected_ES.sum(dim=1).tolist() == [k] * 4
     assert selected_EBT[:, BROKEN].sum(dim=1).tolist() == [max(0, k - 30)] * 4
     flat = x[OTHERS].flatten(0, 1)
     scores_SE = routing.router_scores(flat, layer.router)

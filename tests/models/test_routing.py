@@ -113,11 +113,11 @@ def test_top_k_takes_k_and_none_is_better_than_the_taken(levels: int):
         assert (values.masked_fill(~taken, 2).amin(dim=1) >= best_left).all()
 
 
-def test_take_largest_takes_all_above_and_the_first_equals():
+def test_select_largest_takes_all_above_and_the_first_equals():
     values = torch.tensor([[3.0, 2.0, 2.0, 1.0, 2.0]])
     kth = torch.tensor([2.0])
     for ties, taken in [(0, "x...."), (1, "xx..."), (2, "xxx.."), (3, "xxx.x")]:
-        assert torch.equal(routing.take_largest(values, kth, torch.tensor([ties])), mask(taken))
+        assert torch.equal(routing.select_largest(values, kth, torch.tensor([ties])), mask(taken))
 
 
 def test_static_assignment_lists_tokens_in_token_order_with_their_gates():

@@ -57,7 +57,7 @@ def test_a_family_that_routes_in_one_way_takes_no_other(family):
     ("words", "message"),
     [
         (("best",), "routing best: choose per_token, pooled or static"),
-        (("per_token", 0.5), "capacity 0.5 belongs to static routing; per_token goes by threshold"),
+        (("per_token", 0.5), "capacity 0.5 belongs to static routing; per_token uses threshold"),
         (("static", 4.5), "capacity 4.5: choose one above 0, at most 4"),
         (("static", float("nan")), "capacity nan: choose one above 0, at most 4"),
     ],

@@ -33,9 +33,9 @@ def all_tokens() -> Tensor:
 def run_layer(layer: MoEFeedForward, x: Tensor, share: float) -> NUMBERS:
     """Outputs and input gradient; share: of the capacity loss, a mean over this rank's tokens."""
     x = x.clone().requires_grad_()
-    y, decided = layer(x)
-    ((y * y.detach().cos()).sum() + share * decided.capacity_loss).backward()
-    return {"y": y.detach(), "grad": x.grad, "taken": decided.selected_ES}
+    y, layer_routing = layer(x)
+    ((y * y.detach().cos()).sum() + share * layer_routing.capacity_loss).backward()
+    return {"y": y.detach(), "grad": x.grad, "taken": layer_routing.selected_ES}
 
 
 def summed_gradients(layer: MoEFeedForward, topology: Topology) -> NUMBERS:
@@ -190,11 +190,11 @@ def lonely_on_rank(config: Config) -> dict[str, Tensor]:
     x = all_tokens().chunk(topology.world)[topology.rank]
     x[..., 0] = 1
     x.requires_grad_()
-    y, decided = layer(x)
-    (y.square().sum() + decided.balance_loss).backward()
+    y, layer_routing = layer(x)
+    (y.square().sum() + layer_routing.balance_loss).backward()
     assert x.grad.isfinite().all()
     return {
-        "counts": decided.selected_ES.sum(dim=1),
+        "counts": layer_routing.selected_ES.sum(dim=1),
         **{name: parameter.grad for name, parameter in layer.experts.named_parameters()},
     }
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe.models.routing import take_largest, top_k_mask
+from diffmoe.models.routing import select_largest, top_k_mask
 from diffmoe.parallel.pool import TokenPool
 from tests.helpers.ranks import run_ranks
 
@@ -17,7 +17,7 @@ def select(values_XS: Tensor, ks: list[int]) -> list[Tensor]:
     taken = []
     for k in ks:
         kth_X = pool.kth_largest(mine_XS, k)
-        taken.append(take_largest(mine_XS, kth_X, pool.ties(mine_XS, kth_X, k)))
+        taken.append(select_largest(mine_XS, kth_X, pool.ties(mine_XS, kth_X, k)))
     return taken
 
 

@@ -65,7 +65,7 @@ def test_load_network_gives_the_checkpoints_weights_whole(two_ranks):
     for snapshot, kind in ((live, "weights"), (ema, "ema")):
         assert snapshot.clock == Clock(samples=48, step=6, skipped=0)
         assert snapshot.config == two_ranks[1]
-        assert snapshot.latents["shape"] == [2, 8, 8]
+        assert snapshot.latents.shape == (2, 8, 8)
         assert not snapshot.network.training
         for name, parameter in snapshot.network.named_parameters():
             assert torch.equal(parameter.flatten(), state[f"{kind}/{name}"]), name

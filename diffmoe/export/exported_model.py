@@ -1,10 +1,10 @@
-"""An exported model's folder, opened: its tensors by name, and the network ready to run.
+"""An exported model: its folder's files, its tensors by name, and its network ready to run.
 
 model.safetensors      the tensors, or model-00001-of-00003.safetensors ... with
                        model.safetensors.index.json
 config.json            Metadata
-vae/                   the autoencoder, where it was a folder of the machine that wrote this
-thresholds.json        calibrated capacities by name, where there are any
+vae/                   the autoencoder, if it was a local folder when the model was exported
+thresholds.json        calibrated capacities by name, if there are any
 checksums.json         sizes and SHA-256 of the tensors and config.json
 README.md              the model card
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from diffmoe.errors import UserError
-from diffmoe.export.metadata import FILE_NAME, Metadata, read_about
-from diffmoe.export.stored_tensors import StoredTensors, hold_against
+from diffmoe.export.metadata import FILE_NAME, Metadata, read_metadata
+from diffmoe.export.stored_tensors import StoredTensors, verify_checksums
 from diffmoe.export.tensors import (
     DTYPE_NAMES,
     SINGLE,
@@ -34,7 +34,9 @@ CHECKSUMS, CARD = "checksums.json", "README.md"
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder is of this format, whole or not. Raises UserError if that can't be told."""
+    """Whether a folder has this format, complete or not. Raises UserError if config.json is not
+    readable.
+    """
     file = path / FILE_NAME
     if not file.exists():
         return False
@@ -43,27 +45,27 @@ def is_exported(path: Path) -> bool:
 
 
 class ExportedModel(StoredTensors):
-    """`about`, and every tensor by name.
+    """An exported folder: `metadata`, and every tensor by name.
 
-    Raises UserError where the files do not fit each other or config.json.
+    Raises UserError if the files do not agree with each other or with config.json.
     """
 
     def __init__(self, path: Path) -> None:
-        self.about: Metadata = read_about(path)
+        self.metadata: Metadata = read_metadata(path)
         super().__init__(path, SINGLE)
-        check_state_dict(self.shapes, self.about.model, self.about.moe, str(path))
+        check_state_dict(self.shapes, self.metadata.model, self.metadata.moe, str(path))
         for name, found in self.dtypes.items():
-            dtype = stored_dtype(name, getattr(torch, self.about.dtype))
+            dtype = stored_dtype(name, getattr(torch, self.metadata.dtype))
             if found != DTYPE_NAMES[dtype]:
                 raise UserError(f"{path}: {name} is {found}, {FILE_NAME} says {DTYPE_NAMES[dtype]}")
 
     def verify(self, digest: Callable[[Path], str] = sha256_of) -> int:
-        """Hold every file against checksums.json; how many these are.
+        """Compare every file with checksums.json. Returns their number.
 
-        digest: gives a file's SHA-256; the default reads it. Raises UserError naming the first that
-        is not as it was written.
+        digest: gives a file's SHA-256; the default reads the file. Raises UserError naming the
+        first file that is missing or damaged.
         """
-        return hold_against(contained(self.folder, CHECKSUMS), [FILE_NAME, *self.files], digest)
+        return verify_checksums(contained(self.folder, CHECKSUMS), [FILE_NAME, *self.files], digest)
 
 
 def load_exported(
@@ -73,13 +75,13 @@ def load_exported(
     topology: Topology | None = None,
     verify: bool = True,
 ) -> tuple[DiT, Metadata]:
-    """The network of an exported folder, for evaluation; it never exists twice.
+    """The network of an exported folder, for evaluation. Takes the memory of one network.
 
-    topology: of ranks that share the experts; each reads its own ones. verify: hold the files
-    against their checksums, once per machine. Raises UserError where one is damaged.
+    topology: of ranks that share the experts; each reads only its own. verify: compare the files
+    with their checksums, once per machine. Raises UserError if one is damaged.
     """
     model = ExportedModel(path)
     if verify:
         model.verify(cached_sha256)
-    network = empty_network(model.about.model, model.about.moe, topology, device, dtype)
-    return fill(network, model.read).requires_grad_(False), model.about
+    network = empty_network(model.metadata.model, model.metadata.moe, topology, device, dtype)
+    return fill(network, model.read).requires_grad_(False), model.metadata
