@@ -78,13 +78,13 @@ class LiveEvaluation:
         network: DiT,
         engine: deepspeed.DeepSpeedEngine,
         ema: EMA,
-        device: torch.device,
         stop: StopRequest,
         telemetry: Telemetry,
         lease: Lease,
     ) -> None:
         self.config, self.network, self.engine, self.ema = config, network, engine, ema
-        self.device, self.stop, self.telemetry = device, stop, telemetry
+        self.device = device = next(network.parameters()).device
+        self.stop, self.telemetry = stop, telemetry
         self.lease = lease
         self.folder = Path(config.output) / EVALUATION
         self.settings = _settings(config)

@@ -26,7 +26,7 @@ class Counting:
         import torch
         import torch.distributed as dist
 
-        from diffmoe.training import loop
+        from diffmoe.training import step as training_step
         from diffmoe.training.telemetry import Telemetry
 
         steps: list[Counter[str]] = [Counter()]
@@ -46,7 +46,7 @@ class Counting:
         counted(dist, "all_reduce")
         for name in READS:
             counted(torch.Tensor, name)
-        begin, step = loop.learning_rate, Telemetry.step
+        begin, step = training_step.learning_rate, Telemetry.step
         end = self.folder / f"counts-{rank}.json"
 
         def began(*args: Any) -> float:
@@ -57,7 +57,7 @@ class Counting:
             step(*args)
             end.write_text(json.dumps(steps[1:]))
 
-        loop.learning_rate, Telemetry.step = began, ended
+        training_step.learning_rate, Telemetry.step = began, ended
 
 
 def counts(folder: Path, config: Config, world: int) -> list[dict[str, int]]:
