@@ -6,11 +6,12 @@
       data.path=/data/imagenet256
 
 Settings are written section.key=value after the options; --print-config shows all of them. A run
-lives in its `output` folder (runs/RECIPE): checkpoints, metrics.jsonl, config.yaml. Starting the
-same command again goes on where it stopped, on any number of ranks that the lanes allow; while it
-runs, a second one in the same output refuses. Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP to any rank, or
-the end of its launcher, finishes the step, saves and exits with code 85; a second Ctrl-C ends at
-once, with code 130. Other codes: 0 finished, 2 a wrong setting, file or folder, 1 a failure.
+lives in its `output` folder (runs/RECIPE): checkpoints, metrics.jsonl, config.yaml. Running the
+same command again resumes from the newest complete checkpoint, on any number of ranks that the
+lanes allow; while it runs, a second one in the same output is refused. Ctrl-C, SIGTERM, SIGUSR1 or
+SIGHUP to any rank, or the end of its launcher, finishes the step, saves and exits with code 85; a
+second Ctrl-C ends at once, with code 130. Other codes: 0 finished, 2 a wrong setting, file or
+folder, 1 a failure.
 
 Signalled themselves, torchrun gives its ranks 30 seconds for that, or --shutdown-timeout, and
 deepspeed 30 after Ctrl-C. A save that takes longer is cut, and the previous checkpoint stays:
@@ -37,16 +38,16 @@ def parse() -> argparse.Namespace:
         "--resume",
         default="auto",
         metavar="auto|none|PATH",
-        help="auto (default): go on from the output's newest whole checkpoint, if there is one; "
+        help="auto (default): resume the output's newest complete checkpoint, if there is one; "
         "none: only start in an empty output; PATH: a checkpoint or a run's folder, which must be "
         "there; later checkpoints in the output are set aside as abandoned-*. Given again, as by a "
-        "job that was requeued, it goes on from what the output has trained on since",
+        "requeued job, it resumes from what the output has saved since",
     )
     parser.add_argument(
         "--allow-changed",
         action="append",
         metavar="FIELD",
-        help="go on although this setting differs from the checkpoint's and alters the run",
+        help="resume although this setting differs from the checkpoint's and alters the run",
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"

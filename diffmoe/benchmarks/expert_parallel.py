@@ -6,7 +6,7 @@ from diffmoe.benchmarks.collectives import Collectives
 from diffmoe.benchmarks.ranks import forget_groups, on_ranks, rank_device
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.timing import Rounds, take_turns
-from diffmoe.benchmarks.training import TrainingStep, random_batches
+from diffmoe.benchmarks.training import TimedStep, random_batches
 from diffmoe.config import Config
 from diffmoe.parallel.topology import create_topology
 
@@ -29,7 +29,7 @@ def measured_on_rank(config: Config, rounds: int) -> tuple[Rounds, dict[str, Any
         changed = config.replace({"parallel.expert_parallel": ranks, "moe.token_pool": pool})
         with random_batches(changed, topology) as batches:
             stored = [next(batches) for _ in range(2)]
-        steps[name] = TrainingStep(changed, topology, device, _again(stored))
+        steps[name] = TimedStep(changed, topology, device, _again(stored))
         forget_groups()
     timed = take_turns(steps, rounds, device, calls=2)
     for name, step in steps.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from diffmoe.benchmarks.ceiling import products
 from diffmoe.benchmarks.layer import DTYPES
@@ -24,9 +24,8 @@ from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
 from diffmoe.benchmarks.timing import forward_backward, seconds_of, synchronize, take_turns
 from diffmoe.config import Config
-from diffmoe.data.examples import Examples, micro_batches
+from diffmoe.data.examples import micro_batches
 from diffmoe.data.stream import Batch, LatentStream
-from diffmoe.diffusion import create_objective
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
@@ -35,9 +34,8 @@ from diffmoe.planning.flops import step_flops
 from diffmoe.planning.layouts import Layout
 from diffmoe.training.ema import EMA
 from diffmoe.training.routing_metrics import RoutingMetrics
-from diffmoe.training.step import build, losses_of
+from diffmoe.training.step import TrainingStep, build, losses_of
 from diffmoe.training.telemetry import Telemetry
-from diffmoe.training.thresholds import ThresholdTracker
 from diffmoe.tree import tree_map
 
 OURS = "diffmoe fp32"
@@ -57,57 +55,37 @@ def dense_twin(config: Config) -> Config:
     return config.replace({"moe.type": "dense"})
 
 
-class TrainingStep:
-    """One optimizer step as the loop does it; calling it does the next one.
+class TimedStep:
+    """The training step on batches of its own; calling it takes the next batch.
 
-    history: of every step, the seconds of its phases; routing: what the last one decided.
+    history: of every step, the seconds of its phases.
     """
 
     def __init__(
         self, config: Config, topology: Topology, device: torch.device, batches: Iterator[Batch]
     ) -> None:
-        self.config, self.topology, self.device, self.batches = config, topology, device, batches
-        self.layout = Layout(config, 1, topology.world)
-        self.objective = create_objective(config.diffusion)
-        self.network, self.engine = build(config, {}, topology, device)
-        self.ema = EMA(self.engine, config.training.ema_decay, config.training.ema_stds)
-        self.thresholds = ThresholdTracker(self.network)
+        self.config, self.device, self.batches = config, device, batches
+        config = config.replace({"data.lanes": LANES})
+        self.network, engine = build(config, {}, topology, device)
+        ema = EMA(engine, config.training.ema_decay, config.training.ema_stds)
+        self.step = TrainingStep(config, self.network, engine, ema, device)
+        self.step.phase = self._phase
         self.history: list[Counter[str]] = []
-        self.routing: list[LayerRouting] = []
-        self._numbers = count(1)
-        lanes = LANES // topology.world
-        self._lanes = range(topology.rank * lanes, (topology.rank + 1) * lanes)
 
     def __call__(self) -> None:
-        number = next(self._numbers)
         self.history.append(Counter())
         with self._phase("data wait"):
             batch = next(self.batches)
-            clock = number * self.config.training.batch_size
-            examples = micro_batches(batch, self.config, self._lanes, clock, self.objective)
-        for one in examples:
-            one = tree_map(self._to_device, one)
-            with self._phase("forward and backward"):
-                loss = self.loss(one)
-                self.engine.backward(loss)
-            with self._phase("optimizer"):
-                self.engine.step()
-            with self._phase("thresholds"):
-                self.thresholds.observe(self.routing)
-        with self._phase("losses read"):
-            kth_LE = self.thresholds.seen()
-            told = torch.cat([loss.detach()[None], kth_LE.flatten().to(self.device)]).double()
-            dist.all_reduce(told)
-            told[0].item()
-        with self._phase("thresholds"):
-            kth = told[1:] / self.topology.world
-            self.thresholds.step(kth.to(kth_LE.dtype).view_as(kth_LE))
-        with self._phase("EMA"):
-            self.ema.update(number)
+        self.step.run(batch)
 
-    def loss(self, examples: Examples) -> torch.Tensor:
-        loss, _, self.routing = losses_of(self.engine, self.objective, examples, self.config)
-        return loss
+    def forward(self) -> tuple[Tensor, list[LayerRouting]]:
+        """The loss and routing of the next batch's first micro-batch."""
+        step = self.step
+        batch = next(self.batches)
+        examples = micro_batches(batch, step.config, step.lanes, 0, step.objective)[0]
+        examples = tree_map(lambda tensor: tensor.to(self.device), examples)
+        loss, _, routing = losses_of(step.engine, step.objective, examples, step.config)
+        return loss, routing
 
     def checkpointed(self) -> None:
         """The same step with activation checkpointing; not in the history."""
@@ -118,16 +96,10 @@ class TrainingStep:
 
     def saved_bytes(self) -> int:
         """What a forward keeps for its backward."""
-        batch = next(self.batches)
-        examples = micro_batches(batch, self.config, self._lanes, 0, self.objective)[0]
-        examples = tree_map(self._to_device, examples)
         with Saved(self.network.parameters()) as saved:
-            loss = self.loss(examples)
+            loss, _ = self.forward()
         del loss
         return saved.bytes
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device)
 
     def phase(self, name: str, rounds: int) -> float:
         """Median seconds of a phase in the last `rounds` turns, of two steps each."""
@@ -183,7 +155,7 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
     }
     timed, first = {}, {}
     with random_batches(config, topology) as batches:
-        ours = TrainingStep(config, topology, device, batches)
+        ours = TimedStep(config, topology, device, batches)
 
         def meet(name: str, work: Callable[[], object], precision: str) -> None:
             works = {"GEMM": gemms[precision][0], OURS: ours, name: work}
@@ -192,7 +164,7 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         meet("checkpointing", ours.checkpointed, "fp32")
         phases = {phase: ours.phase(phase, rounds) for phase in ours.history[-1]}
         for name, rival in rivals.items():
-            step = TrainingStep(rival.config, topology, device, batches)
+            step = TimedStep(rival.config, topology, device, batches)
             first[name] = seconds_of(step, device)
             meet(name, step, rival.config.training.precision)
             del step
@@ -292,9 +264,9 @@ def _occurrences(config: Config) -> dict[str, int]:
     return parts | ({"dense MLP": depth - mixtures} if mixtures < depth else {})
 
 
-def _logging_seconds(step: TrainingStep, steps_between: int, device: torch.device) -> float:
+def _logging_seconds(step: TimedStep, steps_between: int, device: torch.device) -> float:
     """What the bar at every step, and a line of metrics now and then, cost a step."""
-    samples = count(1)
+    samples, (_, decisions) = count(1), step.forward()
     quiet = step.config.replace({"logging.wandb": False})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         telemetry = Telemetry(quiet.replace({"output": folder}), active=True)
@@ -302,7 +274,7 @@ def _logging_seconds(step: TrainingStep, steps_between: int, device: torch.devic
 
         def write() -> None:
             routing = RoutingMetrics(step.network)
-            routing.observe(step.routing)
+            routing.observe(decisions)
             telemetry.metrics(next(samples), routing.summary(routing.flat()))
 
         timed = take_turns(

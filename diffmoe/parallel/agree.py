@@ -2,9 +2,35 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over_ranks(
+    numbers: Mapping[str, float | Tensor], tensors: Mapping[str, Tensor], device: torch.device
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The sums of all values over the ranks, by the same names: one all-reduce, in double.
+
+    Every rank of the default process group calls it with the same names and shapes.
+
+    numbers: Python numbers and tensors of shape (). Their sums come back as floats; reading them
+        is the only wait for the device.
+    tensors: of any shape and type, also empty. Their sums stay on the device, in double.
+    """
+    scalars = [torch.as_tensor(value).to(device, torch.double) for value in numbers.values()]
+    flat = [tensor.flatten().to(device, torch.double) for tensor in tensors.values()]
+    packed = torch.cat([torch.stack(scalars), *flat] if scalars else flat)
+    dist.all_reduce(packed)
+    head, *parts = packed.split([len(scalars), *(tensor.numel() for tensor in tensors.values())])
+    sums = {
+        name: part.view(tensor.shape)
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }
+    return dict(zip(numbers, head.tolist(), strict=True)), sums
 
 
 def disagreements(values: dict[str, Any]) -> list[str]:

@@ -36,12 +36,12 @@ class TokenPool:
         counts_W2X = above_X.new_empty(self.ranks, 2, len(above_X))
         mine_2X = torch.stack([above_X, equal_X])
         dist.all_gather(list(counts_W2X.unbind()), mine_2X, group=self.group)
-        lower_ranks_X = counts_W2X[: self.group.rank(), 1].sum(dim=0)
+        lower_ranks_X = counts_W2X[: dist.get_rank(self.group), 1].sum(dim=0)
         missing_X = k - counts_W2X[:, 0].sum(dim=0)
         return (missing_X - lower_ranks_X).clamp(min=0).minimum(equal_X)
 
 
-def _radix_kth_largest(values_XS: Tensor, k: int, group: dist.ProcessGroup) -> Tensor:
+def _radix_kth_largest(values_XS: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
     integer = {torch.float32: torch.int32, torch.float64: torch.int64}[values_XS.dtype]
     bits = torch.iinfo(integer).bits
     magnitude = torch.iinfo(integer).max

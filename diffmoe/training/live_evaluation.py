@@ -79,13 +79,13 @@ class LiveEvaluation:
         network: DiT,
         engine: deepspeed.DeepSpeedEngine,
         ema: EMA,
-        device: torch.device,
         stop: StopRequest,
         telemetry: Telemetry,
         lease: Lease,
     ) -> None:
         self.config, self.network, self.engine, self.ema = config, network, engine, ema
-        self.device, self.stop, self.telemetry = device, stop, telemetry
+        self.device = device = next(network.parameters()).device
+        self.stop, self.telemetry = stop, telemetry
         self.lease = lease
         self.folder = Path(config.output) / EVALUATION
         self.settings = _settings(config)
@@ -226,13 +226,13 @@ class LiveEvaluation:
 
 
 def _prompts(config: Config, device: str | torch.device = "cpu") -> Prompts | None:
-    """What a text model is asked for. Raises UserError where it does not fit the model."""
+    """The prompts of a text-conditioned model. Raises UserError where it does not fit the model."""
     evaluation = config.evaluation
     captions = read_captions(evaluation.prompts) if evaluation.prompts else []
     if config.model.text is not None and not captions:
         raise UserError(
             "training.evaluate_every of a text model needs captions: set evaluation.prompts to a "
-            f"file of them, one a line (it is {evaluation.prompts})"
+            f"text file, one prompt per line (it is {evaluation.prompts})"
         )
     return asked(config, encoder_of(config, evaluation.text_encoder, device), captions)
 

@@ -1,7 +1,7 @@
-"""All that a run is refused for before it starts, wherever that can be known: also on a login node.
+"""The one list of what a run is refused for before it starts; needs neither ranks nor a GPU.
 
-train.py asks once its ranks have joined, tools/submit.py before the job is queued. What needs the
-ranks or their devices is checked by start.py alone.
+train.py calls it once its ranks have joined, tools/submit.py on the login node before the job is
+queued. Only what needs the ranks or their devices is checked elsewhere (start.py).
 """
 
 from typing import Any

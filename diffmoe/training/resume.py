@@ -81,7 +81,7 @@ def find_checkpoint(config: Config, resume: str, allowed: list[str] | None = Non
     here, leftovers, copies = from_first_rank(
         (folder.names(output), folder.leftovers(output), folder.copies(output))
     )
-    notes = [f"{path} is what a kill left; it is removed" for path in leftovers]
+    notes = [f"{path} is left over from an interrupted save; it is removed" for path in leftovers]
     notes += [
         f"{path} is no checkpoint of this run's, by its name or its clock, and is left alone; "
         "--resume takes it by its PATH"

@@ -59,7 +59,7 @@ def verdict(states: dict[int, State], world: int, seconds: float) -> str:
 
 
 def _place() -> str:
-    frame: Any = sys._current_frames()[threading.main_thread().ident]
+    frame: Any = sys._current_frames()[threading.main_thread().ident or 0]
     code = frame.f_code
     return f"{code.co_filename}, line {frame.f_lineno}, in {code.co_name}"
 

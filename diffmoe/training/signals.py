@@ -45,7 +45,7 @@ class StopRequest:
             end_process(128 + signal.SIGINT)
         self._received = self._received or number
 
-    def told(self) -> str:
+    def reason_of_all_ranks(self) -> str:
         """What stopped the run, such as `SIGTERM to rank 1`. Every rank calls it."""
         everyone: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self.reason)

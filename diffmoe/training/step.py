@@ -1,24 +1,33 @@
-"""What every optimizer step is made of: the network in its engine, and a micro-batch's losses."""
+"""One optimizer step, and the engine that it runs on."""
 
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from diffmoe.config import Config
-from diffmoe.data.examples import Examples
-from diffmoe.diffusion import Objective
+from diffmoe.config import Config, OptimizerConfig
+from diffmoe.data.examples import Examples, micro_batches
+from diffmoe.data.stream import Batch
+from diffmoe.diffusion import Objective, create_objective
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting, routing_loss
+from diffmoe.parallel.agree import sum_over_ranks
 from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
+from diffmoe.training.ema import EMA
+from diffmoe.training.routing_metrics import RoutingMetrics
+from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.tree import tree_map
 
 
 def build(
     config: Config, ds_settings: dict[str, Any], topology: Topology, device: torch.device
 ) -> tuple[DiT, DeepSpeedEngine]:
-    """The network at its initialization, ready to train, and the engine that steps it."""
+    """The initialized network in training mode, and its DeepSpeed engine."""
     network = DiT(config.model, config.moe, topology).initialize(config.seed).to(device)
     network.checkpoint_activations(config.training.activation_checkpointing)
     network.train()
@@ -46,7 +55,7 @@ def build(
 def losses_of(
     engine: DeepSpeedEngine, objective: Objective, examples: Examples, config: Config
 ) -> tuple[Tensor, dict[str, Tensor], list[LayerRouting]]:
-    """Forward of one micro-batch: its loss, what that is made of, and what was routed where."""
+    """Forward of one micro-batch. Returns (loss, its parts by name, routing of each MoE layer)."""
     output = engine(examples.x_t, examples.t, examples.condition)
     parts = objective.loss(
         output.prediction, examples.x_t, examples.data, examples.noise, examples.t
@@ -56,3 +65,131 @@ def losses_of(
     loss = parts["loss"] + auxiliary
     parts["routing_loss"] = torch.as_tensor(auxiliary, device=loss.device)
     return loss, parts, output.routing
+
+
+def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) -> float:
+    """The rate at a clock: linear warm-up, then constant or a half cosine down to zero."""
+    rate = optimizer.learning_rate
+    if samples < optimizer.warmup_samples:
+        return rate * samples / optimizer.warmup_samples
+    if optimizer.schedule == "cosine":
+        span = max(1, total_samples - optimizer.warmup_samples)
+        # The last batch may reach past the end.
+        done = min(1.0, (samples - optimizer.warmup_samples) / span)
+        rate *= 0.5 * (1 + math.cos(math.pi * done))
+    return rate
+
+
+class StepResult(NamedTuple):
+    """What one step did; the same on every rank."""
+
+    losses: dict[str, float]  # means over all samples, by name; `loss` is the objective's
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool  # a loss or gradient was not finite: weights, EMA and thresholds did not move
+    flags: dict[str, float]  # sums over the ranks of what `run` was given
+    routing: dict[str, list]  # see RoutingMetrics.summary; empty unless asked for
+
+
+class TrainingStep:
+    """The optimizer step, with its clock: `run(batch)` trains on one batch of all ranks.
+
+    samples, number, skipped: how many samples were trained on, in how many steps, and how many of
+        these steps were skipped. Set them when a run resumes.
+    phase: a context manager by the name of a phase, entered around it; for measuring.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        network: DiT,
+        engine: DeepSpeedEngine,
+        ema: EMA,
+        device: torch.device,
+    ) -> None:
+        """network, engine: of `build`."""
+        self.config, self.network, self.engine, self.ema = config, network, engine, ema
+        self.device = device
+        self.objective = create_objective(config.diffusion)
+        self.thresholds = ThresholdTracker(network)
+        self.lanes = own_lanes(config, network.topology)
+        self.samples = self.number = self.skipped = 0
+        self.phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
+
+    def run(
+        self,
+        batch: Batch,
+        read_flags: Callable[[], Mapping[str, float]] = dict,
+        measure_routing: bool = False,
+    ) -> StepResult:
+        """Train on this rank's part of a batch; every rank calls it.
+
+        read_flags: called after the backward; numbers of this rank, to be summed over all ranks
+            in the step's one collective.
+        measure_routing: fill `StepResult.routing`.
+        """
+        config, world = self.config, self.network.topology.world
+        samples = self.samples + config.training.batch_size
+        rate = learning_rate(config.optimizer, samples, config.training.total_samples)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+        # Forward and backward. The engine acts at the last micro-batch only.
+        metrics = RoutingMetrics(self.network) if measure_routing else None
+        losses: dict[str, Tensor] = {}
+        with self.phase("examples"):
+            examples = micro_batches(batch, config, self.lanes, self.samples, self.objective)
+        for one in examples:
+            one = tree_map(lambda tensor: tensor.to(self.device), one)
+            with self.phase("forward and backward"):
+                loss, parts, routing = losses_of(self.engine, self.objective, one, config)
+                # A loss can overflow while its gradient is finite. NaN makes all gradients NaN, so
+                # that the engine skips the step on every rank.
+                self.engine.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
+            with self.phase("optimizer"):
+                self.engine.step()
+            with self.phase("thresholds"):
+                self.thresholds.observe(routing)
+            if metrics is not None:
+                metrics.observe(routing)
+            for name, part in parts.items():
+                part = part.detach().double() / config.training.accumulation
+                losses[name] = losses[name] + part if name in losses else part
+
+        # The one collective of the step beside the engine's and the experts'.
+        kth_LE, flags = self.thresholds.seen(), read_flags()
+        with self.phase("losses read"):
+            numbers, tensors = sum_over_ranks(
+                {f"loss: {name}": loss for name, loss in losses.items()}
+                | {f"flag: {name}": flag for name, flag in flags.items()},
+                {
+                    "thresholds": kth_LE,
+                    "routing": metrics.flat() if metrics is not None else torch.empty(0),
+                },
+                self.device,
+            )
+            gradient_norm = float(self.engine.get_global_grad_norm())
+
+        skipped = bool(self.engine.optimizer.overflow)
+        self.samples, self.number, self.skipped = samples, self.number + 1, self.skipped + skipped
+        if skipped:
+            self.thresholds.forget()
+        else:
+            with self.phase("thresholds"):
+                self.thresholds.step((tensors["thresholds"] / world).to(kth_LE.dtype))
+            with self.phase("EMA"):
+                self.ema.update(self.number - self.skipped)
+        return StepResult(
+            losses={name: numbers[f"loss: {name}"] / world for name in losses},
+            gradient_norm=gradient_norm,
+            learning_rate=rate,
+            skipped=skipped,
+            flags={name: numbers[f"flag: {name}"] for name in flags},
+            routing={} if metrics is None else metrics.summary(tensors["routing"] / world),
+        )
+
+
+def own_lanes(config: Config, topology: Topology) -> range:
+    """The lanes of the data that this rank reads."""
+    lanes = config.data.lanes // topology.world
+    return range(topology.rank * lanes, (topology.rank + 1) * lanes)

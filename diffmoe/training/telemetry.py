@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar, metrics.jsonl, wandb."""
+"""What a run reports: the progress bar, metrics.jsonl, wandb."""
 
 import contextlib
 import json
@@ -82,12 +82,12 @@ class Telemetry:
     def evaluated(
         self, samples: int, values: dict[str, float], picture: Image.Image, seconds: float
     ) -> None:
-        """Tell an evaluation's figures. seconds: it took; they do not count as training."""
+        """Report an evaluation's figures. seconds: its duration, not counted as training."""
         if not self.active:
             return
         self._since += seconds
-        told = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
-        self.say(f"evaluated at {samples} samples in {seconds:.1f} s: {told}")
+        figures = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+        self.say(f"evaluated at {samples} samples in {seconds:.1f} s: {figures}")
         if self.wandb is not None:
             self.wandb.log(samples, lambda wandb: {**values, "images": wandb.Image(picture)})
 

@@ -16,8 +16,8 @@ NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 TRAIN = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import diffmoe.training.loop as loop
-batches = loop.micro_batches
+import diffmoe.training.step as step
+batches = step.micro_batches
 def slow(batch, config, lanes, samples, objective):
     time.sleep(float(os.environ.get("TEST_SECONDS_A_STEP", 0)))
     if os.environ.get("TEST_CRASH") == f"{{os.environ['RANK']}} at {{samples}}":
@@ -26,7 +26,7 @@ def slow(batch, config, lanes, samples, objective):
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GLOO_SOCKET_IFNAME")
         print("probe", *(os.environ.get(name) for name in names), flush=True)
     return batches(batch, config, lanes, samples, objective)
-loop.micro_batches = slow
+step.micro_batches = slow
 del sys.path[0]
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("real_train", {str(ROOT / "train.py")!r})

@@ -16,10 +16,9 @@ from diffmoe.diffusion import create_objective
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import create_topology
-from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training.checkpoint import pieces
 from diffmoe.training.ema import EMA
-from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.training.step import TrainingStep, build
 from tests.helpers.tiny import random_batch, randomize
 
 
@@ -29,21 +28,12 @@ def size(tensors: Any) -> int:
 
 def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """One optimizer step. -> bytes of this rank by kind, and of its collectives."""
-    objective = create_objective(config.diffusion)
     topology = create_topology(config.parallel.expert_parallel)
-    network = randomize(DiT(config.model, config.moe, topology)).train()
-    network.checkpoint_activations(config.training.activation_checkpointing)
-    engine = create_engine(
-        network,
-        experts=network.expert_parameters(),
-        num_experts=config.moe.experts,
-        optimizer=torch.optim.AdamW,
-        optimizer_options={"lr": 1e-3},
-        settings=engine_settings(config, ds_settings or {}, topology.world),
-        topology=topology,
-    )
+    network, engine = build(config, ds_settings or {}, topology, torch.device("cpu"))
+    with torch.no_grad():
+        randomize(network)
     ema = EMA(engine, config.training.ema_decay, config.training.ema_stds)
-    thresholds = ThresholdTracker(network)
+    step = TrainingStep(config, network, engine, ema, torch.device("cpu"))
     zero = engine.optimizer
     gradients: list[Tensor] = []
     work = zero._optimizer_step
@@ -62,19 +52,10 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
         buckets.append(size(held))
 
     zero.setup_buckets = counting
-    lanes = config.data.lanes // topology.world
-    mine = range(topology.rank * lanes, (topology.rank + 1) * lanes)
     with Collectives() as sent:
-        for examples in micro_batches(random_batch(config, 0, mine), config, mine, 0, objective):
-            output = engine(examples.x_t, examples.t, examples.condition)
-            loss = objective.loss(
-                output.prediction, examples.x_t, examples.data, examples.noise, examples.t
-            )["loss"].mean()
-            engine.backward(loss + routing_loss(output.routing, config.moe))
-            engine.step()
-            thresholds.observe(output.routing)
-        if config.moe.type == "diffmoe":
-            dist.all_reduce(thresholds.seen().double())  # beside the losses, which nobody counts
+        result = step.run(random_batch(config, 0, step.lanes))
+    if topology.world > 1:  # the losses travel beside the thresholds, and nobody counts them
+        sent.bytes["all_reduce"] -= 8 * len(result.losses)
     moments = [
         zero.optimizer.state[part][key]
         for part in zero.single_partition_of_fp32_groups
@@ -86,7 +67,7 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
         "masters": size(zero.single_partition_of_fp32_groups),
         "moments": size(moments),
         "ema": size([average for kind in ema.averages.values() for average in kind]),
-        "sent": dict(sent.bytes),
+        "sent": dict(+sent.bytes),
         "buckets": max(buckets),
         "passing": [
             size(getattr(zero, name, []))

@@ -99,16 +99,16 @@ class SignalDuringStep:
         self.step, self.number, self.rank = step, number, rank
 
     def __call__(self, rank: int) -> None:
-        from diffmoe.training import loop
+        from diffmoe.training import step
 
-        micro_batches = loop.micro_batches
+        micro_batches = step.micro_batches
 
         def interrupted(batch, config, lanes, samples, objective):
             if rank == self.rank and samples == (self.step - 1) * config.training.batch_size:
                 os.kill(os.getpid(), self.number)
             return micro_batches(batch, config, lanes, samples, objective)
 
-        loop.micro_batches = interrupted
+        step.micro_batches = interrupted
 
 
 def newest(config: Config) -> Path:

@@ -141,7 +141,10 @@ def test_what_a_kill_left_is_told_and_removed(run: Config):
     (folder / ".step-00000003.tmp/__0_0.distcp").write_bytes(b"half")
     _flip(folder / "step-00000002/__1_0.distcp")
     found = find_checkpoint(run, "auto")
-    assert f"{folder}/.step-00000003.tmp is what a kill left; it is removed" in found.notes
+    assert (
+        f"{folder}/.step-00000003.tmp is left over from an interrupted save; it is removed"
+        in found.notes
+    )
     assert train(run) == [True]
     assert names(folder) == ["step-00000001", "step-00000002", "step-00000003", "step-00000004"]
     assert not (folder / ".step-00000003.tmp").exists()

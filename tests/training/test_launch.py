@@ -80,13 +80,13 @@ def test_a_crash_of_one_rank_is_told_with_its_traceback(tmp_path: Path):
     crash = tmp_path / "crash.py"
     crash.write_text(
         "import os, sys\n"
-        "import diffmoe.training.loop as loop\n"
-        "batches = loop.micro_batches\n"
+        "import diffmoe.training.step as step\n"
+        "batches = step.micro_batches\n"
         "def broken(batch, config, lanes, samples, objective):\n"
         "    if os.environ['RANK'] == '1' and samples == 16:\n"
         "        raise ZeroDivisionError('a bug')\n"
         "    return batches(batch, config, lanes, samples, objective)\n"
-        "loop.micro_batches = broken\n"
+        "step.micro_batches = broken\n"
         "import train\n"
         "sys.exit(train.main())\n"
     )

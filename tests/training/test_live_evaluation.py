@@ -183,7 +183,7 @@ def test_a_text_model_is_judged_on_its_prompts(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluation__prompts": None}, "set evaluation.prompts to a file"),
+        ({"evaluation__prompts": None}, "set evaluation.prompts to a text file"),
         ({"evaluation__prompts": "absent.txt"}, "prompts absent.txt cannot be read"),
         ({"evaluation__classifier": CLASSIFIER}, "judges classes, and the model takes captions"),
         ({"evaluation__truth": "truth.json"}, "truth truth.json does not tell of 'one'"),

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from diffmoe.config import OptimizerConfig
-from diffmoe.training.loop import PATIENCE, crossed, learning_rate
+from diffmoe.training.due import crossed
+from diffmoe.training.loop import PATIENCE
+from diffmoe.training.step import learning_rate
 from tests.helpers.runs import (
     assert_identical,
     clock,

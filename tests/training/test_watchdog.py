@@ -65,10 +65,10 @@ class Hanging:
         self.holds_python = holds_python
 
     def __call__(self, rank: int) -> None:
-        from diffmoe.training import loop
+        from diffmoe.training import step
 
         impatient(rank)
-        micro_batches = loop.micro_batches
+        micro_batches = step.micro_batches
 
         def hang_in_the_fourth_step(batch, config, lanes, samples, objective):
             if rank == 1 and samples == 3 * config.training.batch_size:
@@ -79,7 +79,7 @@ class Hanging:
                 library.pthread_mutex_lock(mutex)  # waits for itself
             return micro_batches(batch, config, lanes, samples, objective)
 
-        loop.micro_batches = hang_in_the_fourth_step
+        step.micro_batches = hang_in_the_fourth_step
 
 
 @pytest.mark.parametrize("holds_python", [False, True], ids=["its work", "all of it"])
