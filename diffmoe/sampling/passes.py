@@ -1,4 +1,4 @@
-"""What a network is looked at with: real data at training's noise levels, or its own sampling."""
+"""Forward passes to calibrate or analyze on: real data with training's noise, or sampling."""
 
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
@@ -13,13 +13,12 @@ from diffmoe.data.stream import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.diffusion.settings import SamplingSettings, time_of
 from diffmoe.models.dit import DiT
-from diffmoe.sampling.latents import sample_latents
-from diffmoe.text.prompts import Prompts
+from diffmoe.sampling.sampler import Sampler
 from diffmoe.tree import tree_map
 
 
 def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: int) -> Passes:
-    """Passes over `samples` real samples of data.path, noised as training does it."""
+    """Passes over `samples` real samples of data.path, with noise as in training."""
     parts = list(real_examples(config, samples, batch, seed))
 
     def run(observe: Observer) -> None:
@@ -47,7 +46,7 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
         seed=seed,
         workers=0,
         captions=config.model.text is not None,
-        # Of a run that came from elsewhere no cache is taken over, in which old shards are removed.
+        # Without data.cache: a run from elsewhere must not have shards removed on this machine.
         fetch=Fetch(allow_commands=config.data.allow_commands),
     )
     clock, missing = 0, samples
@@ -64,23 +63,12 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
 
 
 def trajectory_passes(
-    network: DiT,
-    config: Config,
-    labels: Sequence[int],
-    batch: int,
-    settings: SamplingSettings,
-    prompts: Prompts | None = None,
+    sampler: Sampler, labels: Sequence[int], batch: int, settings: SamplingSettings
 ) -> Passes:
     """The passes of sampling images of `labels`."""
-    starts = range(0, len(labels), batch)
 
     def run(observe: Observer) -> None:
-        for start in starts:
-            some = labels[start : start + batch]
-            indices = range(start, start + len(some))
-            sample_latents(
-                network, config, some, indices, settings, prompts=prompts, observe=observe
-            )
+        sampler.latents(labels, settings, batch=batch, observe=observe)
 
     # Guidance and Heun take up to two passes a step each.
-    return Passes(len(starts) * settings.steps * 2, run)
+    return Passes(len(range(0, len(labels), batch)) * settings.steps * 2, run)
