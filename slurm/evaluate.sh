@@ -1,6 +1,7 @@
 #!/bin/bash
-# Figures of a run on one node of 8 GPUs: 50,000 samples by all, judged by one. As an array, each
-# task takes one average of the run: sbatch --array=0-9%2 slurm/evaluate.sh. Stopped, it goes on.
+# Figures of a run on one node of 8 GPUs: all make 50,000 samples, one judges them. As an array, each
+# task takes one average of the run: sbatch --array=0-9%2 slurm/evaluate.sh. Requeued or
+# submitted again, it makes only the images that are missing.
 #SBATCH --job-name=diffmoe-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -13,9 +14,10 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%A_%a.out
 ##SBATCH --account=YOURS --partition=YOURS
-# Needs DIFFMOE_RUN, a run's folder or a checkpoint, and DIFFMOE_REFERENCE, what to hold it against.
-# DIFFMOE_OUT: folder of samples and results, default evaluation/ and the run's name. Arguments go
-# to tools/evaluate.py: --num-samples 10000 --guidance 1 --extractor inception-2015-12-05.pt
+# Needs DIFFMOE_RUN, a run's folder or a checkpoint, and DIFFMOE_REFERENCE, what to compare it with.
+# DIFFMOE_OUT: folder of samples and results, default evaluation/ and the run's name. Arguments are
+# passed on to tools/evaluate.py, such as
+# --num-samples 10000 --guidance 1 --extractor inception-2015-12-05.pt
 source "${DIFFMOE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 run=${DIFFMOE_RUN:?set it to the folder of the run to evaluate}
 reference=${DIFFMOE_REFERENCE:?set it to a reference, see tools/evaluate.py --help}

@@ -27,7 +27,7 @@ ROUNDS = 12
 class Passes(NamedTuple):
     """Forward passes to calibrate on. run: does them all and shows each to the observer."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     run: Callable[[Observer], None]
 
 
@@ -56,7 +56,7 @@ def calibrate(
         )
     check_capacity(capacity, experts)
     aim, measured = capacity, float("nan")
-    thresholds_LE = None
+    thresholds_LE: Tensor | None = None
     network.routing = RoutingMode()  # the first round uses the thresholds of training
     for turn in range(ROUNDS + 1):
         meter, kept = CapacityMeter(), _Logits(max(1, BUDGET // passes.count))
@@ -66,10 +66,12 @@ def calibrate(
             kept(forward)
 
         passes.run(observe)
-        measured = meter.read().average
+        seen = meter.read()
+        assert seen is not None  # a network with thresholds has MoE layers
+        measured = seen.average
         if report is not None:
             report(f"round {turn}: capacity {measured:.4f}, requested {capacity:g}")
-        if turn and abs(measured / capacity - 1) <= tolerance:
+        if thresholds_LE is not None and abs(measured / capacity - 1) <= tolerance:
             return thresholds_LE, measured
         if turn > 3 and measured:
             # What remains comes from keeping only some of the logits: correct for it.
@@ -117,7 +119,8 @@ class _Logits:
         self._seen: list[Tensor] = []
 
     def __call__(self, forward: Forward) -> None:
-        logits_LSE = torch.stack([layer.capacity_logits_SE for layer in forward.routing])
+        of_layers = [layer.capacity_logits_SE for layer in forward.routing]
+        logits_LSE = torch.stack([logits_SE for logits_SE in of_layers if logits_SE is not None])
         S = logits_LSE.shape[1]
         if self.tokens < S:
             generator = keyed_generator("calibrate", len(self._seen))

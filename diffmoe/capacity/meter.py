@@ -51,6 +51,9 @@ class CapacityMeter:
     """An observer that counts the tokens experts take, without waiting for the device."""
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._times: list[Tensor] = []
         self._shares_LE: list[Tensor] = []
         self._tokens: list[int] = []
@@ -73,7 +76,7 @@ class CapacityMeter:
             torch.stack(self._shares_LE).cpu(),
             torch.tensor(self._tokens, dtype=torch.float64),
         )
-        self.__init__()
+        self._forget()
         return merged([seen])
 
 

@@ -19,7 +19,7 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.files import contained, read_json, write_json
 from diffmoe.models.dit import DiT
-from diffmoe.models.routing_mode import RoutingMode, check_capacity
+from diffmoe.models.routing_mode import Kind, RoutingMode, check_capacity
 
 FILE_NAME = "thresholds.json"
 
@@ -139,7 +139,7 @@ class CapacityChoice(NamedTuple):
 def choose_capacity(
     network: DiT,
     folder: Path,
-    routing: str | None = None,
+    routing: Kind | None = None,
     capacity: float | None = None,
     weights: str = "ema",
 ) -> CapacityChoice:

@@ -4,8 +4,9 @@ Shape letters as in models/routing.py. Only conditional passes are counted: thos
 would blur the differences between classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -104,25 +105,31 @@ def sampling_routing(
 
     images = sampler.images(labels, settings, batch=batch, watch=watch, progress=progress).images
     unselected: dict[float, list[Tensor]] = {}
-    looks: dict[float, int] = {}
+    samples: dict[float, int] = {}
     for seen in batches:
         for time, share_L in ((float(time), share_L) for time, share_L in seen.unselected):
             unselected.setdefault(time, []).append(share_L.cpu() * seen.samples)
-            looks[time] = looks.get(time, 0) + seen.samples
-    together_LEE = sum(seen.together_LEE for seen in batches)
+            samples[time] = samples.get(time, 0) + seen.samples
+    together_LEE = _sum(seen.together_LEE for seen in batches)
     own_LE = together_LEE.diagonal(dim1=1, dim2=2)
+    capacity = meter.read()
+    assert capacity is not None  # there are MoE layers
     return SamplingRouting(
-        capacity=meter.read(),
+        capacity=capacity,
         unselected=torch.stack(
-            [sum(unselected[time]) / looks[time] for time in sorted(unselected)]
+            [_sum(unselected[time]) / samples[time] for time in sorted(unselected)]
         ),
         by_sample=torch.cat([seen.by_sample for seen in batches]),
         compute=torch.cat([seen.compute for seen in batches]),
-        places=sum(seen.places * seen.samples for seen in batches) / len(labels),
+        places=_sum(seen.places * seen.samples for seen in batches) / len(labels),
         overlap=together_LEE / own_LE.clamp(min=1)[:, :, None],
         labels=torch.tensor(labels),
         images=images,
     )
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 class _Batch:
@@ -131,9 +138,7 @@ class _Batch:
     def __init__(self, samples: int) -> None:
         self.samples, self.passes = samples, 0
         self.unselected: list[tuple[Tensor, Tensor]] = []
-        self._compute_BT: Tensor | int = 0
-        self._places_LET: Tensor | int = 0
-        self._together_LEE: Tensor | int = 0
+        self._compute_BT = self._places_LET = self._together_LEE = torch.zeros(())
 
     def add(self, forward: Forward) -> None:
         selected_LES = torch.stack([layer.selected_ES for layer in forward.routing]).float()
@@ -178,9 +183,11 @@ def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
             zip(network.moe_layers, forward.routing, strict=True)
         ):
             logits_SE, selected_SE = routing.capacity_logits_SE, routing.selected_ES.t()
-            wanted_SE = layer.capacity_predictor.wanted(logits_SE)
-            right[number] += int((wanted_SE & selected_SE).sum())
-            predicted[number] += int(wanted_SE.sum())
+            assert layer.capacity_predictor is not None
+            assert logits_SE is not None
+            predicted_SE = layer.capacity_predictor.wanted(logits_SE)
+            right[number] += int((predicted_SE & selected_SE).sum())
+            predicted[number] += int(predicted_SE.sum())
             selected[number] += int(selected_SE.sum())
             probability = logits_SE.sigmoid().flatten().double().cpu()
             place = (probability * BINS).long().clamp(max=BINS - 1)
@@ -189,6 +196,8 @@ def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
             ):
                 sums[row].index_add_(0, place, values)
 
+    if network.routing is None:
+        raise UserError("only a model with a capacity predictor has one to compare")
     as_in_training = replace(network.routing, kind="static", capacity=None)
     with network.routed(as_in_training):
         passes.run(observe)

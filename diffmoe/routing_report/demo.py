@@ -1,7 +1,7 @@
 """The page of tools/demo.py: one image, its capacity by time, the compute on each token."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
@@ -45,7 +45,7 @@ def answer(
     label, prompts = inputs.wanted, sampler.prompts
     if prompts is not None:
         negative = inputs.negative.strip() or None
-        label, prompts = 0, replace(prompts, captions=(inputs.wanted,), negative=negative)
+        label, prompts = 0, replace(prompts, captions=(str(inputs.wanted),), negative=negative)
     choice = CapacityChoice(dial.at(inputs.capacity), inputs.capacity)
     sampler = replace(sampler, prompts=prompts, choice=choice)
     found = sampling_routing(sampler, [int(label)], settings)
@@ -63,6 +63,7 @@ def build_page(sampler: Sampler, dial: Dial, name: str) -> "gradio.Blocks":
     import gradio
 
     prompts, names = sampler.prompts, sampler.model.class_names
+    wanted: Any
     if prompts is None:
         choices = list(names) or [str(number) for number in range(sampler.choices)]
         wanted = gradio.Dropdown(choices, value=choices[0], type="index", label="Class")
@@ -77,7 +78,7 @@ def build_page(sampler: Sampler, dial: Dial, name: str) -> "gradio.Blocks":
     def shown(label: str) -> gradio.Image:
         return gradio.Image(elem_id=label, show_label=False, format="png", height=_SIZE, buttons=[])
 
-    def answered(*values: object) -> tuple:
+    def answered(*values: Any) -> tuple:
         try:
             return answer(sampler, dial, Inputs(*values))
         except UserError as error:

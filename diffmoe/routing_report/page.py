@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffmoe.routing_report import figures
@@ -96,7 +96,7 @@ def _classes(routing: SamplingRouting, captions: Sequence[str] | None) -> list[t
     text = "Two samples of each; below each sample the number of experts at work on each token"
 
     def section(heading: str, text: str, chosen: list[tuple[int, float]]) -> tuple:
-        name = str
+        name: Callable[[int], str] = str
         if captions is not None:
             name = captions.__getitem__
             rows = (f"<li>C {mean:.2f}: {html.escape(name(label))}</li>" for label, mean in chosen)

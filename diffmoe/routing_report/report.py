@@ -33,12 +33,16 @@ def write_report(
             accuracy = predictor_accuracy(sampler.network, passes)
     labels = request.all_labels(settings.seed)
     with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
+
+        def progress(done: float) -> None:
+            bar.update(round(done) - bar.n)
+
         routing = sampling_routing(
             sampler,
             labels,
             settings,
             batch=batch,
-            progress=lambda done: bar.update(round(done) - bar.n),
+            progress=progress,
         )
     average, network = routing.capacity.average, sampler.network
     facts = {

@@ -83,8 +83,9 @@ def sample_latents(
     observe: sees every evaluation of the network. progress: gets the fraction that is done.
     Raises UserError where latents are not finite: they would be decoded to black images.
     """
-    sampler = settings.chosen_sampler(config)
-    device = network.positions.device
+    sampler, guidance = settings.chosen_sampler(config), settings.guidance
+    assert guidance is not None  # else settings.check refuses it
+    device = next(network.parameters()).device
     channels, size = config.model.in_channels, config.model.input_size
     noise = SampleNoise(settings.seed, indices, (channels, size, size))
     is_flow = config.diffusion.objective == "flow"
@@ -106,24 +107,14 @@ def sample_latents(
         evaluate,
         wanted,
         null,
-        scale=settings.guidance,
+        scale=guidance,
         channels=channels,
         guided_channels=settings.guided_channels,
         interval=(low, high) if settings.guidance_interval != (0, 1) else None,
         keep_variance=not is_flow,
     )
     start = noise.draw().to(device)
-    if is_flow:
-        latents = sample_flow(
-            model,
-            start,
-            settings.steps,
-            sampler,
-            settings.shift,
-            draw=noise.draw,
-            progress=progress,
-        )
-    else:
+    if sampler == "ddpm" or sampler == "ddim":
         latents = sample_ddpm(
             model,
             start,
@@ -132,6 +123,16 @@ def sample_latents(
             draw=noise.draw,
             method=sampler,
             eta=settings.eta,
+            progress=progress,
+        )
+    else:
+        latents = sample_flow(
+            model,
+            start,
+            settings.steps,
+            sampler,
+            settings.shift,
+            draw=noise.draw,
             progress=progress,
         )
     _check_finite(latents, network, indices, settings)

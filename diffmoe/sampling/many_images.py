@@ -132,9 +132,9 @@ def _begin(folder: Path, records: Records, plan: dict[str, Any]) -> None:
 
 def _agreed(topology: Topology, missing: list[int]) -> list[int]:
     """The shards to make. Ranks that share experts take those that the first one sees missing."""
-    if topology.expert_parallel == 1:
-        return missing
     group = topology.expert_group
+    if topology.expert_parallel == 1 or group is None:
+        return missing
     shared = [missing]
     dist.broadcast_object_list(shared, src=dist.get_global_rank(group, 0), group=group)
     return shared[0]
@@ -143,10 +143,10 @@ def _agreed(topology: Topology, missing: list[int]) -> list[int]:
 def _make_together(make: Make, indices: range, topology: Topology, bar: tqdm) -> SampledImages:
     """The images `indices`; each of the ranks that share the experts makes an equal share."""
     mine = equal_share(indices, topology.expert_rank, topology.expert_parallel)
-    begun = bar.n
+    begun, total = bar.n, bar.total or 0
 
     def progress(done: float) -> None:
-        bar.update(min(round(begun + done * topology.expert_parallel), bar.total) - bar.n)
+        bar.update(min(round(begun + done * topology.expert_parallel), total) - bar.n)
 
     made = make(mine, progress)
     if topology.expert_parallel == 1:

@@ -12,6 +12,7 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.data.stream import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.diffusion.settings import SamplingSettings, time_of
+from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.sampling.sampler import Sampler
 from diffmoe.tree import tree_map
@@ -20,10 +21,11 @@ from diffmoe.tree import tree_map
 def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: int) -> Passes:
     """Passes over `samples` real samples of data.path, with noise as in training."""
     parts = list(real_examples(config, samples, batch, seed))
+    device = next(network.parameters()).device
 
     def run(observe: Observer) -> None:
         for part in parts:
-            part = tree_map(lambda tensor: tensor.to(network.positions.device), part)
+            part = tree_map(lambda tensor: tensor.to(device), part)
             out = network(part.x_t, part.t, part.condition)
             # One pass holds many times; it counts for their mean.
             observe(Forward(time_of(config, part.t).mean(), False, out.routing))
@@ -33,12 +35,15 @@ def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: i
 
 def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterator[Examples]:
     """`samples` training examples of data.path, at most `batch` at a time, keyed by the seed."""
-    manifest = Manifest.load(config.data.path)
+    path = config.data.path
+    if path is None:
+        raise UserError("the model does not say where its data is; give the folder (--data DIR)")
+    manifest = Manifest.load(path)
     manifest.check_model(config.model)
     config = config.replace({"seed": seed, "training.accumulation": 1})
     objective, lanes = create_objective(config.diffusion), range(config.data.lanes)
     stream = LatentStream(
-        config.data.path,
+        path,
         manifest,
         lanes=config.data.lanes,
         my_lanes=lanes,

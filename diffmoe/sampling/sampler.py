@@ -21,6 +21,7 @@ from diffmoe.errors import UserError
 from diffmoe.export.open import locate, open_network, weights_of
 from diffmoe.files import read_bytes
 from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import Kind
 from diffmoe.parallel.topology import Topology
 from diffmoe.sampling.images import SampledImages
 from diffmoe.sampling.latents import can_guide, check_sampling, sample_latents
@@ -116,7 +117,7 @@ class Sampler:
         """How many classes there are to draw, or captions of a text model."""
         return self.config.model.num_classes if self.prompts is None else len(self.prompts)
 
-    def with_capacity(self, capacity: float | None, routing: str | None = None) -> "Sampler":
+    def with_capacity(self, capacity: float | None, routing: Kind | None = None) -> "Sampler":
         """The same model at another capacity and kind of routing (capacity.thresholds)."""
         path, weights = self.model.path, self.model.weights
         choice = choose_capacity(self.network, path, routing, capacity, weights)

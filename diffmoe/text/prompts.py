@@ -91,7 +91,7 @@ def conditions(
     everywhere = torch.ones(len(labels), dtype=torch.bool, device=device)
     classes = config.model.num_classes
     if prompts is None:
-        wanted = torch.tensor(labels, device=device)
+        wanted: Condition = torch.tensor(labels, device=device)
         return wanted, unconditional(wanted, everywhere, classes)
 
     def encoded(captions: list[str]) -> Condition:
