@@ -18,10 +18,10 @@ from diffmoe.data.autoencoders import PixelAutoencoder
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
-from diffmoe.sampling.latents import sample_latents
 from tests.helpers.models import NAMES, exported
 from tests.helpers.processes import command, environment
 from tests.helpers.runs import newest
+from tests.helpers.sampling import latents_of
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_a_pipeline_gives_the_images_that_sampling_gives(folder: Path):
     images = pipeline(labels=[3, 0, 3], seed=5, steps=4, guidance=2)
     assert [(image.mode, image.size) for image in images] == [("RGB", (8, 8))] * 3
     snapshot = open_network(folder)
-    latents = sample_latents(
+    latents = latents_of(
         snapshot.network, snapshot.config, [3, 0, 3], range(3),
         SamplingSettings(steps=4, guidance=2, seed=5),
     )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Put samples into the folders that GenEval's evaluator reads.
+"""Write samples into the folders that GenEval's evaluator reads.
 
   python tools/sample.py runs/text --prompts geneval/prompts/generation_prompts.txt \\
       --num-samples 2212 --out samples/geneval
   python tools/export_geneval.py samples/geneval geneval/prompts/evaluation_metadata.jsonl \\
       --out geneval_images
 
-Both files come with GenEval and hold the same 553 prompts; with four images of each, --out gets
-00000/metadata.jsonl and 00000/samples/0000.png to 0003.png, and so on. Then, in GenEval:
+Both files come with GenEval and hold the same 553 prompts. With four images of each, --out gets
+00000/metadata.jsonl, 00000/samples/0000.png to 0003.png, and so on. Then, in GenEval:
 
   python evaluation/evaluate_images.py geneval_images --outfile results.jsonl --model-path DETECTOR
 """

@@ -1,17 +1,17 @@
-"""Sample images from a run: a picture of a few, or a folder of many on any number of ranks.
+"""Sample images from a run: one picture of a few, or a folder of many on any number of ranks.
 
   python tools/sample.py runs/mnist --classes 0,1,2,3 --per-class 5 --guidance 2 --out grid.png
   torchrun --nproc_per_node 8 tools/sample.py runs/xl --num-samples 50000 --out samples/xl
   python tools/sample.py runs/text --prompt "a red seven left of a blue two" --per-prompt 5
 
-RUN is a run's folder (its newest checkpoint is taken), one checkpoint, or a converted model. Image
-k of a seed has a noise of its own, and experts decide on each token alone, so that it depends
-neither on --batch nor on the ranks. --capacity C takes the thresholds that tools/calibrate.py found
-for C: less is quicker, more is better up to a point.
+RUN is a run's folder (the newest checkpoint is used), one checkpoint, or a converted model. Image k
+of a seed has its own noise, and experts decide on each token by itself, so the image depends
+neither on --batch nor on the number of ranks. --capacity C uses the thresholds that
+tools/calibrate.py found for C: less is faster, more is better up to a point.
 
 With --num-samples, DIR gets shards samples-*.npz (uint8 images, labels, indices) and samples.json,
-which lists them with all that decides the images, captions too. Stopped at any moment, the same
-command goes on.
+which lists them with everything that determines the images, captions included. The command can be
+interrupted at any time; running it again makes the images that are missing.
 """
 
 from __future__ import annotations
@@ -19,27 +19,32 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffmoe.cli import (
+    add_batch,
+    add_capacity,
     add_device,
+    add_expert_parallel,
     add_labels,
+    add_num_samples,
     add_prompts,
+    add_routing,
+    add_run,
     add_sampling,
+    add_weights,
+    open_sampler,
     positive,
-    prompts_of,
     say,
     settings_of,
 )
+from diffmoe.diffusion.settings import STEPS
 from diffmoe.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from diffmoe.capacity.meter import CapacityByTime
-    from diffmoe.checkpoints.network import Snapshot
     from diffmoe.diffusion.settings import SamplingSettings
-    from diffmoe.models.dit import DiT
-    from diffmoe.sampling.images import Decode
-    from diffmoe.text.prompts import Prompts
+    from diffmoe.sampling.sampler import Sampler
     from diffmoe.work import Ranks
 
 
@@ -47,16 +52,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_run(parser)
     parser.add_argument(
-        "run", metavar="RUN", help="a run's folder, one checkpoint, or a converted model"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE|DIR", help="default grid.png; with --num-samples a folder"
+        "--out",
+        metavar="FILE|DIR",
+        help="default grid.png; with --num-samples a folder, default samples",
     )
     parser.add_argument(
         "--classes",
         metavar="LIST",
-        help="numbers or names, such as 0,cat; default 0; all with --num-samples",
+        help="numbers or names, such as 0,cat; default 0; with --num-samples all classes",
     )
     parser.add_argument(
         "--per-class",
@@ -64,42 +69,34 @@ def parse() -> argparse.Namespace:
         dest="each",
         type=positive,
         default=10,
-        help="of a picture; default 10",
+        metavar="N",
+        help="images per class or prompt (default 10)",
     )
-    # torchrun takes a bare --num for the beginning of an option of its own.
-    parser.add_argument(
-        "--num-samples", "--num", type=positive, metavar="N", help="make N images in a folder"
-    )
+    add_num_samples(parser, "make N images in a folder")
     add_labels(parser)
     parser.add_argument(
         "--format",
         choices=["npz", "png", "adm"],
         default="npz",
-        help="of --num-samples: default npz; also PNG files, or the one npz of ADM's evaluator",
+        help="with --num-samples: default npz; png adds PNG files, adm the one npz of ADM's "
+        "evaluator",
     )
     parser.add_argument(
-        "--shard-size", type=positive, default=1000, help="images a shard; default 1000"
+        "--shard-size",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="images a shard; default 1000",
     )
     add_prompts(parser)
-    how = add_sampling(parser, steps=250)
-    how.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
+    add_weights(add_sampling(parser, STEPS))
     compute = parser.add_argument_group("how much to compute")
-    compute.add_argument("--capacity", type=float, metavar="C", help="default: as in training")
-    compute.add_argument(
-        "--routing",
-        choices=["per_token", "pooled", "static"],
-        help="how experts choose; default the run's moe.inference, per_token",
-    )
+    add_capacity(compute)
+    add_routing(compute)
     where = parser.add_argument_group("where")
-    where.add_argument("--batch", type=positive, default=50, help="images at a time; default 50")
+    add_batch(where)
     add_device(where)
-    where.add_argument(
-        "--expert-parallel",
-        type=positive,
-        default=1,
-        metavar="P",
-        help="ranks that share the experts; default 1",
-    )
+    add_expert_parallel(where)
     parser.add_argument(
         "--check-digits",
         action="store_true",
@@ -112,56 +109,43 @@ def main() -> None:
     options = parse()
     import torch.distributed as dist
 
-    from diffmoe.capacity.thresholds import set_capacity
-    from diffmoe.data.autoencoders import autoencoder_of
-    from diffmoe.export.open import locate, open_network, weights_of
     from diffmoe.parallel.device import setup_device
     from diffmoe.sampling.classes import class_numbers
-    from diffmoe.sampling.latents import fitted
-    from diffmoe.sampling.many_images import identity
     from diffmoe.sampling.sharing import share_experts
     from diffmoe.work import Ranks
 
-    ranks = Ranks.of_environment()
-    device = setup_device(options.device)
-    folder = locate(options.run)
+    ranks, device = Ranks.of_environment(), setup_device(options.device)
     topology = share_experts(options.expert_parallel, ranks, device)
     if options.num_samples is None and ranks.world > 1:
         raise UserError(
             "one process makes a picture; several ranks make a folder, with --num-samples"
         )
-    weights = weights_of(folder, options.weights)
-    snapshot = open_network(folder, weights, topology, device)
-    prompts = prompts_of(options, snapshot.config, device)
-    settings = fitted(settings_of(options), snapshot.config, prompts, say)
-    settings.chosen_sampler(snapshot.config)
-    if prompts is not None and (options.classes or options.check_digits):
-        raise UserError("--classes and --check-digits are of models that draw classes; leave them")
+    sampler = open_sampler(options, device, topology)
+    sampler = sampler.with_capacity(options.capacity, options.routing)
+    if sampler.prompts is not None and (options.classes or options.check_digits):
+        raise UserError(
+            "--classes and --check-digits are for models that draw classes; leave them out"
+        )
+    settings = sampler.fitted(settings_of(options), say)
     classes = None
     if options.classes:
-        names = snapshot.class_names
-        classes = class_numbers(options.classes, names, folder)
-    calibrated = set_capacity(snapshot.network, folder, options.routing, options.capacity, weights)
-    decode = autoencoder_of(snapshot.latents, device).decode
+        names, path = sampler.model.class_names, sampler.model.path
+        classes = class_numbers(options.classes, names, path)
     if options.num_samples is None:
-        met = _picture(options, snapshot, decode, settings, prompts, classes)
+        met = draw_picture(options, sampler, settings, classes)
     else:
-        model = identity(folder, snapshot.network, weights, options.capacity)
-        met = _folder(options, snapshot, decode, settings, prompts, classes, ranks, model)
-    if calibrated is not None and met is not None:
-        differing = calibrated.differs(settings, snapshot.config, met.average)
-        if differing:
-            say(differing)
+        met = fill_folder(options, sampler, settings, classes, ranks)
+    note = sampler.calibration_note(settings, met)
+    if note:
+        say(note)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _picture(
+def draw_picture(
     options: argparse.Namespace,
-    snapshot: Snapshot,
-    decode: Decode,
+    sampler: Sampler,
     settings: SamplingSettings,
-    prompts: Prompts | None,
     classes: list[int] | None,
 ) -> CapacityByTime | None:
     """Returns the capacity of the samples."""
@@ -170,109 +154,81 @@ def _picture(
     from tqdm import tqdm
 
     from diffmoe.digits.nearest_neighbor import digit_agreement
-    from diffmoe.sampling.images import EvaluationCount, grid, sample_images
+    from diffmoe.sampling.images import grid
     from diffmoe.work import ensure_writable
 
     out = Path(options.out or "grid.png")
     if out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {out}: end it in .png or another kind of picture")
     ensure_writable(out.parent)
-    wanted = range(len(prompts)) if prompts else classes or [0]
-    labels = [label for label in wanted for _ in range(options.each)]
-    counted = EvaluationCount()
+    rows = classes or ([0] if sampler.prompts is None else range(sampler.choices))
+    labels = [label for label in rows for _ in range(options.each)]
     with tqdm(total=len(labels), unit="image", dynamic_ncols=True, disable=None) as bar:
-        images, capacity = sample_images(
-            snapshot.network,
-            snapshot.config,
-            decode,
+        made = sampler.images(
             labels,
-            range(len(labels)),
             settings,
-            prompts=prompts,
             batch=options.batch,
-            watch=counted,
             progress=lambda done: bar.update(round(done) - bar.n),
         )
-    grid(images, options.each).save(out)
-    print(f"{len(labels)} samples at {snapshot.clock.samples} training samples: {out}")
-    _tell_capacity(snapshot.network, capacity)
-    if options.sampler == "dopri5":
-        print(counted.told(counted.mean))
+    grid(made.images, options.each).save(out)
+    print_result(sampler, len(labels), out, made.capacity, made.evaluations)
     if options.check_digits:
-        share = digit_agreement(images.numpy(), np.array(labels))
+        share = digit_agreement(made.images.numpy(), np.array(labels))
         print(f"a 5-nearest-neighbor classifier of real digits agrees with {share:.1%} of these")
-    return capacity
+    return made.capacity
 
 
-def _folder(
+def fill_folder(
     options: argparse.Namespace,
-    snapshot: Snapshot,
-    decode: Decode,
+    sampler: Sampler,
     settings: SamplingSettings,
-    prompts: Prompts | None,
     classes: list[int] | None,
     ranks: Ranks,
-    model: dict[str, Any],
 ) -> CapacityByTime | None:
-    """Returns the capacity of the samples on the rank that closes the work."""
+    """Returns the capacity of the samples, on the rank that reports."""
     from diffmoe.sampling.formats import write_adm, write_png
-    from diffmoe.sampling.images import EvaluationCount
-    from diffmoe.sampling.many_images import SampleRequest, generate
 
-    folder, network, config = Path(options.out or "samples"), snapshot.network, snapshot.config
-    choices = classes or range(len(prompts) if prompts else config.model.num_classes)
-    if options.format == "adm" and snapshot.latents.makes_gray:
+    out, number = Path(options.out or "samples"), options.num_samples
+    if options.format == "adm" and sampler.model.latents.makes_gray:
         raise UserError(
             "--format adm: ADM's evaluator takes RGB images, this model makes gray ones"
         )
-    made = generate(
-        folder,
-        network,
-        config,
-        decode,
-        SampleRequest(options.num_samples, tuple(choices), options.labels),
+    request = sampler.request(number, options.labels, classes)
+    made = sampler.folder(
+        out,
+        request,
         settings,
-        model=model,
-        prompts=prompts,
         batch=options.batch,
         shard_size=options.shard_size,
         ranks=ranks,
     )
     if made is None:
         print(f"rank {ranks.rank} of {ranks.world} is done; others still work", file=sys.stderr)
+    if made is None or not made.closes:
         return None
-    if not made.closes:
-        return None
-    written = folder
     if options.format == "png":
-        written = write_png(folder)
+        out = write_png(out)
     elif options.format == "adm":
-        written = write_adm(folder, options.num_samples, tuple(made.manifest["image_shape"]))
-    print(f"{options.num_samples} samples at {snapshot.clock.samples} training samples: {written}")
-    _tell_capacity(network, made.capacity)
-    if "evaluations" in made.manifest:
-        print(EvaluationCount.told(made.manifest["evaluations"]))
+        out = write_adm(out, number, tuple(made.manifest["image_shape"]))
+    print_result(sampler, number, out, made.capacity, made.manifest.get("evaluations"))
     return made.capacity
 
 
-def _tell_capacity(network: DiT, capacity: CapacityByTime | None) -> None:
-    """C_avg, what it means in parameters, and its course from noise to data."""
-    import torch
+def print_result(
+    sampler: Sampler,
+    number: int,
+    out: Path,
+    capacity: CapacityByTime | None,
+    evaluations: float | None,
+) -> None:
+    from diffmoe.capacity.meter import capacity_text
+    from diffmoe.sampling.images import dopri5_note
 
-    from diffmoe.capacity.meter import activated_parameters
-
-    if capacity is None:
-        return
-    active, total = activated_parameters(network, capacity.average), network.parameter_count()
-    steps = torch.linspace(0, len(capacity.times) - 1, min(11, len(capacity.times))).round().long()
-    course = ", ".join(
-        f"{time:.2f}: {value:.2f}"
-        for time, value in zip(capacity.times[steps], capacity.by_time[steps], strict=True)
-    )
-    print(
-        f"capacity {capacity.average:.3f}: {active / 1e6:.2f} of {total / 1e6:.2f} million "
-        f"parameters work on an average token\n  from noise (0) to data (1): {course}"
-    )
+    print(f"{number} samples at {sampler.model.clock.samples} training samples: {out}")
+    if capacity is not None:
+        print(capacity_text(sampler.network, capacity))
+    if evaluations is not None:
+        print(dopri5_note(evaluations))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.planning.layouts import Layout
-from diffmoe.sampling.latents import sample_latents
+from diffmoe.sampling.sampler import Sampler
 
 
 def benchmark_sampling(
@@ -31,7 +31,7 @@ def benchmark_sampling(
     dense = DiT(twin.model, twin.moe).initialize(config.seed).to(device).eval()
 
     def draw(observe: Observer | None = None) -> None:
-        sample_latents(network, config, labels, range(images), settings, observe=observe)
+        Sampler(network, config).latents(labels, settings, observe=observe)
 
     thresholds, measured = {}, {}
     for capacity in capacities:
@@ -43,7 +43,7 @@ def benchmark_sampling(
         draw()
 
     works = {f"capacity {c:g}": lambda c=c: at(c) for c in capacities}
-    works["dense"] = lambda: sample_latents(dense, twin, labels, range(images), settings)
+    works["dense"] = lambda: Sampler(dense, twin).latents(labels, settings)
     timed = take_turns(works, rounds, device)
     for capacity in capacities:
         name = f"capacity {capacity:g}"

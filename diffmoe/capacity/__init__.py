@@ -1,1 +1,1 @@
-"""The compute dial: what a model computes, and thresholds that meet a wanted capacity C."""
+"""The compute dial: what a model computes, and thresholds that meet a requested capacity C."""

@@ -1,6 +1,7 @@
-"""Thresholds that meet a wanted capacity (Eq. 14 and 16): quantiles of what the predictor says.
+"""Thresholds that meet a requested capacity (Eq. 14, 16): quantiles of the predictor's logits.
 
-All in log odds: the predictor is sure of many tokens, and their probabilities all round to 1.
+Thresholds are logits: of the many tokens that the predictor is sure of, the probabilities all
+round to 1.
 """
 
 from collections.abc import Callable
@@ -16,17 +17,17 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode, check_capacity
 from diffmoe.seeding import keyed_generator
 
-# Of each expert, at most so many predictions are kept: the error of a quantile is far below 1 %.
+# At most so many logits are kept of each expert: the error of a quantile is far below 1 %.
 BUDGET = 400_000
-EVERY_TOKEN = -1e9  # a logit below all
-# Thresholds of a layer change the tokens of the layers behind it, so quantiles are taken again.
+EVERY_TOKEN = -1e9  # below every logit
+# A layer's thresholds change the tokens of the layers behind it, so quantiles are taken again.
 ROUNDS = 12
 
 
 class Passes(NamedTuple):
-    """Forward passes to calibrate on. run: does them all, showing each to the observer."""
+    """Forward passes to calibrate on. run: does them all and shows each to the observer."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     run: Callable[[Observer], None]
 
 
@@ -40,13 +41,13 @@ def calibrate(
     tolerance: float = 0.01,
     report: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, float]:
-    """Route per token by thresholds with which C_avg over the passes is `capacity`.
+    """Find thresholds with which C_avg (Eq. 15) over the passes is `capacity`.
 
-    Returns the thresholds (L, E) as log odds, and C_avg.
+    Returns the thresholds (L, E), as logits, and C_avg. The network is left routing by them.
 
     common: one threshold for all experts and layers, else each expert takes its share C / E.
-    Raises UserError if C_avg is not within `tolerance` (relative) in the end, as when too many
-    predictions are equal.
+    Raises UserError if C_avg does not come within `tolerance` (relative), as when too many logits
+    are equal.
     """
     experts = network.moe_config.experts
     if not network.has_thresholds:
@@ -55,8 +56,8 @@ def calibrate(
         )
     check_capacity(capacity, experts)
     aim, measured = capacity, float("nan")
-    log_odds_LE = None
-    network.routing = RoutingMode()  # the first round goes by the thresholds of training
+    thresholds_LE: Tensor | None = None
+    network.routing = RoutingMode()  # the first round uses the thresholds of training
     for turn in range(ROUNDS + 1):
         meter, kept = CapacityMeter(), _Logits(max(1, BUDGET // passes.count))
 
@@ -65,22 +66,26 @@ def calibrate(
             kept(forward)
 
         passes.run(observe)
-        measured = meter.read().average
+        seen = meter.read()
+        assert seen is not None  # a network with thresholds has MoE layers
+        measured = seen.average
         if report is not None:
-            report(f"round {turn}: capacity {measured:.4f}, wanted {capacity:g}")
-        if turn and abs(measured / capacity - 1) <= tolerance:
-            return log_odds_LE, measured
+            report(f"round {turn}: capacity {measured:.4f}, requested {capacity:g}")
+        if thresholds_LE is not None and abs(measured / capacity - 1) <= tolerance:
+            return thresholds_LE, measured
         if turn > 3 and measured:
-            # What stays now is the error of the tokens kept: lean against it.
+            # What remains comes from keeping only some of the logits: correct for it.
             aim = min(aim * capacity / measured, experts)
         logits_LEN = kept.read()
         L, E, _ = logits_LEN.shape
         rows = logits_LEN.reshape(1 if common else L * E, -1)
         thresholds = torch.tensor([threshold_of(row, aim / experts) for row in rows])
         quantiles_LE = thresholds.expand(L * E).view(L, E)
-        # Later rounds go half the way: the tokens answer to the thresholds, and would swing.
-        log_odds_LE = (log_odds_LE + quantiles_LE) / 2 if turn else quantiles_LE
-        network.routing = RoutingMode(log_odds_LE=log_odds_LE)
+        # Later rounds go half the way: tokens react to the thresholds, and would oscillate.
+        thresholds_LE = (
+            quantiles_LE if thresholds_LE is None else (thresholds_LE + quantiles_LE) / 2
+        )
+        network.routing = RoutingMode(log_odds_LE=thresholds_LE)
     raise UserError(
         f"thresholds for capacity {capacity:g} do not settle: {ROUNDS} rounds end at "
         f"{measured:.4f}; take more samples, or another capacity"
@@ -88,33 +93,34 @@ def calibrate(
 
 
 def threshold_of(values: Tensor, share: float) -> float:
-    """The threshold above which lies as near as can be `share` of the values (1-D, fp32).
+    """The threshold above which the share of values (1-D, fp32) is closest to `share`.
 
-    Equal values are taken all or not at all. More share never gives a higher threshold.
+    Equal values are taken all or not at all. A larger share never gives a higher threshold.
     """
     ordered = values.sort(descending=True).values
-    taken = round(share * len(ordered))
-    if 0 < taken < len(ordered) and ordered[taken - 1] == ordered[taken]:
-        above = int((ordered > ordered[taken]).sum())
-        with_equals = int((ordered >= ordered[taken]).sum())
-        taken = above if taken - above <= with_equals - taken else with_equals
-    if taken == len(ordered):
+    selected = round(share * len(ordered))
+    if 0 < selected < len(ordered) and ordered[selected - 1] == ordered[selected]:
+        above = int((ordered > ordered[selected]).sum())
+        with_equals = int((ordered >= ordered[selected]).sum())
+        selected = above if selected - above <= with_equals - selected else with_equals
+    if selected == len(ordered):
         return EVERY_TOKEN
-    if taken == 0:
+    if selected == 0:
         return float(ordered[0])
-    middle = (ordered[taken - 1] + ordered[taken]) / 2
-    return float(middle if middle < ordered[taken - 1] else ordered[taken])
+    middle = (ordered[selected - 1] + ordered[selected]) / 2
+    return float(middle if middle < ordered[selected - 1] else ordered[selected])
 
 
 class _Logits:
-    """An observer that keeps the predictions for some tokens of every pass."""
+    """An observer that keeps the predictor's logits for some tokens of every pass."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self._seen: list[Tensor] = []
 
     def __call__(self, forward: Forward) -> None:
-        logits_LSE = torch.stack([layer.capacity_logits_SE for layer in forward.routing])
+        of_layers = [layer.capacity_logits_SE for layer in forward.routing]
+        logits_LSE = torch.stack([logits_SE for logits_SE in of_layers if logits_SE is not None])
         S = logits_LSE.shape[1]
         if self.tokens < S:
             generator = keyed_generator("calibrate", len(self._seen))

@@ -1,4 +1,4 @@
-"""One evaluation of the network on the way from noise to data, as its observers see it."""
+"""One evaluation of the network during sampling, as observers see it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,10 +9,10 @@ from diffmoe.models.moe import LayerRouting
 
 
 class Forward(NamedTuple):
-    """One evaluation of the network on the way.
+    """One evaluation of the network.
 
-    time: scalar tensor, 0 noise to 1 data. unconditional: the pass that guidance adds.
-    routing: each MoE layer's; expert i took token s of the batch where selected_ES[i, s].
+    time: scalar tensor, 0 is noise and 1 data. unconditional: whether guidance added this pass.
+    routing: of each MoE layer; expert i took token s of the batch where selected_ES[i, s].
     """
 
     time: Tensor

@@ -10,10 +10,10 @@ from diffmoe.models.dit import DiT
 
 
 class CapacityByTime(NamedTuple):
-    """Capacity C (Eq. 8) at every time of a sampling run, fp64 on the CPU.
+    """Capacity C (Eq. 8) at every time of sampling, fp64 on the CPU.
 
-    times: (n,) rising, 0 noise to 1 data. capacity: (n, L, E): E times the share of tokens that
-    the expert of the layer took. tokens: (n,) how many it is a share of.
+    times: (n,) rising, 0 is noise and 1 data. capacity: (n, L, E): E times the share of tokens that
+    the layer's expert took. tokens: (n,) of how many tokens.
     """
 
     times: Tensor
@@ -38,19 +38,22 @@ class CapacityByTime(NamedTuple):
 
 
 def merged(parts: list[CapacityByTime]) -> CapacityByTime:
-    """Of several runs, as if they had been one; equal times fall together."""
+    """Of several parts, as if they had been one; equal times are combined."""
     times, place = torch.cat([part.times for part in parts]).unique(return_inverse=True)
     tokens = torch.cat([part.tokens for part in parts])
-    taken = torch.cat([part.capacity for part in parts]) * tokens[:, None, None]
+    selected = torch.cat([part.capacity for part in parts]) * tokens[:, None, None]
     total = tokens.new_zeros(len(times)).index_add(0, place, tokens)
-    summed = taken.new_zeros(len(times), *taken.shape[1:]).index_add(0, place, taken)
+    summed = selected.new_zeros(len(times), *selected.shape[1:]).index_add(0, place, selected)
     return CapacityByTime(times, summed / total[:, None, None], total)
 
 
 class CapacityMeter:
-    """An observer (sampling.Observer) that counts what the experts take. Nothing waits for it."""
+    """An observer that counts the tokens experts take, without waiting for the device."""
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._times: list[Tensor] = []
         self._shares_LE: list[Tensor] = []
         self._tokens: list[int] = []
@@ -65,7 +68,7 @@ class CapacityMeter:
         self._tokens.append(S)
 
     def read(self) -> CapacityByTime | None:
-        """What was seen since the last reading; None without any MoE layer."""
+        """The evaluations seen since the last reading; None without MoE layers."""
         if not self._times:
             return None
         seen = CapacityByTime(
@@ -73,20 +76,41 @@ class CapacityMeter:
             torch.stack(self._shares_LE).cpu(),
             torch.tensor(self._tokens, dtype=torch.float64),
         )
-        self.__init__()
+        self._forget()
         return merged([seen])
 
 
 def activated_parameters(network: DiT, capacity: float | None) -> float:
-    """Parameters that work on an average token (Eq. 40), of the whole network.
+    """Parameters of the whole network that work on an average token (Eq. 40).
 
     capacity: C_avg; None for a dense network. An expert counts with the share C / E of tokens that
-    it works on; everything else, shared experts, router and predictor included, counts whole. Eq.
-    40 says the same for MoE in every second block: (1 + C) / (1 + E) of all feed-forwards.
+    it works on; everything else counts whole: shared experts, router, predictor. Eq. 40 says the
+    same for MoE in every second block: (1 + C) / (1 + E) of all feed-forwards.
     """
     experts = sum(parameter.numel() for parameter in network.expert_parameters().values())
     experts *= network.topology.expert_parallel
     rest = network.parameter_count() - experts
     if not experts:
         return rest
+    assert capacity is not None
     return rest + experts * capacity / network.moe_config.experts
+
+
+def compute_text(network: DiT, capacity: float) -> str:
+    """C_avg and what it means in parameters, in one line."""
+    active, total = activated_parameters(network, capacity), network.parameter_count()
+    return (
+        f"capacity {capacity:.3f}: {active / 1e6:.2f} of {total / 1e6:.2f} million parameters work "
+        "on an average token"
+    )
+
+
+def capacity_text(network: DiT, capacity: CapacityByTime) -> str:
+    """The same, and below it C at up to eleven times from noise to data."""
+    last = len(capacity.times) - 1
+    steps = torch.linspace(0, last, min(11, last + 1)).round().long()
+    course = ", ".join(
+        f"{time:.2f}: {value:.2f}"
+        for time, value in zip(capacity.times[steps], capacity.by_time[steps], strict=True)
+    )
+    return f"{compute_text(network, capacity.average)}\n  from noise (0) to data (1): {course}"

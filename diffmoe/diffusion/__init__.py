@@ -4,15 +4,23 @@ flow.py and ddpm.py: what is trained. samplers.py: from noise to data. guidance.
 guidance. settings.py: the settings of sampling.
 """
 
-from diffmoe.config import DiffusionConfig
-from diffmoe.diffusion.ddpm import GaussianDiffusion
-from diffmoe.diffusion.flow import FlowMatching
+from typing import TYPE_CHECKING, TypeAlias
 
-Objective = FlowMatching | GaussianDiffusion
+from diffmoe.config import DiffusionConfig
+
+if TYPE_CHECKING:
+    from diffmoe.diffusion.ddpm import GaussianDiffusion
+    from diffmoe.diffusion.flow import FlowMatching
+
+Objective: TypeAlias = "FlowMatching | GaussianDiffusion"
 
 
 def create_objective(config: DiffusionConfig) -> Objective:
     """The objective that a configuration names."""
+    # Imported here: the command line reads diffusion.settings, and its --help imports no torch.
+    from diffmoe.diffusion.ddpm import GaussianDiffusion
+    from diffmoe.diffusion.flow import FlowMatching
+
     if config.objective == "ddpm":
         return GaussianDiffusion()
     return FlowMatching(config.timesteps, config.timestep_shift)

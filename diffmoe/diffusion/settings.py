@@ -1,32 +1,41 @@
-"""How to walk from noise to data: the settings of sampling, their defaults and their checks."""
+"""The settings of sampling, their defaults and their checks. Imports no torch."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from diffmoe.config import Config
 from diffmoe.errors import UserError
 
-GUIDANCE = 1.5  # where nobody chooses another
-Sampler = Literal["euler", "heun", "dopri5", "sde", "ddpm", "ddim"]
-SAMPLERS = {"flow": ("euler", "heun", "dopri5", "sde"), "ddpm": ("ddpm", "ddim")}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The defaults of all that samples. Live evaluation has its own, config.EvaluationConfig.
+STEPS = 250  # tools/sample.py and tools/evaluate.py: as the paper's figures
+PREVIEW_STEPS = 50  # Pipeline, the demo, calibration and the routing report
+DIAL_STEPS = 20  # calibration at the start of the demo
+GUIDANCE = 1.5  # where nobody chooses another and the model was trained with label dropout
+
+SamplerName = Literal["euler", "heun", "dopri5", "sde", "ddpm", "ddim"]
+SAMPLERS: dict[str, tuple[SamplerName, ...]] = {
+    "flow": ("euler", "heun", "dopri5", "sde"),
+    "ddpm": ("ddpm", "ddim"),
+}
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to walk from noise to data. Together with the weights and labels it decides the images.
+    """How to get from noise to data. With the weights and the labels it determines the images.
 
-    sampler: None takes the objective's own, euler or ddpm.
-    guidance: scale; 1 is none, None leaves it to `fitted`.
-    guidance_interval: where guidance acts, from 0 (noise) to 1 (data).
-    guided_channels: guide the first ones alone, as the release's DDPM runs do with 3.
+    sampler: None takes the objective's default, euler or ddpm.
+    guidance: scale; 1 is none, None leaves it to `sampling.Sampler.fitted`.
+    guidance_interval: times between which guidance acts, 0 is noise and 1 data.
+    guided_channels: guide only the first ones, as the release's DDPM runs do with 3; None: all.
     shift: spacing of a flow's times (samplers.time_grid). eta: noise of ddim.
     """
 
-    sampler: Sampler | None = None
-    steps: int = 250
+    sampler: SamplerName | None = None
+    steps: int = STEPS
     guidance: float | None = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guided_channels: int | None = None
@@ -34,13 +43,19 @@ class SamplingSettings:
     eta: float = 0.0
     seed: int = 0
 
-    def chosen_sampler(self, config: Config) -> Sampler:
-        """The sampler; raises UserError where the settings do not fit the model's objective."""
-        objective = config.diffusion.objective
-        fitting = SAMPLERS[objective]
-        sampler = self.sampler or fitting[0]
-        if sampler not in fitting:
-            raise UserError(f"sampler {sampler}: a {objective} model takes {', '.join(fitting)}")
+    def chosen_sampler(self, config: Config) -> SamplerName:
+        """The sampler: the one that was set, or the default of the model's objective."""
+        return self.sampler or SAMPLERS[config.diffusion.objective][0]
+
+    def check(self, config: Config) -> None:
+        """Raise UserError where the settings do not fit the model's objective and channels."""
+        objective, sampler = config.diffusion.objective, self.chosen_sampler(config)
+        if sampler not in SAMPLERS[objective]:
+            raise UserError(
+                f"sampler {sampler}: a {objective} model takes {', '.join(SAMPLERS[objective])}"
+            )
+        if self.guidance is None:
+            raise ValueError("guidance=None: give the settings to Sampler.fitted first")
         for name in ("guidance", "shift", "eta"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name}={getattr(self, name)}: give a finite number")
@@ -68,9 +83,8 @@ class SamplingSettings:
                 f"guidance interval {','.join(map(str, interval))}: two rising times from 0, "
                 "noise, to 1, data"
             )
-        return sampler
 
 
-def time_of(config: Config, t: Tensor) -> Tensor:
+def time_of(config: Config, t: "Tensor") -> "Tensor":
     """The network's t (n,) as a time from 0, noise, to 1, data."""
     return t if config.diffusion.objective == "flow" else 1 - t.float() / 1000

@@ -1,4 +1,4 @@
-"""A model's samples, made for their evaluation: the folder, and what to say of them."""
+"""Samples of a model for its evaluation: the folder they go to, and the record of the result."""
 
 import hashlib
 import json
@@ -6,25 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffmoe.capacity.thresholds import set_capacity
 from diffmoe.checkpoints.folder import find_complete, names
 from diffmoe.clock import Clock
-from diffmoe.config import Config
-from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation.scenes import load_truth
-from diffmoe.export.open import open_network, weights_of
-from diffmoe.parallel.topology import Topology
-from diffmoe.sampling.images import EvaluationCount
-from diffmoe.sampling.latents import fitted
-from diffmoe.sampling.many_images import SampleRequest, generate, identity
+from diffmoe.sampling.images import dopri5_note
+from diffmoe.sampling.many_images import SampleRequest
+from diffmoe.sampling.sampler import Sampler
 from diffmoe.text.prompts import Prompts
 from diffmoe.work import Ranks
 
 
 class Sampled(NamedTuple):
-    """folder: of the finished samples. about: for the result, beside what samples.json tells.
+    """folder: of the finished samples. about: for the result, beside what is in samples.json.
+
     clock: of the model's training.
     """
 
@@ -34,82 +30,64 @@ class Sampled(NamedTuple):
 
 
 def sample_model(
-    model: Path,
+    sampler: Sampler,
     out: Path,
-    number: int,
+    request: SampleRequest,
     settings: SamplingSettings,
     *,
-    weights: str = "ema",
-    routing: str | None = None,
-    capacity: float | None = None,
-    labels: str = "balanced",
     batch: int = 50,
-    device: str = "cpu",
     ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
-    topology: Topology | None = None,
     rgb: bool = False,
-    prompts_for: Callable[[Config], Prompts | None] = lambda config: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Sampled | None:
-    """Samples of a located checkpoint or converted model, of all classes or prompts.
+    """Samples of a model that was opened from a path.
 
-    The folder, below `out`, is named for the checkpoint and all that decides the images: other
-    settings go to another one, and what is there already is not made again. Returns None on all
-    ranks but the one that closes the work. rgb: a model of gray images is refused, before any is
-    made. labels: "balanced" takes classes or prompts in turn, "random" draws one for each image.
-    prompts_for: what a text model of a configuration is asked for. say: is told what was decided
-    and found beside the samples.
+    Their folder, below `out`, is named after the model and everything that determines the images:
+    other settings go to another folder, and existing images are not made again. Returns None on all
+    ranks but the one that finishes the work. rgb: refuse a model of gray images, before any is
+    made. say: gets notes on the settings and the samples.
     """
-    weights = weights_of(model, weights)
-    snapshot = open_network(model, weights, topology, device)
-    network, config = snapshot.network, snapshot.config
-    if rgb and snapshot.latents.makes_gray:
+    model = sampler.model
+    if rgb and model.latents.makes_gray:
         raise UserError(
-            f"{model} makes gray images, and extractors take RGB; leave --reference out and give "
-            "--classifier digits, or one of your own"
+            f"{model.path} makes gray images, and extractors take RGB; leave --reference out and "
+            "give --classifier digits, or one of your own"
         )
-    calibrated = set_capacity(network, model, routing, capacity, weights)
-    identified = identity(model, network, weights, capacity)
-    prompts = prompts_for(config)
-    settings = fitted(settings, config, prompts, say)
-    plan = [number, identified, vars(settings)]
-    if prompts is not None:
-        plan += [prompts.captions, prompts.negative]
-    if labels != "balanced":
-        plan.append(labels)
-    plan = json.dumps(plan, sort_keys=True)
-    folder = out / f"{model.name}-{hashlib.sha256(plan.encode()).hexdigest()[:12]}"
-    made = generate(
-        folder,
-        network,
-        config,
-        autoencoder_of(snapshot.latents, device).decode,
-        SampleRequest(
-            number, tuple(range(len(prompts) if prompts else config.model.num_classes)), labels
-        ),
-        settings,
-        model=identified,
-        prompts=prompts,
-        batch=batch,
-        ranks=ranks,
-    )
+    settings = sampler.fitted(settings, say)
+    folder = out / _folder_name(sampler, request, settings)
+    made = sampler.folder(folder, request, settings, batch=batch, ranks=ranks)
     if made is None or not made.closes:
         return None
     about = {
-        "model": str(model),
-        "clock": snapshot.clock.model_dump(),
-        "sampler": settings.chosen_sampler(config),
+        "model": str(model.path),
+        "clock": model.clock.model_dump(),
+        "sampler": settings.chosen_sampler(sampler.config),
         "capacity_measured": made.capacity and made.capacity.average,
-        "sampling": {"batch": batch, "device": str(device), "ranks": ranks.world},
+        "sampling": {
+            "batch": batch,
+            "device": str(sampler.network.positions.device),
+            "ranks": ranks.world,
+        },
     }
-    if calibrated is not None:
+    if sampler.choice.calibrated is not None:
+        calibrated = sampler.choice.calibrated
         about["calibration"] = calibrated.model_dump(mode="json", exclude={"log_odds"})
-        differing = calibrated.differs(settings, config, made.capacity.average)
-        if differing:
-            say(differing)
+        note = sampler.calibration_note(settings, made.capacity)
+        if note:
+            say(note)
     if "evaluations" in made.manifest:
-        say(EvaluationCount.told(made.manifest["evaluations"]))
-    return Sampled(folder, about, snapshot.clock)
+        say(dopri5_note(made.manifest["evaluations"]))
+    return Sampled(folder, about, model.clock)
+
+
+def _folder_name(sampler: Sampler, request: SampleRequest, settings: SamplingSettings) -> str:
+    plan: list[Any] = [request.number, sampler.identity(), vars(settings)]
+    if sampler.prompts is not None:
+        plan += [sampler.prompts.captions, sampler.prompts.negative]
+    if request.labels != "balanced":
+        plan.append(request.labels)
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    return f"{sampler.model.path.name}-{digest[:12]}"
 
 
 def check_judges(
@@ -118,7 +96,7 @@ def check_judges(
     truth: str | None = None,
     clip: str | None = None,
 ) -> None:
-    """Raise UserError where what judges images does not fit what the model is asked for."""
+    """Raise UserError where a judge of images does not fit the model: classes or captions."""
     if prompts is not None and classifier:
         raise UserError(
             f"classifier {classifier} judges classes, and the model takes captions: judge by a "
@@ -127,14 +105,14 @@ def check_judges(
     for name, judge in (("truth", truth), ("clip", clip)):
         if prompts is None and judge:
             raise UserError(f"{name} {judge} judges captions, and the model takes classes")
-    if truth:
+    if truth and prompts is not None:
         unknown = sorted(set(prompts.captions) - load_truth(truth).keys())
         if unknown:
-            raise UserError(f"truth {truth} does not tell of {unknown[0]!r}, which is asked for")
+            raise UserError(f"truth {truth} does not contain {unknown[0]!r}, which is requested")
 
 
 def snapshots(run: Path) -> list[Path]:
-    """A run's averages, oldest first: of each step its ema-* folder, or else its checkpoint."""
+    """A run's averages, oldest first: of each step the ema-* folder, or else the checkpoint."""
     by_step = {name.partition("-")[2]: run / name for name in names(run)}
     by_step |= {name.partition("-")[2]: run / name for name in names(run, "ema")}
     if not by_step:

@@ -1,1 +1,1 @@
-"""What the experts of a trained model do: analysis, figures, one page."""
+"""Analysis of what the experts of a trained model do: figures, an HTML report, a live demo."""

@@ -1,11 +1,12 @@
-"""What the experts of a trained model do: along its sampling, and on real data.
+"""What the experts of a trained model do, while it samples and on real data.
 
-Shape letters as in models/routing.py. Only the passes with the label are looked at: those that
-guidance adds would blur the classes.
+Shape letters as in models/routing.py. Only conditional passes are counted: those that guidance adds
+would blur the differences between classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -13,25 +14,24 @@ from torch import Tensor
 
 from diffmoe.capacity.forward import Forward
 from diffmoe.capacity.meter import CapacityByTime, CapacityMeter
-from diffmoe.config import Config
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from diffmoe.sampling.images import Decode, sample_images
 from diffmoe.sampling.passes import Passes
-from diffmoe.text.prompts import Prompts
+from diffmoe.sampling.sampler import Sampler
 
 BINS = 20
-# An expert that takes less than this share of the capacity it should have is called dead.
+# An expert is called dead if its capacity is below this share of the mean.
 DEAD = 0.01
 
 
 class SamplingRouting(NamedTuple):
-    """Of n samples. Shares and means are over the evaluations of the sampling run, fp64 or fp32.
+    """Of n samples. Shares and means are over all evaluations, fp64 or fp32.
 
-    capacity: by time, layer and expert. unselected: (times, L), tokens that no expert takes.
-    by_sample: (n,) C of each sample. compute: (n, T) experts at work on a token, mean over layers.
+    capacity: by time, layer and expert. unselected: (times, L), share of tokens that no expert
+    takes. by_sample: (n,) C of each sample. compute: (n, T) experts at work on a token, mean over
+    layers.
     places: (L, E, T) share of samples in which the expert takes the token there.
     overlap: (L, E, E): of the tokens that expert i takes, the share that j takes too.
     labels: (n,); images: uint8 (n, H, W, C).
@@ -47,7 +47,7 @@ class SamplingRouting(NamedTuple):
     images: Tensor
 
     def by_class(self) -> dict[int, float]:
-        """Mean C of each class, the hardest first."""
+        """Mean C of each class, highest first."""
         means = {
             int(label): float(self.by_sample[self.labels == label].mean())
             for label in self.labels.unique()
@@ -55,7 +55,7 @@ class SamplingRouting(NamedTuple):
         return dict(sorted(means.items(), key=lambda item: -item[1]))
 
     def dead_experts(self) -> list[tuple[int, int]]:
-        """(layer, expert) of those that take next to nothing, both counted from 0."""
+        """(layer, expert) of those that take hardly any token, both counted from 0."""
         capacity_LE = self.capacity.by_layer_and_expert
         dead = capacity_LE < DEAD * capacity_LE.mean()
         return [(int(layer), int(expert)) for layer, expert in dead.nonzero()]
@@ -64,33 +64,31 @@ class SamplingRouting(NamedTuple):
 class PredictorAccuracy(NamedTuple):
     """The capacity predictor against the selection of training, on real data.
 
-    precision, recall: (L,). predicted, taken: (BINS,) mean probability and share really taken, of
-    the token-expert pairs in each bin of probability; counts: (BINS,) how many these are.
+    precision, recall: (L,). For the token-expert pairs in each bin of probability, (BINS,):
+    predicted, their mean probability; selected, the share that training would select; counts, their
+    number.
     """
 
     precision: Tensor
     recall: Tensor
     predicted: Tensor
-    taken: Tensor
+    selected: Tensor
     counts: Tensor
 
 
 def sampling_routing(
-    network: DiT,
-    config: Config,
-    decode: Decode,
+    sampler: Sampler,
     labels: Sequence[int],
     settings: SamplingSettings,
     *,
-    prompts: Prompts | None = None,
     batch: int = 50,
     progress: Progress | None = None,
 ) -> SamplingRouting:
-    """Sample images of `labels` and look at every evaluation.
+    """Sample images of `labels` and count in every evaluation.
 
-    prompts: of a text model, whose labels are numbers of its captions. progress: of images done.
+    progress: called with the number of images done. Raises UserError for a dense model.
     """
-    if not network.moe_layers:
+    if not sampler.network.moe_layers:
         raise UserError("a dense model routes nothing; there is no report to write")
     meter, batches = CapacityMeter(), []
 
@@ -105,38 +103,33 @@ def sampling_routing(
 
         return observe
 
-    images, _ = sample_images(
-        network,
-        config,
-        decode,
-        labels,
-        range(len(labels)),
-        settings,
-        prompts=prompts,
-        batch=batch,
-        watch=watch,
-        progress=progress,
-    )
+    images = sampler.images(labels, settings, batch=batch, watch=watch, progress=progress).images
     unselected: dict[float, list[Tensor]] = {}
-    looks: dict[float, int] = {}
+    samples: dict[float, int] = {}
     for seen in batches:
         for time, share_L in ((float(time), share_L) for time, share_L in seen.unselected):
             unselected.setdefault(time, []).append(share_L.cpu() * seen.samples)
-            looks[time] = looks.get(time, 0) + seen.samples
-    together_LEE = sum(seen.together_LEE for seen in batches)
+            samples[time] = samples.get(time, 0) + seen.samples
+    together_LEE = _sum(seen.together_LEE for seen in batches)
     own_LE = together_LEE.diagonal(dim1=1, dim2=2)
+    capacity = meter.read()
+    assert capacity is not None  # there are MoE layers
     return SamplingRouting(
-        capacity=meter.read(),
+        capacity=capacity,
         unselected=torch.stack(
-            [sum(unselected[time]) / looks[time] for time in sorted(unselected)]
+            [_sum(unselected[time]) / samples[time] for time in sorted(unselected)]
         ),
         by_sample=torch.cat([seen.by_sample for seen in batches]),
         compute=torch.cat([seen.compute for seen in batches]),
-        places=sum(seen.places * seen.samples for seen in batches) / len(labels),
+        places=_sum(seen.places * seen.samples for seen in batches) / len(labels),
         overlap=together_LEE / own_LE.clamp(min=1)[:, :, None],
         labels=torch.tensor(labels),
         images=images,
     )
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 class _Batch:
@@ -145,9 +138,7 @@ class _Batch:
     def __init__(self, samples: int) -> None:
         self.samples, self.passes = samples, 0
         self.unselected: list[tuple[Tensor, Tensor]] = []
-        self._compute_BT: Tensor | int = 0
-        self._places_LET: Tensor | int = 0
-        self._together_LEE: Tensor | int = 0
+        self._compute_BT = self._places_LET = self._together_LEE = torch.zeros(())
 
     def add(self, forward: Forward) -> None:
         selected_LES = torch.stack([layer.selected_ES for layer in forward.routing]).float()
@@ -173,29 +164,31 @@ class _Batch:
 
     @property
     def together_LEE(self) -> Tensor:
-        """How many tokens experts i and j both took."""
+        """How many tokens experts i and j both take."""
         return self._together_LEE.double().cpu()
 
 
 @torch.inference_mode()
 def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
-    """Run passes over real data with the selection of training and hold the predictor against it.
+    """Run passes over real data with the selection of training and compare the predictor with it.
 
-    The pool is one pass's batch. Afterwards the network routes as before.
+    The pool is the batch of one pass. Afterwards the network routes as before.
     """
     layers = len(network.moe_layers)
-    right, said, really = (torch.zeros(layers, dtype=torch.float64) for _ in range(3))
-    sums = torch.zeros(3, BINS, dtype=torch.float64)  # probability, taken, pairs
+    right, predicted, selected = (torch.zeros(layers, dtype=torch.float64) for _ in range(3))
+    sums = torch.zeros(3, BINS, dtype=torch.float64)  # probability, selected, pairs
 
     def observe(forward: Forward) -> None:
-        for number, (layer, decided) in enumerate(
+        for number, (layer, routing) in enumerate(
             zip(network.moe_layers, forward.routing, strict=True)
         ):
-            logits_SE, selected_SE = decided.capacity_logits_SE, decided.selected_ES.t()
-            wanted_SE = layer.capacity_predictor.wanted(logits_SE)
-            right[number] += int((wanted_SE & selected_SE).sum())
-            said[number] += int(wanted_SE.sum())
-            really[number] += int(selected_SE.sum())
+            logits_SE, selected_SE = routing.capacity_logits_SE, routing.selected_ES.t()
+            assert layer.capacity_predictor is not None
+            assert logits_SE is not None
+            predicted_SE = layer.capacity_predictor.wanted(logits_SE)
+            right[number] += int((predicted_SE & selected_SE).sum())
+            predicted[number] += int(predicted_SE.sum())
+            selected[number] += int(selected_SE.sum())
             probability = logits_SE.sigmoid().flatten().double().cpu()
             place = (probability * BINS).long().clamp(max=BINS - 1)
             for row, values in enumerate(
@@ -203,11 +196,17 @@ def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
             ):
                 sums[row].index_add_(0, place, values)
 
+    if network.routing is None:
+        raise UserError("only a model with a capacity predictor has one to compare")
     as_in_training = replace(network.routing, kind="static", capacity=None)
     with network.routed(as_in_training):
         passes.run(observe)
-    predicted, taken, counts = sums
+    probability_sum, selected_sum, counts = sums
     filled = counts.clamp(min=1)
     return PredictorAccuracy(
-        right / said.clamp(min=1), right / really, predicted / filled, taken / filled, counts
+        precision=right / predicted.clamp(min=1),
+        recall=right / selected,
+        predicted=probability_sum / filled,
+        selected=selected_sum / filled,
+        counts=counts,
     )

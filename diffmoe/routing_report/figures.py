@@ -1,4 +1,4 @@
-"""Figures of what the experts do (as Fig. 1c, 12, 13 and 14 of the paper), as PNG."""
+"""Figures of what the experts do, as Fig. 1c, 12, 13 and 14 of the paper, as PNG."""
 
 import io
 from collections.abc import Callable
@@ -19,7 +19,7 @@ try:
 except ImportError:
     raise UserError('figures need matplotlib: pip install "diffmoe[demo]"') from None
 
-COLOURS = "viridis"
+COLORMAP = "viridis"
 
 
 def png(figure: Figure) -> bytes:
@@ -38,7 +38,7 @@ def compute_map(routing: SamplingRouting, sample: int) -> Figure:
     """How many experts worked on each token of a sample."""
     figure, axes = plt.subplots(figsize=(3.4, 2.8))
     grid = int(routing.compute.shape[1] ** 0.5)
-    shown = axes.imshow(routing.compute[sample].view(grid, grid), vmin=0, cmap=COLOURS)
+    shown = axes.imshow(routing.compute[sample].view(grid, grid), vmin=0, cmap=COLORMAP)
     axes.axis("off")
     figure.colorbar(shown, ax=axes)
     return figure
@@ -58,7 +58,7 @@ def capacity_by_time(routing: SamplingRouting) -> Figure:
 
 
 def capacity_by_expert(routing: SamplingRouting) -> Figure:
-    """Each layer's experts over time (Fig. 12): experts downwards, time to the right."""
+    """C of each layer's experts (rows) over time (Fig. 12)."""
     capacity = routing.capacity.capacity.permute(1, 2, 0)  # (L, E, times)
     figure, axes = _panels(len(capacity), width=2.6, height=2.2)
     top = float(capacity.max())
@@ -68,7 +68,7 @@ def capacity_by_expert(routing: SamplingRouting) -> Figure:
             aspect="auto",
             vmin=0,
             vmax=top,
-            cmap=COLOURS,
+            cmap=COLORMAP,
             extent=(0, 1, capacity.shape[1] - 0.5, -0.5),
         )
         axis.set_title(f"MoE layer {layer}", fontsize=9)
@@ -90,7 +90,7 @@ def unselected(routing: SamplingRouting) -> Figure:
 def classes(
     routing: SamplingRouting, chosen: list[tuple[int, float]], name: Callable[[int], str]
 ) -> Figure:
-    """Classes and their C, with two samples and the compute on each token (Fig. 13, 14)."""
+    """Classes with their C, two samples of each and the compute on each token (Fig. 13, 14)."""
     figure, axes = plt.subplots(4, len(chosen), figsize=(1.25 * len(chosen), 5.4), squeeze=False)
     grid = int(routing.compute.shape[1] ** 0.5)
     top = float(routing.compute.max())
@@ -101,7 +101,7 @@ def classes(
         for row, sample in enumerate(mine.tolist()):
             _show(axes[2 * row, column], routing.images[sample])
             compute = routing.compute[sample].view(grid, grid)
-            axes[2 * row + 1, column].imshow(compute, vmin=0, vmax=top, cmap=COLOURS)
+            axes[2 * row + 1, column].imshow(compute, vmin=0, vmax=top, cmap=COLORMAP)
         axes[0, column].set_title(f"{name(label)[:14]}\nC {mean:.2f}", fontsize=8, parse_math=False)
     return figure
 
@@ -116,7 +116,7 @@ def places(routing: SamplingRouting) -> Figure:
         for expert in range(E):
             axis = axes[layer, expert]
             image = axis.imshow(
-                routing.places[layer, expert].view(grid, grid), vmin=0, vmax=top, cmap=COLOURS
+                routing.places[layer, expert].view(grid, grid), vmin=0, vmax=top, cmap=COLORMAP
             )
             axis.set(xticks=[], yticks=[])
             if layer == 0:
@@ -131,7 +131,7 @@ def overlap(routing: SamplingRouting) -> Figure:
     """Of the tokens that expert i (row) takes, the share that j (column) takes too."""
     figure, axes = _panels(len(routing.overlap), width=2.4, height=2.2)
     for layer, axis in enumerate(axes):
-        image = axis.imshow(routing.overlap[layer], vmin=0, vmax=1, cmap=COLOURS)
+        image = axis.imshow(routing.overlap[layer], vmin=0, vmax=1, cmap=COLORMAP)
         axis.set_title(f"MoE layer {layer}", fontsize=9)
         axis.set(xlabel="expert j", ylabel="expert i")
     figure.colorbar(image, ax=axes, label="share of i's tokens that j takes", shrink=0.8)
@@ -139,14 +139,14 @@ def overlap(routing: SamplingRouting) -> Figure:
 
 
 def calibration_curve(accuracy: PredictorAccuracy) -> Figure:
-    """Predicted probability against the share really taken, and how often each is predicted."""
+    """Predicted probability against the selected share, and how often each is predicted."""
     figure, (curve, counts) = plt.subplots(
         2, 1, figsize=(4.4, 5), height_ratios=(3, 1), sharex=True
     )
     filled = accuracy.counts > 0
     curve.plot([0, 1], [0, 1], color="gray", linestyle=":")
-    curve.plot(accuracy.predicted[filled], accuracy.taken[filled], marker="o", markersize=4)
-    curve.set(ylabel="share taken in training", xlim=(0, 1), ylim=(0, 1))
+    curve.plot(accuracy.predicted[filled], accuracy.selected[filled], marker="o", markersize=4)
+    curve.set(ylabel="share selected in training", xlim=(0, 1), ylim=(0, 1))
     bins = len(accuracy.counts)
     counts.bar((torch.arange(bins) + 0.5) / bins, accuracy.counts, width=1 / bins)
     counts.set(xlabel="predicted probability", ylabel="pairs", yscale="log")

@@ -1,8 +1,8 @@
-"""One self-contained HTML page on what the experts of a model do."""
+"""The report: one self-contained HTML page on what the experts of a model do."""
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffmoe.routing_report import figures
@@ -22,10 +22,11 @@ def write_page(
     accuracy: PredictorAccuracy | None,
     captions: Sequence[str] | None = None,
 ) -> None:
-    """Write the page. facts: what to say of the model and the run, by name.
+    """Write the page.
 
-    accuracy: None leaves the part on the predictor out (no data at hand, or no predictor).
-    captions: of a text model, by number; they stand in the place of classes.
+    facts: rows of the table on the model and the sampling, by name.
+    accuracy: None leaves out the part on the predictor (no data available, or no predictor).
+    captions: of a text model, by number; they take the place of classes.
     """
     sections = [
         (
@@ -46,12 +47,12 @@ def write_page(
         ),
         (
             "Tokens that no expert takes",
-            "Only the residual connection carries them through the layer.",
+            "They pass the layer through the residual connection alone.",
             figures.unselected(routing),
         ),
         (
             "Overlap between experts",
-            "Two experts that take the same tokens may have learned the same.",
+            "Two experts that take the same tokens may have learned the same function.",
             figures.overlap(routing),
         ),
     ]
@@ -59,14 +60,14 @@ def write_page(
         sections += [
             (
                 "The capacity predictor: precision and recall",
-                "Against the selection of training, on real data at its noise levels: of the pairs "
-                "of token and expert above the threshold, how many training would take; of those "
-                "that it takes, how many are above.",
+                "Compared with the selection of training, on real data at its noise levels. "
+                "Precision: of the token-expert pairs above the threshold, the share that training "
+                "would select; recall: of those, the share above the threshold.",
                 figures.precision_and_recall(accuracy),
             ),
             (
                 "The capacity predictor: calibration",
-                "On the dotted line a probability means what it says.",
+                "On the dotted line the predicted probability equals the selected share.",
                 figures.calibration_curve(accuracy),
             ),
         ]
@@ -89,13 +90,13 @@ def write_page(
 
 
 def _classes(routing: SamplingRouting, captions: Sequence[str] | None) -> list[tuple]:
-    """One section for up to ten classes or captions, else the hardest and the easiest ten."""
+    """One section for up to ten classes or captions, else the ten with most and with least C."""
     means = list(routing.by_class().items())
     kind = "classes" if captions is None else "captions"
-    text = "Two samples of each; below a sample the number of experts at work on each token"
+    text = "Two samples of each; below each sample the number of experts at work on each token"
 
     def section(heading: str, text: str, chosen: list[tuple[int, float]]) -> tuple:
-        name = str
+        name: Callable[[int], str] = str
         if captions is not None:
             name = captions.__getitem__
             rows = (f"<li>C {mean:.2f}: {html.escape(name(label))}</li>" for label, mean in chosen)
@@ -115,7 +116,7 @@ def _classes(routing: SamplingRouting, captions: Sequence[str] | None) -> list[t
 
 
 def _verdict(routing: SamplingRouting) -> str:
-    """Dead experts, in words."""
+    """A paragraph on dead experts."""
     dead = routing.dead_experts()
     L, E = routing.capacity.by_layer_and_expert.shape
     if not dead:
@@ -123,7 +124,7 @@ def _verdict(routing: SamplingRouting) -> str:
     names = "; ".join(f"layer {layer}, expert {expert}" for layer, expert in dead)
     return (
         f"<p class='alarm'>{len(dead)} of {L * E} experts are dead: at inference they take less "
-        f"than 1 % of what an average expert takes. They are: {names}. Their weights are carried "
-        "along for nothing; calibrating the thresholds (tools/calibrate.py) gives every expert an "
+        f"than 1 % of the tokens that an average expert takes. They are: {names}. Their weights "
+        "serve no purpose; calibrating the thresholds (tools/calibrate.py) gives every expert an "
         "equal share.</p>"
     )

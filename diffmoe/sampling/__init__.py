@@ -1,1 +1,1 @@
-"""From a trained network to images: settings, one batch, many images on many ranks."""
+"""From a trained network to images: `sampler.Sampler`, batches, folders on many ranks."""

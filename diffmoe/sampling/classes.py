@@ -1,4 +1,4 @@
-"""Classes by their numbers or by the names that a model knows."""
+"""Classes by number or by name."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -9,9 +9,9 @@ from diffmoe.errors import UserError
 
 
 def class_number(name: str, names: Sequence[str], folder: Path) -> int:
-    """The number of a class. names: the model's, empty where it has none. folder: for the message.
+    """The number of a class. names: the model's, empty where it has none. folder: for the error.
 
-    Raises UserError for a name that the model does not know.
+    Raises UserError for a name that the model does not have.
     """
     if name not in names:
         known = f"its names are {', '.join(names[:5])}, ..."
@@ -23,9 +23,9 @@ def class_number(name: str, names: Sequence[str], folder: Path) -> int:
 
 
 def class_numbers(text: str, names: Sequence[str], folder: Path) -> list[int]:
-    """Of `--classes 0,cat`, numbers and names in any mixture; a name may hold commas itself.
+    """The classes of `--classes 0,cat`: numbers and names in any mixture; names may hold commas.
 
-    What is a number stays one, also where it is a name. Raises UserError as `class_number` does.
+    A number is taken as a number even where it is also a name. Raises UserError for anything else.
     """
     parts, numbers = text.split(","), []
     while parts:
@@ -45,18 +45,18 @@ def class_numbers(text: str, names: Sequence[str], folder: Path) -> list[int]:
 
 
 def label_numbers(labels: Any, names: Sequence[str], folder: Path) -> list[int]:
-    """Of a sequence (or a tensor) of numbers and names. Raises UserError for anything else."""
+    """The classes of a sequence or tensor of numbers and names. Raises UserError otherwise."""
     if (
         isinstance(labels, str)
         or not isinstance(labels, Iterable)
         or getattr(labels, "ndim", 1) != 1
     ):
         raise UserError(
-            f"labels={labels!r}: give a list, one label an image, such as labels=[3, 0]"
+            f"labels={labels!r}: give a list, one label per image, such as labels=[3, 0]"
         )
     found = [_label_number(label, names, folder) for label in labels]
     if not found:
-        raise UserError("labels=[] asks for no image; give one label an image, such as labels=[3]")
+        raise UserError("labels=[] asks for no image; give one label per image, such as labels=[3]")
     return found
 
 

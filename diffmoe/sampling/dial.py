@@ -2,78 +2,65 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffmoe.capacity.calibration import EVERY_TOKEN, calibrate
 from diffmoe.capacity.thresholds import stored
-from diffmoe.config import Config
-from diffmoe.diffusion.settings import SamplingSettings
-from diffmoe.models.dit import DiT
+from diffmoe.diffusion.settings import DIAL_STEPS, SamplingSettings
 from diffmoe.models.routing_mode import RoutingMode
-from diffmoe.sampling.latents import fitted
 from diffmoe.sampling.passes import trajectory_passes
-from diffmoe.text.prompts import Prompts
+from diffmoe.sampling.sampler import Sampler
 
-# What is calibrated where fewer than two capacities are stored, as far as there are experts.
+# Calibrated where fewer than two capacities are stored, as far as there are enough experts.
 CAPACITIES = (0.25, 0.5, 1.0, 1.5, 2.0)
-SETTINGS = SamplingSettings(steps=20, guidance=None)
-# Where every token is taken the threshold lies below all; towards it the dial goes as far as here,
-# below which there is hardly a prediction.
+# The threshold for taking every token lies below all logits. Interpolation towards it ends here:
+# hardly any logit is lower.
 _LEAST = -16.0
 
 
 class Dial:
-    """Thresholds for every capacity from the lowest to the highest of some calibrated ones.
+    """Thresholds for every capacity between the lowest and the highest calibrated one.
 
-    Between two of them the log odds are interpolated: C falls as they rise, so the capacity lies
-    between too.
+    Between two calibrated capacities the thresholds, as logits, are interpolated. C falls as they
+    rise, so the resulting capacity lies between the two as well.
     """
 
-    def __init__(self, log_odds: dict[float, Tensor]) -> None:
-        """log_odds: (L, E) by capacity, at least two."""
-        self.capacities = sorted(log_odds)
-        self._log_odds = [log_odds[capacity] for capacity in self.capacities]
+    def __init__(self, thresholds: dict[float, Tensor]) -> None:
+        """thresholds: calibrated ones (L, E) as logits, by capacity; at least two."""
+        self.capacities = sorted(thresholds)
+        self._thresholds = [thresholds[capacity] for capacity in self.capacities]
 
     @classmethod
-    def of(
-        cls,
-        network: DiT,
-        config: Config,
-        folder: Path,
-        weights: str = "ema",
-        report: Callable[[str], None] | None = None,
-        prompts: Prompts | None = None,
-    ) -> "Dial":
-        """From the capacities stored in a model's folder, else calibrated now, in memory."""
+    def of(cls, sampler: Sampler, report: Callable[[str], None] = lambda text: None) -> "Dial":
+        """From the capacities stored beside the model, else calibrated now, in memory."""
         found = {
             entry.capacity: torch.tensor(entry.log_odds)
-            for entry in stored(folder).values()
-            if entry.weights == weights
+            for entry in stored(sampler.model.path).values()
+            if entry.weights == sampler.model.weights
         }
-        # Where experts take every token there is nothing to interpolate by.
-        if sum(bool((log_odds > EVERY_TOKEN).all()) for log_odds in found.values()) < 2:
-            kinds = config.model.num_classes if prompts is None else len(prompts)
-            labels = [k % kinds for k in range(16)]
-            settings = fitted(SETTINGS, config, prompts, report or (lambda _: None))
-            passes = trajectory_passes(network, config, labels, 16, settings, prompts)
+        # Where experts take every token there is nothing to interpolate.
+        if sum(bool((logits_LE > EVERY_TOKEN).all()) for logits_LE in found.values()) < 2:
+            labels = [k % sampler.choices for k in range(16)]
+            settings = sampler.fitted(SamplingSettings(steps=DIAL_STEPS, guidance=None), report)
+            passes = trajectory_passes(sampler, labels, 16, settings)
             for capacity in CAPACITIES:
-                if capacity < config.moe.experts and capacity not in found:
-                    if report is not None:
-                        report(f"calibrating capacity {capacity:g}")
-                    found[capacity], _ = calibrate(network, capacity, passes, tolerance=0.03)
+                if capacity < sampler.config.moe.experts and capacity not in found:
+                    report(f"calibrating capacity {capacity:g}")
+                    found[capacity], _ = calibrate(
+                        sampler.network, capacity, passes, tolerance=0.03
+                    )
         return cls(found)
 
-    def turn(self, network: DiT, capacity: float) -> None:
-        """Route per token by the thresholds of a capacity, from the range or at its nearer end."""
+    def at(self, capacity: float) -> RoutingMode:
+        """Per-token routing by the thresholds of a capacity, or of the nearer end of the range."""
         capacity = min(max(capacity, self.capacities[0]), self.capacities[-1])
         right = bisect_left(self.capacities, capacity)
-        log_odds_LE = self._log_odds[right]
+        logits_LE = self._thresholds[right]
         if capacity < self.capacities[right]:
             low, high = self.capacities[right - 1 : right + 1]
-            start = self._log_odds[right - 1]
-            end = torch.where(log_odds_LE > EVERY_TOKEN, log_odds_LE, start.clamp(max=_LEAST))
-            log_odds_LE = torch.lerp(start, end, (capacity - low) / (high - low))
-        network.routing = RoutingMode(log_odds_LE=log_odds_LE)
+            start = self._thresholds[right - 1]
+            end = torch.where(logits_LE > EVERY_TOKEN, logits_LE, start.clamp(max=_LEAST))
+            logits_LE = torch.lerp(start, end, (capacity - low) / (high - low))
+        return RoutingMode(log_odds_LE=logits_LE)

@@ -1,4 +1,4 @@
-"""Finished samples as others read them: PNG files, or the one npz of ADM's evaluator."""
+"""Finished samples in other formats: PNG files, or the one npz of ADM's evaluator."""
 
 import os
 import zipfile
@@ -13,7 +13,7 @@ from diffmoe.sampling.many_images import shard_arrays
 
 
 def write_png(folder: Path) -> Path:
-    """One file for each image, png/000000.png by its index. Returns that folder."""
+    """One file per image, png/000000.png by its index. Returns the folder png/."""
     out = folder / "png"
     out.mkdir(exist_ok=True)
     index = 0
@@ -25,7 +25,7 @@ def write_png(folder: Path) -> Path:
 
 
 def write_adm(folder: Path, number: int, shape: tuple[int, int, int]) -> Path:
-    """`samples_NxHxWx3.npz` with the images as `arr_0` and their labels as `arr_1`, uint8, int64.
+    """Write `samples_NxHxWx3.npz`: images `arr_0` (uint8) and labels `arr_1` (int64).
 
     One shard is in memory at a time. Raises UserError for gray images, which ADM does not take.
     """

@@ -1,10 +1,9 @@
-"""Samples from a trained network: labels and numbers of images in, latents out.
+"""One batch of latents from a network: labels and image numbers in, latents out.
 
-The labels of a text model are numbers of its captions (prompts.Prompts).
+Labels of a text model are numbers of its captions (text.prompts.Prompts).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,41 +14,26 @@ from diffmoe.config import Config
 from diffmoe.diffusion.ddpm import GaussianDiffusion
 from diffmoe.diffusion.guidance import guided
 from diffmoe.diffusion.samplers import Progress, SampleNoise, sample_ddpm, sample_flow
-from diffmoe.diffusion.settings import GUIDANCE, Sampler, SamplingSettings, time_of
+from diffmoe.diffusion.settings import SamplingSettings, time_of
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.text.prompts import NO_PROMPT, Prompts, conditions
 
 
-def fitted(
-    settings: SamplingSettings,
-    config: Config,
-    prompts: Prompts | None,
-    say: Callable[[str], None],
-) -> SamplingSettings:
-    """With a guidance where none was chosen: 1.5, or what the model can do, and then it is said."""
-    if settings.guidance is not None:
-        return settings
-    if _knows_null(config, prompts):
-        return replace(settings, guidance=GUIDANCE)
-    say("guidance 1: the model was trained without label dropout, so there is none to lead away by")
-    return replace(settings, guidance=1.0)
+def can_guide(config: Config, prompts: Prompts | None) -> bool:
+    """Whether training has shown the model what guidance leads away from."""
+    has_negative = prompts is not None and prompts.negative is not None
+    return has_negative or config.training.label_dropout > 0
 
 
 def check_guidance(config: Config, settings: SamplingSettings, prompts: Prompts | None) -> None:
-    """Raise UserError where guidance would lead away from what the model never learned."""
-    if settings.guidance != 1 and not _knows_null(config, prompts):
+    """Raise UserError for guidance away from a condition that the model was not trained with."""
+    if settings.guidance != 1 and not can_guide(config, prompts):
         way_out = "" if prompts is None else ", or give a negative prompt"
         raise UserError(
             f"guidance {settings.guidance:g}: the model was trained with training.label_dropout=0 "
             f"and knows nothing that guidance could lead away from; take guidance 1{way_out}"
         )
-
-
-def _knows_null(config: Config, prompts: Prompts | None) -> bool:
-    """Whether the unconditional pass is given what training has shown."""
-    has_negative = prompts is not None and prompts.negative is not None
-    return has_negative or config.training.label_dropout > 0
 
 
 def check_sampling(
@@ -58,10 +42,10 @@ def check_sampling(
     labels: Iterable[int],
     settings: SamplingSettings,
     prompts: Prompts | None = None,
-) -> Sampler:
-    """The sampler; raises UserError where settings, labels or prompts do not fit the network."""
-    sampler = settings.chosen_sampler(config)
-    if sampler == "dopri5" and network.topology.expert_parallel > 1:
+) -> None:
+    """Raise UserError where settings, labels or prompts do not fit the network."""
+    settings.check(config)
+    if settings.sampler == "dopri5" and network.topology.expert_parallel > 1:
         raise UserError(
             "dopri5 takes as many evaluations as its samples need, and ranks that share experts "
             "must take equally many; choose heun, or expert parallelism 1"
@@ -78,7 +62,6 @@ def check_sampling(
         kind = f"class {wrong}" if prompts is None else f"caption number {wrong}"
         of = f"model.num_classes={classes}" if prompts is None else f"{classes} were given"
         raise UserError(f"{kind} is outside 0..{classes - 1} ({of})")
-    return sampler
 
 
 @torch.inference_mode()
@@ -93,15 +76,16 @@ def sample_latents(
     observe: Observer | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents (n, C, H, W), fp32 on the network's device, of the given classes or captions.
+    """Latents (n, C, H, W), fp32 on the network's device; all that `check_sampling` has passed.
 
-    indices: numbers of the images. Image k has noise of its own, keyed (seed, k): with routing
-    per_token it is the same in any batch, in any order and on any number of ranks.
-    Raises UserError where settings, labels or prompts do not fit, and where latents come out that
-    are not finite: they would be decoded to black images.
+    indices: numbers of the images. Image k has its own noise, keyed (seed, k): with per-token
+    routing it is the same in any batch, in any order and on any number of ranks.
+    observe: sees every evaluation of the network. progress: gets the fraction that is done.
+    Raises UserError where latents are not finite: they would be decoded to black images.
     """
-    sampler = check_sampling(network, config, labels, settings, prompts)
-    device = network.positions.device
+    sampler, guidance = settings.chosen_sampler(config), settings.guidance
+    assert guidance is not None  # else settings.check refuses it
+    device = next(network.parameters()).device
     channels, size = config.model.in_channels, config.model.input_size
     noise = SampleNoise(settings.seed, indices, (channels, size, size))
     is_flow = config.diffusion.objective == "flow"
@@ -115,7 +99,7 @@ def sample_latents(
         out = network(x, t, condition)
         if observe is not None:
             observe(Forward(time_of(config, t)[0], condition is not wanted, out.routing))
-        if sampler == "dopri5":  # which would shorten its steps for ever
+        if sampler == "dopri5":  # on values that are not finite its steps would shrink for ever
             _check_finite(out.prediction, network, indices, settings)
         return out.prediction
 
@@ -123,24 +107,14 @@ def sample_latents(
         evaluate,
         wanted,
         null,
-        scale=settings.guidance,
+        scale=guidance,
         channels=channels,
         guided_channels=settings.guided_channels,
         interval=(low, high) if settings.guidance_interval != (0, 1) else None,
         keep_variance=not is_flow,
     )
     start = noise.draw().to(device)
-    if is_flow:
-        latents = sample_flow(
-            model,
-            start,
-            settings.steps,
-            sampler,
-            settings.shift,
-            draw=noise.draw,
-            progress=progress,
-        )
-    else:
+    if sampler == "ddpm" or sampler == "ddim":
         latents = sample_ddpm(
             model,
             start,
@@ -149,6 +123,16 @@ def sample_latents(
             draw=noise.draw,
             method=sampler,
             eta=settings.eta,
+            progress=progress,
+        )
+    else:
+        latents = sample_flow(
+            model,
+            start,
+            settings.steps,
+            sampler,
+            settings.shift,
+            draw=noise.draw,
             progress=progress,
         )
     _check_finite(latents, network, indices, settings)

@@ -1,4 +1,4 @@
-"""What a network is looked at with: real data at training's noise levels, or its own sampling."""
+"""Forward passes to calibrate or analyze on: real data with training's noise, or sampling."""
 
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
@@ -12,19 +12,20 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.data.stream import LatentStream
 from diffmoe.diffusion import create_objective
 from diffmoe.diffusion.settings import SamplingSettings, time_of
+from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from diffmoe.sampling.latents import sample_latents
-from diffmoe.text.prompts import Prompts
+from diffmoe.sampling.sampler import Sampler
 from diffmoe.tree import tree_map
 
 
 def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: int) -> Passes:
-    """Passes over `samples` real samples of data.path, noised as training does it."""
+    """Passes over `samples` real samples of data.path, with noise as in training."""
     parts = list(real_examples(config, samples, batch, seed))
+    device = next(network.parameters()).device
 
     def run(observe: Observer) -> None:
         for part in parts:
-            part = tree_map(lambda tensor: tensor.to(network.positions.device), part)
+            part = tree_map(lambda tensor: tensor.to(device), part)
             out = network(part.x_t, part.t, part.condition)
             # One pass holds many times; it counts for their mean.
             observe(Forward(time_of(config, part.t).mean(), False, out.routing))
@@ -34,12 +35,15 @@ def noise_passes(network: DiT, config: Config, samples: int, batch: int, seed: i
 
 def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterator[Examples]:
     """`samples` training examples of data.path, at most `batch` at a time, keyed by the seed."""
-    manifest = Manifest.load(config.data.path)
+    path = config.data.path
+    if path is None:
+        raise UserError("the model does not say where its data is; give the folder (--data DIR)")
+    manifest = Manifest.load(path)
     manifest.check_model(config.model)
     config = config.replace({"seed": seed, "training.accumulation": 1})
     objective, lanes = create_objective(config.diffusion), range(config.data.lanes)
     stream = LatentStream(
-        config.data.path,
+        path,
         manifest,
         lanes=config.data.lanes,
         my_lanes=lanes,
@@ -47,7 +51,7 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
         seed=seed,
         workers=0,
         captions=config.model.text is not None,
-        # Of a run that came from elsewhere no cache is taken over, in which old shards are removed.
+        # Without data.cache: a run from elsewhere must not have shards removed on this machine.
         fetch=Fetch(allow_commands=config.data.allow_commands),
     )
     clock, missing = 0, samples
@@ -64,23 +68,12 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
 
 
 def trajectory_passes(
-    network: DiT,
-    config: Config,
-    labels: Sequence[int],
-    batch: int,
-    settings: SamplingSettings,
-    prompts: Prompts | None = None,
+    sampler: Sampler, labels: Sequence[int], batch: int, settings: SamplingSettings
 ) -> Passes:
     """The passes of sampling images of `labels`."""
-    starts = range(0, len(labels), batch)
 
     def run(observe: Observer) -> None:
-        for start in starts:
-            some = labels[start : start + batch]
-            indices = range(start, start + len(some))
-            sample_latents(
-                network, config, some, indices, settings, prompts=prompts, observe=observe
-            )
+        sampler.latents(labels, settings, batch=batch, observe=observe)
 
     # Guidance and Heun take up to two passes a step each.
-    return Passes(len(starts) * settings.steps * 2, run)
+    return Passes(len(range(0, len(labels), batch)) * settings.steps * 2, run)

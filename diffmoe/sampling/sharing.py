@@ -1,4 +1,4 @@
-"""Ranks of a tool that hold the experts together."""
+"""Ranks of a tool that share the experts."""
 
 import os
 from datetime import timedelta
@@ -13,9 +13,9 @@ from diffmoe.work import Ranks
 
 
 def equal_share(indices: range, rank: int, size: int) -> list[int]:
-    """The part of one of `size` ranks: all are equally long, as ranks that share experts need.
+    """One rank's part of the indices. All parts are equally long, as ranks that share experts need.
 
-    The last ones repeat the last index where it does not come out even.
+    The last parts repeat the last index where the number is not divisible.
     """
     each = -(-len(indices) // size)
     first = indices.start + rank * each
@@ -36,11 +36,10 @@ def share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> T
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Ranks wait while one of them judges what all have made.
-    # srun sets names of its own.
+    # srun uses other names.
     os.environ |= {"RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.world)}
     store, rank, world = meet()
-    timeout = timedelta(hours=12)
+    timeout = timedelta(hours=12)  # ranks wait while one of them judges the images of all
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return create_topology(expert_parallel)

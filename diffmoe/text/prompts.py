@@ -1,4 +1,4 @@
-"""What a text model is asked for: captions, encoded when they are needed."""
+"""Prompts of a text model: captions, encoded when they are needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ NO_PROMPT = (
 class Prompts:
     """Captions, which stand for classes: an image's label is the number of its caption.
 
-    negative: a caption that guidance leads away from, in the place of the null caption.
+    negative: a caption that guidance leads away from instead of the null caption.
     """
 
     encoder: TextEncoder
@@ -37,9 +37,9 @@ class Prompts:
 def encoder_of(
     config: Config, path: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> TextEncoder | None:
-    """What reads a text model's captions; None for a model of classes.
+    """The encoder of a text model's captions; None for a model of classes.
 
-    path: the folder of a frozen encoder. Raises UserError where it is missing, or another's.
+    path: the folder of a frozen encoder. Raises UserError where it is missing or holds another one.
     """
     if config.model.text is not None:
         return open_encoder(TextContent.of(config.model.text), path, device)
@@ -49,7 +49,7 @@ def encoder_of(
 
 
 def read_captions(file: str | Path) -> list[str]:
-    """The lines of a file, empty ones left out. Raises UserError if it cannot be read."""
+    """The lines of a text file, without empty ones. Raises UserError if it cannot be read."""
     try:
         text = read_text(file, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -57,7 +57,7 @@ def read_captions(file: str | Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def asked(
+def create_prompts(
     config: Config,
     encoder: TextEncoder | None,
     captions: Sequence[str],
@@ -65,7 +65,7 @@ def asked(
 ) -> Prompts | None:
     """Prompts for a text model, None for one of classes. encoder: of `encoder_of`.
 
-    Raises UserError where the model takes the other kind, and for text that no UTF-8 can write.
+    Raises UserError where the model takes the other kind, and for text that is not valid UTF-8.
     """
     if encoder is not None:
         if not captions:
@@ -91,7 +91,7 @@ def conditions(
     everywhere = torch.ones(len(labels), dtype=torch.bool, device=device)
     classes = config.model.num_classes
     if prompts is None:
-        wanted = torch.tensor(labels, device=device)
+        wanted: Condition = torch.tensor(labels, device=device)
         return wanted, unconditional(wanted, everywhere, classes)
 
     def encoded(captions: list[str]) -> Condition:

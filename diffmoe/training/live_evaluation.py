@@ -24,11 +24,12 @@ from diffmoe.evaluation.models import check_judges
 from diffmoe.evaluation.references import check_reference, load_reference
 from diffmoe.evaluation.scenes import SceneReader, load_truth
 from diffmoe.models.dit import DiT
-from diffmoe.sampling.images import grid, sample_images
+from diffmoe.sampling.images import grid
 from diffmoe.sampling.latents import check_guidance
 from diffmoe.sampling.many_images import SampleRequest
+from diffmoe.sampling.sampler import Sampler
 from diffmoe.sampling.sharing import equal_share
-from diffmoe.text.prompts import Prompts, asked, encoder_of, read_captions
+from diffmoe.text.prompts import Prompts, create_prompts, encoder_of, read_captions
 from diffmoe.training import history
 from diffmoe.training.due import EVALUATION, clock_of_live
 from diffmoe.training.ema import EMA
@@ -47,14 +48,14 @@ def check(config: Config, manifest: Manifest) -> None:
     evaluation = config.evaluation
     prompts = _prompts(config)
     check_judges(prompts, evaluation.classifier, evaluation.truth)
-    _settings(config).chosen_sampler(config)
+    _settings(config).check(config)
     check_guidance(config, _settings(config), prompts)
     autoencoder_of(manifest.latent_spec)
     if evaluation.classifier:
         load_classifier(evaluation.classifier)
     if not evaluation.reference:
         return
-    if (manifest.autoencoder, manifest.shape[0]) == ("identity", 1):
+    if manifest.latent_spec.makes_gray:
         raise UserError(
             f"evaluation.reference={evaluation.reference}: the data is gray, and extractors take "
             "RGB; set evaluation.classifier instead, such as digits"
@@ -93,7 +94,8 @@ class LiveEvaluation:
         choices = config.model.num_classes if self.prompts is None else len(self.prompts)
         evaluation = config.evaluation
         self.order = SampleRequest(evaluation.num_samples, tuple(range(choices)), evaluation.labels)
-        self.decode = autoencoder_of(manifest.latent_spec, device).decode
+        autoencoder = autoencoder_of(manifest.latent_spec, device)
+        self.sampler = Sampler(network, config, autoencoder, self.prompts)
         self.weights = next(iter(reversed(ema.averages)), "live")
         self._judges: list[Any] | None = None
 
@@ -132,14 +134,10 @@ class LiveEvaluation:
             mine = equal_share(range(start, end), topology.rank, topology.world)
             labels = [self.order.label(index, self.settings.seed) for index in mine]
             try:
-                told = sample_images(
-                    self.network,
-                    self.config,
-                    self.decode,
+                told = self.sampler.images(
                     labels,
-                    mine,
                     self.settings,
-                    prompts=self.prompts,
+                    indices=mine,
                     batch=len(mine),  # at once: ranks that share experts fail behind the last pass
                 )
             except UserError as error:
@@ -155,8 +153,8 @@ class LiveEvaluation:
                 problems = (one for one in everyone or [told] if isinstance(one, UserError))
                 return next(problems, UserError("another rank could not sample"))
             if everyone is not None:
-                images.append(torch.cat([part for part, _ in everyone])[: end - start])
-                capacity += [seen for _, seen in everyone if seen is not None]
+                images.append(torch.cat([part.images for part in everyone])[: end - start])
+                capacity += [part.capacity for part in everyone if part.capacity is not None]
         if not images:
             return np.empty(0), None
         return torch.cat(images).numpy(), merged(capacity) if capacity else None
@@ -234,7 +232,7 @@ def _prompts(config: Config, device: str | torch.device = "cpu") -> Prompts | No
             "training.evaluate_every of a text model needs captions: set evaluation.prompts to a "
             f"text file, one prompt per line (it is {evaluation.prompts})"
         )
-    return asked(config, encoder_of(config, evaluation.text_encoder, device), captions)
+    return create_prompts(config, encoder_of(config, evaluation.text_encoder, device), captions)
 
 
 def _settings(config: Config) -> SamplingSettings:

@@ -9,13 +9,14 @@ import torch
 
 from diffmoe.capacity.calibration import EVERY_TOKEN, Passes, calibrate, threshold_of
 from diffmoe.capacity.meter import CapacityMeter
-from diffmoe.capacity.thresholds import Calibrated, set_capacity, store, stored
+from diffmoe.capacity.thresholds import Calibrated, choose_capacity, store, stored
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
-from diffmoe.sampling.many_images import identity
 from diffmoe.sampling.passes import noise_passes, real_examples, trajectory_passes
+from diffmoe.sampling.sampler import Origin, Sampler
 from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.runs import pack
+from tests.helpers.sampling import set_capacity
 from tests.helpers.tiny import tiny_config
 
 
@@ -48,7 +49,7 @@ def test_neighboring_numbers_are_told_apart():
 
 def trajectory(network, config) -> Passes:
     settings = SamplingSettings(steps=6, guidance=1.5)
-    return trajectory_passes(network, config, [k % 5 for k in range(24)], 12, settings)
+    return trajectory_passes(Sampler(network, config), [k % 5 for k in range(24)], 12, settings)
 
 
 def measured(network, passes: Passes) -> torch.Tensor:
@@ -61,7 +62,7 @@ def measured(network, passes: Passes) -> torch.Tensor:
 def test_a_wanted_capacity_is_met_by_every_expert_on_the_trajectory(capacity: float):
     network = network_of(CONFIG)
     passes = trajectory(network, CONFIG)
-    log_odds_LE, met = calibrate(network, capacity, passes)
+    thresholds_LE, met = calibrate(network, capacity, passes)
     by_expert = measured(network, passes)
     assert met == pytest.approx(capacity, rel=0.01)
     assert float(by_expert.mean()) == pytest.approx(met)
@@ -69,15 +70,15 @@ def test_a_wanted_capacity_is_met_by_every_expert_on_the_trajectory(capacity: fl
     torch.testing.assert_close(
         by_expert, torch.full_like(by_expert, capacity), rtol=0.05, atol=0.01
     )
-    assert log_odds_LE.shape == (2, 4)
+    assert thresholds_LE.shape == (2, 4)
 
 
 def test_one_common_threshold_meets_it_on_average():
     network = network_of(CONFIG)
     passes = trajectory(network, CONFIG)
-    log_odds_LE, met = calibrate(network, 0.8, passes, common=True)
+    thresholds_LE, met = calibrate(network, 0.8, passes, common=True)
     assert met == pytest.approx(0.8, rel=0.01)
-    assert len(log_odds_LE.unique()) == 1
+    assert len(thresholds_LE.unique()) == 1
     assert measured(network, passes).std() > 0.05  # experts differ
 
 
@@ -175,7 +176,7 @@ def test_a_damaged_file_is_named(tmp_path, text):
 def test_thresholds_of_another_network_are_refused(tmp_path):
     entry = ENTRY.model_dump() | {"log_odds": [[0.0] * 3] * 2}
     (tmp_path / "thresholds.json").write_text(json.dumps({"0.8": entry}))
-    with pytest.raises(UserError, match=r"2 layers of 3 experts, the model 2 of 4"):
+    with pytest.raises(UserError, match=r"2 layers of 3 experts, the model has 2 of 4"):
         set_capacity(network_of(CONFIG), tmp_path, capacity=0.8)
 
 
@@ -186,15 +187,19 @@ def test_static_routing_takes_its_capacity_without_thresholds(tmp_path):
     torch.testing.assert_close(by_expert, torch.full_like(by_expert, 0.5))
 
 
+def opened(network, folder) -> Sampler:
+    """As if it had been opened from a folder."""
+    return Sampler(network, CONFIG, origin=Origin(folder, "ema", {}, {"samples": 0}))
+
+
 @pytest.mark.parametrize("family", ["expert_choice", "token_choice", "dense"])
 def test_a_baseline_has_no_dial_and_records_none(tmp_path, family):
     network = network_of(tiny_config(moe__type=family))
     for name, value in (("routing", "static"), ("routing", "per_token"), ("capacity", 1.0)):
         with pytest.raises(UserError, match=f"a {family} model has no {name} to choose"):
             set_capacity(network, tmp_path, **{name: value})
-    set_capacity(network, tmp_path)
     (tmp_path / "checksums.json").write_text("{}")
-    told = identity(tmp_path, network, "ema", None)
+    told = opened(network, tmp_path).with_capacity(None).identity()
     assert (told["routing"], told["capacity"], told["thresholds_sha256"]) == (None, None, None)
 
 
@@ -202,8 +207,7 @@ def test_what_the_dial_did_is_what_is_recorded(tmp_path):
     (tmp_path / "checksums.json").write_text("{}")
     network = network_of(CONFIG)
     for routing, capacity in ((None, None), ("pooled", None), ("static", 0.5)):
-        set_capacity(network, tmp_path, routing, capacity)
-        told = identity(tmp_path, network, "ema", capacity)
+        told = opened(network, tmp_path).with_capacity(capacity, routing).identity()
         assert (told["routing"], told["capacity"]) == (routing or "per_token", capacity)
 
 
@@ -218,8 +222,11 @@ def test_a_calibration_says_what_it_was_made_with(tmp_path):
     assert told == {"sampler": "heun", "steps": 20, "guidance": 2.0}
     assert written["labels"] == "random"
     network = network_of(CONFIG)
-    assert set_capacity(network, tmp_path, capacity=0.8) == entry == stored(tmp_path)["0.8"]
-    assert set_capacity(network, tmp_path) is set_capacity(network, tmp_path, "static", 0.8) is None
+    chosen = [
+        choose_capacity(network, tmp_path, *words) for words in ((None, 0.8), (), ("static", 0.8))
+    ]
+    assert [choice.calibrated for choice in chosen] == [entry, None, None]
+    assert entry == stored(tmp_path)["0.8"]
 
 
 def test_sampling_otherwise_than_calibrated_tells_the_capacity_met():

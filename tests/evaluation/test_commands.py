@@ -11,7 +11,7 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation.curves import curve_points
 from diffmoe.evaluation.models import sample_model
-from diffmoe.export.open import locate
+from diffmoe.sampling.sampler import Sampler
 from tests.helpers.pictures import NAME, pictures, write_files, write_samples
 from tests.helpers.runs import pack, run_config, train
 from tests.helpers.tools import command, told
@@ -78,8 +78,9 @@ def test_a_model_of_gray_images_is_refused_before_it_samples(run, tmp_path):
     pack(gray / "data", shape=(1, 8, 8))
     config = run_config(gray, 1, model__in_channels=1)
     train(config)
+    sampler, settings = Sampler.open(config.output), SamplingSettings(steps=2)
     with pytest.raises(UserError, match="makes gray images, and extractors take RGB"):
-        sample_model(locate(config.output), tmp_path, 4, SamplingSettings(steps=2), rgb=True)
+        sample_model(sampler, tmp_path, sampler.request(4), settings, rgb=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,9 +10,9 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.models import check_judges, sample_model
-from diffmoe.export.open import locate
 from diffmoe.sampling.many_images import SampleRequest
-from diffmoe.text.prompts import asked, encoder_of
+from diffmoe.sampling.sampler import Sampler
+from diffmoe.text.prompts import create_prompts, encoder_of
 from tests.helpers.models import exported
 from tests.helpers.tiny import BYTES, tiny_config
 
@@ -22,17 +22,14 @@ SETTINGS = SamplingSettings(steps=2)
 
 
 def sampled(model, out, *captions: str):
-    return sample_model(
-        locate(model),
-        out,
-        5,
-        SETTINGS,
-        prompts_for=lambda config: asked(config, encoder_of(config), captions),
-    )
+    sampler = Sampler.open(model)
+    prompts = create_prompts(TEXT, encoder_of(TEXT), captions)
+    sampler = replace(sampler, prompts=prompts)
+    return sample_model(sampler, out, sampler.request(5), SETTINGS)
 
 
 def test_judges_that_do_not_fit_are_refused(tmp_path):
-    prompts = asked(TEXT, encoder_of(TEXT), ["red", "blue two"])
+    prompts = create_prompts(TEXT, encoder_of(TEXT), ["red", "blue two"])
     (tmp_path / "truth.json").write_text("[]")
     check_judges(prompts)
     check_judges(None, classifier="digits")
@@ -40,7 +37,7 @@ def test_judges_that_do_not_fit_are_refused(tmp_path):
         (prompts, {"classifier": "digits"}, "judges classes, and the model takes captions"),
         (None, {"truth": "t.json"}, "truth t.json judges captions, and the model takes classes"),
         (None, {"clip": "models/clip"}, "clip models/clip judges captions"),
-        (prompts, {"truth": str(tmp_path / "truth.json")}, "does not tell of 'blue two'"),
+        (prompts, {"truth": str(tmp_path / "truth.json")}, "does not contain 'blue two'"),
     ]:
         with pytest.raises(UserError, match=message):
             check_judges(asked_for, **judges)
@@ -55,16 +52,18 @@ def test_other_prompts_go_to_another_folder(tmp_path):
     assert images.captions() == ["red", "blue two"]
     (part,) = images.parts()
     assert part.labels.tolist() == [0, 1, 0, 1, 0]
+    unprompted = Sampler.open(model)
     with pytest.raises(UserError, match="give at least one prompt"):
-        sample_model(locate(model), tmp_path / "none", 5, SETTINGS)
+        sample_model(unprompted, tmp_path / "none", unprompted.request(5), SETTINGS)
 
 
 def test_drawn_labels_are_recorded_and_depend_on_seed_and_image_alone(tmp_path):
-    model = locate(exported(tmp_path / "model", CLASSES))
+    sampler, out = Sampler.open(exported(tmp_path / "model", CLASSES)), tmp_path / "out"
     settings = SamplingSettings(steps=1, seed=3)
-    balanced = sample_model(model, tmp_path / "out", 40, settings)
-    drawn = sample_model(model, tmp_path / "out", 40, settings, labels="random", batch=7)
-    other = sample_model(model, tmp_path / "out", 40, replace(settings, seed=4), labels="random")
+    in_turn, random = sampler.request(40), sampler.request(40, "random")
+    balanced = sample_model(sampler, out, in_turn, settings)
+    drawn = sample_model(sampler, out, random, settings, batch=7)
+    other = sample_model(sampler, out, random, replace(settings, seed=4))
     assert len({balanced.folder, drawn.folder, other.folder}) == 3
     found = {}
     for kind, made in (("balanced", balanced), ("drawn", drawn), ("other", other)):
@@ -79,13 +78,15 @@ def test_drawn_labels_are_recorded_and_depend_on_seed_and_image_alone(tmp_path):
 
 
 def test_what_a_calibration_was_made_with_goes_into_the_result(tmp_path):
-    model, said = locate(exported(tmp_path / "model", CLASSES)), []
+    model, said = exported(tmp_path / "model", CLASSES), []
     entry = Calibrated(
         weights="ema", capacity=0.8, measured=0.8, common=False, over="trajectory", samples=1,
         sampling=SamplingSettings(steps=2, guidance=2.0), log_odds=[[0.0] * 4] * 2,
     )  # fmt: skip
     store(model, "0.8", entry)
-    made = sample_model(model, tmp_path / "out", 3, SETTINGS, capacity=0.8, say=said.append)
+    sampler = Sampler.open(model).with_capacity(0.8)
+    request = sampler.request(3)
+    made = sample_model(sampler, tmp_path / "out", request, SETTINGS, say=said.append)
     assert made.about["calibration"]["sampling"]["guidance"] == 2.0
     assert "log_odds" not in made.about["calibration"]
     (told,) = said

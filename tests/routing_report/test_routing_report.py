@@ -15,11 +15,12 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.routing_report.analysis import BINS, predictor_accuracy, sampling_routing
 from diffmoe.routing_report.page import write_page
-from diffmoe.sampling.latents import sample_latents
 from diffmoe.sampling.passes import noise_passes
+from diffmoe.sampling.sampler import Sampler
 from tests.helpers.models import NAMES, exported
 from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.runs import pack
+from tests.helpers.sampling import latents_of
 from tests.helpers.tiny import tiny_config
 
 RGB = tiny_config(model__in_channels=3)
@@ -36,9 +37,8 @@ def lively() -> DiT:
 
 
 def report(network, config=RGB, batch: int = 3):
-    return sampling_routing(
-        network, config, PixelAutoencoder().decode, LABELS, SETTINGS, batch=batch
-    )
+    sampler = Sampler(network, config, PixelAutoencoder())
+    return sampling_routing(sampler, LABELS, SETTINGS, batch=batch)
 
 
 def test_every_figure_equals_a_count_over_all_pairs():
@@ -51,7 +51,7 @@ def test_every_figure_equals_a_count_over_all_pairs():
             layers = torch.stack([layer.selected_ES for layer in forward.routing])
             taken.append(layers.unflatten(2, (len(LABELS), -1)).double())
 
-    sample_latents(network, RGB, LABELS, range(len(LABELS)), SETTINGS, observe=keep)
+    latents_of(network, RGB, LABELS, range(len(LABELS)), SETTINGS, observe=keep)
     pairs = torch.stack(taken)  # (times, L, E, B, T)
     assert found.capacity.times.tolist() == pytest.approx([0, 1 / 3, 2 / 3])
     same = {"check_dtype": False, "rtol": 1e-5, "atol": 1e-6}
@@ -71,7 +71,8 @@ def test_every_figure_equals_a_count_over_all_pairs():
 
 def test_shares_stay_shares_where_heun_looks_twice_at_a_time():
     settings = SamplingSettings(steps=3, sampler="heun", seed=1)
-    found = sampling_routing(network_of(RGB), RGB, PixelAutoencoder().decode, LABELS, settings)
+    sampler = Sampler(network_of(RGB), RGB, PixelAutoencoder())
+    found = sampling_routing(sampler, LABELS, settings)
     assert found.capacity.tokens.tolist() == [112, 224, 224, 112]
     assert (found.unselected <= 1).all()
 
@@ -95,7 +96,8 @@ def test_a_dead_expert_is_found_and_named(tmp_path):
 @pytest.mark.slow
 def test_more_than_ten_classes_show_the_hardest_and_the_easiest(tmp_path):
     many = tiny_config(model__in_channels=3, model__num_classes=12)
-    found = sampling_routing(network_of(many), many, PixelAutoencoder().decode, range(12), SETTINGS)
+    sampler = Sampler(network_of(many), many, PixelAutoencoder())
+    found = sampling_routing(sampler, range(12), SETTINGS)
     page = tmp_path / "page.html"
     write_page(page, "Many", {}, found, None)
     assert "The hardest classes" in page.read_text()
@@ -138,7 +140,7 @@ def test_the_predictor_is_held_against_the_selection_of_training(tmp_path):
     edges = torch.arange(BINS) / BINS
     assert (found.predicted[filled] >= edges[filled]).all()
     assert (found.predicted[filled] <= edges[filled] + 1 / BINS).all()
-    share = float((found.taken * found.counts).sum() / found.counts.sum())
+    share = float((found.selected * found.counts).sum() / found.counts.sum())
     assert share == pytest.approx(1 / 4)  # C = 1
 
 

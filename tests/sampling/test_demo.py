@@ -18,10 +18,13 @@ import torch
 from diffmoe.capacity.calibration import EVERY_TOKEN
 from diffmoe.capacity.meter import CapacityMeter
 from diffmoe.capacity.thresholds import Calibrated, store, stored
+from diffmoe.clock import Clock
 from diffmoe.data.manifest import TextContent
 from diffmoe.diffusion.settings import SamplingSettings
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.sampling.dial import Dial
 from diffmoe.sampling.passes import trajectory_passes
+from diffmoe.sampling.sampler import Origin, Sampler
 from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.processes import free_port
 from tests.helpers.runs import pack, run_config, train
@@ -30,30 +33,34 @@ from tests.helpers.tiny import BYTES, tiny_config
 ROOT = Path(__file__).parents[2]
 
 
+def opened(folder: Path, config=CONFIG) -> Sampler:
+    """As if it had been opened from a folder."""
+    latents = LatentSpec(shape=(2, 8, 8))
+    origin = Origin(folder, "ema", latents, (), Clock(samples=0, step=0, skipped=0))
+    return Sampler(network_of(config), config, origin=origin)
+
+
 @pytest.mark.slow
 def test_the_dial_takes_any_capacity_between_calibrated_ones(tmp_path):
-    network = network_of(CONFIG)
+    sampler = opened(tmp_path)
     said: list[str] = []
-    dial = Dial.of(network, CONFIG, tmp_path, report=said.append)
+    dial = Dial.of(sampler, report=said.append)
     assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
     assert said[0] == "calibrating capacity 0.25"
     assert stored(tmp_path) == {}  # in memory alone
     settings = SamplingSettings(steps=20, guidance=1.5)
-    passes = trajectory_passes(network, CONFIG, [k % 5 for k in range(16)], 16, settings)
+    passes = trajectory_passes(sampler, [k % 5 for k in range(16)], 16, settings)
     met = []
     for capacity in (0.1, 0.25, 0.7, 1.0, 1.3, 2.0, 9.0):
-        dial.turn(network, capacity)
         meter = CapacityMeter()
-        passes.run(meter)
+        with sampler.network.routed(dial.at(capacity)):
+            passes.run(meter)
         met.append(meter.read().average)
     assert met == sorted(met)
     assert met == pytest.approx([0.25, 0.25, 0.7, 1.0, 1.3, 2.0, 2.0], rel=0.1)
-    dial.turn(network, 0.75)
-    between = torch.stack([layer.capacity_predictor.log_odds for layer in network.moe_layers])
+    between = dial.at(0.75).log_odds_LE
     for capacity, closer in ((0.5, torch.less), (1.0, torch.greater)):
-        dial.turn(network, capacity)
-        end = torch.stack([layer.capacity_predictor.log_odds for layer in network.moe_layers])
-        assert closer(between, end).all()
+        assert closer(between, dial.at(capacity).log_odds_LE).all()
 
 
 def entry(capacity: float, log_odds: float) -> Calibrated:
@@ -64,30 +71,26 @@ def entry(capacity: float, log_odds: float) -> Calibrated:
 
 
 def test_every_stored_capacity_is_on_the_dial(tmp_path):
-    network = network_of(CONFIG)
     for capacity, log_odds in ((0.5, 1.0), (1.0, 0.5), (4.0, EVERY_TOKEN)):
         store(tmp_path, f"{capacity:g}", entry(capacity, log_odds))
-    dial = Dial.of(network, CONFIG, tmp_path)
+    dial = Dial.of(opened(tmp_path))
     assert dial.capacities == [0.5, 1.0, 4.0]
     found = []
     for capacity in (0.5, 0.75, 1.0, 2.5, 4.0):
-        dial.turn(network, capacity)
-        found.append(float(network.routing.log_odds_LE[1, 3]))
+        found.append(float(dial.at(capacity).log_odds_LE[1, 3]))
     assert found == [1.0, 0.75, 0.5, (0.5 - 16) / 2, EVERY_TOKEN]
 
 
 def test_stored_capacities_stay_when_others_are_calibrated(tmp_path):
-    network = network_of(CONFIG)
     store(tmp_path, "0.5", entry(0.5, 3.25))
-    dial = Dial.of(network, CONFIG, tmp_path)
+    dial = Dial.of(opened(tmp_path))
     assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
-    dial.turn(network, 0.5)
-    assert network.routing.log_odds_LE.unique().tolist() == [3.25]
+    assert dial.at(0.5).log_odds_LE.unique().tolist() == [3.25]
 
 
 def test_a_model_without_label_dropout_is_calibrated_without_guidance(tmp_path):
     config, said = tiny_config(training__label_dropout=0), []
-    dial = Dial.of(network_of(config), config, tmp_path, report=said.append)
+    dial = Dial.of(opened(tmp_path, config), report=said.append)
     assert said[0].startswith("guidance 1: the model was trained without label dropout")
     assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
 

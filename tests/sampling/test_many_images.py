@@ -9,19 +9,22 @@ import torch
 from PIL import Image
 
 from diffmoe import work
+from diffmoe.capacity.thresholds import CapacityChoice
 from diffmoe.data.autoencoders import PixelAutoencoder
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
+from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.parallel.topology import create_topology
 from diffmoe.sampling import many_images
 from diffmoe.sampling.formats import write_adm, write_png
-from diffmoe.sampling.images import EvaluationCount, grid
-from diffmoe.sampling.many_images import SampleRequest, generate, shard_arrays
+from diffmoe.sampling.images import dopri5_note, grid
+from diffmoe.sampling.many_images import SampleRequest, shard_arrays
+from diffmoe.sampling.sampler import Sampler
 from diffmoe.work import Ranks
 from tests.helpers.networks import network_of
 from tests.helpers.processes import killed
 from tests.helpers.ranks import run_ranks
-from tests.helpers.samples import ORDER, RGB, SETTINGS, images_of, make
+from tests.helpers.samples import ORDER, RGB, SETTINGS, Live, Other, images_of, make
 from tests.helpers.tiny import tiny_config
 
 
@@ -103,7 +106,7 @@ def test_random_labels_are_keyed_by_the_image():
         (many_images, "sha256_of", 2),
         (work, "write_json", 3),
         (many_images, "_finish", 1),
-        (many_images, "sample_images", 3),
+        (Sampler, "_images", 3),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -131,7 +134,7 @@ def test_a_killed_command_goes_on_without_gaps_or_duplicates(whole, tmp_path, mo
             {"order": SampleRequest(11, (0, 1, 2, 3, 4), "random")},
             "labels: balanced there, random now",
         ),
-        ({"model": {"sha256": "b"}}, "model: .*'a'.* there, .*'b'.* now"),
+        ({"model": Other}, "model: .*'a'.* there, .*'b'.* now"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(whole, change, message):
@@ -167,13 +170,11 @@ def test_a_truncated_shard_is_made_again_and_the_manifest_follows(whole, tmp_pat
 
 
 def test_where_an_image_depends_on_its_batch_the_batch_may_not_change(tmp_path):
-    network = network_of(RGB)
-    network.route_by("pooled")
-    decode = PixelAutoencoder().decode
+    choice = CapacityChoice(RoutingMode("pooled"))
+    sampler = Live(network_of(RGB), RGB, PixelAutoencoder(), choice=choice)
 
     def run(batch: int) -> None:
-        options = {"model": {}, "batch": batch, "shard_size": 4}
-        generate(tmp_path / "out", network, RGB, decode, ORDER, SETTINGS, **options)
+        sampler.folder(tmp_path / "out", ORDER, SETTINGS, batch=batch, shard_size=4)
 
     run(4)
     with pytest.raises(UserError, match="batch: 4 there, 2 now"):
@@ -268,15 +269,14 @@ def test_dopri5_tells_how_many_evaluations_it_took(tmp_path):
     network, passes = network_of(RGB), []
     network.register_forward_pre_hook(lambda *_: passes.append(None))
     settings = SamplingSettings(sampler="dopri5", guidance=1.5)
-    decode = PixelAutoencoder().decode
-    options = {"model": {}, "batch": 2, "shard_size": 3}
-    made = generate(
-        tmp_path / "out", network, RGB, decode, SampleRequest(3, (0, 1)), settings, **options
+    sampler = Live(network, RGB, PixelAutoencoder())
+    made = sampler.folder(
+        tmp_path / "out", SampleRequest(3, (0, 1)), settings, batch=2, shard_size=3
     )
     found = made.manifest["evaluations"]  # of two batches, guided: two passes each
     assert found == len(passes) / 2 / 2
     assert found > 20
-    assert EvaluationCount.told(found).startswith(f"dopri5 took {found:.0f} evaluations a batch")
+    assert dopri5_note(found).startswith(f"dopri5 took {found:.0f} evaluations a batch")
     assert "evaluations" not in make(tmp_path / "euler").manifest
 
 
@@ -284,7 +284,5 @@ def test_images_that_are_no_numbers_are_not_written(tmp_path):
     network = network_of(RGB)
     network.final.bias.data.fill_(torch.nan)
     with pytest.raises(UserError, match="image 0 is not made of finite numbers"):
-        generate(
-            tmp_path / "out", network, RGB, PixelAutoencoder().decode, ORDER, SETTINGS, model={}
-        )
+        Live(network, RGB, PixelAutoencoder()).folder(tmp_path / "out", ORDER, SETTINGS)
     assert not list((tmp_path / "out").glob("samples*"))

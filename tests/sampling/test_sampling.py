@@ -10,10 +10,11 @@ from diffmoe.capacity.forward import Forward
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import create_topology
-from diffmoe.sampling.latents import fitted, sample_latents
-from diffmoe.text.prompts import asked, encoder_of
+from diffmoe.sampling.sampler import Sampler
+from diffmoe.text.prompts import create_prompts, encoder_of
 from tests.helpers.networks import CONFIG, DDPM, network_of
 from tests.helpers.ranks import run_ranks
+from tests.helpers.sampling import latents_of
 from tests.helpers.tiny import BYTES, tiny_config
 
 LABELS = [0, 1, 2, 3, 4, 0]
@@ -41,7 +42,7 @@ def sampled(
     """Latents, and all token-expert pairs (evaluations, L, E, B, T)."""
     pairs = Pairs()
     labels = [LABELS[index] for index in indices]
-    latents = sample_latents(network, config, labels, indices, settings, observe=pairs)
+    latents = latents_of(network, config, labels, indices, settings, observe=pairs)
     return latents, torch.stack(pairs.taken)
 
 
@@ -86,7 +87,7 @@ def test_pooled_routing_does_depend_on_the_batch():
 def test_samples_are_reproducible_by_seed():
     network = network_of(CONFIG)
     first, again, other = (
-        sample_latents(network, CONFIG, [1, 1], [0, 1], SamplingSettings(steps=3, seed=seed))
+        latents_of(network, CONFIG, [1, 1], [0, 1], SamplingSettings(steps=3, seed=seed))
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
@@ -99,8 +100,8 @@ def test_ddpm_samples_with_the_learned_variance(sampler):
     network = network_of(DDPM)
     eta = 0.5 if sampler == "ddim" else 0.0
     settings = SamplingSettings(sampler=sampler, steps=10, guidance=1.5, eta=eta, seed=5)
-    together = sample_latents(network, DDPM, [0, 1, 2], [0, 1, 2], settings)
-    alone = sample_latents(network, DDPM, [2], [2], settings)
+    together = latents_of(network, DDPM, [0, 1, 2], [0, 1, 2], settings)
+    alone = latents_of(network, DDPM, [2], [2], settings)
     assert together.shape == (3, 2, 8, 8)
     assert together.isfinite().all()
     torch.testing.assert_close(alone, together[2:], atol=1e-5, rtol=1e-5)
@@ -110,7 +111,7 @@ def test_ddpm_samples_with_the_learned_variance(sampler):
 def test_the_observer_sees_times_and_guidance_where_it_acts(config):
     seen: list[tuple[float, bool]] = []
     settings = SamplingSettings(steps=4, guidance=2.0, guidance_interval=(0.4, 0.6))
-    sample_latents(
+    latents_of(
         network_of(config),
         config,
         [0],
@@ -133,14 +134,14 @@ def test_without_guidance_each_step_costs_one_forward(guidance: float, images: i
     network, seen = network_of(CONFIG), []
     network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     settings = SamplingSettings(steps=4, guidance=guidance)
-    sample_latents(network, CONFIG, [0, 1, 2], [0, 1, 2], settings)
+    latents_of(network, CONFIG, [0, 1, 2], [0, 1, 2], settings)
     assert sum(seen) == 4 * images
 
 
 @pytest.mark.parametrize("label", [-1, 5])
 def test_a_class_that_is_not_there_is_refused(label: int):
     with pytest.raises(UserError, match=rf"class {label} is outside 0\.\.4 .*num_classes=5"):
-        sample_latents(network_of(CONFIG), CONFIG, [0, label], [0, 1], SamplingSettings(steps=1))
+        latents_of(network_of(CONFIG), CONFIG, [0, label], [0, 1], SamplingSettings(steps=1))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_a_class_that_is_not_there_is_refused(label: int):
 )
 def test_settings_that_do_not_fit_the_model_are_refused(config, settings, message):
     with pytest.raises(UserError, match=message):
-        sample_latents(network_of(config), config, [0], [0], SamplingSettings(**settings))
+        latents_of(network_of(config), config, [0], [0], SamplingSettings(**settings))
 
 
 UNDROPPED = tiny_config(training__label_dropout=0)
@@ -172,39 +173,43 @@ UNDROPPED_TEXT = tiny_config(model__text=BYTES, training__label_dropout=0)
 def test_guidance_needs_a_null_label_that_was_trained():
     network = network_of(UNDROPPED)
     with pytest.raises(UserError, match=r"guidance 1\.5: .* training\.label_dropout=0 .* 1$"):
-        sample_latents(network, UNDROPPED, [0], [0], SamplingSettings(steps=1, guidance=1.5))
+        latents_of(network, UNDROPPED, [0], [0], SamplingSettings(steps=1, guidance=1.5))
     plain = SamplingSettings(steps=2)
-    found = sample_latents(network, UNDROPPED, [0], [0], plain)
-    assert torch.equal(found, sample_latents(network_of(CONFIG), CONFIG, [0], [0], plain))
+    found = latents_of(network, UNDROPPED, [0], [0], plain)
+    assert torch.equal(found, latents_of(network_of(CONFIG), CONFIG, [0], [0], plain))
 
 
 def test_where_nobody_chose_guidance_it_is_what_the_model_can_do():
     said: list[str] = []
     unset = SamplingSettings(steps=3, guidance=None, seed=4)
-    assert fitted(unset, CONFIG, None, said.append) == replace(unset, guidance=1.5)
+    usual, unguided = (Sampler(network_of(config), config) for config in (CONFIG, UNDROPPED))
+    assert usual.fitted(unset, said.append) == replace(unset, guidance=1.5)
     assert said == []
-    assert fitted(unset, UNDROPPED, None, said.append) == replace(unset, guidance=1.0)
+    assert unguided.fitted(unset, said.append) == replace(unset, guidance=1.0)
     assert len(said) == 1
     assert said[0].startswith("guidance 1: the model was trained without label dropout")
     chosen = replace(unset, guidance=3.0)
-    assert fitted(chosen, UNDROPPED, None, said.append) == chosen  # to be refused
+    assert unguided.fitted(chosen, said.append) == chosen  # to be refused
     assert len(said) == 1
 
 
 def test_a_negative_prompt_takes_the_place_of_a_null_caption_that_was_never_trained():
     config, settings = UNDROPPED_TEXT, SamplingSettings(steps=1, guidance=2.0)
-    plain, negative = (asked(config, encoder_of(config), ["red"], n) for n in (None, "dim"))
+    plain, negative = (
+        create_prompts(config, encoder_of(config), ["red"], n) for n in (None, "dim")
+    )
     with pytest.raises(UserError, match="take guidance 1, or give a negative prompt"):
-        sample_latents(network_of(config), config, [0], [0], settings, prompts=plain)
-    sample_latents(network_of(config), config, [0], [0], settings, prompts=negative)
-    assert fitted(replace(settings, guidance=None), config, negative, print).guidance == 1.5
+        latents_of(network_of(config), config, [0], [0], settings, prompts=plain)
+    latents_of(network_of(config), config, [0], [0], settings, prompts=negative)
+    sampler = Sampler(network_of(config), config, prompts=negative)
+    assert sampler.fitted(replace(settings, guidance=None)).guidance == 1.5
 
 
 def test_a_caption_that_was_not_given_is_refused():
-    prompts = asked(UNDROPPED_TEXT, encoder_of(UNDROPPED_TEXT), ["red"])
+    prompts = create_prompts(UNDROPPED_TEXT, encoder_of(UNDROPPED_TEXT), ["red"])
     config, settings = UNDROPPED_TEXT, SamplingSettings(steps=1)
     with pytest.raises(UserError, match=r"caption number 1 is outside 0\.\.0 \(1 were given\)"):
-        sample_latents(network_of(config), config, [1], [0], settings, prompts=prompts)
+        latents_of(network_of(config), config, [1], [0], settings, prompts=prompts)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dopri5", "sde", "ddpm", "ddim"])
@@ -214,10 +219,10 @@ def test_weights_that_are_no_numbers_make_no_images(sampler):
     network.final.bias.data[0] = torch.nan
     settings = SamplingSettings(sampler=sampler, steps=3)
     with pytest.raises(UserError, match="image 7 is not made of finite numbers: the model's wei"):
-        sample_latents(network, config, [0, 1], [7, 8], settings)
+        latents_of(network, config, [0, 1], [7, 8], settings)
 
 
 def test_an_overflow_on_the_way_stops_sampling():
     settings = SamplingSettings(steps=3, guidance=1e38)
     with pytest.raises(UserError, match=r"sampling overflowed \(guidance 1e\+38, 3 steps\)"):
-        sample_latents(network_of(CONFIG), CONFIG, [0], [0], settings)
+        latents_of(network_of(CONFIG), CONFIG, [0], [0], settings)

@@ -14,11 +14,12 @@ from diffmoe.data.autoencoders import PixelAutoencoder
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
-from diffmoe.sampling.latents import sample_latents
-from diffmoe.sampling.many_images import SampleRequest, generate, shard_arrays
-from diffmoe.text.prompts import Prompts, asked, encoder_of, read_captions
+from diffmoe.sampling.many_images import SampleRequest, shard_arrays
+from diffmoe.sampling.sampler import Origin, Sampler
+from diffmoe.text.prompts import Prompts, create_prompts, encoder_of, read_captions
 from tests.helpers.models import exported
 from tests.helpers.networks import network_of
+from tests.helpers.sampling import latents_of
 from tests.helpers.tiny import BYTES, tiny_config
 
 CONFIG = tiny_config(model__in_channels=3, model__text=BYTES)
@@ -28,11 +29,11 @@ CAPTIONS = ["red", "blue two", "none"]
 
 
 def prompts(*captions: str, negative: str | None = None) -> Prompts:
-    return asked(CONFIG, encoder_of(CONFIG), captions or CAPTIONS, negative)
+    return create_prompts(CONFIG, encoder_of(CONFIG), captions or CAPTIONS, negative)
 
 
 def latents(wanted: Prompts, labels: list[int], indices: list[int], settings=GUIDED, **options):
-    return sample_latents(
+    return latents_of(
         network_of(CONFIG), CONFIG, labels, indices, settings, prompts=wanted, **options
     )
 
@@ -57,7 +58,7 @@ def unconditional_texts(wanted: Prompts) -> tuple[list[Text], list[bool]]:
     def observe(forward: Forward) -> None:
         added.append(forward.unconditional)
 
-    sample_latents(network, CONFIG, [0, 1], [0, 1], GUIDED, prompts=wanted, observe=observe)
+    latents_of(network, CONFIG, [0, 1], [0, 1], GUIDED, prompts=wanted, observe=observe)
     return [text for text, is_added in zip(seen, added, strict=True) if is_added], added
 
 
@@ -78,12 +79,13 @@ def test_guidance_leads_away_from_the_null_caption_or_the_negative_prompt():
 
 
 def test_a_folder_tells_its_captions_and_is_not_gone_on_with_by_others(tmp_path):
+    (tmp_path / "checksums.json").write_text("{}")
+    origin = Origin(tmp_path, "ema", {}, {})
+
     def make(wanted: Prompts):
-        return generate(
-            tmp_path / "out", network_of(CONFIG), CONFIG, PixelAutoencoder().decode,
-            SampleRequest(5, (0, 1, 2)), GUIDED,
-            model={"sha256": "a"}, prompts=wanted, shard_size=2,
-        )  # fmt: skip
+        sampler = Sampler(network_of(CONFIG), CONFIG, PixelAutoencoder(), wanted, origin=origin)
+        request = SampleRequest(5, (0, 1, 2))
+        return sampler.folder(tmp_path / "out", request, GUIDED, shard_size=2)
 
     assert make(prompts(negative="dim")) is not None
     told = json.loads((tmp_path / "out/samples.json").read_text())
@@ -111,7 +113,7 @@ def test_an_exported_text_model_makes_images_of_prompts(tmp_path):
     assert [image.size for image in images] == [(8, 8)] * 2
     network = open_network(folder).network
     wanted = prompts("red", "blue two", negative="dim")
-    expected = sample_latents(network, CONFIG, [0, 1], [0, 1], GUIDED, prompts=wanted)
+    expected = latents_of(network, CONFIG, [0, 1], [0, 1], GUIDED, prompts=wanted)
     assert np.array_equal(pixels(images), PixelAutoencoder().decode(expected).numpy())
     one = pipeline(prompt="red", negative_prompt="dim", seed=1, steps=3, guidance=2.5)
     assert np.abs(pixels(one).astype(int) - pixels(images[:1])).max() <= 1
@@ -142,4 +144,4 @@ def test_prompts_and_classes_are_not_taken_for_each_other(tmp_path):
     with pytest.raises(UserError, match="text encoder /t5: this model draws classes"):
         diffmoe.Pipeline(tmp_path / "classes", device="cpu", text_encoder="/t5")
     with pytest.raises(UserError, match="draws captions, not classes"):
-        sample_latents(network_of(CONFIG), CONFIG, [0], [0], GUIDED)
+        latents_of(network_of(CONFIG), CONFIG, [0], [0], GUIDED)

@@ -17,7 +17,8 @@ from diffmoe.evaluation import results
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.models import sample_model
 from diffmoe.evaluation.references import load_reference
-from diffmoe.text.prompts import asked, encoder_of
+from diffmoe.sampling.sampler import Sampler
+from diffmoe.text.prompts import create_prompts, encoder_of
 from tests.helpers.pictures import NAME, extractor, pictures, write_files
 from tests.helpers.runs import assert_identical, metrics, newest, pack, run_config, tensors, train
 from tests.helpers.tiny import BYTES
@@ -90,9 +91,8 @@ def test_figures_are_those_of_the_checkpoint_of_the_same_moment(tmp_path: Path):
     assert [result["clock"]["samples"] for result in found] == [16, 16, 32, 32]
     settings = SamplingSettings(steps=3, guidance=1.5)
     for step, live in zip((2, 4), found[::2], strict=True):
-        made = sample_model(
-            newest(config).parent / f"step-{step:08d}", tmp_path / "offline", 13, settings
-        )
+        sampler = Sampler.open(newest(config).parent / f"step-{step:08d}")
+        made = sample_model(sampler, tmp_path / "offline", sampler.request(13), settings)
         images = open_images(made.folder)
         offline = results.measure(
             images, extractor(), load_reference(tmp_path / "real", extractor())
@@ -113,7 +113,8 @@ def test_drawn_labels_are_those_of_the_same_seed_offline(tmp_path: Path):
     train(config)
     live = _told(config)[0]
     settings = SamplingSettings(steps=3, guidance=1.5, seed=5)
-    made = sample_model(newest(config), tmp_path / "offline", 13, settings, labels="random")
+    sampler = Sampler.open(newest(config))
+    made = sample_model(sampler, tmp_path / "offline", sampler.request(13, "random"), settings)
     images = open_images(made.folder)
     offline = results.measure(images, extractor(), load_reference(tmp_path / "real", extractor()))
     assert live["metrics"] == pytest.approx(offline["metrics"], rel=2e-3, abs=1e-3)
@@ -129,9 +130,9 @@ class NotANumber:
     """One rank's share of the second evaluation is not finite."""
 
     def __call__(self, rank: int) -> None:
-        from diffmoe.sampling import images
+        from diffmoe.sampling import sampler
 
-        sample_latents, calls = images.sample_latents, []
+        sample_latents, calls = sampler.sample_latents, []
 
         def broken(network, config, labels, indices, settings, **options):
             calls.append(None)
@@ -139,7 +140,7 @@ class NotANumber:
             settings = replace(settings, guidance=1e38 if rank == 1 and len(calls) == 5 else 1.5)
             return sample_latents(network, config, labels, indices, settings, **options)
 
-        images.sample_latents = broken
+        sampler.sample_latents = broken
 
 
 def test_images_that_are_no_numbers_cost_an_evaluation_and_no_run(tmp_path: Path):
@@ -166,13 +167,10 @@ def test_a_text_model_is_judged_on_its_prompts(tmp_path: Path):
     config = _captioned(tmp_path, parallel__expert_parallel=2)
     train(config, world=2)
     live = _told(config)[-1]
-    made = sample_model(
-        newest(config),
-        tmp_path / "offline",
-        13,
-        SamplingSettings(steps=3, guidance=1.5),
-        prompts_for=lambda config: asked(config, encoder_of(config), ["one", "two", "three"]),
-    )
+    prompts = create_prompts(config, encoder_of(config), ["one", "two", "three"])
+    sampler = replace(Sampler.open(newest(config)), prompts=prompts)
+    settings = SamplingSettings(steps=3, guidance=1.5)
+    made = sample_model(sampler, tmp_path / "offline", sampler.request(13), settings)
     offline = results.measure(
         open_images(made.folder), extractor(), load_reference(tmp_path / "real", extractor())
     )
@@ -186,7 +184,7 @@ def test_a_text_model_is_judged_on_its_prompts(tmp_path: Path):
         ({"evaluation__prompts": None}, "set evaluation.prompts to a text file"),
         ({"evaluation__prompts": "absent.txt"}, "prompts absent.txt cannot be read"),
         ({"evaluation__classifier": CLASSIFIER}, "judges classes, and the model takes captions"),
-        ({"evaluation__truth": "truth.json"}, "truth truth.json does not tell of 'one'"),
+        ({"evaluation__truth": "truth.json"}, "truth truth.json does not contain 'one'"),
         ({"evaluation__text_encoder": "t5"}, "the model reads bytes by itself"),
     ],
 )
@@ -220,17 +218,15 @@ class StopWhileSampling:
     """SIGTERM to one rank in the second round of the first evaluation."""
 
     def __call__(self, rank: int) -> None:
-        from diffmoe.training import live_evaluation
-
-        sample_images, calls = live_evaluation.sample_images, []
+        images, calls = Sampler.images, []
 
         def interrupted(*args, **options):
             calls.append(None)
             if rank == 1 and len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return sample_images(*args, **options)
+            return images(*args, **options)
 
-        live_evaluation.sample_images = interrupted
+        Sampler.images = interrupted
 
 
 @pytest.mark.slow
