@@ -267,6 +267,12 @@ def release_layout(model: ModelConfig, moe: MoEConfig, null_row: bool = True) ->
     strange = [key for key in ("qk_norm", "rope") if getattr(model, key)]
     if strange:
         raise UserError(f"model.{strange[0]}=true: the release's networks know no such thing")
+    if moe.type != "dense":
+        for key, theirs in (("gate", "softmax"), ("gate_factor", 1), ("router_input", "modulated")):
+            if getattr(moe, key) != theirs:
+                raise UserError(
+                    f"moe.{key}={getattr(moe, key)}: the release's networks have {theirs} alone"
+                )
     prefixes = {ours: theirs for theirs, ours in _TOP.items()}
     in_block = {ours: theirs for theirs, ours in (_IN_BLOCK | _WHOLE).items()}
     in_block["feed_forward.router"] = (

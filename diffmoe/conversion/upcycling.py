@@ -73,6 +73,8 @@ def upcycle(
         # Scaled experts are right at their capacity alone, and the predictor knows nothing yet.
         "inference": "static" if how == "copies" and capacity < experts else "per_token",
     }
+    if how == "copies":  # whose gates must sum to 1
+        moe |= {"gate": "softmax", "gate_scale": 1.0}
     told = f"upcycled to {experts} experts ({how}, capacity {capacity:g}, noise {noise:g})"
     made = _changed(about, moe, told)
     network = empty_network(made.model, made.moe, device="meta")
@@ -120,10 +122,11 @@ def _part_of_mixture(
 def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Source:
     """A mixture with a multiple of its experts, each of them several times.
 
-    The softmax halves the gates of a pair, and at twice the capacity both take the same tokens, so
-    the output stays, to rounding: per token and pooled by the copied predictor and thresholds, in
-    training and `static` at the capacity that is set here. noise: added to the copies, not to the
-    originals; without it a pair stays equal in training. Calibrated capacities do not come along.
+    The softmax halves the gates of a pair (of other gates the scale is halved), and at twice the
+    capacity both take the same tokens, so the output stays, to rounding: per token and pooled by
+    the copied predictor and thresholds, in training and `static` at the capacity that is set here.
+    noise: added to the copies, not to the originals; without it a pair stays equal in training.
+    Calibrated capacities do not come along.
     """
     about, old = source.about, source.about.moe.experts
     if about.moe.type == "dense":
@@ -144,6 +147,7 @@ def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Sou
         "capacity": about.moe.capacity * times,
         "capacity_rounding": "exact",  # in floats K could be another one at the multiple
         "top_k": about.moe.top_k * times,
+        "gate_scale": about.moe.gate_factor / (1 if about.moe.gate == "softmax" else times),
     }
     told = f"grown from {old} to {experts} experts (noise {noise:g})"
     made = _changed(about, moe, told)

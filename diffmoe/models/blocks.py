@@ -189,20 +189,25 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         condition_BD: Tensor,
+        time_BD: Tensor,
         rotation: Tensor | None,
         context: Context | None = None,
     ) -> tuple[Tensor, Any]:
-        """-> the new tokens, and what the feed-forward decided (None when it is dense)."""
+        """-> the new tokens, and what the feed-forward decided (None when it is dense).
+
+        time_BD: embedding of the timestep alone, which condition_BD holds, too.
+        """
         modulation = self.adaln(F.silu(condition_BD)).chunk(6, dim=-1)
         x_BTD = maybe_checkpoint(self.checkpointing, self._attend, x_BTD, *modulation[:3], rotation)
         if context is not None:
             x_BTD = maybe_checkpoint(self.checkpointing, self._look, x_BTD, *context)
         shift, scale, gate = modulation[3:]
-        h_BTD = modulate(self.norm2(x_BTD), shift, scale)
+        plain_BTD = self.norm2(x_BTD)
+        h_BTD = modulate(plain_BTD, shift, scale)
         if isinstance(self.feed_forward, MLP | SwiGLU):
             h_BTD, decided = maybe_checkpoint(self.checkpointing, self.feed_forward, h_BTD), None
         else:
-            h_BTD, decided = self.feed_forward(h_BTD)
+            h_BTD, decided = self.feed_forward(h_BTD, plain_BTD, time_BD)
         return x_BTD + gate[:, None] * h_BTD, decided
 
     def _attend(

@@ -115,10 +115,11 @@ class DiT(nn.Module):
             context, vector = None, self.label_embed(condition)
         else:
             context, vector = self.text_embed(condition)
-        condition_BD = self.timestep_embed(t) + vector
+        time_BD = self.timestep_embed(t)
+        condition_BD = time_BD + vector
         routing = []
         for block in self.blocks:
-            x_BTD, decided = block(x_BTD, condition_BD, self.rotation, context)
+            x_BTD, decided = block(x_BTD, condition_BD, time_BD, self.rotation, context)
             if decided is not None:
                 routing.append(decided)
         shift, scale = self.final_adaln(F.silu(condition_BD)).chunk(2, dim=-1)
@@ -249,7 +250,7 @@ class DiT(nn.Module):
             or any(part in name for part in _PARTS_AT_ZERO)
         ):
             tensor.zero_()
-        elif leaf == "router":
+        elif leaf in ("router", "router_time"):
             _fill_normal(tensor, self.moe_config.router_init_std, generator)
         elif ".experts." in name and self.moe_config.expert_init_std is not None:
             _fill_normal(tensor, self.moe_config.expert_init_std, generator)

@@ -39,6 +39,9 @@ class MoEFeedForward(nn.Module):
         self.pool = topology.token_pool(moe.token_pool)
         self.dispatch = topology.dispatch()
         self.router = nn.Parameter(torch.empty(moe.experts, model.width))
+        self.router_time = None
+        if moe.router_input == "plain_with_time":
+            self.router_time = nn.Parameter(torch.empty(moe.experts, model.width))
         self.experts = Experts(
             moe.experts // topology.expert_parallel,
             model.width,
@@ -58,43 +61,71 @@ class MoEFeedForward(nn.Module):
             else None
         )
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, LayerRouting]:
+    def forward(
+        self, x_BTD: Tensor, plain_BTD: Tensor | None = None, time_BD: Tensor | None = None
+    ) -> tuple[Tensor, LayerRouting]:
+        """-> what the experts add to each token, and what was routed where.
+
+        x_BTD: modulated tokens, which the experts see. For other router inputs than those:
+        plain_BTD, the same before their modulation; time_BD, an embedding of the timestep alone.
+        """
         tokens_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        assignment, decided = self._route(tokens_SD, x_BTD.shape[1])
+        assignment, decided = self._route(tokens_SD, x_BTD.shape[1], plain_BTD, time_BD)
         # Routing stays outside of what is computed again: it happens once, checkpointed or not.
         mixed_SD = maybe_checkpoint(self.checkpointing, self._mix, tokens_SD, *assignment)
         return mixed_SD.view_as(x_BTD), decided
 
-    def _route(self, tokens_SD: Tensor, tokens_per_sample: int) -> tuple[Assignment, LayerRouting]:
+    def _router_logits(
+        self, tokens_SD: Tensor, plain_BTD: Tensor | None, time_BD: Tensor | None
+    ) -> Tensor:
+        """moe.router_input: what the router sees."""
+        if self.moe.router_input == "modulated":
+            return routing.router_logits(tokens_SD, self.router)
+        logits_BTE = routing.router_logits(plain_BTD, self.router)
+        if self.router_time is not None:
+            logits_BTE = logits_BTE + routing.router_logits(time_BD, self.router_time)[:, None]
+        return logits_BTE.flatten(0, 1)
+
+    def _route(
+        self,
+        tokens_SD: Tensor,
+        tokens_per_sample: int,
+        plain_BTD: Tensor | None = None,
+        time_BD: Tensor | None = None,
+    ) -> tuple[Assignment, LayerRouting]:
         tokens = tokens_SD.shape[0]  # not len(), which torch.export takes for a constant
-        scores_SE = routing.router_scores(tokens_SD, self.router)
+        logits_SE = self._router_logits(tokens_SD, plain_BTD, time_BD)
+        scores_SE = routing.router_scores(logits_SE, self.moe.gate)
         ranked_SE = routing.ranked(scores_SE)
+        gates_SE = scores_SE if self.moe.gate_factor == 1 else scores_SE * self.moe.gate_factor
         if self.moe.type == "token_choice":
             selected_ES = routing.token_choice_mask(ranked_SE, self.moe.top_k)
-            balance = routing.load_balancing_loss(scores_SE, selected_ES) if self.training else None
+            balance = None
+            if self.training:
+                balance = routing.load_balancing_loss(logits_SE.softmax(dim=-1), selected_ES)
             decided = LayerRouting(selected_ES, balance_loss=balance)
-            return routing.ragged_assignment(selected_ES, scores_SE), decided
+            return routing.ragged_assignment(selected_ES, gates_SE), decided
         if self.moe.type == "expert_choice":
             k = self._capacity(tokens_per_sample, self.moe.capacity)
             selected_ES = routing.expert_choice_mask(ranked_SE, tokens_per_sample, k)
             k *= tokens // tokens_per_sample
-            return self._assign(selected_ES, scores_SE, k), LayerRouting(selected_ES)
+            return self._assign(selected_ES, gates_SE, k), LayerRouting(selected_ES)
         logits_SE = self.capacity_predictor(tokens_SD)
         if self.training:
             k = self._capacity(tokens * self.pool.ranks, self.moe.capacity)
             selected_ES = self._take_from_pool(ranked_SE, k)
             decided = LayerRouting(selected_ES, logits_SE, capacity_loss(logits_SE, selected_ES))
-            return self._assign(selected_ES, scores_SE, k), decided
+            return self._assign(selected_ES, gates_SE, k), decided
         if self.inference == "static":
             k = self._capacity(tokens, self.capacity)
             selected_ES = routing.top_k_mask(ranked_SE.t(), k)
-            return self._assign(selected_ES, scores_SE, k), LayerRouting(selected_ES, logits_SE)
+            return self._assign(selected_ES, gates_SE, k), LayerRouting(selected_ES, logits_SE)
         wanted_SE = self.capacity_predictor.wanted(logits_SE)
         if self.inference == "pooled":
             selected_ES = routing.counted_mask(ranked_SE, wanted_SE.sum(dim=0))
         else:
             selected_ES = wanted_SE.t()
-        return routing.ragged_assignment(selected_ES, scores_SE), LayerRouting(
+        return routing.ragged_assignment(selected_ES, gates_SE), LayerRouting(
             selected_ES, logits_SE
         )
 
@@ -107,12 +138,12 @@ class MoEFeedForward(nn.Module):
         kth_E = self.pool.kth_largest(scores_ES, k)
         return routing.take_largest(scores_ES, kth_E, self.pool.ties(scores_ES, kth_E, k))
 
-    def _assign(self, selected_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
+    def _assign(self, selected_ES: Tensor, gates_SE: Tensor, k: int) -> Assignment:
         """Static where every expert surely takes k tokens of every rank of the group."""
         equal_on_all_ranks = self.training or self.dispatch.size == 1
         if self.pool.ranks == 1 and equal_on_all_ranks:
-            return routing.static_assignment(selected_ES, scores_SE, k)
-        return routing.ragged_assignment(selected_ES, scores_SE)
+            return routing.static_assignment(selected_ES, gates_SE, k)
+        return routing.ragged_assignment(selected_ES, gates_SE)
 
     def _mix(
         self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None

@@ -309,6 +309,13 @@ def test_a_diffusers_model_whose_blocks_embed_otherwise_is_refused(
         ("diffusers", {"diffusion__objective": "ddpm"}, "is dense and has no experts"),
         ("sit", {}, "sit is dense; choose --to release"),
         ("release", {"model__rope": True}, "model.rope=true: the release's networks know no"),
+        (
+            "release",
+            {"moe__gate": "identity"},
+            "moe.gate=identity: the release's networks have soft",
+        ),
+        ("release", {"moe__gate_scale": "experts"}, "moe.gate_factor=4.0: the release's networks"),
+        ("release", {"moe__router_input": "plain"}, "moe.router_input=plain: the release's netw"),
         ("diffusers", {"moe__type": "dense"}, "a flow model is no diffusers"),
         ("release", {"model__text": BYTES}, "draws captions, release knows classes alone"),
     ],
