@@ -11,6 +11,7 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.recipes import load_config, recipe_names
+from tests.helpers.recipes import refusal
 
 # Counts of the paper's release, with MoE in every second block.
 PARAMETERS = {
@@ -30,13 +31,6 @@ PARAMETERS = {
     ("dense_l_flow",): 458_102_816,
     ("dense_xl_ddpm",): 675_129_632,
 }
-
-
-def refusal(*overrides: str, name: str = "mnist") -> str:
-    """What the user reads when these overrides are refused."""
-    with pytest.raises(UserError) as caught:
-        load_config(name, overrides)
-    return str(caught.value)
 
 
 # Recipes -------------------------------------------------------------------------------------

@@ -326,6 +326,7 @@ def equal(a: Any, b: Any) -> bool:
     return a == b
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600 + MUTATIONS)
 @pytest.mark.parametrize("name", KINDS)
 def test_damaged_files_end_in_an_error_or_the_right_result(name: str, tmp_path: Path, capfd):

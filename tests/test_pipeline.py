@@ -196,16 +196,18 @@ for argument in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_inference_needs_nothing_of_training(folder: Path, single_run: Config):
     arguments = [sys.executable, "-c", BARE, str(folder), single_run.output]
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     rooms, *sizes = done.stdout.splitlines()
-    allowed = "config conversion data errors files hash_cache models parallel redaction seeding"
+    allowed = "conditions config errors export files hash_cache models parallel redaction seeding"
     assert set(rooms.split()) <= set(allowed.split())
     assert sizes == ["(8, 8)", "(8, 8)"]
 
 
+@pytest.mark.slow
 def test_the_command_converts_and_the_result_makes_images(single_run: Config, tmp_path: Path):
     tool = "tools/convert_checkpoint.py"
     done = command(sys.executable, tool, single_run.output, str(tmp_path / "out"))

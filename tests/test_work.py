@@ -10,7 +10,7 @@ import pytest
 
 from diffmoe import work
 from diffmoe.work import write_json_once
-from tests.sampling.test_many_images import images_of, make
+from tests.helpers.samples import images_of, make
 
 
 def refused(source: Path, target: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from tests.helpers.commands import command
 from tests.helpers.tiny import tiny_config
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "train": (
         ("--rounds", "1"),

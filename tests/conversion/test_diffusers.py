@@ -19,9 +19,8 @@ from diffmoe.errors import UserError
 from diffmoe.export.exported import ExportedModel
 from diffmoe.export.sources import Source
 from diffmoe.export.writing import write_exported
-from tests.export.test_verifying import damage
 from tests.helpers.autoencoders import autoencoder
-from tests.helpers.models import source_of
+from tests.helpers.models import flip_bytes, source_of
 from tests.helpers.networks import network_of
 from tests.helpers.tiny import tiny_config
 
@@ -178,7 +177,7 @@ def test_a_folder_that_diffusers_reads_otherwise_is_not_kept(
 def test_damage_of_what_we_wrote_for_diffusers_is_noticed(tmp_path: Path):
     write_foreign(dense(), tmp_path / "out", "diffusers")
     converted(tmp_path / "out", tmp_path / "a")
-    damage(tmp_path / "out" / WEIGHTS)
+    flip_bytes(tmp_path / "out" / WEIGHTS)
     with pytest.raises(UserError, match=f"{re.escape(WEIGHTS)} is missing, or not what was"):
         converted(tmp_path / "out", tmp_path / "b")
 
@@ -209,7 +208,7 @@ def test_damage_of_a_download_is_noticed(laid_out, part: str, pipeline: Path, tm
     pipeline = pipeline.rename(tmp_path / "model/snapshots/0123")
     laid_out(pipeline)
     converted(pipeline, tmp_path / "a")
-    damage(pipeline / part / WEIGHTS)
+    flip_bytes(pipeline / part / WEIGHTS)
     with pytest.raises(UserError, match=rf"{part}/{re.escape(WEIGHTS)} is damaged"):
         converted(pipeline, tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -65,6 +65,7 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path: Path):
         info(tmp_path / "a.pt")
 
 
+@pytest.mark.slow
 def test_the_command_upcycles_and_tells(tmp_path: Path):
     tool = "tools/convert_checkpoint.py"
     dense = exported(tmp_path / "dense", tiny_config(moe__type="dense"))

@@ -189,6 +189,7 @@ def from_weights(folder: Path, name: str, steps: int = 1, world: int = 1, **chan
 MIXTURE = {"moe__experts": 4, "moe__shared_expert_ratio": 4.0}
 
 
+@pytest.mark.slow
 def test_training_starts_where_the_dense_model_stands_and_experts_diverge(dense_export: Path):
     folder = dense_export
     with checkpoint_source(folder / "run", "live") as source:

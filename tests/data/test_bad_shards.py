@@ -8,26 +8,12 @@ import pytest
 
 from diffmoe.data.fetching import Fetch
 from diffmoe.data.lanes import lane_shards
-from diffmoe.data.stream import LatentStream
 from diffmoe.errors import UserError
 from tests.helpers.shards import ROOT
+from tests.helpers.streams import LANES, SEED, N, damage, stream
 
 COUNTS = [5, 7, 3, 6, 4, 8, 5]
-SEED, LANES, N = 3, 2, 2
 FIRST = [sum(COUNTS[:shard]) for shard in range(len(COUNTS))]
-
-
-def stream(directory, manifest, told=None, **options):
-    options = {"my_lanes": range(LANES), "max_bad_shards": 2, **options}
-    return LatentStream(
-        directory,
-        manifest,
-        lanes=LANES,
-        samples_per_lane=N,
-        seed=SEED,
-        report=(told if told is not None else []).append,
-        **options,
-    )
 
 
 def ids(batches):
@@ -36,20 +22,6 @@ def ids(batches):
 
 def of_lane(lane, rows):
     return [i for row in rows for i in row[lane * N : (lane + 1) * N]]
-
-
-def damage(directory, shard, how):
-    path = directory / f"{shard:06d}.tar"
-    content = bytearray(path.read_bytes())
-    if how == "missing":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    else:
-        content[600] ^= 1
-        path.write_bytes(content)
 
 
 STEPS = 40  # five samples' epochs of each lane
@@ -147,6 +119,7 @@ def test_pipes_with_one_that_stalls(tmp_path, pack, workers):
     assert len(list((tmp_path / "cache").glob("*.tar"))) >= len(COUNTS) - 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_ends_leaves_no_command_behind(tmp_path, pack, workers):
@@ -158,7 +131,7 @@ def test_a_stream_that_ends_leaves_no_command_behind(tmp_path, pack, workers):
     remote = manifest.model_copy(update={"location": f"pipe:{command}"})
     script = (
         "import sys; from diffmoe.data.manifest import Manifest; "
-        "from tests.data.test_bad_shards import stream; "
+        "from tests.helpers.streams import stream; "
         "from diffmoe.data.fetching import Fetch; "
         "batches = iter(stream('/', Manifest.model_validate_json(sys.argv[1]), "
         f"workers={workers}, fetch=Fetch(allow_commands=True))); next(batches)"

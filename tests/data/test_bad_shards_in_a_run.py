@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from diffmoe.data.lanes import lane_shards
-from tests.data.test_bad_shards import damage
 from tests.helpers.runs import (
     SAMPLES,
     assert_identical,
@@ -17,6 +16,9 @@ from tests.helpers.runs import (
     tensors,
     train,
 )
+from tests.helpers.streams import damage
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ def trained(pixels, tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_images_come_back_through_shards_and_draws(photos, pixels, trained, tmp_path):
     manifest = encode_images(photos, tmp_path, vae=trained, size=SIZE, shards=3)
     samples = [s for shard in manifest.shards for s in read_shard(tmp_path / shard.name, manifest)]

@@ -15,7 +15,7 @@ from diffmoe.data import shared_memory
 from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import TextContent
 from diffmoe.training.telemetry import Telemetry
-from tests.data.test_stream import RAGGED, batches, equal
+from tests.helpers.ragged import RAGGED, batches, equal
 from tests.helpers.runs import run_config
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,7 @@ def start_method(request):
     multiprocessing.set_start_method(before, force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_workers_may_be_started_without_a_fork(captioned, tmp_path, start_method, capsys):
     """With the report of a run, which holds a progress bar; a bad shard still comes through it."""
@@ -100,6 +101,8 @@ for workers in (0, 2):
 """
 
 
+@pytest.mark.root
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_container_with_64_mb_of_shared_memory_reads_padded_text(captioned, tmp_path):
     """Long captions of bytes take 8 bytes a place: 16 MB a batch, and 4 of each worker wait."""

@@ -51,6 +51,7 @@ def words_of(caption: str) -> tuple[str, str, str, str, str]:
     return (color, numeral, relation, *second.split())
 
 
+@pytest.mark.slow
 def test_captions_are_true_of_the_pixels(packed):
     """Read by place: an image that is lit in the left third only shows its left thing there."""
     for pixels, lines in samples(packed):

@@ -10,7 +10,7 @@ import torch
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
 from tests.helpers.pictures import pictures, write_samples
-from tests.sampling.test_commands import told
+from tests.helpers.tools import told
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra text)")
 
@@ -64,6 +64,7 @@ def test_every_image_goes_with_the_caption_of_its_label(folder, samples):
     assert found == pytest.approx(sum(wanted) / 23, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_names_the_extractor(folder, samples, tmp_path):
     output = told(
         "tools/evaluate.py", "images", samples, "--clip", folder, "--out", tmp_path / "figures"

@@ -14,7 +14,9 @@ from diffmoe.evaluation.models import sample_model
 from diffmoe.export.open import locate
 from tests.helpers.pictures import NAME, pictures, write_files, write_samples
 from tests.helpers.runs import pack, run_config, train
-from tests.sampling.test_commands import command, told
+from tests.helpers.tools import command, told
+
+pytestmark = pytest.mark.slow
 
 TOOL, FD = "tools/evaluate.py", f"FD-{NAME}"
 

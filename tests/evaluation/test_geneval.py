@@ -11,7 +11,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.geneval import export_geneval
 from diffmoe.evaluation.image_sets import open_images
 from tests.helpers.pictures import pictures, write_samples
-from tests.sampling.test_commands import told
+from tests.helpers.tools import told
 
 PROMPTS = [f"a photo of {what}" for what in ("a bench", "two cats", "a dog", "a kite", "a red cow")]
 IMAGES = pictures(20)  # image k is of prompt k modulo 5
@@ -29,6 +29,7 @@ def samples(folder, images=IMAGES, captions=tuple(PROMPTS)):
     return write_samples(folder, images, captions=list(captions))
 
 
+@pytest.mark.slow
 def test_every_prompt_gets_its_line_and_its_images_in_order(tmp_path, metadata):
     folder, out = samples(tmp_path / "samples"), tmp_path / "out"
     assert "4 images of each prompt" in told(

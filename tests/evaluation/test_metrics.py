@@ -116,6 +116,7 @@ def test_kernel_distance_is_torchmetrics_own():
     assert float(unbiased_mmd(a, b)) == pytest.approx(float(kid.poly_mmd(a, b)), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_kernel_distance_is_unbiased_and_repeats():
     a, b = torch.randn(2, 3000, 8, generator=keyed_generator("kid"), dtype=torch.float64)
     same = kernel_distance(a, b, subset_size=300)

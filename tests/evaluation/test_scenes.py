@@ -60,6 +60,7 @@ def test_a_truth_of_scenes_that_cannot_be_is_refused(field, value, tmp_path):
         load_truth(tmp_path / "unseen.json")
 
 
+@pytest.mark.slow
 def test_real_scenes_are_read(reader, truth, tmp_path):
     found = scene_accuracy(samples(tmp_path / "samples", canvases()), truth, reader)
     assert found["colors"] == 1.0

@@ -36,6 +36,7 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["single_run", "spread_run"])
 @pytest.mark.parametrize(("weights", "prefix"), [("ema", "ema"), ("live", "weights")])
 def test_an_export_holds_every_tensor_of_the_checkpoint(

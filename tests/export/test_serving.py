@@ -43,6 +43,7 @@ def test_static_routing_compiles_into_one_graph(network):
     torch.testing.assert_close(compiled(*inputs()).prediction, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_per_token_breaks_the_graph_only_where_shapes_depend_on_data(network):
     expected = network(*inputs()).prediction
@@ -64,6 +65,7 @@ def test_static_routing_exports(network):
     torch.testing.assert_close(program.module()(*inputs()), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_static_routing_exports_with_any_number_of_images(network, tmp_path: Path):
     """Also after it was stored, with all that a network returns."""
@@ -82,6 +84,7 @@ def test_static_routing_exports_with_any_number_of_images(network, tmp_path: Pat
             assert torch.equal(found.routing[0].selected_ES, expected.routing[0].selected_ES)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_static_routing_runs_in_onnx_with_any_number_of_images(network, tmp_path: Path):
     onnxruntime = pytest.importorskip("onnxruntime")

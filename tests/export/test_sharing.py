@@ -20,9 +20,8 @@ from diffmoe.export.open import open_network
 from diffmoe.export.sources import checkpoint_source, exported_source
 from diffmoe.export.writing import Written, write_exported
 from diffmoe.redaction import without_folders
-from tests.export.test_verifying import damage
 from tests.helpers.autoencoders import autoencoder
-from tests.helpers.models import exported, source_of
+from tests.helpers.models import exported, flip_bytes, source_of
 from tests.helpers.tiny import tiny_config
 
 SECRET = "s3cret"
@@ -104,7 +103,7 @@ def test_a_local_autoencoder_comes_along_and_the_folder_may_move(tmp_path: Path)
     shutil.rmtree(tmp_path / "moved")
     pipeline = diffmoe.Pipeline(tmp_path / "again", device="cpu")
     assert torch.equal(pipeline.autoencoder.decode(latents), expected)
-    damage(tmp_path / "again" / "vae" / "diffusion_pytorch_model.safetensors")
+    flip_bytes(tmp_path / "again" / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=r"vae/diffusion_pytorch_model\.safetensors is missing, or"):
         diffmoe.Pipeline(tmp_path / "again", device="cpu")
 

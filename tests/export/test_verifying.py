@@ -15,18 +15,9 @@ from diffmoe.export.open import open_network
 from diffmoe.export.writing import write_exported
 from diffmoe.training import init_from
 from tests.helpers.commands import command
-from tests.helpers.models import exported, source_of
+from tests.helpers.models import exported, flip_bytes, source_of
 from tests.helpers.runs import newest
 from tests.helpers.tiny import tiny_config
-
-
-def damage(file: Path, place: int = -64) -> None:
-    """Flip four bytes of the numbers; name, size and header stay."""
-    data = bytearray(file.read_bytes())
-    for offset in range(4):
-        data[place + offset] ^= 0x40
-    file.write_bytes(data)
-
 
 OPENERS = [
     pytest.param(lambda path, **how: diffmoe.load(path, device="cpu", **how), id="load"),
@@ -39,7 +30,7 @@ OPENERS = [
 def test_four_flipped_bytes_of_an_export_are_noticed(opened, tmp_path: Path):
     folder = exported(tmp_path / "out")
     opened(folder)
-    damage(folder / "model.safetensors")
+    flip_bytes(folder / "model.safetensors")
     with pytest.raises(UserError, match=r"out/model\.safetensors .* not what was written"):
         opened(folder)
     opened(folder, verify=False)
@@ -49,7 +40,7 @@ def test_four_flipped_bytes_of_an_export_are_noticed(opened, tmp_path: Path):
 def test_four_flipped_bytes_of_a_checkpoint_are_noticed(opened, single_run: Config, tmp_path: Path):
     checkpoint = shutil.copytree(newest(single_run), tmp_path / "step-00000003")
     opened(checkpoint)
-    damage(next(checkpoint.glob("*.distcp")), place=-2000)
+    flip_bytes(next(checkpoint.glob("*.distcp")), place=-2000)
     with pytest.raises(UserError, match=r"\.distcp is damaged: its SHA-256"):
         opened(checkpoint)
     opened(checkpoint, verify=False)
@@ -60,7 +51,7 @@ def test_every_file_of_a_split_export_is_read(tmp_path: Path):
     write_exported(source_of(tiny_config()), folder, max_shard_bytes=40_000)
     for file in sorted(folder.glob("model-*.safetensors")):
         original = file.read_bytes()
-        damage(file)
+        flip_bytes(file)
         with pytest.raises(UserError, match=file.name):
             diffmoe.load(folder, device="cpu")
         file.write_bytes(original)
@@ -69,14 +60,15 @@ def test_every_file_of_a_split_export_is_read(tmp_path: Path):
 
 def test_a_run_does_not_start_from_damaged_weights(tmp_path: Path):
     folder = exported(tmp_path / "out", tiny_config())
-    damage(folder / "model.safetensors")
+    flip_bytes(folder / "model.safetensors")
     with pytest.raises(UserError, match="not what was written"):
         init_from.load(folder, engine=None, network=None)
 
 
+@pytest.mark.slow
 def test_the_tool_refuses_a_damaged_model(tmp_path: Path):
     folder = exported(tmp_path / "out")
-    damage(folder / "model.safetensors")
+    flip_bytes(folder / "model.safetensors")
     out = str(tmp_path / "grid.png")
     done = command(sys.executable, "tools/sample.py", str(folder), "--steps", "1", "--out", out)
     assert done.returncode == 2
@@ -120,7 +112,7 @@ def test_a_model_that_is_opened_again_is_not_read_again(counted: list[Path], tmp
     diffmoe.load(folder, device="cpu")
     weights = folder / "model.safetensors"
     assert counted.count(weights) == 1
-    damage(weights)
+    flip_bytes(weights)
     with pytest.raises(UserError, match="not what was written"):
         diffmoe.load(folder, device="cpu")
 

@@ -2,10 +2,12 @@
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from diffmoe.config import Config
+from tests.helpers.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "train.py")
@@ -36,3 +38,14 @@ def wait_for_metrics(config: Config, seconds: float = 60) -> None:
     while not path.exists() or not path.read_text():
         assert time.monotonic() < deadline, f"no metrics after {seconds} s"
         time.sleep(0.1)
+
+
+BIN = Path(sys.executable).parent
+
+
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", TRAIN]
+
+
+def deepspeed() -> list[str]:
+    port = str(free_port())
+    return [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, TRAIN]

@@ -94,3 +94,11 @@ def release_input(name: str) -> tuple[Tensor, Tensor, Tensor]:
     tensors = reference(name)
     t = tensors["in.t"].view(-1, 1, 1, 1)
     return t * tensors["in.x1"] + (1 - t) * tensors["in.noise"], tensors["in.t"], tensors["in.y"]
+
+
+def flip_bytes(file: Path, place: int = -64) -> None:
+    """Flip four bytes of the numbers; name, size and header stay."""
+    data = bytearray(file.read_bytes())
+    for offset in range(4):
+        data[place + offset] ^= 0x40
+    file.write_bytes(data)

@@ -7,8 +7,8 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.training.thresholds import ThresholdTracker
+from tests.helpers.layers import WAYS, WIDTH, tiny_layer, tokens
 from tests.helpers.tiny import BYTES, FROZEN, random_batch, randomize, tiny_config
-from tests.models.test_moe import WAYS, WIDTH, tiny_layer, tokens
 
 TYPES = [torch.bfloat16, torch.float16]
 

@@ -10,6 +10,7 @@ from diffmoe.models.dit import DiT, DiTOutput
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import Topology
 from diffmoe.training.thresholds import ThresholdTracker
+from tests.helpers.layers import examples
 from tests.helpers.tiny import randomize, tiny_config
 
 INFERENCE = ["per_token", "pooled", "static"]
@@ -18,16 +19,6 @@ INFERENCE = ["per_token", "pooled", "static"]
 def tiny_network(**changes) -> DiT:
     config = tiny_config(**changes)
     return randomize(DiT(config.model, config.moe)).train()
-
-
-def examples(samples: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x, t, labels for the tiny network: 16 tokens per sample."""
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(samples, 2, 8, 8, generator=generator),
-        torch.rand(samples, generator=generator),
-        torch.randint(6, (samples,), generator=generator),
-    )
 
 
 def loss_of(network: DiT, output: DiTOutput) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from diffmoe.models import experts as experts_module
 from diffmoe.models.experts import Experts
+from tests.helpers.layers import one_after_the_other
 
 
 @pytest.fixture(autouse=True)
@@ -23,20 +24,6 @@ def make_experts(activation: str, dtype: torch.dtype, width: int = 16, hidden: i
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     return experts.to(dtype)
-
-
-def one_after_the_other(experts: Experts, rows: Tensor, counts: list[int]) -> Tensor:
-    """The definition: each expert's MLP on its rows."""
-    outputs = []
-    for i, group in enumerate(rows.split(counts)):
-        if experts.activation == "swiglu":
-            hidden = nn.functional.silu(group @ experts.w_gate[i]) * (group @ experts.w_up[i])
-            outputs.append(hidden @ experts.w_out[i])
-        else:
-            hidden = group @ experts.w_in[i] + experts.b_in[i]
-            hidden = nn.functional.gelu(hidden, approximate="tanh")
-            outputs.append(hidden @ experts.w_out[i] + experts.b_out[i])
-    return torch.cat(outputs)
 
 
 class Loop(experts_module._GroupedLinear):

@@ -5,35 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe.models import routing
-from diffmoe.models.dit import DiT
-from diffmoe.models.moe import MoEFeedForward
-from tests.helpers.tiny import randomize, tiny_config
-from tests.models.test_experts import one_after_the_other
-
-INFERENCE = ["per_token", "pooled", "static"]
-FAMILIES = ["diffmoe", "expert_choice", "token_choice"]
-# Every way in which tokens are routed: (moe.type, moe.inference, training mode).
-WAYS = [
-    *[(family, "per_token", True) for family in FAMILIES],
-    *[("diffmoe", inference, False) for inference in INFERENCE],
-    *[(family, "per_token", False) for family in FAMILIES[1:]],
-]
-WIDTH = 16
-
-
-def tiny_layer(way: tuple[str, str, bool] = WAYS[0], **changes) -> MoEFeedForward:
-    """One MoE layer of width 16, with thresholds at which about half of the pairs are wanted."""
-    family, inference, training = way
-    config = tiny_config(moe__type=family, moe__inference=inference, **changes)
-    layer = randomize(DiT(config.model, config.moe)).moe_layers[0].train(training)
-    if layer.capacity_predictor is not None:
-        layer.capacity_predictor.thresholds.fill_(0.5)
-    return layer
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    drawn = torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return drawn.requires_grad_()
+from tests.helpers.layers import (
+    WAYS,
+    WIDTH,
+    one_after_the_other,
+    tiny_layer,
+    tokens,
+)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor | None]:

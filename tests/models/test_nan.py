@@ -10,11 +10,15 @@ from torch import Tensor
 
 from diffmoe.models import routing
 from diffmoe.models.dit import DiT
+from tests.helpers.layers import (
+    WAYS,
+    examples,
+    one_after_the_other,
+    random_scores,
+    tiny_layer,
+    tokens,
+)
 from tests.helpers.tiny import randomize, tiny_config
-from tests.models.test_dit import examples
-from tests.models.test_experts import one_after_the_other
-from tests.models.test_moe import WAYS, tiny_layer, tokens
-from tests.models.test_routing import random_scores
 
 BROKEN, OTHERS = 1, [0, 2, 3]
 ALONE = [way for way in WAYS if way[0] != "diffmoe" or way[1:] == ("per_token", False)]

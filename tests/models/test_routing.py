@@ -9,17 +9,12 @@ from torch import Tensor
 
 from diffmoe.models import routing
 from diffmoe.models.routing import expert_capacity
+from tests.helpers.layers import random_scores
 
 
 def mask(*rows: str) -> Tensor:
     """mask("x.x", ".x.") -> a boolean (2, 3)."""
     return torch.tensor([[letter == "x" for letter in row] for row in rows])
-
-
-def random_scores(tokens: int, experts: int, levels: int = 0) -> Tensor:
-    """Softmax-like scores; with `levels` they take that many values only, so that many tie."""
-    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens + experts))
-    return (scores * levels).floor() / levels if levels else scores
 
 
 @pytest.mark.parametrize(

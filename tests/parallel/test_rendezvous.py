@@ -74,6 +74,7 @@ def listening() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_ranks_meet_and_may_come_late(meeting: Meeting):
     port = free_port()
     meeting.start(1, 2, port)
@@ -85,6 +86,7 @@ def test_ranks_meet_and_may_come_late(meeting: Meeting):
     assert waited in told
 
 
+@pytest.mark.slow
 def test_a_wrong_port_is_named_by_those_who_wait(meeting: Meeting):
     port, wrong = free_port(), free_port()
     meeting.start(0, 2, port)
@@ -97,6 +99,7 @@ def test_a_wrong_port_is_named_by_those_who_wait(meeting: Meeting):
     assert f"waiting at 127.0.0.1:{port} for rank 1 of 2; " in told
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_known_ends_it(meeting: Meeting):
     for rank in (0, 1):
         meeting.start(rank, 2, 29876, address="no-such-host.invalid")
@@ -105,6 +108,7 @@ def test_a_name_that_is_not_known_ends_it(meeting: Meeting):
         assert "does not reach rank 0 at no-such-host.invalid:29876: " in error
 
 
+@pytest.mark.slow
 def test_a_port_in_use_ends_rank_0_at_once_and_others_soon(meeting: Meeting):
     with listening() as port:
         began = time.monotonic()

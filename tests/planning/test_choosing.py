@@ -66,6 +66,7 @@ def test_groups_inside_a_node_send_nothing_between_nodes():
     assert tokens.bytes == 14 * 4 * 8 * 256 * 1152 * 4
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_one_layout():
     done = command(
         *(sys.executable, str(ROOT / "tools/plan.py"), "--recipe", "xl_e16", "--nodes", "4"),

@@ -91,6 +91,7 @@ def test_an_image_without_captions_is_skipped_and_told(folder, tmp_path):
         pack(folder, tmp_path / "strict", max_bad=1)
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path, tool):
     arguments = ["--images", folder, "--pixels", "--size", 16, "--shards", 2, "--captions"]
     done = tool("encode_latents", *arguments, "--out", tmp_path / "out")

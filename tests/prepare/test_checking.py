@@ -11,8 +11,8 @@ from diffmoe.errors import UserError
 from diffmoe.prepare.checking import check_data
 from diffmoe.prepare.encoding import encode_images
 from diffmoe.prepare.resharding import reshard
-from tests.data.test_bad_shards import damage
 from tests.helpers.shards import FIELDS, members, relist
+from tests.helpers.streams import damage
 
 
 def test_good_data_has_no_problems_and_a_sheet(photos, tmp_path):
@@ -154,6 +154,7 @@ def test_resharding_refuses_what_it_cannot_do(tmp_path, pack):
         reshard(tmp_path, tmp_path / "out", 3)
 
 
+@pytest.mark.slow
 def test_the_command_has_exit_codes(tmp_path, pack, tool):
     pack(tmp_path / "data", [5, 4], shape=(3, 4, 4))
     good = tool("check_data", tmp_path / "data")

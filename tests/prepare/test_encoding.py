@@ -262,6 +262,7 @@ def test_the_default_number_of_shards_serves_the_lanes():
     assert [default_shards(n) for n in (5, 32, 3000, 32000, 1281167)] == [5, 32, 32, 32, 1282]
 
 
+@pytest.mark.slow
 def test_the_command_on_two_ranks(photos, tmp_path, tool, tiny_vae):
     arguments = ["--images", photos, "--out", tmp_path, "--vae", tiny_vae, "--size", 16]
     arguments += ["--shards", 4, "--device", "cpu"]
@@ -277,6 +278,7 @@ def test_the_command_on_two_ranks(photos, tmp_path, tool, tiny_vae):
     assert "Traceback" not in wrong.stderr
 
 
+@pytest.mark.slow
 def test_the_background_is_a_setting_of_the_work(tmp_path, tool):
     """Transparent everywhere: the packed image is the background, and only that."""
     root = tmp_path / "images"

@@ -140,6 +140,7 @@ def test_a_giant_member_of_a_sparse_tar_is_skipped(root, tmp_path):
     assert "a.tar/b: ValueError: 6,442,450,944 bytes" in manifest.skipped[0]
 
 
+@pytest.mark.root
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_what_may_not_be_read_is_named():
     """As nobody, in a folder that nobody may enter."""

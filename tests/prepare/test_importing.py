@@ -244,6 +244,7 @@ def test_a_torn_container_is_named(tmp_path, kind, name):
         run(kind, tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command_explains_what_is_missing(tmp_path, tool):
     mar(tmp_path / "in")
     arguments = ["--format", "mar", "--latents", tmp_path / "in", "--out", tmp_path / "out"]

@@ -20,7 +20,7 @@ from diffmoe.evaluation.image_sets import open_images
 from diffmoe.prepare.checking import check_data
 from diffmoe.prepare.encoding import encode_images
 from diffmoe.prepare.resharding import reshard
-from tests.data.test_stream import RAGGED, batches
+from tests.helpers.ragged import RAGGED, batches
 from tests.helpers.shards import FIELDS, members
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (sum(RAGGED), 3, 8, 8), np.uint8)

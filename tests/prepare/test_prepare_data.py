@@ -38,6 +38,7 @@ def packed(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_mnist_packs_every_digit_and_decodes_to_the_original(packed):
     manifest = Manifest.load(packed)
     manifest.check(packed, lanes=16)
@@ -55,6 +56,7 @@ def test_mnist_packs_every_digit_and_decodes_to_the_original(packed):
     assert np.array_equal(images.numpy().reshape(5000, 784), pixels.astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_a_full_folder_and_too_many_shards_are_told_on_stderr_alone(packed, tmp_path):
     again = prepare("mnist", "--out", packed)
     assert (again.returncode, again.stdout) == (2, "")

@@ -18,25 +18,9 @@ from diffmoe.prepare.resharding import reshard
 from diffmoe.prepare.text_features import encode_text
 from diffmoe.text.encoders import ByteEncoder, TransformersEncoder
 from diffmoe.work import Ranks
+from tests.helpers.captioned import captions_of, pack
 from tests.helpers.killing import killed
 from tests.helpers.shards import FIELDS, array_of, members, tool
-
-NUMBERS = ["one", "two", "three"]
-
-
-def captions_of(index: int) -> list[str]:
-    """One to three captions of different lengths."""
-    line = f"a red {NUMBERS[index % 3]}"
-    return [line, f"{line} left of a blue one", NUMBERS[index % 3]][: 1 + index % 3]
-
-
-def pack(directory, counts=(9, 8)) -> Manifest:
-    text = TextContent(encoder="bytes", length=40)
-    with ShardWriter(directory, list(counts), **FIELDS, text=text) as writer:
-        for i in range(sum(counts)):
-            array = array_of(i, (2, 4, 4))
-            writer.add(f"{i:05d}", i % 7, array, captions=Captions(captions_of(i)))
-    return writer.manifest
 
 
 def captions_in(directory) -> dict[str, Captions]:
@@ -176,6 +160,7 @@ def test_shards_without_captions_are_refused(t5, tmp_path):
         encode_text(tmp_path / "plain", tmp_path / "out", t5)
 
 
+@pytest.mark.slow
 def test_the_command_on_two_ranks(packed, folders, tmp_path):
     arguments = ["--encoder", folders / "t5", "--length", 8, "--device", "cpu"]
     ranks = [

@@ -92,6 +92,7 @@ def test_a_dead_expert_is_found_and_named(tmp_path):
     assert not re.search(r"(src|href)='?\"?http", text)
 
 
+@pytest.mark.slow
 def test_more_than_ten_classes_show_the_hardest_and_the_easiest(tmp_path):
     many = tiny_config(model__in_channels=3, model__num_classes=12)
     found = sampling_routing(network_of(many), many, PixelAutoencoder().decode, range(12), SETTINGS)
@@ -141,6 +142,7 @@ def test_the_predictor_is_held_against_the_selection_of_training(tmp_path):
     assert share == pytest.approx(1 / 4)  # C = 1
 
 
+@pytest.mark.slow
 def test_the_whole_page_has_the_predictors_figures_too(tmp_path):
     pack(tmp_path / "data", shape=(3, 8, 8))
     config = RGB.replace({"data.path": str(tmp_path / "data")})

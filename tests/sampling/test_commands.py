@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,9 @@ from PIL import Image
 from diffmoe.data.manifest import TextContent
 from tests.helpers.runs import pack, run_config, train
 from tests.helpers.tiny import BYTES
+from tests.helpers.tools import command, told
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +35,6 @@ def text_run(tmp_path_factory) -> Path:
     config = run_config(folder, 2, model__in_channels=3, model__text=BYTES)
     train(config)
     return Path(config.output)
-
-
-def command(*words: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    start = [sys.executable, *launcher]
-    words = [str(word) for word in words]
-    return subprocess.run([*start, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def told(*words: str | Path, launcher: tuple[str, ...] = ()) -> str:
-    done = command(*words, launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_dial_from_calibration_to_samples_and_report(run, tmp_path):

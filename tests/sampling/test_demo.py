@@ -30,6 +30,7 @@ from tests.helpers.tiny import BYTES, tiny_config
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_dial_takes_any_capacity_between_calibrated_ones(tmp_path):
     network = network_of(CONFIG)
     said: list[str] = []
@@ -126,6 +127,7 @@ def page(tmp_path):
         yield address
 
 
+@pytest.mark.slow
 def test_a_text_model_draws_the_caption_in_its_box(tmp_path):
     client = pytest.importorskip("gradio_client", reason="the page needs gradio")
     content = TextContent(encoder="bytes", length=BYTES["length"])
@@ -141,6 +143,8 @@ def test_a_text_model_draws_the_caption_in_its_box(tmp_path):
     assert images[0] != images[1]
 
 
+@pytest.mark.browser
+@pytest.mark.slow
 def test_the_slider_changes_the_picture_and_the_capacity(page):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     browser_path = shutil.which("chromium")

@@ -26,6 +26,7 @@ def bash(script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("low", "high", "free"), [(32768, 60999, 22768), (1024, 40000, 25535), (15000, 64000, 5000)]
 )

@@ -10,6 +10,8 @@ from tests.helpers.commands import ROOT, TRAIN, environment, write_config
 from tests.helpers.ports import free_port
 from tests.helpers.runs import metrics, newest, pack, run_config
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 
 

@@ -16,8 +16,8 @@ from diffmoe.planning.machine import Machine
 from diffmoe.planning.sbatch import further_options, node_memory
 from tests.helpers.cluster import Cluster, Job
 from tests.helpers.commands import ROOT
+from tests.helpers.jobs import SETTINGS, steps
 from tests.helpers.runs import pack, run_config
-from tests.slurm.test_jobs import SETTINGS, steps
 
 SUBMIT = str(ROOT / "tools/submit.py")
 SIZE = ("s", "--recipe", "mnist", "--nodes", "2", "--gpus-per-node", "1", "--cpus-per-task", "1")
@@ -177,6 +177,8 @@ def test_a_script_holds_all_settings_and_no_other_variables(
     assert f"data.path={data}" in script  # the job runs in the repository
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_chain_keeps_its_options_and_fails_if_it_ends_before_the_run(
     cluster: Cluster, data: Path
 ):

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.cluster import Cluster
+from tests.helpers.jobs import STEPS, newest, steps, submit
 from tests.helpers.runs import pack
-from tests.slurm.test_jobs import STEPS, newest, steps, submit
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 def test_a_second_job_refuses_and_the_requeued_first_goes_on_at_once(

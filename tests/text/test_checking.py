@@ -10,8 +10,8 @@ import pytest
 from diffmoe.prepare.checking import check_data
 from diffmoe.prepare.text_features import encode_text
 from diffmoe.text.encoders import TransformersEncoder
+from tests.helpers.captioned import pack
 from tests.helpers.shards import relist
-from tests.prepare.test_text_features import pack
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -109,6 +109,7 @@ class Lagging:
         folder.names = seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [3, 10**9], ids=["a while", "for ever"])
 def test_a_node_that_lags_takes_no_other_checkpoint(tmp_path: Path, looks: int):
     pack(tmp_path / "data")

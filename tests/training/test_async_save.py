@@ -170,6 +170,7 @@ def test_loading_a_network_counts_as_reading(run: Config, monkeypatch: pytest.Mo
     load_network(newest(run))
 
 
+@pytest.mark.slow
 def test_the_copy_is_what_the_step_left_whatever_the_next_one_does(tmp_path: Path):
     """Writing is slow, training goes on: the checkpoints equal those of a patient run."""
     pack(tmp_path / "data")

@@ -77,6 +77,7 @@ def test_truncated_shard(tmp_path: Path):
     assert f"{shard} is truncated: {size - 512} bytes on disk, {size} in manifest.json" in message
 
 
+@pytest.mark.slow
 def test_shard_that_is_damaged_inside(tmp_path: Path):
     """Of the right size, so that only reading finds it: by a worker, told without its traceback."""
     for shard in pack(tmp_path / "data").glob("*.tar"):
@@ -150,6 +151,7 @@ def test_damaged_tensors(run: Config, damage: str):
     assert "take an older checkpoint" in message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
 def test_the_command_refuses_cuda_without_a_gpu(tmp_path: Path):
     pack(tmp_path / "data")

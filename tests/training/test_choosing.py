@@ -173,6 +173,7 @@ def end_before_the_loop(rank: int) -> None:
 # The same command again, after a preemption ---------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_path_in_another_output_is_gone_on_with_by_the_same_command(run: Config, tmp_path: Path):
     """Preempted once before any save and once after one; PATH itself may be pruned meanwhile."""
     source = tmp_path / "source"

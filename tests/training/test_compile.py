@@ -10,6 +10,8 @@ from diffmoe.models.moe import routing_loss
 from tests.helpers.runs import metrics, newest, pack, run_config, tensors, train
 from tests.helpers.tiny import FROZEN, random_batch, randomize, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "changes",

@@ -12,6 +12,8 @@ from tests.helpers.kill_test import kill_many
 from tests.helpers.processes import ranks_of
 from tests.helpers.runs import clock, metrics, newest, pack, run_config, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_killed_at_random_moments_it_loses_nothing_that_was_saved(tmp_path: Path):
     seen = kill_many(tmp_path, kills=4, seed=5)
@@ -45,6 +47,7 @@ def kib(tmp_path_factory) -> int:
     return size_kib(newest(config))
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("policy", "world"), [("continue", 1), ("stop", 2)])
 def test_a_full_disk_keeps_the_previous_checkpoint(
     tmp_path: Path, kib: int, policy: str, world: int

@@ -27,6 +27,8 @@ from tests.helpers.runs import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 WORLDS = {world: [p for p in (1, 2, 4) if p <= world] for world in (1, 2, 4)}
 PRECISIONS = ("fp32", "bf16")
 STEP = "step-00000003"

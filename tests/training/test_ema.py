@@ -17,6 +17,7 @@ from diffmoe.checkpoints.profiles import (
     reconstruct,
 )
 from diffmoe.errors import UserError
+from tests.helpers.recipes import refusal
 from tests.helpers.runs import (
     SignalDuringStep,
     assert_identical,
@@ -27,7 +28,6 @@ from tests.helpers.runs import (
     tensors,
     train,
 )
-from tests.test_config import refusal
 
 EDM2 = (0.05, 0.10)
 
@@ -148,6 +148,7 @@ def test_a_stored_average_is_found_again_and_the_future_is_refused():
 # Training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_averages_over_ranks_have_their_closed_forms(tmp_path: Path):
     """Every element of every tensor; on the way a stop, a resume, and a step that is skipped."""
     pack(tmp_path / "data")

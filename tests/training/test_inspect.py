@@ -1,9 +1,6 @@
 """Reading checkpoints without a process group, and the command over it."""
 
-import importlib.util
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,9 @@ import torch
 from diffmoe.checkpoints.inspect import compare, open_checkpoint
 from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
-from diffmoe.errors import UserError, run_command
+from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
-from tests.helpers.commands import ROOT, command
+from tests.helpers.commands import command
 from tests.helpers.runs import newest, pack, run_config, tensors, train
 
 TOOL = "tools/checkpoint.py"
@@ -52,27 +49,10 @@ def one_rank(two_ranks: Config) -> Config:
     return config
 
 
-@pytest.fixture
-def tool(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """tools/checkpoint.py in this process: its exit code and all that it said."""
-    spec = importlib.util.spec_from_file_location("checkpoint_tool", ROOT / TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run_command(module.main)
-        said = capsys.readouterr()
-        return exit.value.code, said.out + said.err
-
-    return call
-
-
 # Reading -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_tensor_has_its_global_shape_and_values(two_ranks: Config):
     flat = tensors(newest(two_ranks))
     network = load_network(newest(two_ranks), "live").network
@@ -96,6 +76,7 @@ def test_every_tensor_has_its_global_shape_and_values(two_ranks: Config):
             stored.read("weights/nothing")
 
 
+@pytest.mark.slow
 def test_a_run_compares_with_itself_on_another_layout(two_ranks: Config, one_rank: Config):
     with open_checkpoint(newest(two_ranks)) as a, open_checkpoint(newest(two_ranks)) as again:
         assert all(d.problem is None and d.differing == 0 for d in compare(a, again))
@@ -222,6 +203,7 @@ def test_verify_tells_the_file_that_changed(tool, tmp_path: Path, two_ranks: Con
     assert tool("verify", run / "step-00000003")[0] == 0
 
 
+@pytest.mark.slow
 def test_diff_compares_layouts_and_tells_by_its_exit_code(
     tool, two_ranks: Config, one_rank: Config
 ):
@@ -259,6 +241,7 @@ def test_help_teaches(tool):
         assert len(tool(name, "--help")[1].split()) > 15
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_plain_process(two_ranks: Config):
     done = command("python", TOOL, "list", two_ranks.output)
     assert (done.returncode, done.stderr) == (0, "")

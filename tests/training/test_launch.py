@@ -8,17 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.commands import TRAIN, command, write_config
-from tests.helpers.ports import free_port
+from tests.helpers.commands import TORCHRUN, TRAIN, command, deepspeed, write_config
 from tests.helpers.runs import SAMPLES, metrics, newest, pack, run_config
 
-BIN = Path(sys.executable).parent
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", TRAIN]
-
-
-def deepspeed() -> list[str]:
-    port = str(free_port())
-    return [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, TRAIN]
+pytestmark = pytest.mark.slow
 
 
 def test_all_launchers_train_alike(tmp_path: Path):

@@ -149,6 +149,7 @@ def test_a_lease_that_cannot_be_read_counts_like_any_other(
     assert seconds_to_take(tmp_path) >= lease.STALE
 
 
+@pytest.mark.slow
 def test_of_many_that_take_over_one_wins(tmp_path: Path, impatient, monkeypatch):
     """Also where the file system knows neither hard links nor locks."""
     monkeypatch.setattr(os, "link", None)
@@ -224,6 +225,7 @@ def not_ours(folder: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("make", [too_long, a_file, a_loop, a_dangling_link, not_ours])
 def test_an_output_that_cannot_be_had_is_told_in_a_sentence(
     tmp_path: Path, make: Callable[[Path], Path]
@@ -245,6 +247,7 @@ def test_an_output_that_cannot_be_had_is_told_in_a_sentence(
     assert str(error.value).endswith("; choose another output")
 
 
+@pytest.mark.slow
 def test_two_runs_never_mix(tmp_path: Path):
     """One trains, a second refuses; the first sleeps, a third takes over; the first wakes."""
     pack(tmp_path / "data")

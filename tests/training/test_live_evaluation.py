@@ -50,6 +50,7 @@ def _told(config: Config) -> list[dict[str, Any]]:
     return results.read(Path(config.output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "stage", "decay", "stds", "weights"),
     [
@@ -230,6 +231,7 @@ class StopWhileSampling:
         live_evaluation.sample_images = interrupted
 
 
+@pytest.mark.slow
 def test_a_stop_gives_the_evaluation_up_saves_and_resumes(tmp_path: Path):
     config = _config(tmp_path, steps=6)
     assert train(config, world=2, prepare=StopWhileSampling()) == [False, False]

@@ -70,6 +70,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path):
             torch.testing.assert_close(other_state[name], tensor, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "precision", "accumulation", "offload"),
     [

@@ -13,10 +13,19 @@ import psutil
 import pytest
 
 from diffmoe.config import Config
-from tests.helpers.commands import ROOT, TRAIN, environment, wait_for_metrics, write_config
+from tests.helpers.commands import (
+    ROOT,
+    TORCHRUN,
+    TRAIN,
+    deepspeed,
+    environment,
+    wait_for_metrics,
+    write_config,
+)
 from tests.helpers.processes import ranks_of
 from tests.helpers.runs import clock, metrics, newest, pack, run_config
-from tests.training.test_launch import TORCHRUN, deepspeed
+
+pytestmark = pytest.mark.slow
 
 
 def started(config: Config, *launcher: str, **how) -> subprocess.Popen:

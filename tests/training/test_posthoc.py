@@ -12,6 +12,8 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from tests.helpers.runs import assert_identical, newest, pack, run_config, tensors, train
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 
 

@@ -28,6 +28,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "changes", "counts", "stops"),
     [
@@ -65,6 +66,7 @@ def test_resuming_twice_equals_not_stopping(
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+@pytest.mark.slow
 def test_gradients_that_accumulate_in_fp32_beside_bf16_resume_as_well(tmp_path: Path):
     pack(tmp_path / "data")
     ds_config = tmp_path / "ds.json"

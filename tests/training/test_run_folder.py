@@ -16,7 +16,6 @@ from diffmoe.errors import UserError
 from diffmoe.training.resume import find_checkpoint, make_way
 from tests.helpers.commands import command
 from tests.helpers.runs import pack, run_config, train
-from tests.training.test_inspect import tool  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +124,12 @@ def somebody(folder: Path) -> Iterator[None]:
         os.seteuid(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_checkpoint_is_told_and_passed_over(
     run: Config,
     tmp_path: Path,
-    tool,  # noqa: F811
+    tool,
     fault: str,
 ):
     folder = Path(run.output)
@@ -190,6 +190,7 @@ def test_a_path_that_can_be_none_is_told(run: Config, tmp_path: Path, path: str)
         find_checkpoint(run, str(tmp_path / path))
 
 
+@pytest.mark.slow
 def test_strange_names_disturb_nobody(run: Config):
     """Links that lead nowhere or to themselves, names that are no text, in a folder of such a name.
 

@@ -12,6 +12,8 @@ from tests.helpers.commands import TRAIN, command, environment, wait_for_metrics
 from tests.helpers.processes import ranks_of
 from tests.helpers.runs import SignalDuringStep, clock, metrics, newest, pack, run_config, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR1, 1)]

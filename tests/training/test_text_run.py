@@ -53,6 +53,7 @@ def whole_run(folder: Path):
     return other_run(folder, "whole", parallel__expert_parallel=2)
 
 
+@pytest.mark.slow
 def test_a_run_of_captions_resumes_bit_for_bit(folder: Path):
     parts = other_run(folder, "parts", parallel__expert_parallel=2, data__workers=1)
     for step in (2, 4):

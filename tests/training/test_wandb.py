@@ -71,6 +71,7 @@ def _chunks(content: bytes) -> list[bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_offline_starts_go_on_as_one_page_with_samples_for_its_axis(tmp_path: Path):
     pack(tmp_path / "data")
     config = run_config(tmp_path, 2, logging__wandb=True)
@@ -88,6 +89,7 @@ def test_offline_starts_go_on_as_one_page_with_samples_for_its_axis(tmp_path: Pa
     assert ("*", "samples") in [(axis.glob_name, axis.step_metric) for axis in axes]
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_gets_a_page_of_its_own(tmp_path: Path):
     pack(tmp_path / "data")
     config = run_config(tmp_path, 4, logging__wandb=True, training__checkpoint_samples=16)
@@ -166,6 +168,7 @@ def test_a_page_of_an_older_version_goes_on(tmp_path: Path, quick: list[str]):
     assert (line["_step"], line["samples"]) == (641, 648)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_makes_the_start_an_offline_one(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -180,6 +183,7 @@ def test_a_server_that_does_not_answer_makes_the_start_an_offline_one(
     assert [line["loss"] for line in lines] == [1.0]
 
 
+@pytest.mark.slow
 def test_a_server_that_vanishes_holds_up_the_end_for_a_bounded_time(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -243,6 +247,7 @@ class Server:
         self.server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_run_ends_well_although_wandbs_process_hangs(tmp_path: Path):
     """Two ranks: the other one must not take rank 0 for dead, and the exit code is the run's."""
     pack(tmp_path / "data")

@@ -16,6 +16,8 @@ from tests.helpers.commands import wait_for_metrics
 from tests.helpers.processes import Ranks, ranks_of
 from tests.helpers.runs import metrics, newest, pack, run_config
 
+pytestmark = pytest.mark.slow
+
 WORLD = 3
 
 
