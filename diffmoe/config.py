@@ -268,6 +268,9 @@ class TrainingConfig(_Section):
     evaluate_every: int | None = Field(
         None, ge=1, description="samples between two evaluations (section evaluation); none: never"
     )
+    validate_every: int | None = Field(
+        None, ge=1, description="samples between two held-out losses (validation); none: never"
+    )
 
     @model_validator(mode="after")
     def _snapshots(self) -> "TrainingConfig":
@@ -286,6 +289,13 @@ class TrainingConfig(_Section):
                 "tools/checkpoint.py reconstruct any other"
             )
         return self
+
+
+class ValidationConfig(_Section):
+    """The held-out loss of training.validate_every: fixed samples, noise and times."""
+
+    path: str | None = Field(None, description="folder of shards that are never trained on")
+    samples: int = Field(2048, ge=1, description="of that folder, of which as many must be there")
 
 
 class EvaluationConfig(_Section):
@@ -348,6 +358,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ParallelConfig = ParallelConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -391,6 +402,11 @@ class Config(_Section):
             raise ValueError(
                 f"training.evaluate_every={self.training.evaluate_every} has nothing to judge by: "
                 "set evaluation.reference, evaluation.classifier or evaluation.truth"
+            )
+        if self.training.validate_every and self.validation.path is None:
+            raise ValueError(
+                f"training.validate_every={self.training.validate_every} needs validation.path: a "
+                "folder of shards that are not trained on"
             )
         batch, lanes = self.training.batch_size, self.data.lanes
         pieces = lanes * self.training.accumulation

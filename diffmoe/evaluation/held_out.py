@@ -5,7 +5,7 @@ vary between two measurements is the model. It is the signal of small budgets, w
 follows the luck of the samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -42,14 +42,12 @@ class HeldOut:
     Raises UserError where the folder does not fit the model or holds fewer samples.
     """
 
-    def __init__(self, config: Config, path: str, samples: int, mine: range | None = None) -> None:
+    def __init__(
+        self, config: Config, path: str, samples: int, mine: Sequence[int] | None = None
+    ) -> None:
         manifest = Manifest.load(path)
         manifest.check_model(config.model)
-        total = sum(shard.samples for shard in manifest.shards)
-        if samples > total:
-            raise UserError(
-                f"validation.samples={samples}: {path} holds {total}; choose as many or fewer"
-            )
+        check_samples(path, manifest, samples)
         self.config, self.samples = config, samples
         self.objective = create_objective(config.diffusion)
         self.batches = -(-samples // BATCH)
@@ -93,7 +91,7 @@ class HeldOut:
         return Examples(batch.latents, noise, x_t, t, condition)
 
     @torch.inference_mode()
-    def losses(self, network: DiT, numbers: list[int]) -> Tensor:
+    def losses(self, network: DiT, numbers: Sequence[int]) -> Tensor:
         """(samples,) float64 on the CPU: losses of the batches `numbers`, 0 elsewhere.
 
         The network routes as it is set to, in evaluation; ranks that share experts must give
@@ -115,6 +113,15 @@ class HeldOut:
         bins_N = (self.time_N * BINS).long().clamp(max=BINS - 1)
         by_time = [losses_N[bins_N == bin].mean().item() for bin in range(BINS)]
         return HeldOutLoss(losses_N.mean().item(), by_time)
+
+
+def check_samples(path: str, manifest: Manifest, samples: int) -> None:
+    """Raise UserError where the folder holds fewer."""
+    total = sum(shard.samples for shard in manifest.shards)
+    if samples > total:
+        raise UserError(
+            f"validation.samples={samples}: {path} holds {total}; choose as many or fewer"
+        )
 
 
 def training_routing(network: DiT) -> RoutingMode | None:

@@ -30,6 +30,7 @@ from diffmoe.training.signals import StopRequest
 from diffmoe.training.step import build, losses_of
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.training.validation import Validation
 from diffmoe.tree import tree_map
 
 # Steps in a row without a finite loss and gradient norm before the run gives up.
@@ -122,6 +123,10 @@ def train(
         )
         evaluation.forget_after(samples)
 
+    validation = None
+    if training.validate_every:
+        validation = Validation(config, network, engine, ema)
+
     if resume.missed:
         what = " and ".join(sorted(resume.missed))
         telemetry.say(f"catching up on what was due at {samples} samples: {what}")
@@ -135,7 +140,10 @@ def train(
     while samples < training.total_samples:
         watchdog.step_begins(step + 1)
         before, samples = samples, samples + training.batch_size
-        logging_now = crossed(config.logging.log_samples, before, samples)
+        validating_now = training.validate_every and (
+            samples >= training.total_samples or crossed(training.validate_every, before, samples)
+        )
+        logging_now = validating_now or crossed(config.logging.log_samples, before, samples)
         report = RoutingMetrics(network) if logging_now else None
 
         waited = time.monotonic()
@@ -217,6 +225,11 @@ def train(
         step += 1
 
         telemetry.step(samples, means["loss"], gradient_norm)
+        held_out = {}
+        if validating_now:
+            with watchdog.busy("validating"):
+                began, held_out = time.monotonic(), validation.run()
+            telemetry.validated(held_out["validation_loss"], time.monotonic() - began)
         if report is not None:
             telemetry.metrics(
                 samples,
@@ -229,6 +242,7 @@ def train(
                     "bad_shards": int(bad_shards),
                     "data_wait_seconds": waited,
                     **report.summary(routed / topology.world),
+                    **held_out,
                 },
             )
         done = samples >= training.total_samples
