@@ -29,10 +29,14 @@ BINS = 10
 
 
 class HeldOutLoss(NamedTuple):
-    """The mean over all samples, and over those of each tenth of the time from 0, noise, to 1."""
+    """The mean over all samples, and over those of each tenth of the time from 0, noise, to 1.
+
+    capacity: mean number of experts that worked on a token; 0 of a dense network.
+    """
 
     loss: float
     by_time: list[float]
+    capacity: float
 
 
 class HeldOut:
@@ -91,28 +95,34 @@ class HeldOut:
         return Examples(batch.latents, noise, x_t, t, condition)
 
     @torch.inference_mode()
-    def losses(self, network: DiT, numbers: Sequence[int]) -> Tensor:
-        """(samples,) float64 on the CPU: losses of the batches `numbers`, 0 elsewhere.
+    def measure(self, network: DiT, numbers: Sequence[int]) -> Tensor:
+        """(2, samples) float64 on the CPU, 0 but for the batches `numbers`: loss, experts a token.
 
         The network routes as it is set to, in evaluation; ranks that share experts must give
         equally many numbers.
         """
-        losses_N = torch.zeros(self.samples, dtype=torch.float64)
+        measured_2N = torch.zeros(2, self.samples, dtype=torch.float64)
         device = network.positions.device
         for number in numbers:
-            part = tree_map(lambda tensor: tensor.to(device), self.examples(number))
-            prediction = network(part.x_t, part.t, part.condition).prediction
-            loss_B = self.objective.loss(prediction, part.x_t, part.data, part.noise, part.t)[
-                "loss"
-            ]
-            losses_N[number * BATCH : number * BATCH + len(loss_B)] = loss_B.double().cpu()
-        return losses_N
+            data, noise, x_t, t, condition = tree_map(
+                lambda tensor: tensor.to(device), self.examples(number)
+            )
+            out = network(x_t, t, condition)
+            loss_B = self.objective.loss(out.prediction, x_t, data, noise, t)["loss"]
+            first, size = number * BATCH, len(loss_B)
+            measured_2N[0, first : first + size] = loss_B.double().cpu()
+            if out.routing:
+                selected_LES = torch.stack([layer.selected_ES for layer in out.routing])
+                experts_BT = selected_LES.double().sum(1).mean(0).view(size, -1)
+                measured_2N[1, first : first + size] = experts_BT.mean(dim=1).cpu()
+        return measured_2N
 
-    def summary(self, losses_N: Tensor) -> HeldOutLoss:
-        """Means of all samples' losses. A bin of time without a sample counts as NaN."""
+    def summary(self, measured_2N: Tensor) -> HeldOutLoss:
+        """Means over all samples, each measured. A bin of time without a sample counts as NaN."""
+        losses_N, experts_N = measured_2N
         bins_N = (self.time_N * BINS).long().clamp(max=BINS - 1)
         by_time = [losses_N[bins_N == bin].mean().item() for bin in range(BINS)]
-        return HeldOutLoss(losses_N.mean().item(), by_time)
+        return HeldOutLoss(losses_N.mean().item(), by_time, experts_N.mean().item())
 
 
 def check_samples(path: str, manifest: Manifest, samples: int) -> None:

@@ -3,13 +3,12 @@
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
 
 from diffmoe.config import Config
 from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
-from diffmoe.evaluation.held_out import BATCH, HeldOut, check_samples, training_routing
+from diffmoe.evaluation.held_out import BATCH, HeldOut, HeldOutLoss, check_samples, training_routing
 from diffmoe.models.dit import DiT
 from diffmoe.sampling.sharing import equal_share
 from diffmoe.training.ema import EMA
@@ -63,22 +62,21 @@ class Validation:
         for name, prefix in {**self.weights, "live": "live"}.items():
             suffix = "_live" if name == "live" and self.weights else ""
             with self.ema.in_place_of_weights(self.engine, prefix):
-                measured = self.held_out.summary(self._losses())
+                measured = self._measured()
                 found[f"validation_loss{suffix}"] = measured.loss
                 if not suffix:
                     found["validation_by_time"] = measured.by_time
+                    found["validation_capacity"] = measured.capacity
                 mode = training_routing(self.network)
                 if mode is not None:
                     with self.network.routed(mode):
-                        losses_N = self._losses()
-                    loss = self.held_out.summary(losses_N).loss
-                    found[f"validation_loss{suffix}_training_routing"] = loss
+                        found[f"validation_loss{suffix}_training_routing"] = self._measured().loss
         self.network.train()
         return found
 
-    def _losses(self) -> Tensor:
-        """(samples,) of all ranks; each is one rank's number plus zeros, so no order rounds."""
-        losses_N = self.held_out.losses(self.network, self.mine) * self.counts_N
-        losses_N = losses_N.to(self.network.positions.device)
-        dist.all_reduce(losses_N)
-        return losses_N.cpu()
+    def _measured(self) -> HeldOutLoss:
+        """Of all ranks. Each number is one rank's plus zeros, so no order of ranks rounds."""
+        measured_2N = self.held_out.measure(self.network, self.mine) * self.counts_N
+        measured_2N = measured_2N.to(self.network.positions.device)
+        dist.all_reduce(measured_2N)
+        return self.held_out.summary(measured_2N.cpu())

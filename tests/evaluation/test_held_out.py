@@ -41,7 +41,7 @@ class Oracle(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> SimpleNamespace:
         rows = [data - noise + self.error(time) for time, (data, noise) in self._of(t)]
-        return SimpleNamespace(prediction=torch.stack(rows))
+        return SimpleNamespace(prediction=torch.stack(rows), routing=[])
 
     def _of(self, t: Tensor):
         return [(time, self.by_t[time]) for time in t.tolist()]
@@ -49,8 +49,8 @@ class Oracle(nn.Module):
 
 def test_the_mean_and_the_bins_of_time_are_those_of_the_errors(folder: str):
     of = HeldOut(tiny_config(), folder, SAMPLES)
-    losses_N = of.losses(Oracle(of, lambda t: 2 * t), list(of.mine))
-    found = of.summary(losses_N)
+    measured = of.measure(Oracle(of, lambda t: 2 * t), list(of.mine))
+    found = of.summary(measured)
     grid = (torch.arange(SAMPLES) + 0.5) / SAMPLES
     assert found.loss == pytest.approx((2 * grid).square().mean().item(), rel=1e-5)
     each = (2 * grid).square().view(BINS, -1).mean(dim=1)
@@ -96,10 +96,11 @@ def test_shares_of_two_ranks_add_up_to_the_whole_bit_for_bit(
     if mode is not None:
         network.routing = mode
     whole = HeldOut(config, folder, SAMPLES)
-    expected_N = whole.losses(network, list(whole.mine))
-    assert (expected_N > 0).all()
+    expected = whole.measure(network, list(whole.mine))
+    assert (expected[0] > 0).all()
+    assert (expected[1] > 0).any() == (config.moe.type != "dense")
     parts = [HeldOut(config, folder, SAMPLES, mine=mine) for mine in (range(2), range(2, 4))]
-    assert torch.equal(sum(part.losses(network, list(part.mine)) for part in parts), expected_N)
+    assert torch.equal(sum(part.measure(network, list(part.mine)) for part in parts), expected)
 
 
 def test_losses_are_those_of_the_objective_on_all_samples_at_once(folder: str):
@@ -110,10 +111,13 @@ def test_losses_are_those_of_the_objective_on_all_samples_at_once(folder: str):
     columns = zip(*(of.examples(number) for number in of.mine), strict=True)
     data, noise, x_t, t, condition = (torch.cat(column) for column in columns)
     with torch.no_grad():
-        prediction = network(x_t, t, condition).prediction
+        prediction, routed = network(x_t, t, condition)
     expected_N = (prediction - (data - noise)).square().flatten(1).mean(dim=1)
-    found_N = of.losses(network, list(of.mine))
+    found_N, experts_N = of.measure(network, list(of.mine))
     torch.testing.assert_close(found_N, expected_N.double(), rtol=1e-6, atol=0)
+    pairs = sum(layer.selected_ES.sum() for layer in routed).item()
+    tokens = sum(layer.selected_ES.shape[1] for layer in routed)
+    assert experts_N.mean().item() == pytest.approx(pairs / tokens, rel=1e-9)
 
 
 def test_too_few_samples_are_named(folder: str):

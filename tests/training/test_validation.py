@@ -75,10 +75,10 @@ def test_it_is_what_the_stored_checkpoint_gives(one_rank: Config, monkeypatch):
     for weights, suffix in (("ema", ""), ("live", "_live")):
         network = load_network(newest(one_rank), weights).network.eval()
         of = HeldOut(one_rank, one_rank.validation.path, SAMPLES)
-        found = of.summary(of.losses(network, of.mine)).loss
+        found = of.summary(of.measure(network, of.mine)).loss
         assert found == pytest.approx(last[f"validation_loss{suffix}"], rel=1e-6)
         with network.routed(training_routing(network)):
-            found = of.summary(of.losses(network, of.mine)).loss
+            found = of.summary(of.measure(network, of.mine)).loss
         assert found == pytest.approx(last[f"validation_loss{suffix}_training_routing"], rel=1e-6)
 
 
@@ -88,7 +88,7 @@ def test_any_ranks_give_the_same_losses(folder: Path, one_rank: Config, world: i
     config = config_of(folder, f"{world}-{ranks}", parallel__expert_parallel=ranks)
     train(config, world, prepare=small_batches)
     for ours, theirs in zip(metrics(config)[1::2], metrics(one_rank)[1::2], strict=True):
-        for key in (*KEYS, "validation_by_time"):
+        for key in (*KEYS, "validation_by_time", "validation_capacity"):
             assert ours[key] == pytest.approx(theirs[key], rel=2e-6), key
 
 
