@@ -133,6 +133,17 @@ class MoEConfig(_Section):
     )
     shared_expert_activation: Literal["gelu", "swiglu"] = "gelu"
     router_init_std: float = Field(0.006, gt=0)
+    router_input: Literal["modulated", "plain", "plain_with_time"] = Field(
+        "modulated",
+        description="tokens as the experts see them, before the condition modulates them, or "
+        "those with a term of the timestep alone",
+    )
+    gate: Literal["softmax", "sigmoid", "identity"] = Field(
+        "softmax", description="of the router's logits: scores to select by, and gates to weigh by"
+    )
+    gate_scale: Annotated[float, Field(gt=0)] | Literal["experts"] = Field(
+        1.0, description="gates are scores times this; experts: times their number"
+    )
     expert_init_std: float | None = Field(
         None, gt=0, description="of experts' normal start, such as 0.006; none: Xavier's uniform"
     )
@@ -143,6 +154,11 @@ class MoEConfig(_Section):
     threshold_ema: float = Field(0.95, ge=0, lt=1, description="alpha of Eq. 17")
     top_k: int = Field(1, ge=1, description="experts per token (token_choice)")
     aux_loss_weight: float = Field(0.01, ge=0, description="load balancing (token_choice)")
+
+    @property
+    def gate_factor(self) -> float:
+        """gate_scale as a number."""
+        return float(self.experts if self.gate_scale == "experts" else self.gate_scale)
 
     @model_validator(mode="after")
     def _experts(self) -> "MoEConfig":
@@ -252,6 +268,9 @@ class TrainingConfig(_Section):
     evaluate_every: int | None = Field(
         None, ge=1, description="samples between two evaluations (section evaluation); none: never"
     )
+    validate_every: int | None = Field(
+        None, ge=1, description="samples between two held-out losses (validation); none: never"
+    )
 
     @model_validator(mode="after")
     def _snapshots(self) -> "TrainingConfig":
@@ -270,6 +289,13 @@ class TrainingConfig(_Section):
                 "tools/checkpoint.py reconstruct any other"
             )
         return self
+
+
+class ValidationConfig(_Section):
+    """The held-out loss of training.validate_every: fixed samples, noise and times."""
+
+    path: str | None = Field(None, description="folder of shards that are never trained on")
+    samples: int = Field(2048, ge=1, description="of that folder, of which as many must be there")
 
 
 class EvaluationConfig(_Section):
@@ -332,6 +358,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ParallelConfig = ParallelConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -375,6 +402,11 @@ class Config(_Section):
             raise ValueError(
                 f"training.evaluate_every={self.training.evaluate_every} has nothing to judge by: "
                 "set evaluation.reference, evaluation.classifier or evaluation.truth"
+            )
+        if self.training.validate_every and self.validation.path is None:
+            raise ValueError(
+                f"training.validate_every={self.training.validate_every} needs validation.path: a "
+                "folder of shards that are not trained on"
             )
         batch, lanes = self.training.batch_size, self.data.lanes
         pieces = lanes * self.training.accumulation

@@ -24,7 +24,11 @@ def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[],
 
     tokens_SD must need a gradient.
     """
-    scores_SE = routing.router_scores(tokens_SD, layer.router).detach()
+
+    def scores(tokens: Tensor, weight: Tensor) -> Tensor:
+        return routing.router_scores(routing.router_logits(tokens, weight), layer.moe.gate)
+
+    scores_SE = scores(tokens_SD, layer.router).detach()
     selected_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
     rows_EKD = routing.gather(tokens_SD, index_EK).detach().requires_grad_()
     gates_EK = gates_EK.detach().requires_grad_()
@@ -32,7 +36,7 @@ def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[],
     logits_ES = predictor(tokens_SD).detach().t().contiguous()
     k = index_EK.shape[1]
     return {
-        "router": forward_backward(routing.router_scores, tokens_SD, layer.router),
+        "router": forward_backward(scores, tokens_SD, layer.router),
         "top-k": lambda: take(layer, scores_SE),
         "gather": forward_backward(lambda tokens: routing.gather(tokens, index_EK), tokens_SD),
         "experts": forward_backward(

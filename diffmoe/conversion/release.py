@@ -268,6 +268,12 @@ def release_layout(model: ModelConfig, moe: MoEConfig, null_row: bool = True) ->
     strange = [key for key in ("qk_norm", "rope") if getattr(model, key)]
     if strange:
         raise UserError(f"model.{strange[0]}=true: the release's networks do not have it")
+    if moe.type != "dense":
+        for key, theirs in (("gate", "softmax"), ("gate_factor", 1), ("router_input", "modulated")):
+            if getattr(moe, key) != theirs:
+                raise UserError(
+                    f"moe.{key}={getattr(moe, key)}: the release's networks support only {theirs}"
+                )
     prefixes = {ours: theirs for theirs, ours in _TOP.items()}
     in_block = {ours: theirs for theirs, ours in (_IN_BLOCK | _WHOLE).items()}
     in_block["feed_forward.router"] = (

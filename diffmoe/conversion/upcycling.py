@@ -73,6 +73,8 @@ def upcycle(
         # Scaled experts are right only at their capacity, and the predictor is not trained yet.
         "inference": "static" if how == "copies" and capacity < experts else "per_token",
     }
+    if how == "copies":  # whose gates must sum to 1
+        moe |= {"gate": "softmax", "gate_scale": 1.0}
     step = f"upcycled to {experts} experts ({how}, capacity {capacity:g}, noise {noise:g})"
     made = _changed(metadata, moe, step)
 
@@ -107,11 +109,12 @@ def upcycle(
 def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Source:
     """A mixture with a multiple of its experts: each is copied.
 
-    With two of each, the softmax halves their gates, and at twice the capacity both take the same
-    tokens, so the output is unchanged up to rounding: with per-token and pooled routing because the
-    predictor and its thresholds are copied, too; in training and with static routing at the
-    capacity set here. noise: added to the copies, not the originals; without it they stay equal in
-    training. Calibrated capacities are dropped. Raises UserError for settings that do not fit.
+    With two of each, the softmax halves their gates (of other gates the scale is halved), and at
+    twice the capacity both take the same tokens, so the output is unchanged up to rounding: with
+    per-token and pooled routing because the predictor and its thresholds are copied, too; in
+    training and with static routing at the capacity set here. noise: added to the copies, not the
+    originals; without it they stay equal in training. Calibrated capacities are dropped. Raises
+    UserError for settings that do not fit.
     """
     metadata, old = source.metadata, source.metadata.moe.experts
     if metadata.moe.type == "dense":
@@ -132,6 +135,7 @@ def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Sou
         "capacity": metadata.moe.capacity * times,
         "capacity_rounding": "exact",  # in floats, K could differ at the multiple
         "top_k": metadata.moe.top_k * times,
+        "gate_scale": metadata.moe.gate_factor / (1 if metadata.moe.gate == "softmax" else times),
     }
     step = f"grown from {old} to {experts} experts (noise {noise:g})"
     made = _changed(metadata, moe, step)

@@ -88,6 +88,10 @@ class GaussianDiffusion:
         spaced._set_schedule(1 - alphas_cumprod / previous, self.timesteps[chosen])
         return spaced
 
+    def timesteps_at(self, time_N: Tensor) -> Tensor:
+        """t (n,) int64 of times from 0, noise, to 1, data; every step has an equal share."""
+        return ((1 - time_N) * self.steps).long().clamp(0, self.steps - 1)
+
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
         """t (n,), int64 on the CPU, uniform."""
         return torch.randint(self.steps, (n,), generator=generator)

@@ -44,6 +44,10 @@ class FlowMatching:
             t = torch.randn(n, generator=generator).sigmoid()
         return t if self.shift == 1 else 1 - shifted(1 - t, self.shift)
 
+    def timesteps_at(self, time_N: Tensor) -> Tensor:
+        """t of times from 0, noise, to 1, data: the same."""
+        return time_N.float()
+
     def corrupt(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = t * data + (1 - t) * noise, fp32 (n, C, H, W); t (n,)."""
         t = t.to(data.device).float().view(-1, *[1] * (data.ndim - 1))

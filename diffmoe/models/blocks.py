@@ -192,20 +192,25 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         condition_BD: Tensor,
+        time_BD: Tensor,
         rotation: Tensor | None,
         context: Context | None = None,
     ) -> tuple[Tensor, Any]:
-        """The new tokens, and the LayerRouting of an MoE feed-forward (None of a dense one)."""
+        """The new tokens, and the LayerRouting of an MoE feed-forward (None of a dense one).
+
+        time_BD: embedding of the timestep alone, which condition_BD contains, too.
+        """
         modulation = self.adaln(F.silu(condition_BD)).chunk(6, dim=-1)
         x_BTD = maybe_checkpoint(self.checkpointing, self._attend, x_BTD, *modulation[:3], rotation)
         if context is not None:
             x_BTD = maybe_checkpoint(self.checkpointing, self._attend_to_context, x_BTD, *context)
         shift, scale, gate = modulation[3:]
-        h_BTD = modulate(self.norm2(x_BTD), shift, scale)
+        plain_BTD = self.norm2(x_BTD)
+        h_BTD = modulate(plain_BTD, shift, scale)
         if isinstance(self.feed_forward, MLP | SwiGLU):
             h_BTD, routing = maybe_checkpoint(self.checkpointing, self.feed_forward, h_BTD), None
         else:
-            h_BTD, routing = self.feed_forward(h_BTD)
+            h_BTD, routing = self.feed_forward(h_BTD, plain_BTD, time_BD)
         return x_BTD + gate[:, None] * h_BTD, routing
 
     def _attend(

@@ -117,10 +117,11 @@ class DiT(nn.Module):
         else:
             assert self.label_embed is not None
             vector = self.label_embed(condition)
-        condition_BD = self.timestep_embed(t) + vector
+        time_BD = self.timestep_embed(t)
+        condition_BD = time_BD + vector
         routing = []
         for block in self.blocks:
-            x_BTD, layer_routing = block(x_BTD, condition_BD, self.rotation, context)
+            x_BTD, layer_routing = block(x_BTD, condition_BD, time_BD, self.rotation, context)
             if layer_routing is not None:
                 routing.append(layer_routing)
         shift, scale = self.final_adaln(F.silu(condition_BD)).chunk(2, dim=-1)

@@ -45,6 +45,10 @@ class MoEFeedForward(nn.Module):
         self.dispatch = topology.dispatch()
         self.router = nn.Parameter(torch.empty(moe.experts, model.width))
         self.initializers = {"router": normal(moe.router_init_std)}
+        self.router_time = None
+        if moe.router_input == "plain_with_time":
+            self.router_time = nn.Parameter(torch.empty(moe.experts, model.width))
+            self.initializers["router_time"] = normal(moe.router_init_std)
         self.experts = Experts(
             moe.experts // topology.expert_parallel,
             model.width,
@@ -65,27 +69,57 @@ class MoEFeedForward(nn.Module):
             else None
         )
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, LayerRouting]:
+    def forward(
+        self, x_BTD: Tensor, plain_BTD: Tensor | None = None, time_BD: Tensor | None = None
+    ) -> tuple[Tensor, LayerRouting]:
+        """What the experts add to each token, and what was routed where.
+
+        x_BTD: modulated tokens, which the experts see. For other router inputs than those:
+        plain_BTD, the same before their modulation; time_BD, an embedding of the timestep alone.
+        """
         tokens_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        assignment, layer_routing = self._route(tokens_SD, x_BTD.shape[1])
+        assignment, layer_routing = self._route(tokens_SD, x_BTD.shape[1], plain_BTD, time_BD)
         # Routing is never computed again in the backward pass.
         mixed_SD = maybe_checkpoint(self.checkpointing, self._mix, tokens_SD, *assignment)
         return mixed_SD.view_as(x_BTD), layer_routing
 
-    def _route(self, tokens_SD: Tensor, tokens_per_sample: int) -> tuple[Assignment, LayerRouting]:
+    def _router_logits(
+        self, tokens_SD: Tensor, plain_BTD: Tensor | None, time_BD: Tensor | None
+    ) -> Tensor:
+        """moe.router_input: what the router sees."""
+        if self.moe.router_input == "modulated":
+            return routing.router_logits(tokens_SD, self.router)
+        assert plain_BTD is not None
+        logits_BTE = routing.router_logits(plain_BTD, self.router)
+        if self.router_time is not None:
+            assert time_BD is not None
+            logits_BTE = logits_BTE + routing.router_logits(time_BD, self.router_time)[:, None]
+        return logits_BTE.flatten(0, 1)
+
+    def _route(
+        self,
+        tokens_SD: Tensor,
+        tokens_per_sample: int,
+        plain_BTD: Tensor | None = None,
+        time_BD: Tensor | None = None,
+    ) -> tuple[Assignment, LayerRouting]:
         tokens = tokens_SD.shape[0]  # not len(), which torch.export takes for a constant
-        scores_SE = routing.router_scores(tokens_SD, self.router)
+        router_SE = self._router_logits(tokens_SD, plain_BTD, time_BD)
+        scores_SE = routing.router_scores(router_SE, self.moe.gate)
         ranked_SE = routing.ranked(scores_SE)
+        gates_SE = scores_SE if self.moe.gate_factor == 1 else scores_SE * self.moe.gate_factor
         if self.moe.type == "token_choice":
             selected_ES = routing.token_choice_mask(ranked_SE, self.moe.top_k)
-            balance = routing.load_balancing_loss(scores_SE, selected_ES) if self.training else None
-            assignment = routing.ragged_assignment(selected_ES, scores_SE)
+            balance = None
+            if self.training:
+                balance = routing.load_balancing_loss(router_SE.softmax(dim=-1), selected_ES)
+            assignment = routing.ragged_assignment(selected_ES, gates_SE)
             return assignment, LayerRouting(selected_ES, balance_loss=balance)
         if self.moe.type == "expert_choice":
             k = self._capacity(tokens_per_sample, self.moe.capacity)
             selected_ES = routing.expert_choice_mask(ranked_SE, tokens_per_sample, k)
             k *= tokens // tokens_per_sample
-            return self._assign(selected_ES, scores_SE, k), LayerRouting(selected_ES)
+            return self._assign(selected_ES, gates_SE, k), LayerRouting(selected_ES)
         assert self.capacity_predictor is not None
         logits_SE = self.capacity_predictor(tokens_SD)
         if self.training:
@@ -93,19 +127,19 @@ class MoEFeedForward(nn.Module):
             selected_ES = self._select_from_pool(ranked_SE, k)
             loss = capacity_loss(logits_SE, selected_ES)
             return (
-                self._assign(selected_ES, scores_SE, k),
+                self._assign(selected_ES, gates_SE, k),
                 LayerRouting(selected_ES, logits_SE, loss),
             )
         if self.inference == "static":
             k = self._capacity(tokens, self.capacity)
             selected_ES = routing.top_k_mask(ranked_SE.t(), k)
-            return self._assign(selected_ES, scores_SE, k), LayerRouting(selected_ES, logits_SE)
+            return self._assign(selected_ES, gates_SE, k), LayerRouting(selected_ES, logits_SE)
         wanted_SE = self.capacity_predictor.wanted(logits_SE)
         if self.inference == "pooled":
             selected_ES = routing.counted_mask(ranked_SE, wanted_SE.sum(dim=0))
         else:
             selected_ES = wanted_SE.t()
-        return routing.ragged_assignment(selected_ES, scores_SE), LayerRouting(
+        return routing.ragged_assignment(selected_ES, gates_SE), LayerRouting(
             selected_ES, logits_SE
         )
 
@@ -118,12 +152,12 @@ class MoEFeedForward(nn.Module):
         kth_E = self.pool.kth_largest(scores_ES, k)
         return routing.select_largest(scores_ES, kth_E, self.pool.ties(scores_ES, kth_E, k))
 
-    def _assign(self, selected_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
+    def _assign(self, selected_ES: Tensor, gates_SE: Tensor, k: int) -> Assignment:
         """Static where every expert is known to take k tokens of every rank of the group."""
         equal_on_all_ranks = self.training or self.dispatch.size == 1
         if self.pool.ranks == 1 and equal_on_all_ranks:
-            return routing.static_assignment(selected_ES, scores_SE, k)
-        return routing.ragged_assignment(selected_ES, scores_SE)
+            return routing.static_assignment(selected_ES, gates_SE, k)
+        return routing.ragged_assignment(selected_ES, gates_SE)
 
     def _mix(
         self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None

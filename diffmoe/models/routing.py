@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from diffmoe.models.precision import outside_autocast
 
 Rounding = Literal["exact", "release"]
+Gate = Literal["softmax", "sigmoid", "identity"]
 
 
 class Assignment(NamedTuple):
@@ -53,11 +54,22 @@ def _ratio(capacity: float) -> tuple[int, int]:
     return ratio.numerator, ratio.denominator
 
 
-def router_scores(tokens_SD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Softmax over experts (Eq. 4), (S, E), in fp32 at least, whatever the tokens' type."""
-    dtype = torch.promote_types(tokens_SD.dtype, torch.float32)
-    with outside_autocast(tokens_SD):
-        return F.linear(tokens_SD.to(dtype), weight_ED.to(dtype)).softmax(dim=-1)
+def router_logits(tokens: Tensor, weight_ED: Tensor) -> Tensor:
+    """A linear router's logits (..., E), in fp32 at least, whatever the tokens' type."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    with outside_autocast(tokens):
+        return F.linear(tokens.to(dtype), weight_ED.to(dtype))
+
+
+def router_scores(logits_SE: Tensor, gate: Gate) -> Tensor:
+    """What experts select tokens by, and weigh their outputs by: one function of the logits.
+
+    softmax: over experts (Eq. 4), about 1/E each. sigmoid: each expert by itself. identity: the
+    logits (Expert Race, arXiv 2503.16057), which may be negative.
+    """
+    if gate == "softmax":
+        return logits_SE.softmax(dim=-1)
+    return logits_SE.sigmoid() if gate == "sigmoid" else logits_SE
 
 
 def ranked(scores_SE: Tensor) -> Tensor:
@@ -66,7 +78,8 @@ def ranked(scores_SE: Tensor) -> Tensor:
     Every expert then finds its K whatever the scores are, and a sample that has become NaN takes no
     other sample's place.
     """
-    return scores_SE.detach().nan_to_num(nan=-1.0)
+    scores_SE = scores_SE.detach()
+    return torch.where(scores_SE.isnan(), -torch.inf, scores_SE)
 
 
 def select_largest(values_XS: Tensor, kth_X: Tensor, ties_X: Tensor) -> Tensor:
@@ -83,19 +96,19 @@ def top_k_mask(values_XS: Tensor, k: int) -> Tensor:
     return select_largest(values_XS, kth_X, k - (values_XS > kth_X[:, None]).sum(dim=1))
 
 
-def static_assignment(selected_ES: Tensor, scores_SE: Tensor, k: int) -> Assignment:
+def static_assignment(selected_ES: Tensor, gates_SE: Tensor, k: int) -> Assignment:
     """The pairs of a mask with exactly k tokens for every expert; does not wait for the device."""
     slot_ES = torch.where(selected_ES, selected_ES.cumsum(dim=1) - 1, k)
     token_ES = torch.arange(selected_ES.shape[1], device=selected_ES.device).expand_as(selected_ES)
     # All tokens that were not selected are written into a last column, which is cut off.
     index_EK = token_ES.new_zeros(selected_ES.shape[0], k + 1).scatter(1, slot_ES, token_ES)[:, :k]
-    return Assignment(index_EK, scores_SE.t().gather(1, index_EK))
+    return Assignment(index_EK, gates_SE.t().gather(1, index_EK))
 
 
-def ragged_assignment(selected_ES: Tensor, scores_SE: Tensor) -> Assignment:
+def ragged_assignment(selected_ES: Tensor, gates_SE: Tensor) -> Assignment:
     """The pairs of any mask. Waits for the device: their number decides shapes."""
     expert_N, token_N = selected_ES.nonzero(as_tuple=True)
-    return Assignment(token_N, scores_SE[token_N, expert_N], selected_ES.sum(dim=1))
+    return Assignment(token_N, gates_SE[token_N, expert_N], selected_ES.sum(dim=1))
 
 
 def gather(tokens_SD: Tensor, token_index: Tensor) -> Tensor:

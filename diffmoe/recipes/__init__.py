@@ -39,7 +39,7 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     Raises UserError naming the key, its value and the way out.
     """
     if name_or_path.endswith((".yaml", ".yml")):
-        values = _read_yaml(Path(name_or_path))
+        values = read_yaml(Path(name_or_path))
         source = name_or_path
     else:
         values = _recipe(name_or_path)
@@ -76,7 +76,7 @@ def _refuse_code(values: dict[str, Any], source: str) -> None:
 
 def _recipe(name: str) -> dict[str, Any]:
     if name in _WHOLE:
-        return _read_yaml(RECIPES / f"{name}.yaml")
+        return read_yaml(RECIPES / f"{name}.yaml")
     match = re.fullmatch(r"(dense|tc|ec|diffmoe)_(s|b|l|xl)(?:_e(\d+))?_(flow|ddpm)", name)
     if not match or (match[1] == "dense") != (match[3] is None):
         raise UserError(
@@ -85,7 +85,7 @@ def _recipe(name: str) -> dict[str, Any]:
         )
     values: dict[str, Any] = {}
     for part in ("imagenet", match[2], match[1], match[4]):
-        values = _merged(values, _read_yaml(RECIPES / f"{part}.yaml"))
+        values = _merged(values, read_yaml(RECIPES / f"{part}.yaml"))
     if match[3]:
         set_value(values, "moe.experts", int(match[3]))
     return values
@@ -100,7 +100,8 @@ _NumbersLoader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises UserError where it is no such file."""
     try:
         values = _parsed(read_text(path, _LIMIT))
     except OSError as error:

@@ -25,6 +25,7 @@ from diffmoe.training.resume import Resume
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.step import TrainingStep, build
 from diffmoe.training.telemetry import Telemetry
+from diffmoe.training.validation import Validation
 
 # Steps in a row without a finite loss and gradient norm before the run gives up.
 PATIENCE = 10
@@ -93,6 +94,10 @@ def train(
         evaluation = LiveEvaluation(config, manifest, network, engine, ema, stop, telemetry, lease)
         evaluation.forget_after(step.samples)
 
+    validation = None
+    if training.validate_every:
+        validation = Validation(config, network, engine, ema)
+
     if resume.missed:
         what = " and ".join(sorted(resume.missed))
         telemetry.say(f"catching up on what was due at {step.samples} samples: {what}")
@@ -117,7 +122,10 @@ def train(
         # Step.
         watchdog.step_begins(step.number + 1)
         before, after = step.samples, step.samples + training.batch_size
-        logging_now = crossed(config.logging.log_samples, before, after)
+        validating_now = training.validate_every and (
+            after >= training.total_samples or crossed(training.validate_every, before, after)
+        )
+        logging_now = bool(validating_now) or crossed(config.logging.log_samples, before, after)
         waited = time.monotonic()
         batch = next(stream)
         waited = time.monotonic() - waited
@@ -144,6 +152,11 @@ def train(
                 "rate, set optimizer.gradient_clipping, or resume an older checkpoint"
             )
         telemetry.step(after, result.losses["loss"], result.gradient_norm)
+        held_out = {}
+        if validating_now:
+            with watchdog.busy("validating"):
+                began, held_out = time.monotonic(), validation.run()
+            telemetry.validated(held_out["validation_loss"], time.monotonic() - began)
         if logging_now:
             telemetry.metrics(
                 after,
@@ -156,6 +169,7 @@ def train(
                     "bad_shards": bad_shards,
                     "data_wait_seconds": waited,
                     **result.routing,
+                    **held_out,
                 },
             )
 

@@ -11,7 +11,7 @@ from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.parallel.zero import engine_settings
-from diffmoe.training import init_from, live_evaluation
+from diffmoe.training import init_from, live_evaluation, validation
 
 
 def check(config: Config, ds_settings: dict[str, Any], world: int) -> None:
@@ -24,6 +24,7 @@ def check(config: Config, ds_settings: dict[str, Any], world: int) -> None:
     manifest = check_data(config)
     init_from.check(config)
     live_evaluation.check(config, manifest)
+    validation.check(config, manifest)
 
 
 def check_data(config: Config) -> Manifest:

@@ -46,7 +46,9 @@ _HARMLESS = (
     "training.activation_checkpointing",
     "training.compile",
     "training.evaluate_every",
+    "training.validate_every",
     "evaluation",
+    "validation",
     "training.init",  # a start is behind a run that goes on
     "parallel",
     "logging",

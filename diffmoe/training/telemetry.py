@@ -47,6 +47,7 @@ class Telemetry:
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
         self._since, self._samples = time.monotonic(), samples
+        self._validated: dict[str, str] = {}
 
     def say(self, message: str) -> None:
         if self.active:
@@ -56,7 +57,8 @@ class Telemetry:
 
     def step(self, samples: int, loss: float, gradient_norm: float) -> None:
         if self.active:
-            self.bar.set_postfix(loss=f"{loss:.4f}", grad=f"{gradient_norm:.3f}", refresh=False)
+            numbers = {"loss": f"{loss:.4f}", "grad": f"{gradient_norm:.3f}", **self._validated}
+            self.bar.set_postfix(numbers, refresh=False)
             self.bar.update(samples - self.bar.n)
 
     def metrics(self, samples: int, values: dict[str, Any]) -> None:
@@ -78,6 +80,12 @@ class Telemetry:
             self.say(f"warning: {self.path} lacks the line of {samples} samples: {error}")
         if self.wandb is not None:
             self.wandb.log(samples, lambda _: _flattened(values))
+
+    def validated(self, loss: float, seconds: float) -> None:
+        """Show the held-out loss beside that of training. seconds do not count as training."""
+        if self.active:
+            self._since += seconds
+            self._validated = {"held_out": f"{loss:.4f}"}
 
     def evaluated(
         self, samples: int, values: dict[str, float], picture: Image.Image, seconds: float

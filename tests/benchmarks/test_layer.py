@@ -46,7 +46,7 @@ def test_the_parts_in_a_chain_are_the_layer():
     config = tiny_config()
     candidate = mixture_of(config, MoEFeedForward, CPU)
     layer, tokens = candidate.module, random_tokens(config, CPU)
-    scores_SE = routing.router_scores(tokens[0], layer.router)
+    scores_SE = routing.router_logits(tokens[0], layer.router).softmax(dim=-1)
     selected_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
     rows_EKD = layer.experts(routing.gather(tokens[0], index_EK), None)
     mixed_SD = routing.combine(torch.zeros_like(tokens[0]), rows_EKD, gates_EK, index_EK)

@@ -118,6 +118,21 @@ def test_a_grown_mixture_computes_the_same(family: str, routings: list[str], tim
         assert off(network(grown), output(model, routing), routing) < 1e-6
 
 
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "identity"])
+@pytest.mark.parametrize("scale", [2.0, "experts"])
+def test_a_mixture_of_other_gates_grown_computes_the_same(gate: str, scale: float | str):
+    source = source_of(tiny_config(moe__gate=gate, moe__gate_scale=scale))
+    grown, model = grow(source, 8), network(source)
+    for routing in ["train", *ROUTINGS]:
+        assert off(network(grown), output(model, routing), routing) < 1e-6
+
+
+def test_copies_have_gates_that_sum_to_1():
+    dense = source_of(tiny_config(moe__type="dense", moe__gate="identity", moe__gate_scale=3.0))
+    made = upcycle(dense, 4, how="copies").metadata.moe
+    assert (made.gate, made.gate_factor) == ("softmax", 1.0)
+
+
 def test_growing_keeps_the_originals_and_moves_the_copies():
     source = source_of(tiny_config())
     grown = grow(source, 8, noise=0.05)

@@ -27,11 +27,12 @@ def pack(
     folder: Path,
     counts: list[int] | None = None,
     wrong_label: tuple[int, int] | None = None,
+    first: int = 0,
     **changes: Any,
 ) -> Path:
     """A data folder that fits `tiny_config`; with `text` of bytes two captions a sample.
 
-    wrong_label: (sample, the label it gets).
+    wrong_label: (sample, the label it gets). first: number of the first sample.
     """
     counts = counts or SAMPLES
     fields: dict[str, Any] = {
@@ -44,7 +45,7 @@ def pack(
         "source": "tests",
     }
     with ShardWriter(folder, counts, **{**fields, **changes}) as writer:
-        for i in range(sum(counts)):
+        for i in range(first, first + sum(counts)):
             array = np.random.default_rng(i).standard_normal(writer.manifest.array_shape)
             label = wrong_label[1] if wrong_label and i == wrong_label[0] else i % 5
             captions = Captions([f"{i}", f"no {i}"]) if "text" in changes else None

@@ -24,7 +24,7 @@ def test_an_expert_filled_with_a_constant_comes_back_as_it_times_its_gate(
         layer.experts.b_out.copy_(constants_E[:, None])
     x = tokens(3, 10)
     y, layer_routing = layer(x)
-    scores_SE = routing.router_scores(x.flatten(0, 1), layer.router)
+    scores_SE = routing.router_logits(x.flatten(0, 1), layer.router).softmax(dim=-1)
     expected_S = (scores_SE * layer_routing.selected_ES.t() * constants_E).sum(dim=1)
     assert expected_S.count_nonzero() > 5
     # One rounding per added expert.
@@ -39,7 +39,7 @@ def test_the_layer_equals_its_formula(way: tuple[str, str, bool]):
     x = tokens(3, 10).double()
     y, layer_routing = layer(x)
     flat = x.flatten(0, 1)
-    scores_SE = routing.router_scores(flat, layer.router)
+    scores_SE = routing.router_logits(flat, layer.router).softmax(dim=-1)
     expected = layer.shared_expert(flat)
     for i, selected_S in enumerate(layer_routing.selected_ES):
         counts = [0] * 4

@@ -84,7 +84,7 @@ def test_others_share_out_the_whole_pool(way: tuple[str, str, bool], capacity: f
     assert layer_routing.selected_ES.sum(dim=1).tolist() == [k] * 4
     assert selected_EBT[:, BROKEN].sum(dim=1).tolist() == [max(0, k - 30)] * 4
     flat = x[OTHERS].flatten(0, 1)
-    scores_SE = routing.router_scores(flat, layer.router)
+    scores_SE = routing.router_logits(flat, layer.router).softmax(dim=-1)
     assert torch.equal(
         selected_EBT[:, OTHERS].flatten(1), routing.top_k_mask(scores_SE.t(), min(k, 30))
     )

@@ -68,7 +68,8 @@ def test_router_scores_are_a_softmax_over_experts():
     tokens = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     weight = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()
     expected = torch.tensor([[3 / 4, 1 / 4], [1 / 10, 9 / 10]])
-    torch.testing.assert_close(routing.router_scores(tokens, weight), expected)
+    scores = routing.router_scores(routing.router_logits(tokens, weight), "softmax")
+    torch.testing.assert_close(scores, expected)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,8 @@ def test_router_scores_are_a_softmax_over_experts():
     ],
 )
 def test_router_scores_are_fp32_at_least(dtype: torch.dtype, scores_dtype: torch.dtype):
-    scores = routing.router_scores(torch.randn(3, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype))
+    tokens, weight = torch.randn(3, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
+    scores = routing.router_scores(routing.router_logits(tokens, weight), "softmax")
     assert scores.dtype == scores_dtype
     # Rounded to bf16 the rows would miss 1 by up to 4e-3.
     torch.testing.assert_close(scores.sum(1), torch.ones_like(scores[:, 0]), atol=1e-6, rtol=0)

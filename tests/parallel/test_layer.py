@@ -98,9 +98,10 @@ def test_outputs_and_gradients_equal_one_process_in_every_pool(world: int, ranks
             moe__token_pool=scope,
             moe__activation=activation,
             moe__shared_expert_ratio=shared,
+            moe__gate=gate,
         )
         for scope in ("micro_batch", "expert_parallel", "global")
-        for activation, shared in (("gelu", 0.0), ("swiglu", 2.0))
+        for activation, shared, gate in (("gelu", 0.0, "identity"), ("swiglu", 2.0, "softmax"))
     ]
     told = run_ranks(world, layer_on_rank, configs, all_tokens())
     for config, *ranks_told in zip(configs, *told, strict=True):

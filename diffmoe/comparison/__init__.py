@@ -1,0 +1,1 @@
+"""Studies: several configurations, several seeds, one table with paired differences."""

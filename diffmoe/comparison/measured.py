@@ -1,0 +1,165 @@
+"""What the runs of a study measured, and how variants differ, seed by seed."""
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any, NamedTuple
+
+from diffmoe.capacity.meter import activated_parameters
+from diffmoe.comparison.study import Study, StudyRun
+from diffmoe.export.tensors import empty_network
+from diffmoe.files import read_lines
+from diffmoe.planning.flops import forward_flops
+from diffmoe.planning.layouts import Layout
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Point(NamedTuple):
+    """A held-out loss on the way. seconds: of training alone, up to there."""
+
+    samples: int
+    seconds: float
+    loss: float
+
+
+class Measured(NamedTuple):
+    """A run's held-out losses, oldest first, and what it met on its way."""
+
+    curve: list[Point]
+    capacity: float
+    step_seconds: float
+    figures: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        return self.curve[-1].loss
+
+
+class Size(NamedTuple):
+    """What a variant costs: computed, not assumed."""
+
+    parameters: int
+    activated: float
+    forward_flops: float  # of one sample
+
+
+class Difference(NamedTuple):
+    """Mean over seeds of variant minus reference, and half the width of its 95 % interval.
+
+    Student's t of the paired differences; the interval is infinite with one seed alone.
+    """
+
+    mean: float
+    half_width: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half_width
+
+
+def measured(run: StudyRun) -> Measured | None:
+    """None where the run has not come to its end."""
+    file = run.folder / "metrics.jsonl"
+    if not file.exists():
+        return None
+    lines = [json.loads(line) for line in read_lines(file)]
+    seconds, before, curve, speeds = 0.0, 0, [], []
+    for line in lines:
+        seconds += (line["samples"] - before) / line["samples_per_second"]
+        before = line["samples"]
+        speeds.append(run.config.training.batch_size / line["samples_per_second"])
+        if "validation_loss" in line:
+            curve.append(Point(line["samples"], seconds, line["validation_loss"]))
+            capacity = line["validation_capacity"]
+    if not curve or curve[-1].samples < run.config.training.total_samples:
+        return None
+    return Measured(curve, capacity, median(speeds), _figures(evaluations(run)))
+
+
+def evaluations(run: StudyRun) -> Path:
+    """The folder that tools/evaluate.py fills for a run."""
+    return run.folder.parent / "evaluation" / run.folder.name
+
+
+def size(run: StudyRun, capacity: float) -> Size:
+    """capacity: C that inference met; the FLOPs are those of training's C."""
+    network = empty_network(run.config.model, run.config.moe, device="meta")
+    layout = Layout(run.config, 1, 1)
+    return Size(
+        network.parameter_count(),
+        activated_parameters(network, capacity),
+        forward_flops(layout) / layout.micro_batch,
+    )
+
+
+def difference(ours: list[float], theirs: list[float]) -> Difference:
+    """Of values paired by seed."""
+    pairs = [one - other for one, other in zip(ours, theirs, strict=True)]
+    if len(pairs) == 1:
+        return Difference(pairs[0], math.inf)
+    t = _T[len(pairs) - 2] if len(pairs) - 2 < len(_T) else 1.96
+    return Difference(fmean(pairs), t * stdev(pairs) / math.sqrt(len(pairs)))
+
+
+def table(study: Study, found: dict[tuple[str, int], Measured], sizes: dict[str, Size]) -> str:
+    """Markdown: a row for each variant, over the seeds that both it and the reference have."""
+    figures = sorted({name for one in found.values() for name in one.figures})
+    head = ["variant", "seeds", "held-out loss", f"minus {study.reference}, 95 %"]
+    head += ["C met", "parameters", "activated", "GFLOP a sample", "s a step", *figures]
+    rows = [head, ["---"] * len(head)]
+    for variant in study.variants:
+        seeds = [seed for seed in study.seeds if (variant, seed) in found]
+        if not seeds:
+            rows.append([variant, "0", *["-"] * (len(head) - 2)])
+            continue
+        mine = [found[variant, seed] for seed in seeds]
+        rows.append(
+            [
+                variant,
+                str(len(seeds)),
+                f"{fmean(one.loss for one in mine):.5f}",
+                _told(study, found, variant),
+                f"{fmean(one.capacity for one in mine):.3f}" if mine[0].capacity else "-",
+                f"{sizes[variant].parameters / 1e6:.2f} M",
+                f"{sizes[variant].activated / 1e6:.2f} M",
+                f"{sizes[variant].forward_flops / 1e9:.3f}",
+                f"{fmean(one.step_seconds for one in mine):.3f}",
+                *(_mean([one.figures.get(name) for one in mine]) for name in figures),
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _told(study: Study, found: dict[tuple[str, int], Measured], variant: str) -> str:
+    if variant == study.reference:
+        return "-"
+    pairs = [
+        (found[variant, seed].loss, found[study.reference, seed].loss)
+        for seed in study.seeds
+        if (variant, seed) in found and (study.reference, seed) in found
+    ]
+    if not pairs:
+        return "-"
+    differs = difference(*map(list, zip(*pairs, strict=True)))
+    share = differs.mean / fmean(theirs for _, theirs in pairs)
+    if math.isinf(differs.half_width):
+        return f"{differs.mean:+.5f} ({share:+.1%}, one seed)"
+    star = " *" if differs.excludes_zero else ""
+    return f"{differs.mean:+.5f} ± {differs.half_width:.5f} ({share:+.1%}){star}"
+
+
+def _mean(values: list[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    return f"{fmean(there):.4g}" if there else "-"
+
+
+def _figures(folder: Path) -> dict[str, float]:
+    """The metrics of the last evaluation of each kind."""
+    found: dict[str, Any] = {}
+    for file in sorted(folder.rglob("results.jsonl")) if folder.is_dir() else []:
+        for line in read_lines(file):
+            found |= json.loads(line)["metrics"]
+    return found

@@ -1,0 +1,139 @@
+"""The held-out loss: the training objective on samples that were never trained on.
+
+Sample i has noise keyed by (seed, i) and a time of a stratified grid, both fixed: what is left to
+vary between two measurements is the model. It is the signal of small budgets, where FID still
+follows the luck of the samples.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmoe.config import Config
+from diffmoe.data.examples import Examples
+from diffmoe.data.fetching import Fetch
+from diffmoe.data.manifest import Manifest
+from diffmoe.data.stream import Batch, LatentStream
+from diffmoe.diffusion import create_objective
+from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
+from diffmoe.models.routing_mode import RoutingMode
+from diffmoe.seeding import keyed_generator
+from diffmoe.tree import tree_map
+
+BATCH = 64  # fixed, since with static routing a loss depends on its batch
+BINS = 10
+
+
+class HeldOutLoss(NamedTuple):
+    """The mean over all samples, and over those of each tenth of the time from 0, noise, to 1.
+
+    capacity: mean number of experts that worked on a token; 0 of a dense network.
+    """
+
+    loss: float
+    by_time: list[float]
+    capacity: float
+
+
+class HeldOut:
+    """`samples` fixed examples of a folder of shards, of which a rank measures some batches.
+
+    batches: how many there are, of BATCH samples (the last one may be smaller).
+    Raises UserError where the folder does not fit the model or holds fewer samples.
+    """
+
+    def __init__(
+        self, config: Config, path: str, samples: int, mine: Sequence[int] | None = None
+    ) -> None:
+        manifest = Manifest.load(path)
+        manifest.check_model(config.model)
+        check_samples(path, manifest, samples)
+        self.config, self.samples = config, samples
+        self.objective = create_objective(config.diffusion)
+        self.batches = -(-samples // BATCH)
+        self.mine = range(self.batches) if mine is None else mine
+        order = torch.randperm(samples, generator=keyed_generator(config.seed, "held-out times"))
+        self.time_N = (order + 0.5) / samples
+        self._read = dict(self._samples(path, manifest))
+
+    def _samples(self, path: str, manifest: Manifest) -> Iterator[tuple[int, Batch]]:
+        """This rank's batches by number: the first `samples` of one lane's first epoch."""
+        stream = LatentStream(
+            path,
+            manifest,
+            lanes=1,
+            my_lanes=[0],
+            samples_per_lane=BATCH,
+            seed=self.config.seed,
+            captions=self.config.model.text is not None,
+            fetch=Fetch.of(self.config.data),
+        )
+        for number, batch in enumerate(islice(stream, self.batches)):
+            if number in self.mine:
+                size = min(BATCH, self.samples - number * BATCH)
+                yield number, tree_map(lambda tensor, size=size: tensor[:size], batch)
+
+    def examples(self, number: int) -> Examples:
+        """Batch `number`, noised."""
+        batch = self._read[number]
+        first = number * BATCH
+        indices = range(first, first + len(batch.latents))
+        shape = batch.latents.shape[1:]
+        noise = torch.stack(
+            [
+                torch.randn(shape, generator=keyed_generator(self.config.seed, "held-out", index))
+                for index in indices
+            ]
+        )
+        t = self.objective.timesteps_at(self.time_N[indices.start : indices.stop])
+        x_t = self.objective.corrupt(batch.latents, noise, t)
+        condition = batch.labels if batch.text is None else batch.text
+        return Examples(batch.latents, noise, x_t, t, condition)
+
+    @torch.inference_mode()
+    def measure(self, network: DiT, numbers: Sequence[int]) -> Tensor:
+        """(2, samples) float64 on the CPU, 0 but for the batches `numbers`: loss, experts a token.
+
+        The network routes as it is set to, in evaluation; ranks that share experts must give
+        equally many numbers.
+        """
+        measured_2N = torch.zeros(2, self.samples, dtype=torch.float64)
+        device = network.positions.device
+        for number in numbers:
+            data, noise, x_t, t, condition = tree_map(
+                lambda tensor: tensor.to(device), self.examples(number)
+            )
+            out = network(x_t, t, condition)
+            loss_B = self.objective.loss(out.prediction, x_t, data, noise, t)["loss"]
+            first, size = number * BATCH, len(loss_B)
+            measured_2N[0, first : first + size] = loss_B.double().cpu()
+            if out.routing:
+                selected_LES = torch.stack([layer.selected_ES for layer in out.routing])
+                experts_BT = selected_LES.double().sum(1).mean(0).view(size, -1)
+                measured_2N[1, first : first + size] = experts_BT.mean(dim=1).cpu()
+        return measured_2N
+
+    def summary(self, measured_2N: Tensor) -> HeldOutLoss:
+        """Means over all samples, each measured. A bin of time without a sample counts as NaN."""
+        losses_N, experts_N = measured_2N
+        bins_N = (self.time_N * BINS).long().clamp(max=BINS - 1)
+        by_time = [losses_N[bins_N == bin].mean().item() for bin in range(BINS)]
+        return HeldOutLoss(losses_N.mean().item(), by_time, experts_N.mean().item())
+
+
+def check_samples(path: str, manifest: Manifest, samples: int) -> None:
+    """Raise UserError where the folder holds fewer."""
+    total = sum(shard.samples for shard in manifest.shards)
+    if samples > total:
+        raise UserError(
+            f"validation.samples={samples}: {path} holds {total}; choose as many or fewer"
+        )
+
+
+def training_routing(network: DiT) -> RoutingMode | None:
+    """That of training, in evaluation: every expert takes its K of a batch. None: no choice."""
+    return RoutingMode("static") if network.has_thresholds else None

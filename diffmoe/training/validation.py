@@ -1,0 +1,82 @@
+"""The held-out loss of a live run, on all its ranks; the run is the same with and without it."""
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from diffmoe.config import Config
+from diffmoe.data.fetching import Fetch, check_addresses
+from diffmoe.data.manifest import Manifest
+from diffmoe.errors import UserError
+from diffmoe.evaluation.held_out import BATCH, HeldOut, HeldOutLoss, check_samples, training_routing
+from diffmoe.models.dit import DiT
+from diffmoe.sampling.sharing import equal_share
+from diffmoe.training.ema import EMA
+
+
+def check(config: Config, manifest: Manifest) -> None:
+    """Raise UserError where the held-out loss could not be measured, or would be of training data.
+
+    manifest: of data.path.
+    """
+    path = config.validation.path
+    if not config.training.validate_every or path is None:
+        return
+    held_out = Manifest.load(path)
+    check_addresses(path, held_out, Fetch.of(config.data))
+    held_out.check_model(config.model)
+    check_samples(path, held_out, config.validation.samples)
+    trained = {shard.sha256 for shard in manifest.shards}
+    for shard in held_out.shards:
+        if shard.sha256 in trained:
+            raise UserError(
+                f"validation.path={path}: its shard {shard.name} is one of data.path="
+                f"{config.data.path}, so it would be trained on; hold samples out of the data first"
+            )
+
+
+class Validation:
+    """Measures `validation.samples` of validation.path with the averaged and the live weights.
+
+    Each with the routing of inference and, where that differs, with that of training. Every rank
+    makes a method's calls: ranks that share experts route together.
+    """
+
+    def __init__(self, config: Config, network: DiT, engine: DeepSpeedEngine, ema: EMA) -> None:
+        self.network, self.engine, self.ema = network, engine, ema
+        rank, world = network.topology.rank, network.topology.world
+        settings = config.validation
+        batches = range(-(-settings.samples // BATCH))
+        self.mine = equal_share(batches, rank, world)
+        self.held_out = HeldOut(config, settings.path, settings.samples, self.mine)
+        each = len(self.mine)
+        # The last ranks may repeat the last batch; it counts once.
+        self.counts_N = torch.arange(settings.samples) // BATCH // each == rank
+        averages = next(iter(reversed(ema.averages)), None)
+        self.weights = {} if averages is None else {"ema": averages}
+
+    def run(self) -> dict[str, float | list[float]]:
+        """The metrics, the same on every rank: validation_loss is that of the averaged weights."""
+        found: dict[str, float | list[float]] = {}
+        self.network.eval()
+        for name, prefix in {**self.weights, "live": "live"}.items():
+            suffix = "_live" if name == "live" and self.weights else ""
+            with self.ema.in_place_of_weights(self.engine, prefix):
+                measured = self._measured()
+                found[f"validation_loss{suffix}"] = measured.loss
+                if not suffix:
+                    found["validation_by_time"] = measured.by_time
+                    found["validation_capacity"] = measured.capacity
+                mode = training_routing(self.network)
+                if mode is not None:
+                    with self.network.routed(mode):
+                        found[f"validation_loss{suffix}_training_routing"] = self._measured().loss
+        self.network.train()
+        return found
+
+    def _measured(self) -> HeldOutLoss:
+        """Of all ranks. Each number is one rank's plus zeros, so no order of ranks rounds."""
+        measured_2N = self.held_out.measure(self.network, self.mine) * self.counts_N
+        measured_2N = measured_2N.to(self.network.positions.device)
+        dist.all_reduce(measured_2N)
+        return self.held_out.summary(measured_2N.cpu())

@@ -1,0 +1,127 @@
+"""A study trains what its file says, continues after an interruption, and compares seed by seed."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import yaml
+
+from diffmoe.comparison.measured import Measured, Point, Size, difference, measured, table
+from diffmoe.comparison.study import Study, read_study, runs_of
+from diffmoe.errors import UserError
+from tests.helpers.processes import ROOT, command, environment
+from tests.helpers.runs import metrics, pack, run_config
+
+VARIANTS = {"dense": ["moe.type=dense"], "identity": ["moe.gate=identity"]}
+
+
+def test_an_interval_is_students_of_the_paired_differences():
+    differs = difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])  # 1, 2, 3: deviation 1
+    assert differs.mean == pytest.approx(2.0)
+    assert differs.half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-6)
+    assert not differs.excludes_zero
+    assert difference([2.0, 2.1], [1.0, 1.1]).excludes_zero
+    assert difference([1.0], [0.0]).half_width == math.inf
+
+
+def test_the_table_compares_seeds_that_both_have():
+    study = Study(config="mnist", variants=VARIANTS, reference="dense", seeds=[0, 1], output="x")
+    found = {
+        ("dense", 0): Measured([Point(8, 1.0, 0.5)], 0.0, 0.1, {}),
+        ("dense", 1): Measured([Point(8, 1.0, 0.7)], 0.0, 0.1, {"FD": 3.0}),
+        ("identity", 0): Measured([Point(8, 1.0, 0.4)], 1.5, 0.2, {}),
+    }
+    sizes = {name: Size(2_000_000, 1_000_000, 3e9) for name in VARIANTS}
+    _, _, dense, identity = table(study, found, sizes).splitlines()
+    assert dense.split(" | ")[1:4] == ["2", "0.60000", "-"]
+    assert identity.split(" | ")[1:5] == ["1", "0.40000", "-0.10000 (-20.0%, one seed)", "1.500"]
+    assert dense.rstrip(" |").endswith("| 3.000 | 0.100 | 3")
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    pack(tmp_path / "data")
+    pack(tmp_path / "held-out", [9, 11, 14], first=100)
+    config = run_config(
+        tmp_path,
+        6,
+        training__validate_every=16,
+        validation__path=str(tmp_path / "held-out"),
+        validation__samples=30,
+    )
+    (tmp_path / "base.yaml").write_text(config.to_yaml())
+    file = tmp_path / "study.yaml"
+    values = {
+        "config": str(tmp_path / "base.yaml"),
+        "variants": VARIANTS,
+        "reference": "dense",
+        "seeds": [0, 1],
+        "output": str(tmp_path / "study"),
+    }
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.mark.slow
+def test_a_study_trains_continues_and_reports(study_file: Path):
+    tool = [sys.executable, "tools/compare.py", str(study_file)]
+    study = read_study(study_file)
+    runs = runs_of(study)
+    assert [(run.variant, run.seed) for run in runs] == [
+        ("dense", 0), ("identity", 0), ("dense", 1), ("identity", 1),
+    ]  # fmt: skip
+    started = subprocess.Popen(
+        tool, cwd=ROOT, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while measured(runs[0]) is None:
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.2)
+    import os
+
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+    assert started.wait(90) == 85, started.stderr.read()
+    assert measured(runs[-1]) is None
+
+    done = command(*tool, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dense, seed 0") == 0  # it was done
+    stored = json.loads((study_file.parent / "study/table.json").read_text())["runs"]
+    assert len(stored) == 4
+    for run, line in zip(runs, stored, strict=True):
+        last = metrics(run.config)[-1]
+        assert (line["variant"], line["seed"]) == (run.variant, run.seed)
+        assert line["curve"][-1][0] == 48
+        assert line["curve"][-1][2] == last["validation_loss"]
+    losses = {(line["variant"], line["seed"]): line["curve"][-1][2] for line in stored}
+    mean = fmean(losses["identity", seed] - losses["dense", seed] for seed in (0, 1))
+    assert f"{mean:+.5f} ± " in (study_file.parent / "study/table.md").read_text()
+    assert (study_file.parent / "study/curves.png").stat().st_size > 10_000
+    assert len(set(losses.values())) == 4
+
+    again = command(*tool, "--report")
+    assert again.stdout == (study_file.parent / "study/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"reference": "tc"}, "reference=tc is none of the variants dense, identity"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] names one twice"),
+        ({"varients": {}}, "varients"),
+        ({"variants": {"dense": [], "a/b": []}}, "'a/b' cannot name a folder"),
+        ({"variants": {"dense": [], "more": ["training.batch_size=16"]}}, "the same samples"),
+        ({"variants": {"dense": [], "wrong": ["moe.gates=identity"]}}, "unknown key moe.gates"),
+        ({"overrides": ["training.validate_every=null"]}, "set training.validate_every"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_training(study_file: Path, changes, told: str):
+    values = yaml.safe_load(study_file.read_text()) | changes
+    study_file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=told):
+        runs_of(read_study(study_file))
