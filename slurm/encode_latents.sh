@@ -1,6 +1,6 @@
 #!/bin/bash
-# Images to latents on one node of 8 GPUs; any number will do, each makes its share. The
-# autoencoder and a batch of 32 images need few GB a GPU. Stopped, it goes on where it was.
+# Encode images to latents on one node with 8 GPUs; any number of GPUs shares the work. The
+# autoencoder with a batch of 32 images needs a few GB per GPU. A requeued job resumes.
 #SBATCH --job-name=diffmoe-encode
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -13,8 +13,9 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.out
 ##SBATCH --account=YOURS --partition=YOURS
-# Needs DIFFMOE_IMAGES, class folders or tars, and DIFFMOE_DATA, the data folder to write. Arguments
-# go to tools/encode_latents.py: --vae stabilityai/sd-vae-ft-mse (a folder, without network).
+# Needs DIFFMOE_IMAGES, a folder of class folders or tars, and DIFFMOE_DATA, the data folder to
+# write. Arguments go to tools/encode_latents.py, for example --vae stabilityai/sd-vae-ft-mse (or
+# a local folder, if nodes have no network).
 source "${DIFFMOE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 images=${DIFFMOE_IMAGES:?set it to the folder of images}
 data=${DIFFMOE_DATA:?set it to the data folder to write}

@@ -184,9 +184,9 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 def evaluate_images(options: argparse.Namespace) -> None:
     from diffmoe.evaluation.image_sets import open_images
-    from diffmoe.prepare.decoding import color
+    from diffmoe.prepare.images import parse_color
 
-    images = open_images(options.images, color(options.background)).expect(options.num)
+    images = open_images(options.images, parse_color(options.background)).expect(options.num)
     Judge(options).tell(images, Path(options.out), {})
 
 
@@ -200,13 +200,13 @@ class Judge:
         from diffmoe.evaluation.references import check_reference
         from diffmoe.evaluation.scenes import load_truth
         from diffmoe.parallel.device import setup_device
-        from diffmoe.prepare.decoding import color
+        from diffmoe.prepare.images import parse_color
 
         if not (options.reference or options.classifier or options.clip or options.truth):
             raise UserError("nothing to judge by: give --reference REF, --classifier NAME or both")
         self.options = options
         self.device = setup_device(options.device)
-        self.background = color(options.background)
+        self.background = parse_color(options.background)
         self.extractor: Extractor | None = None
         self.reference: Reference | None = None
         self.classifier: tuple[str, str | None, Any] | None = None
@@ -255,11 +255,11 @@ def make_reference(options: argparse.Namespace) -> None:
     from diffmoe.evaluation.extractors import load_extractor
     from diffmoe.evaluation.references import compute_reference, store_reference
     from diffmoe.parallel.device import setup_device
-    from diffmoe.prepare.decoding import color
+    from diffmoe.prepare.images import parse_color
 
     extractor = load_extractor(options.extractor, setup_device(options.device))
     reference = compute_reference(
-        options.images, extractor, options.extractor_batch, color(options.background)
+        options.images, extractor, options.extractor_batch, parse_color(options.background)
     )
     store_reference(Path(options.out), reference)
     print(f"{options.out}: {reference.about['number']} images by {extractor.name}")

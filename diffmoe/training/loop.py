@@ -13,6 +13,7 @@ from torch import Tensor
 from diffmoe.config import Config, OptimizerConfig
 from diffmoe.data.examples import micro_batches
 from diffmoe.data.fetching import Fetch
+from diffmoe.data.lanes import DataSource
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.stream import LatentStream
 from diffmoe.diffusion import create_objective
@@ -100,18 +101,21 @@ def train(
     if training.compile:
         telemetry.say("compiling the blocks: the first step takes a minute or more")
     saver = Saver(engine, network, ema, config, manifest, telemetry.say, lease, resume.origin)
-    data = LatentStream(
+    source = DataSource(
         config.data.path,
         manifest,
         lanes=config.data.lanes,
-        my_lanes=my_lanes,
-        samples_per_lane=config.samples_per_lane,
         seed=config.seed,
-        workers=config.data.workers,
+        fetch=Fetch.of(config.data),
+        max_bad_shards=config.data.max_bad_shards,
+    )
+    data = LatentStream(
+        source,
+        my_lanes,
+        config.samples_per_lane,
         clock=samples,
         captions=config.model.text is not None,
-        max_bad_shards=config.data.max_bad_shards,
-        fetch=Fetch.of(config.data),
+        workers=config.data.workers,
         report=telemetry.say if first_rank else None,
     )
     stream = iter(data)
