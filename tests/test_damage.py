@@ -29,6 +29,7 @@ from diffmoe.checkpoints.network import load_network
 from diffmoe.conversion.detect_format import open_source
 from diffmoe.conversion.foreign import Options, write_foreign
 from diffmoe.conversion.info import info
+from diffmoe.data.lanes import DataSource
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.stream import LatentStream
 from diffmoe.errors import UserError
@@ -41,8 +42,10 @@ from diffmoe.export.open import load
 from diffmoe.export.stored_tensors import StoredTensors
 from diffmoe.parallel.zero import read_ds_config
 from diffmoe.prepare.checking import check_data
-from diffmoe.prepare.encoding import encode_images
-from diffmoe.prepare.importing import import_latents
+from diffmoe.prepare.encoding import Encoding, encode_images
+from diffmoe.prepare.foreign_latents import import_latents
+from diffmoe.prepare.image_folders import ImageSource
+from diffmoe.prepare.sharding import ShardOutput
 from diffmoe.recipes import load_config
 from diffmoe.text.prompts import read_captions
 from diffmoe.training.resume import find_checkpoint
@@ -152,8 +155,8 @@ def read_data(path: Path) -> list[Tensor]:
         raise UserError(report.problems[0])
     manifest = Manifest.load(path)
     manifest.check(path, 2)
-    options = {"lanes": 2, "my_lanes": range(2), "samples_per_lane": 2, "seed": 0}
-    stream = LatentStream(path, manifest, **options, captions=manifest.text is not None)
+    source = DataSource(path, manifest, lanes=2, seed=0)
+    stream = LatentStream(source, range(2), 2, captions=manifest.text is not None)
     return [batch.latents for batch in itertools.islice(stream, 3)]
 
 
@@ -216,10 +219,8 @@ def encoded(path: Path) -> int:
     out = path.parent / "packed"
     shutil.rmtree(out, ignore_errors=True)
     classes = 2 if list(path.glob("*.tar")) else None
-    made = encode_images(
-        path, out, vae=None, size=8, shards=1, classes=classes, workers=1, max_bad=0
-    )
-    return made.samples
+    images = ImageSource(path, classes=classes)
+    return encode_images(images, Encoding(size=8), ShardOutput(out, shards=1), workers=1).samples
 
 
 def latents_of(kind: str) -> tuple[Callable[[Path], Path], Callable[[Path], Any]]:
@@ -249,17 +250,16 @@ def latents_of(kind: str) -> tuple[Callable[[Path], Path], Callable[[Path], Any]
         return root
 
     def read(path: Path) -> int:
-        from diffmoe.prepare import foreign_latents
+        from diffmoe.prepare import latent_formats
 
-        foreign_latents._open_safetensors.cache_clear()  # which knows files by their names
+        latent_formats._open_safetensors.cache_clear()  # which knows files by their names
         out = path.parent / "imported"
         shutil.rmtree(out, ignore_errors=True)
         answers = {"vae": "somebody/vae", "classes": 5, "scale": 0.5, "multiplier": 1.0}
         needed = {"mar": ("vae", "scale"), "repa": ("vae", "classes")}.get(kind)
         answers = {k: v for k, v in answers.items() if k in (needed or answers)}
         answers.pop("scale", None) if kind == "lightningdit" else None
-        made = import_latents(kind, path, out, answers=answers, shards=1, max_bad=0)
-        return made.samples
+        return import_latents(kind, path, ShardOutput(out, shards=1), answers=answers).samples
 
     return make, read
 

@@ -25,9 +25,9 @@ from diffmoe.export.open import load
 from diffmoe.export.stored_tensors import StoredTensors
 from diffmoe.files import check_tree, contained, read_bytes, read_json, read_lines, sha256_of
 from diffmoe.npz_files import decode_npy, npz_rows, read_npz
-from diffmoe.prepare.encoding import encode_images
 from diffmoe.recipes import load_config
 from tests.helpers.damage import watched
+from tests.helpers.encoding import encode
 from tests.helpers.models import exported
 from tests.helpers.shards import photograph
 from tests.helpers.tiny import tiny_config
@@ -155,9 +155,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def _encode(photos: Path, **options) -> int:
-    return encode_images(
-        photos, photos.parent / "out", vae=None, size=8, shards=1, **options
-    ).samples
+    return encode(photos, photos.parent / "out", vae=None, size=8, shards=1, **options).samples
 
 
 def test_class_folders_are_not_left_by_links(photos: Path):
@@ -370,7 +368,10 @@ def test_members_with_holes_and_sizes_below_zero_are_refused(tmp_path: Path):
     negative[148:156] = b" " * 8
     negative[148:156] = b"%06o\0 " % sum(negative)
     (tmp_path / "x.tar").write_bytes(bytes(negative) * 4 + b"\0" * 1024)
-    with open(tmp_path / "x.tar", "rb") as file, pytest.raises(ValueError, match="no uncompressed"):
+    with (
+        open(tmp_path / "x.tar", "rb") as file,
+        pytest.raises(ValueError, match="not an uncompressed"),
+    ):
         tar_members(file.fileno())
 
 

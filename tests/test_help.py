@@ -98,7 +98,7 @@ def test_what_help_repeats_is_what_the_code_does(monkeypatch: pytest.MonkeyPatch
     from diffmoe.evaluation.curves import AXES
     from diffmoe.evaluation.extractors import DEFAULT
     from diffmoe.export import tensors
-    from diffmoe.prepare.importing import FORMATS
+    from diffmoe.prepare.foreign_latents import FORMATS
     from diffmoe.prepare.sharding import default_shards
 
     def option(tool: str, flag: str) -> argparse.Action:

@@ -1,16 +1,16 @@
-"""Look a data folder over before a run trusts it; exit code 0 if all is well, 1 if not.
+"""Check a data folder before training on it. The exit code is 0 if it is fine, 1 if not.
 
   python tools/check_data.py data/imagenet256
   python tools/check_data.py data/imagenet256 --reshard 256 --out data/imagenet256-256
 
-Reads every shard: counts, checksums, shapes, types, finite numbers, labels, keys that come twice;
-prints the class histogram and each channel's mean and standard deviation as the model would see
-them. A standard deviation far from 1 is the sign of a wrong scale. Images of one color, and those
-that are nearly all black or white, are counted: more than 1 % are a problem. One sample of each
-class (32 at most) is decoded onto a contact sheet, above its mirror image: look at it.
+Reads every shard and checks counts, checksums, shapes, types, finite numbers, labels and duplicate
+keys; prints the class histogram and each channel's mean and standard deviation as the model would
+see them. A standard deviation far from 1 indicates a wrong scale. Images of a single color, and
+those that are almost entirely black or white, are counted: more than 1 % are a problem. One sample
+of each class (at most 32) is decoded onto a contact sheet, above its mirror image: look at it.
 
---reshard N writes the same samples into N equal shards, for example when a run has more lanes than
-there are shards. Stopped at any moment, the same command goes on.
+--reshard N writes the same samples into N equal shards, for example if a run has more lanes than
+there are shards. It can be interrupted; running the command again resumes.
 """
 
 import argparse
@@ -27,17 +27,17 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("data", metavar="DIR", help="the data folder")
     parser.add_argument(
-        "--sheet", metavar="PNG", help="the contact sheet; default DIR/contact_sheet.png"
+        "--sheet", metavar="PNG", help="contact sheet; default DIR/contact_sheet.png"
     )
-    parser.add_argument("--no-sheet", action="store_true", help="decode nothing")
+    parser.add_argument("--no-sheet", action="store_true", help="write no contact sheet")
     add_device(parser)
     parser.add_argument("--reshard", type=int, metavar="N", help="rewrite into N shards, in --out")
-    parser.add_argument("--out", metavar="DIR", help="the new folder of --reshard")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    parser.add_argument("--out", metavar="DIR", help="the folder that --reshard writes")
+    parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
     add_allow_commands(parser)
     options = parser.parse_args()
     if (options.reshard is None) != (options.out is None):
-        parser.error("--reshard N and --out DIR belong together")
+        parser.error("--reshard N and --out DIR must be given together")
     return options
 
 
@@ -47,18 +47,13 @@ def main() -> None:
     from diffmoe.parallel.device import setup_device
     from diffmoe.prepare.checking import check_data
     from diffmoe.prepare.resharding import reshard
+    from diffmoe.prepare.sharding import ShardOutput
     from diffmoe.work import Ranks
 
     if options.reshard is not None:
-        manifest = reshard(
-            options.data,
-            options.out,
-            options.reshard,
-            overwrite=options.overwrite,
-            ranks=Ranks.of_environment(),
-        )
-        if manifest is not None:
-            print(manifest.summary(options.out))
+        ranks = Ranks.of_environment()
+        output = ShardOutput(options.out, options.reshard, overwrite=options.overwrite, ranks=ranks)
+        print(output.summary(reshard(options.data, output)))
         return
     sheet = options.sheet or Path(options.data) / "contact_sheet.png"
     device = setup_device(options.device)

@@ -1,23 +1,22 @@
-"""Add the features of a text encoder to shards whose samples carry captions (`txt`, one a line).
+"""Add the features of a text encoder to shards with captions (members `txt`, one per line).
 
   python tools/encode_text.py data/photos data/photos-t5 --encoder models/flan-t5-base --length 64
   python tools/encode_text.py data/photos data/photos-bytes --encoder bytes --length 200
 
-FOLDER holds a T5 or a CLIP of transformers with its tokenizer; nothing is downloaded. Of T5 the
-encoder's tokens are kept, of CLIP those of its text model and the pooled vector. With `bytes` the
-model reads the captions itself and no features are stored. The manifest then names the encoder by
-its weights, so that a model refuses the features of another one.
+FOLDER is a T5 or CLIP in transformers' format with its tokenizer; nothing is downloaded. For T5 the
+encoder's token features are stored, for CLIP those of its text model and the pooled vector. With
+`bytes` the model reads the captions itself and no features are stored. The manifest records a
+checksum of the encoder's weights, so that a model refuses the features of another encoder.
 
-Stopped at any moment, the same command goes on: finished shards are kept. Several ranks share the
-work under torchrun or srun, each with shards of its own.
+The command can be interrupted at any time; running it again resumes after the finished shards.
+Under torchrun or srun several ranks share the work, each making shards of its own.
 """
 
 import argparse
-import sys
 
 from diffmoe.cli import add_device, positive
 from diffmoe.config import BYTES
-from diffmoe.data.captions import CAPTION_BYTES
+from diffmoe.data.manifest import CAPTION_BYTES
 from diffmoe.errors import run_command
 
 
@@ -32,40 +31,32 @@ def parse() -> argparse.Namespace:
         "--length",
         type=positive,
         metavar="L",
-        help=f"tokens of a caption at most; default {CAPTION_BYTES} bytes, 128 of T5, CLIP's own",
+        help=f"most tokens per caption; default {CAPTION_BYTES} bytes, 128 (T5), CLIP's own",
     )
-    parser.add_argument("--batch", type=positive, default=64, help="captions a pass; default 64")
+    parser.add_argument("--batch", type=positive, default=64, help="captions per pass; default 64")
     add_device(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace the contents of OUT")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
     from diffmoe.parallel.device import setup_device
+    from diffmoe.prepare.sharding import ShardOutput
     from diffmoe.prepare.text_features import encode_text
-    from diffmoe.text.encoders import ByteEncoder, TransformersEncoder
+    from diffmoe.text.encoders import ByteTokenizer, TransformersEncoder
     from diffmoe.work import Ranks
 
-    ranks = Ranks.of_environment()
+    output = ShardOutput(options.out, overwrite=options.overwrite, ranks=Ranks.of_environment())
     if options.encoder == BYTES:
-        encoder = ByteEncoder(options.length or CAPTION_BYTES)
+        encoder = ByteTokenizer(options.length or CAPTION_BYTES)
     else:
         device = setup_device(options.device)
         encoder = TransformersEncoder(options.encoder, options.length, device)
-    manifest = encode_text(
-        options.data,
-        options.out,
-        encoder,
-        batch=options.batch,
-        overwrite=options.overwrite,
-        ranks=ranks,
-    )
-    if manifest is None:
-        print(f"rank {ranks.rank} of {ranks.world} is done; others still work", file=sys.stderr)
-        return
-    print(manifest.summary(options.out))
-    print(f"a model of it wants {manifest.text.override()}")
+    manifest = encode_text(options.data, output, encoder, batch=options.batch)
+    print(output.summary(manifest))
+    if manifest is not None:
+        print(f"to train on it: {encoder.content.override()}")
 
 
 if __name__ == "__main__":

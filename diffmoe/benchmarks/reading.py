@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import webdataset
 
+from diffmoe.data.lanes import DataSource
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.packing import ShardWriter
 from diffmoe.data.stream import LatentStream
@@ -75,15 +76,8 @@ def stream_loop(directory: Path, manifest: Manifest, workers: int, n: int = 64) 
 
 
 def stream(directory: Path, manifest: Manifest, workers: int, n: int) -> LatentStream:
-    return LatentStream(
-        directory,
-        manifest,
-        lanes=LANES,
-        my_lanes=range(LANES),
-        samples_per_lane=n,
-        seed=0,
-        workers=workers,
-    )
+    source = DataSource(directory, manifest, lanes=LANES, seed=0)
+    return LatentStream(source, range(LANES), n, workers=workers)
 
 
 def samples_per_second(loop: Callable[[], Iterator[int]], samples: int) -> float:

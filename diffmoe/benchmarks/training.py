@@ -25,6 +25,7 @@ from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
 from diffmoe.benchmarks.timing import forward_backward, seconds_of, synchronize, take_turns
 from diffmoe.config import Config
 from diffmoe.data.examples import micro_batches
+from diffmoe.data.lanes import DataSource
 from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
@@ -125,12 +126,9 @@ def random_batches(config: Config, topology: Topology) -> Iterator[Iterator[Batc
         mine = LANES // topology.world
         yield iter(
             LatentStream(
-                Path(folder),
-                manifest,
-                lanes=LANES,
-                my_lanes=range(topology.rank * mine, (topology.rank + 1) * mine),
-                samples_per_lane=n,
-                seed=config.seed,
+                DataSource(folder, manifest, lanes=LANES, seed=config.seed),
+                range(topology.rank * mine, (topology.rank + 1) * mine),
+                n,
                 workers=config.data.workers,
             )
         )

@@ -1,1 +1,1 @@
-"""Latents on disk and the streams that read them: manifest, packing, lanes, stream."""
+"""Shards of latents and how training reads them: manifest, packing, lanes, stream."""

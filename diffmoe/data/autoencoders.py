@@ -1,4 +1,4 @@
-"""Images to latents and back. Pixels are latents with an identity autoencoder."""
+"""Images to latents and back. Pixels are latents of the identity autoencoder."""
 
 import os
 
@@ -10,22 +10,24 @@ from diffmoe.latent_spec import LatentSpec, Numbers
 
 
 class PixelAutoencoder:
-    """The latents are the pixels, -1..1."""
+    """The identity: the latents are the pixels, -1..1."""
 
     def __init__(self, scale: Numbers = 1.0, shift: Numbers = 0.0):
         self.scale, self.shift = scale, shift
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(N,C,H,W) of the model to uint8 images (N,H,W,C): round(127.5 x + 127.5), clamped."""
+        """The model's (N,C,H,W) to uint8 images (N,H,W,C): round(127.5 x + 127.5), clamped."""
         return to_uint8(unscaled(latents, self.scale, self.shift).clamp(-1, 1))
 
 
 class KLAutoencoder:
     """diffusers' AutoencoderKL, from a local folder or a hub id.
 
-    scale, shift: the model works on (z - shift) * scale of the autoencoder's latents z.
-    pixel_range: the numbers that the autoencoder takes for black and white.
-    batch: images at a time.
+    scale, shift: the diffusion model works on (z - shift) * scale of the autoencoder's latents z.
+    pixel_range: the numbers that are black and white for the autoencoder.
+    batch: images per pass.
+
+    Raises UserError if diffusers is not installed or the autoencoder cannot be loaded.
     """
 
     def __init__(
@@ -59,11 +61,11 @@ class KLAutoencoder:
     def with_own_scale(
         cls, path_or_id: str, device: str | torch.device = "cpu", batch: int = 16
     ) -> "KLAutoencoder":
-        """With the scale and shift that the autoencoder's own configuration names."""
+        """With the scale and shift of the autoencoder's own configuration."""
         autoencoder = cls(path_or_id, device=device, batch=batch)
         config = autoencoder.model.config
         scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
-        # The form of some: (z - latents_mean) * scaling_factor / latents_std.
+        # Some have per-channel statistics: (z - latents_mean) * scaling_factor / latents_std.
         if config.get("latents_mean") is not None:
             shift = list(config.latents_mean)
         if config.get("latents_std") is not None:
@@ -77,15 +79,15 @@ class KLAutoencoder:
         factor = 2 ** (len(config.block_out_channels) - 1)
         if size % factor:
             raise UserError(
-                f"--size {size} is no multiple of {factor}, by which the autoencoder shrinks images"
+                f"--size {size} is not a multiple of {factor}, by which the autoencoder downsamples"
             )
         return (config.latent_channels, size // factor, size // factor)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 images (N,H,W,3) to the moments (N,2C,h,w): mean and log-variance, fp32, unscaled.
+        """uint8 images (N,H,W,3) to moments (N,2C,h,w): mean and log-variance, fp32, unscaled.
 
-        The log-variance is clamped to -30..20, as diffusers does before it draws.
+        The log-variance is clamped to -30..20, as diffusers does before drawing.
         """
         moments = []
         for part in images.split(self.batch):
@@ -98,7 +100,7 @@ class KLAutoencoder:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """(N,C,H,W) of the model to uint8 images (N,H,W,3), rounded and clamped."""
+        """The model's (N,C,h,w) to uint8 images (N,H,W,3), rounded and clamped."""
         images = [
             self.model.decode(unscaled(part.to(self.device), self.scale, self.shift)).sample
             for part in latents.split(self.batch)
@@ -114,7 +116,7 @@ def load_autoencoder(
     device: str | torch.device = "cpu",
     pixel_range: tuple[float, float] = (-1.0, 1.0),
 ) -> PixelAutoencoder | KLAutoencoder:
-    """The autoencoder that a manifest's fields of these names describe."""
+    """The autoencoder for the values of a manifest's fields of the same names."""
     if autoencoder == "identity":
         return PixelAutoencoder(scale, shift)
     return KLAutoencoder(autoencoder, scale, shift, device, pixel_range=tuple(pixel_range))
@@ -130,12 +132,12 @@ def autoencoder_of(
 
 
 def canonical_name(path_or_id: str) -> str:
-    """A hub id as it is, a folder as an absolute path: it must be found from anywhere."""
+    """A hub id unchanged, a folder as an absolute path, so that it is found from anywhere."""
     return os.path.abspath(path_or_id) if os.path.isdir(path_or_id) else path_or_id
 
 
 def unscaled(latents: Tensor, scale: Numbers, shift: Numbers) -> Tensor:
-    """Undo (z - shift) * scale; scale and shift are one number or one per channel."""
+    """Undo (z - shift) * scale. scale, shift: one number or one per channel."""
     scale, shift = (
         torch.as_tensor(value).to(latents).reshape(-1, 1, 1) for value in (scale, shift)
     )
@@ -149,8 +151,8 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     if images.isnan().any():
         raise UserError(
-            "the autoencoder gave pixels that are no numbers (NaN), which would be black images; "
-            "are its weights whole, and the latents of its scale?"
+            "the autoencoder gave NaN pixels, which would be black images; are its weights "
+            "complete, and is the scale of the latents right?"
         )
     levels = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous()

@@ -1,4 +1,4 @@
-"""The random part of a training batch: keyed by (seed, clock, lane), the same on any ranks."""
+"""The random part of a training batch, keyed by (seed, clock, lane): the same on any ranks."""
 
 from functools import partial
 from typing import NamedTuple
@@ -27,10 +27,11 @@ class Examples(NamedTuple):
 def micro_batches(
     batch: Batch, config: Config, lanes: range, clock: int, objective: Objective
 ) -> list[Examples]:
-    """Draw timesteps, dropout of labels or captions, and noise for one rank's batch of one step.
+    """Draw timesteps, label or caption dropout, and noise for one rank's batch of one step.
 
-    One generator per (seed, clock, lane) serves the lane's n samples. Micro-batch m of A takes the
-    m-th part of every lane, so a pool over all ranks holds the same samples on any number of them.
+    Each (seed, clock, lane) has one generator for the lane's n samples. Micro-batch m of A takes
+    the m-th part of every lane, so that a token pool over all ranks holds the same samples on any
+    number of ranks.
     """
     n, parts = config.samples_per_lane, config.training.accumulation
     shape = batch.latents.shape[1:]
@@ -50,7 +51,7 @@ def micro_batches(
     examples = []
     columns = (batch.latents, torch.cat(noise), torch.cat(t), condition)
     for m in range(parts):
-        data, eps, times, wanted = (tree_map(partial(part, m=m), column) for column in columns)
+        data, eps, times, kept = (tree_map(partial(part, m=m), column) for column in columns)
         x_t = objective.corrupt(data, eps, times)
-        examples.append(Examples(data, eps, x_t, times, wanted))
+        examples.append(Examples(data, eps, x_t, times, kept))
     return examples

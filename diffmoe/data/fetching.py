@@ -1,8 +1,8 @@
-"""From a shard's address to an open file with the right bytes: retries, stalls, checksums, a cache.
+"""From a shard's address to an open, verified file: retries, stalls, checksums, a cache.
 
-A file in place is opened as it is. What comes from a URL is first written to disk, to the cache or
-an unnamed temporary file, one byte after another: object stores and pipes are quick that way, and
-samples can then be read in any order without holding a shard in memory.
+Local files are opened in place. A URL is first copied to disk sequentially, into the cache or an
+unnamed temporary file: object stores and pipes are fast that way, and samples can then be read in
+any order without holding the shard in memory.
 """
 
 import hashlib
@@ -33,23 +33,23 @@ from diffmoe.process.exit import at_exit
 from diffmoe.redaction import redact
 
 ATTEMPTS = 3
-BACK_OFF = 1.0  # seconds before the second attempt; four times as long before each next one
+BACK_OFF = 1.0  # seconds before the second attempt, four times longer before each further one
 _BLOCK = 1 << 20
-_commands: set[subprocess.Popen] | None = set()  # that run now; None when the process ends
-_commands_lock = threading.RLock()  # a signal may come while its own thread holds it
+_commands: set[subprocess.Popen] | None = set()  # that are running; None once the process ends
+_commands_lock = threading.RLock()  # reentrant: a signal may arrive while its thread holds it
 
 
 class Unreadable(Exception):
-    """A shard that could not be had; the message says why."""
+    """A shard that could not be read; the message says why."""
 
 
 class Fetch(NamedTuple):
     """How shards are fetched.
 
-    allow_commands: the user of this machine lets addresses start programs.
-    cache: a folder that keeps shards from URLs; None keeps none. Several processes may share it.
-    cache_gib: the oldest go when it would outgrow this; 0 means no limit.
-    stall_seconds: without a byte for so long, an attempt has failed.
+    cache: folder that keeps shards from URLs; None: no cache. Several processes may share it.
+    cache_gib: size limit; the oldest shards are removed. 0: no limit.
+    stall_seconds: an attempt fails after so long without a byte.
+    allow_commands: whether addresses may start programs on this machine.
     """
 
     cache: str | None = None
@@ -59,13 +59,13 @@ class Fetch(NamedTuple):
 
     @classmethod
     def of(cls, data: DataConfig) -> "Fetch":
-        """As the settings of a run say."""
+        """From the settings of a run."""
         return cls(data.cache, data.cache_gib, data.stall_seconds, data.allow_commands)
 
     def permitted(self, address: str) -> str:
-        """The address as this machine's GOPEN_REWRITE has it. Raises UserError where it is refused.
+        """The address, rewritten by GOPEN_REWRITE. Raises UserError if it must not be opened.
 
-        webdataset's own switch, WDS_SECURE=1, forbids commands whatever allow_commands is.
+        webdataset's WDS_SECURE=1 forbids commands whatever allow_commands is.
         """
         if not is_url(address):
             return address
@@ -79,9 +79,9 @@ class Fetch(NamedTuple):
             raise UserError(f"shard {redact(address)} starts a program, which WDS_SECURE=1 forbids")
         if not self.allow_commands:
             raise UserError(
-                f"shard {redact(address)} would start a program on this machine. If you trust who "
-                f"made the data's {FILE_NAME}, allow it: data.allow_commands=true of train.py, "
-                "--allow-commands of a tool; else copy the shards here"
+                f"shard {redact(address)} would start a program on this machine. If you trust the "
+                f"author of the data's {FILE_NAME}, allow it with data.allow_commands=true "
+                "(train.py) or --allow-commands (tools); else copy the shards here"
             )
         return address
 
@@ -93,10 +93,10 @@ def open_shard(
     attempts: int = ATTEMPTS,
     beat: Callable[[], None] = lambda: None,
 ) -> BinaryIO:
-    """Open a shard that has the size and the checksum of its manifest.
+    """Open a shard and verify its size and checksum.
 
-    Raises Unreadable; UserError where the address would start a program and may not.
     beat: called whenever there is progress.
+    Raises Unreadable; UserError if the address would start a program and must not.
     """
     address = fetch.permitted(address)
     for attempt in range(attempts):
@@ -105,7 +105,7 @@ def open_shard(
             return _open_once(address, shard, fetch, beat)
         except OSError as error:  # and TimeoutError, and Unreadable below
             reason = error.strerror or str(error)
-        except (Unreadable, ValueError) as error:  # webdataset's for an unknown scheme
+        except (Unreadable, ValueError) as error:  # from webdataset, for an unknown scheme
             reason = str(error)
         if attempt + 1 < attempts:
             time.sleep(BACK_OFF * 4**attempt)
@@ -113,13 +113,13 @@ def open_shard(
 
 
 def check_addresses(directory: str | Path, manifest: Manifest, fetch: Fetch) -> None:
-    """Raises UserError where reading the shards would start a program that is not allowed."""
+    """Raise UserError if reading a shard would start a program that is not allowed."""
     for shard in manifest.shards:
         fetch.permitted(manifest.address(directory, shard))
 
 
 class ReadAhead:
-    """A shard that another thread opens meanwhile. `result` waits for it, but never forever."""
+    """A shard that a thread opens in the background. `result` waits for it, but not forever."""
 
     def __init__(self, address: str, shard: Shard, fetch: Fetch, attempts: int = ATTEMPTS):
         self._done, self._abandoned = threading.Event(), False
@@ -127,13 +127,13 @@ class ReadAhead:
         self._error: BaseException | None = None
         self._last_beat = time.monotonic()
         self._patience = 2 * fetch.stall_seconds + BACK_OFF * 4**ATTEMPTS
-        # A daemon: a file system that hangs must not keep the process from ending.
+        # A daemon thread, so that a hanging file system does not keep the process alive.
         threading.Thread(
             target=self._run, args=(address, shard, fetch, attempts), daemon=True
         ).start()
 
     def result(self) -> BinaryIO:
-        """The open shard. Raises Unreadable."""
+        """The open shard. Raises Unreadable or UserError, as `open_shard` does."""
         while not self._done.wait(min(1.0, self._patience)):
             if time.monotonic() - self._last_beat > self._patience:
                 self.close()
@@ -143,7 +143,7 @@ class ReadAhead:
         return self._file
 
     def close(self) -> None:
-        """Give it up; a file that is or will be open is closed."""
+        """Give up; a file that is or will be open is closed."""
         self._abandoned = True
         if self._done.is_set() and self._file is not None:
             self._file.close()
@@ -159,7 +159,7 @@ class ReadAhead:
 
     def _beat(self) -> None:
         if self._abandoned:
-            raise Unreadable("given up")  # ends a transfer that nobody waits for
+            raise Unreadable("given up")  # ends the transfer
         self._last_beat = time.monotonic()
 
 
@@ -172,10 +172,10 @@ def _open_once(address: str, shard: Shard, fetch: Fetch, beat: Callable[[], None
         with suppress(FileNotFoundError):
             try:
                 file = _opened(cached, shard, beat)
-                os.utime(cached)  # the youngest now
+                os.utime(cached)  # counts as the newest
                 return file
             except Unreadable:
-                cached.unlink(missing_ok=True)  # fetched anew below
+                cached.unlink(missing_ok=True)  # fetched again below
     folder = cached.parent if cached else None
     file = tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False)  # noqa: SIM115
     try:
@@ -186,12 +186,12 @@ def _open_once(address: str, shard: Shard, fetch: Fetch, beat: Callable[[], None
         file.close()
         raise
     finally:
-        Path(file.name).unlink(missing_ok=True)  # the open file lives on
+        Path(file.name).unlink(missing_ok=True)  # the open file stays readable
     return file
 
 
 def _opened(path: str | Path, shard: Shard, beat: Callable[[], None]) -> BinaryIO:
-    """Read a file through, which also brings it near, and compare it with the manifest."""
+    """Open a file and compare its size and checksum with the manifest."""
     file = open_regular(path)
     try:
         _compare_sizes(os.fstat(file.fileno()).st_size, shard)
@@ -211,14 +211,14 @@ def _opened(path: str | Path, shard: Shard, beat: Callable[[], None]) -> BinaryI
 def _copy(
     address: str, shard: Shard, file: BinaryIO, stall_seconds: float, beat: Callable[[], None]
 ) -> None:
-    """Write what comes from a URL into a file, and compare it with the manifest."""
+    """Copy a URL into a file and compare size and checksum with the manifest."""
     digest, size = hashlib.sha256(), 0
     with closing(_blocks(address, stall_seconds)) as blocks:
         for block in blocks:
             digest.update(block)
             size += len(block)
             if size > shard.bytes:
-                break  # of an endless pipe
+                break  # the pipe may be endless
             file.write(block)
             beat()
     file.flush()
@@ -228,7 +228,7 @@ def _copy(
 def _compare_sizes(size: int, shard: Shard) -> None:
     if size != shard.bytes:
         kind = "truncated" if size < shard.bytes else "too long"
-        raise Unreadable(f"{kind}: {size} bytes came, {shard.bytes} in the manifest")
+        raise Unreadable(f"{kind}: {size} bytes read, {shard.bytes} in the manifest")
 
 
 def _compare(size: int, sha256: str, shard: Shard) -> None:
@@ -240,7 +240,7 @@ def _compare(size: int, sha256: str, shard: Shard) -> None:
 
 
 def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
-    """The bytes behind a URL. Raises TimeoutError when they stop coming, OSError when it failed."""
+    """The bytes of a URL. Raises TimeoutError if they stop arriving, OSError if reading fails."""
     if address.startswith(("http:", "https:")):
         yield from _http(address, stall_seconds)
         return
@@ -248,7 +248,7 @@ def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
         process = _start(address[5:])
     else:
         stream = gopen(address)
-        if not isinstance(stream, Pipe):  # a scheme that somebody has registered
+        if not isinstance(stream, Pipe):  # a scheme registered with webdataset
             yield from iter(lambda: stream.read(_BLOCK), b"")
             return
         process = stream.proc
@@ -264,9 +264,9 @@ def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
             yield block
         status = process.wait(stall_seconds)
         if status:
-            raise OSError(f"the command that reads it ended with status {status}")
+            raise OSError(f"its command exited with status {status}")
     except subprocess.TimeoutExpired:
-        pass  # all the bytes are there, and are compared with the manifest
+        pass  # all bytes have arrived and are compared with the manifest
     finally:
         _end(process)
         process.stdout.close()
@@ -277,12 +277,12 @@ def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
 
 
 def _http(address: str, stall_seconds: float) -> Iterator[bytes]:
-    """The bytes behind an http URL, read without webdataset's curl: no program is started."""
+    """The bytes of an http URL, without webdataset's curl: no program is started."""
     parts = urlsplit(address)
     request = Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-        # Another host that the answer leads to gets no password.
+        # Not sent to another host after a redirect.
         request.add_unredirected_header("Authorization", "Basic " + b64encode(login).decode())
     try:
         with urlopen(request, timeout=stall_seconds) as answer:
@@ -293,9 +293,9 @@ def _http(address: str, stall_seconds: float) -> Iterator[bytes]:
 
 
 def end_commands() -> None:
-    """End the `pipe:` commands that still run and start no more: this process ends."""
+    """Kill the commands of `pipe:` that are running and start no more, because the process ends."""
     global _commands
-    held = _commands_lock.acquire(timeout=2)  # a thread that hangs must not keep the process alive
+    held = _commands_lock.acquire(timeout=2)  # a hanging thread must not block the exit
     running, _commands = _commands or set(), None
     if held:
         _commands_lock.release()
@@ -304,7 +304,7 @@ def end_commands() -> None:
 
 
 def _forget_commands() -> None:
-    """In a forked process: those of the parent are not its own."""
+    """In a forked process, whose parent's commands are not its own."""
     global _commands, _commands_lock
     _commands, _commands_lock = set(), threading.RLock()
 
@@ -316,11 +316,12 @@ os.register_at_fork(after_in_child=_forget_commands)
 def _start(command: str) -> subprocess.Popen:
     """Run a shell command as webdataset does, but in a session of its own.
 
-    So the whole pipeline can be ended, and Ctrl-C, which lets a run finish its step, spares it.
+    The whole pipeline can then be killed, and Ctrl-C, after which a run finishes its step, does
+    not reach it.
     """
     with _commands_lock:
         if _commands is None:
-            raise Unreadable("this process ends")
+            raise Unreadable("the process is ending")
         process = subprocess.Popen(
             command,
             shell=True,
@@ -333,7 +334,7 @@ def _start(command: str) -> subprocess.Popen:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill a command, with its whole group if that is its own."""
+    """Kill a command, and its process group if it leads one."""
     with suppress(ProcessLookupError, PermissionError):
         if os.getpgid(process.pid) == process.pid:
             os.killpg(process.pid, signal.SIGKILL)
@@ -341,22 +342,22 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _make_room(folder: Path, size: int, limit_gib: float) -> bool:
-    """Remove the oldest shards of the cache until `size` bytes fit. False if they never can."""
+    """Remove the oldest shards of the cache until `size` bytes fit. False if they cannot fit."""
     limit = limit_gib * 2**30 if limit_gib > 0 else float("inf")
     if size > limit:
         return False
     kept = []
     for file in folder.iterdir():
-        with suppress(FileNotFoundError):  # other processes tidy up as well
+        with suppress(FileNotFoundError):  # other processes remove files, too
             stat = file.stat()
             if file.suffix == ".tmp" and time.time() - stat.st_mtime > 3600:
-                file.unlink()  # left by a process that was killed
+                file.unlink()  # left over from a killed process
             elif file.suffix == ".tar":
                 kept.append((stat.st_mtime_ns, stat.st_size, file))
     used = sum(held for _, held, _ in kept)
     for _, held, file in sorted(kept):
         if used + size <= limit:
             break
-        file.unlink(missing_ok=True)  # whoever reads it has it open
+        file.unlink(missing_ok=True)  # its readers have it open
         used -= held
     return True

@@ -1,11 +1,31 @@
-"""From what a file holds to what the model is fed: flip, posterior draw, scale and shift."""
+"""From the arrays of the files to the latents that the model sees.
+
+Number types of the files, mirroring, the draw from the posterior, scale and shift.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import Manifest
-from diffmoe.data.numbers import restored
+
+
+class Sample(NamedTuple):
+    """One sample as its shard holds it.
+
+    array: the latent (C,H,W) or the moments (2C,H,W) of its posterior.
+    flip: the same of the mirrored image, None without flips.
+    captions: None where they are not read, or there are none.
+    """
+
+    key: str
+    label: int
+    array: np.ndarray
+    flip: np.ndarray | None = None
+    captions: Captions | None = None
 
 
 class NotFinite(ValueError):
@@ -16,8 +36,40 @@ class NotFinite(ValueError):
         self.index = index
 
 
+def to_stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    """An fp32 array in a manifest's dtype, rounded to nearest even.
+
+    dtype: "float16", "bfloat16" (its bits as uint16), "float32", or "uint8" for pixels in -1..1.
+    Values too large for float16 become infinite.
+    """
+    if dtype == "uint8":
+        return np.round((array + 1) * np.float32(127.5)).clip(0, 255).astype(np.uint8)
+    if dtype == "bfloat16":
+        return torch.from_numpy(array).to(torch.bfloat16).view(torch.uint16).numpy()
+    with np.errstate(over="ignore"):
+        return array.astype(dtype)
+
+
+def from_stored(array: np.ndarray, dtype: str | None) -> np.ndarray:
+    """An array of a file as fp32. dtype: the manifest's."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    numbers = array.astype(np.float32)
+    if dtype == "uint8":
+        numbers /= 127.5
+        numbers -= 1
+    return numbers
+
+
+def stored_types(dtype: str | None) -> tuple[np.dtype, ...]:
+    """The numpy types that an npy file may have under a manifest's dtype."""
+    if dtype is None:
+        return (np.dtype("float16"), np.dtype("float32"))
+    return (np.dtype("uint16" if dtype == "bfloat16" else dtype),)
+
+
 def draw_mirrored(n: int, manifest: Manifest, generator: torch.Generator) -> list[bool]:
-    """Which of n samples are taken mirrored: each with probability 1/2, none without flips."""
+    """Which of n samples are mirrored: each with probability 1/2, none without flips."""
     if not manifest.flips:
         return [False] * n
     return (torch.rand(n, generator=generator) < 0.5).tolist()
@@ -29,13 +81,14 @@ def model_latents(
     """The model's latents of n samples, fp32 (n,C,H,W). Raises NotFinite.
 
     arrays: n arrays (C,H,W), or moments (2C,H,W), as the files hold them.
-    The posterior's draws of the n samples come from `generator`. The arithmetic is numpy's, in one
-    thread, so that its rounding cannot depend on how many threads a worker or the trainer has.
+    generator: for the draws from the posteriors.
+    The arithmetic is numpy's, in one thread: its rounding must not depend on how many threads a
+    worker or the trainer has.
     """
-    z = restored(np.stack(arrays), manifest.dtype)
+    z = from_stored(np.stack(arrays), manifest.dtype)
     if not np.isfinite(z).all():
         raise NotFinite(int(np.isfinite(z).all((1, 2, 3)).argmin()))
-    # In place from here on: fresh memory costs more than the arithmetic.
+    # In place from here on: allocating costs more time than the arithmetic.
     if manifest.content != "sample":
         z, spread = np.split(z, 2, axis=1)
         if manifest.content == "mean_logvar":

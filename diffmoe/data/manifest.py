@@ -1,4 +1,4 @@
-"""manifest.json: what the shards of a folder hold, said explicitly, never guessed from shapes."""
+"""manifest.json: what the shards of a folder hold, stated explicitly, never guessed from shapes."""
 
 import math
 import os
@@ -26,13 +26,13 @@ from diffmoe.redaction import redact
 FILE_NAME = "manifest.json"
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:")
-# "pipe:..." is a command, gs:, hf:, scp: and all others may start one: these two do not.
+# "pipe:..." is a command; gs:, hf:, scp: and all others may start one. These two do not.
 _HTTP = re.compile(r"https?:")
-# What a command may get in the place of {}: nothing that a shell or an option parser reads.
+# What may replace {} in a command: nothing that a shell or an option parser would interpret.
 _SAFE_NAME = re.compile(r"(?!-)[\w./+=@%,-]+", re.ASCII)
 
-
-_LARGEST = 1 << 26  # numbers of a latent; what a member of a shard may hold
+CAPTION_BYTES = 256  # default length of captions that are read as bytes
+_MAX_NUMBERS = 1 << 26  # of a latent; a member of a shard must hold them
 
 
 class Shard(BaseModel):
@@ -49,12 +49,13 @@ class Shard(BaseModel):
 
 
 class TextContent(BaseModel):
-    """What stands for a sample's captions (its `txt` member, one caption a line).
+    """How a sample's captions (its `txt` member, one per line) are given to a model.
 
-    encoder: "bytes": the caption's UTF-8 bytes, no further members; else what made the features
-        of `text.npy` (N, D) float16, the true tokens of all captions one after another, with their
-        numbers in `text_lengths.npy` (captions,), and `text_pooled.npy` (captions, D_pool) if any.
-    length: tokens of a caption at most. width, pooled: D and D_pool; 0: none.
+    encoder: "bytes": as UTF-8 bytes, without further members; else the name of the encoder whose
+        features the shards hold: `text.npy` (N, D) float16, the captions' features without
+        padding, one caption after another; `text_lengths.npy` (captions,), the tokens of each; and
+        `text_pooled.npy` (captions, D_pool) if there are pooled vectors.
+    length: most tokens of a caption. width, pooled: D and D_pool; 0: none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,12 +67,12 @@ class TextContent(BaseModel):
 
     @classmethod
     def of(cls, text: TextConfig) -> "TextContent":
-        """What a model of this configuration takes."""
+        """What a model of this configuration expects."""
         width = 0 if text.encoder == BYTES else text.width
         return cls(encoder=text.encoder, length=text.length, width=width, pooled=text.pooled)
 
     def override(self) -> str:
-        """What to give to train.py. A model of bytes still has its own width and depth."""
+        """The override for train.py. A model that reads bytes still has its own width and depth."""
         if self.encoder == BYTES:
             return f"model.text.encoder={BYTES} model.text.length={self.length}"
         fields = ", ".join(f"{name}: {value}" for name, value in self.model_dump().items())
@@ -84,23 +85,23 @@ class Manifest(BaseModel):
     content: `sample` files hold a latent (C,H,W); `mean_logvar` and `mean_std` files hold the
         moments (2C,H,W) of its posterior: the mean, then log-variance or standard deviation.
     scaled: whether scale and shift are already in the files. The model works on
-        (z - shift) * scale; the reader applies it where `scaled` is false, and decoding undoes it
-        in both cases. Each is one number or one per channel.
+        (z - shift) * scale; the reader applies this if `scaled` is false, and decoding undoes it
+        in either case. Each is one number or one per channel.
     shape: (C,H,W) of the latent.
-    flips: half of the samples are taken mirrored.
-    mirrored: `stored`: each sample also carries the mirrored image's latent or moments;
-        `on_reading`: the array itself is turned round, as only pixels may be.
+    flips: half of the samples are mirrored in training.
+    mirrored: `stored`: each sample also holds the mirrored image's latent or moments;
+        `on_reading`: the array itself is mirrored, which is possible for pixels only.
     dtype: of the numbers in the files. bfloat16 is stored as its bits in uint16, because npy has
-        no name for it; None means float16 or float32, as each file's header says. A byte v of
-        uint8 stands for the pixel v / 127.5 - 1.
-    version: 2 where `mirrored` or uint8 is used, else 1, which knows neither.
-    autoencoder: "identity" when the latents are pixels, else the id or folder of the autoencoder.
-    pixel_range: the numbers that the autoencoder takes for black and white.
-    skipped: what the packing left out, each with the reason.
-    location: where the shards are, when they are not beside the manifest: a folder, or a URL with
-        {} for the shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -". What starts a
-        program is read only where the command line allows it (data.allow_commands=true).
-    text: of samples with captions.
+        no name for it. A byte v of uint8 is the pixel v / 127.5 - 1. None: float16 or float32, as
+        each file's header says.
+    version: 2 if `on_reading` or uint8 is used, else 1.
+    autoencoder: "identity" if the latents are pixels, else the id or folder of the autoencoder.
+    pixel_range: the numbers that are black and white for the autoencoder.
+    skipped: items that were left out when packing, each with the reason.
+    location: where the shards are if not beside the manifest: a folder, or a URL with {} for the
+        shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -". An address that starts a
+        program is read only if the command line allows it (data.allow_commands=true).
+    text: of samples with captions, else None.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -129,8 +130,8 @@ class Manifest(BaseModel):
     def _shape_is_positive(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         if min(shape) < 1:
             raise ValueError("every side must be at least 1")
-        if math.prod(shape) > _LARGEST:
-            raise ValueError(f"it has {math.prod(shape):,} numbers, at most {_LARGEST:,} are read")
+        if math.prod(shape) > _MAX_NUMBERS:
+            raise ValueError(f"it has {math.prod(shape):,} numbers; the limit is {_MAX_NUMBERS:,}")
         return shape
 
     @model_validator(mode="after")
@@ -143,14 +144,14 @@ class Manifest(BaseModel):
             if not all(math.isfinite(number) for number in numbers):
                 raise ValueError(f"{name}={value} is not finite")
             if name == "scale" and 0 in numbers:
-                raise ValueError("scale holds a zero, which would wipe the latents out")
+                raise ValueError("scale contains a zero, which would erase the latents")
         if self.class_names is not None and len(self.class_names) != self.classes:
             raise ValueError(
                 f"class_names has {len(self.class_names)} names, classes is {self.classes}"
             )
         names = [shard.name for shard in self.shards]
         if len(set(names)) != len(names):
-            raise ValueError("shards names a file twice")
+            raise ValueError("shards lists a file twice")
         if not self.pixel_range[0] < self.pixel_range[1]:
             raise ValueError(f"pixel_range={self.pixel_range} must be black < white")
         if self.location is not None and _URL.match(self.location) and "{}" not in self.location:
@@ -162,12 +163,12 @@ class Manifest(BaseModel):
             if self.autoencoder != "identity" or self.content != "sample":
                 raise ValueError(
                     f"dtype={self.dtype} with mirrored={self.mirrored}: uint8 and on_reading are "
-                    f"for pixels alone, not for {self.content} of {self.autoencoder}"
+                    f"for pixels only, not for {self.content} of {self.autoencoder}"
                 )
         return self
 
     @model_serializer(mode="wrap")
-    def _as_its_version_has_it(self, dump: SerializerFunctionWrapHandler) -> dict:
+    def _fields_of_version(self, dump: SerializerFunctionWrapHandler) -> dict:
         fields = dump(self)
         if self.version == 1:
             fields.pop("mirrored", None)
@@ -184,7 +185,7 @@ class Manifest(BaseModel):
         return sum(shard.samples for shard in self.shards)
 
     def summary(self, directory: str | Path) -> str:
-        """What a packing tool says at its end."""
+        """One line for the end of a packing command."""
         size = sum(shard.bytes for shard in self.shards) / 1e6
         kind = f"of {self.classes} classes" if self.text is None else "with captions"
         shards = f"{len(self.shards)} shards, {size:.1f} MB"
@@ -195,12 +196,12 @@ class Manifest(BaseModel):
 
     @property
     def member(self) -> str:
-        """The npy member that each sample carries: `latent` or `moments`."""
+        """The npy member that each sample has: `latent` or `moments`."""
         return "latent" if self.content == "sample" else "moments"
 
     @property
     def stores_flips(self) -> bool:
-        """Whether each sample carries the mirrored image's array, too."""
+        """Whether each sample also holds the mirrored image's array."""
         return self.flips and self.mirrored == "stored"
 
     @property
@@ -212,14 +213,14 @@ class Manifest(BaseModel):
     def address(self, directory: str | Path, shard: Shard) -> str:
         """The path or URL of a shard; paths are absolute, `file:` URLs become paths.
 
-        Raises UserError for a name that is a command, or that would become part of one.
+        Raises UserError for a name that is a command or would become part of one unescaped.
         """
         place = shard.name
         in_command = self.location is not None and starts_program(self.location)
         if starts_program(place) or (in_command and not _SAFE_NAME.fullmatch(place)):
             raise UserError(
                 f"{Path(directory) / FILE_NAME}: the shard name {place!r} would run as a command; "
-                "names are plain, and what starts a program stands in location alone"
+                "shard names must be plain; only location may start a program"
             )
         if self.location is not None and not _URL.match(place):
             place = (
@@ -235,7 +236,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":
-        """Read `directory`/manifest.json."""
+        """Read `directory`/manifest.json. Raises UserError if it is missing or invalid."""
         file = Path(directory) / FILE_NAME
         if not Path(directory).is_dir():
             raise UserError(
@@ -244,27 +245,27 @@ class Manifest(BaseModel):
             )
         if not file.exists():
             raise UserError(
-                f"{file} is missing: {directory} is no data folder, or its packing was cut short; "
-                "pack the data again (tools/prepare_data.py --help)"
+                f"{file} is missing: {directory} is not a data folder, or packing it did not "
+                "finish; pack the data again (tools/prepare_data.py --help)"
             )
         try:
             return cls.model_validate(read_json(file))
         except ValidationError as error:
             problems = "; ".join(describe(problem) for problem in error.errors())
-            raise UserError(f"{file}: {problems}. Mend these or pack the data again") from None
+            raise UserError(f"{file}: {problems}. Fix these or pack the data again") from None
 
     def save(self, directory: str | Path) -> None:
-        """Write `directory`/manifest.json: whole or not at all."""
-        # Several ranks may finish a packing together: equal contents, but files of their own.
+        """Write `directory`/manifest.json atomically."""
+        # Several ranks may finish packing together; each writes the same contents.
         with replacing(Path(directory) / FILE_NAME) as stream:
             stream.write(self.model_dump_json(indent=1).encode() + b"\n")
 
     def check(
         self, directory: str | Path, lanes: int | None = None, max_bad_shards: int = 0
     ) -> None:
-        """Compare the manifest with the files (their sizes alone; URLs not at all).
+        """Compare the manifest with the files: only their sizes, and URLs not at all.
 
-        max_bad_shards: so many may be missing or of another size.
+        max_bad_shards: how many files may be missing or of another size. Raises UserError.
         """
         file = Path(directory) / FILE_NAME
         if not self.shards:
@@ -286,7 +287,7 @@ class Manifest(BaseModel):
             self.check_lanes(lanes)
 
     def check_lanes(self, lanes: int) -> None:
-        """Every lane needs a shard of its own in every epoch."""
+        """Raise UserError if there are fewer shards than lanes."""
         if lanes < 1 or lanes > len(self.shards):
             raise UserError(
                 f"data.lanes={lanes} does not fit the {len(self.shards)} shards of the data; set "
@@ -295,7 +296,7 @@ class Manifest(BaseModel):
             )
 
     def check_model(self, model: ModelConfig) -> None:
-        """Compare with the model's in_channels, input_size, and num_classes or text."""
+        """Raise UserError unless in_channels, input_size, and num_classes or text fit the model."""
         own_channels, height, width = self.shape
         shape, size = "x".join(map(str, self.shape)), model.input_size
         if model.in_channels != own_channels:
@@ -325,24 +326,26 @@ class Manifest(BaseModel):
                 f"{FILE_NAME} of the data: there is no text, but model.text is set; set data.path "
                 "to data with captions, or model.text=null to train on classes"
             )
-        wanted = TextContent.of(model)
+        expected = TextContent.of(model)
         for field in TextContent.model_fields:
-            there, here = getattr(self.text, field), getattr(wanted, field)
-            if there != here:
-                way_out = f"model.text.{field}={there}"
-                if field == "encoder":  # the other fields belong to it
+            of_data, of_model = getattr(self.text, field), getattr(expected, field)
+            if of_data != of_model:
+                way_out = f"model.text.{field}={of_data}"
+                if field == "encoder":  # the other fields depend on it
                     way_out = self.text.override()
                 raise UserError(
-                    f"{FILE_NAME} of the data: text.{field}={there}, but model.text.{field}={here}"
+                    f"{FILE_NAME} of the data: text.{field}={of_data}, but model.text.{field}="
+                    f"{of_model}"
                     f"; set {way_out}, or data.path to other data"
                 )
 
 
 def _problem(path: Path, shard: Shard) -> str | None:
-    """What is wrong with a file, as far as can be told without reading it."""
+    """What is wrong with a file, as far as can be seen without reading it."""
     if not path.is_file():
         return (
-            f"shard {path} is missing, {FILE_NAME} lists it; copy it there or pack the data again"
+            f"shard {path} is missing, but {FILE_NAME} lists it; copy it there or pack the data "
+            "again"
         )
     size = path.stat().st_size
     if size == 0:
@@ -357,12 +360,12 @@ def _problem(path: Path, shard: Shard) -> str | None:
 
 
 def is_url(address: str) -> bool:
-    """Whether a shard's address is not a file's."""
+    """Whether a shard's address is a URL, not a path."""
     return _URL.match(address) is not None
 
 
 def starts_program(address: str) -> bool:
-    """Whether reading a shard there may start a program on this machine."""
+    """Whether reading a shard from there may start a program on this machine."""
     return is_url(address) and not address.startswith("file:") and not _HTTP.match(address)
 
 
@@ -372,7 +375,7 @@ def describe(problem: dict) -> str:
     if problem["type"] == "missing":
         return f"{field} is missing"
     if problem["type"] == "extra_forbidden":
-        return f"{field} is unknown (remove it, or was it written by a newer version?)"
+        return f"{field} is unknown (remove it; or was it written by a newer version?)"
     if not problem["loc"]:
         return problem["msg"]
     return f"{field}={problem['input']!r}: {problem['msg']}"

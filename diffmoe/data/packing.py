@@ -1,26 +1,27 @@
-"""Writing shards: samples in, tar files and their manifest out; same input, same bytes."""
+"""Writing shards: tar files and their manifest. The same input gives the same bytes."""
 
 import io
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
 
 from diffmoe.data.captions import Captions, check_captions, feature_arrays, txt_member
+from diffmoe.data.latents import from_stored, stored_types
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
-from diffmoe.data.numbers import numpy_types, restored
 from diffmoe.errors import UserError
 from diffmoe.files import sha256_of, temporary_name
 
-# webdataset splits a member's name at the first dot, and skips names in double underscores.
+# webdataset splits a member's name at the first dot and skips names in double underscores.
 _KEY = re.compile(r"(?!__)[^\s./][^\s.]*")
 
 
 def shard_sizes(samples: int, shards: int) -> list[int]:
-    """Split `samples` into `shards` counts that differ by one at most."""
+    """Split `samples` into `shards` counts that differ by at most one. Raises UserError."""
     if not 1 <= shards <= samples:
         raise UserError(
             f"cannot split {samples} samples into {shards} shards; choose 1..{samples} shards"
@@ -29,12 +30,12 @@ def shard_sizes(samples: int, shards: int) -> list[int]:
 
 
 class ShardFile:
-    """One tar in the making: `add` samples, then `close` it; it gets its name when it is whole."""
+    """One tar being written: `add` samples, then `close`. Only then does it get its name."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
         self._keys: set[str] = set()
-        # A name of this process alone: nobody else writes to the file, whatever was started twice.
+        # A name of this process alone: the same command may have been started twice.
         self._temporary = temporary_name(path)
         self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed in close and abandon)
         self._tar = webdataset.TarWriter(
@@ -52,17 +53,17 @@ class ShardFile:
         flip: np.ndarray | None = None,
         captions: Captions | None = None,
     ) -> None:
-        """Append one sample.
+        """Append one sample. Raises UserError if it does not fit the manifest.
 
         array: the latent (C,H,W) or the moments (2C,H,W), finite, of the manifest's dtype.
-        flip: the same of the mirrored image, exactly when the manifest `stores_flips`.
-        captions: exactly when it has a `text`.
+        flip: the same of the mirrored image; required if the manifest `stores_flips`, else None.
+        captions: required if the manifest has a `text`, else None.
         """
         arrays = _checked(self.manifest, key, label, array, flip)
         if captions is not None or self.manifest.text is not None:
             arrays |= _checked_captions(self.manifest, key, captions)
         if key in self._keys:
-            raise UserError(f"sample key {key!r} comes twice in one shard; keys must be unique")
+            raise UserError(f"sample key {key!r} occurs twice in one shard; keys must be unique")
         self._keys.add(key)
         members = {name: _npy(value) for name, value in arrays.items()}
         if captions is not None:
@@ -70,7 +71,7 @@ class ShardFile:
         self._tar.write({"__key__": key, **members, "cls": str(int(label)).encode()})
 
     def close(self) -> Shard:
-        """Finish the tar, put it in its place, and tell what it is."""
+        """Finish the tar and give it its name. Returns its entry in the manifest."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -85,21 +86,20 @@ class ShardFile:
         return shard
 
     def abandon(self) -> None:
-        """Drop the torn file."""
+        """Remove the unfinished file."""
         self._tar.close()
         self._file.close()
         self._temporary.unlink()
 
 
 class ShardWriter:
-    """Write `{000000..}.tar` and, when the `with` block ends well, manifest.json.
+    """Write `{000000..}.tar` and, if the `with` block succeeds, manifest.json.
 
-    samples_per_shard: how many samples each shard takes: one number for all (the last may get
-        fewer), or the exact count of each (see `shard_sizes`).
-    fields: those of Manifest, without shards: content, scaled, shape, flips, classes, ...
+    samples_per_shard: one number for all shards (the last may get fewer), or the exact count of
+        each (see `shard_sizes`).
+    fields: those of Manifest except shards: content, scaled, shape, flips, classes, ...
 
-    A block that fails leaves no manifest, and so no data folder that could be taken for a whole
-    one.
+    If the block fails there is no manifest, so an incomplete folder is not mistaken for data.
     """
 
     def __init__(
@@ -108,21 +108,23 @@ class ShardWriter:
         samples_per_shard: int | Sequence[int],
         *,
         overwrite: bool = False,
-        **fields,
+        **fields: Any,
     ):
         self.directory = Path(directory)
         self.manifest = Manifest(shards=[], **fields)
         self._sizes = samples_per_shard
         sizes = [samples_per_shard] if isinstance(samples_per_shard, int) else samples_per_shard
         if min(sizes) < 1:
-            raise ValueError(f"samples_per_shard={samples_per_shard}: every shard needs a sample")
+            raise ValueError(
+                f"samples_per_shard={samples_per_shard}: every shard needs at least one sample"
+            )
         self._shard: ShardFile | None = None
         clear(self.directory, overwrite)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None:
             if self._shard is not None:
                 self._shard.abandon()
@@ -131,10 +133,10 @@ class ShardWriter:
             self._finish_shard()
         if isinstance(self._sizes, Sequence) and len(self._sizes) != len(self.manifest.shards):
             raise ValueError(
-                f"{self.manifest.samples} samples came, {sum(self._sizes)} were planned"
+                f"{self.manifest.samples} samples were added, {sum(self._sizes)} were planned"
             )
         if not self.manifest.shards:
-            raise UserError(f"no samples came for {self.directory}; nothing was packed")
+            raise UserError(f"no samples were added to {self.directory}; nothing was packed")
         self.manifest.save(self.directory)
 
     def add(
@@ -155,12 +157,12 @@ class ShardWriter:
             self._finish_shard()
 
     def _planned(self) -> int:
-        """How many samples the shard that is being written takes."""
+        """How many samples the current shard takes."""
         if isinstance(self._sizes, int):
             return self._sizes
         index = len(self.manifest.shards)
         if index == len(self._sizes):
-            raise ValueError(f"more than the {sum(self._sizes)} planned samples came")
+            raise ValueError(f"more than the {sum(self._sizes)} planned samples were added")
         return self._sizes[index]
 
     def _finish_shard(self) -> None:
@@ -169,20 +171,21 @@ class ShardWriter:
 
 
 def shard_name(index: int) -> str:
+    """The file name of shard number `index`."""
     return f"{index:06d}.tar"
 
 
 def clear(directory: Path, overwrite: bool) -> None:
-    """Make `directory`, and remove what an earlier packing left there, finished or not.
+    """Make `directory` and remove earlier shards and manifests there, complete or not.
 
-    Without `overwrite` such a rest is an error.
+    Raises UserError if there are any and `overwrite` is False.
     """
     old = sorted(directory.glob("[0-9][0-9][0-9][0-9][0-9][0-9].tar*"))
     old += sorted(directory.glob(FILE_NAME + "*"))
     if old and not overwrite:
         raise UserError(
-            f"{directory} already holds {old[-1].name}; choose another folder, or overwrite it "
-            "(--overwrite)"
+            f"{directory} already holds {old[-1].name}; choose another folder or replace its "
+            "contents (--overwrite)"
         )
     directory.mkdir(parents=True, exist_ok=True)
     for file in reversed(old):  # the manifest first
@@ -192,16 +195,16 @@ def clear(directory: Path, overwrite: bool) -> None:
 def _checked(
     manifest: Manifest, key: str, label: int, array: np.ndarray, flip: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """The npy members of a sample, after every check against the manifest."""
+    """The npy members of a sample, checked against the manifest."""
     if not _KEY.fullmatch(key):
         raise UserError(
-            f"sample key {key!r} holds a dot or a space, or begins with / or __: webdataset "
-            "cuts keys at the first dot; rename the sample"
+            f"sample key {key!r} contains a dot or a space, or begins with / or __, which "
+            "webdataset does not read as a key; rename the sample"
         )
     if not 0 <= label < manifest.classes:
         raise UserError(
             f"sample {key}: label {label} is outside the classes 0..{manifest.classes - 1}; "
-            "mend the label or the number of classes"
+            "fix the label or the number of classes"
         )
     if (flip is not None) != manifest.stores_flips:
         raise UserError(
@@ -211,7 +214,7 @@ def _checked(
     arrays = {f"{manifest.member}.npy": array}
     if flip is not None:
         arrays[f"{manifest.member}_flip.npy"] = flip
-    types = numpy_types(manifest.dtype)
+    types = stored_types(manifest.dtype)
     for name, value in arrays.items():
         if value.shape != manifest.array_shape:
             raise UserError(
@@ -223,15 +226,15 @@ def _checked(
             raise UserError(
                 f"sample {key}: {name} is {value.dtype}; use {wanted} (dtype={manifest.dtype})"
             )
-        if not np.isfinite(restored(value, manifest.dtype)).all():
-            raise UserError(f"sample {key}: {name} holds NaN or infinity; leave the sample out")
+        if not np.isfinite(from_stored(value, manifest.dtype)).all():
+            raise UserError(f"sample {key}: {name} contains NaN or infinity; leave the sample out")
     return arrays
 
 
 def _checked_captions(
     manifest: Manifest, key: str, captions: Captions | None
 ) -> dict[str, np.ndarray]:
-    """The npy members of a sample's captions, after every check against the manifest."""
+    """The npy members of a sample's captions, checked against the manifest."""
     if captions is None or manifest.text is None:
         there = "has no captions" if captions is None else "has captions"
         raise UserError(f"sample {key} {there}, but the manifest says text={manifest.text}")

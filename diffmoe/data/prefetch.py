@@ -1,22 +1,22 @@
-"""Items made ready by a thread, so that whoever asks for one does not wait for its making."""
+"""Fetch items ahead in a thread, so that their consumer need not wait."""
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
-READY = 2  # items that wait
+READY = 2  # items that are kept ready
 
 
 class _Failure(NamedTuple):
     error: BaseException
 
 
-def prefetched(items: Iterator[T], depth: int = READY) -> Iterator[T]:
-    """The same items in the same order, up to `depth` of them fetched ahead by a thread.
+def prefetched(items: Generator[T, None, None], depth: int = READY) -> Generator[T, None, None]:
+    """The same items in the same order, with up to `depth` of them fetched ahead by a thread.
 
-    items: a generator; it is closed in the end, unless it does not answer for 5 seconds.
+    items: closed when the result is closed, unless its current item takes over 5 seconds more.
     """
     ready: queue.Queue[T | _Failure] = queue.Queue(depth)
     stopped = threading.Event()

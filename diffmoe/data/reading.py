@@ -1,38 +1,27 @@
-"""An open shard: its samples by number, each read and decoded when it is asked for."""
+"""An open shard: its samples by index, each read and decoded on demand."""
 
 import os
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
 from diffmoe.config import BYTES
 from diffmoe.data.captions import Captions, caption_lines, check_captions
 from diffmoe.data.fetching import Unreadable, open_shard
+from diffmoe.data.latents import Sample, from_stored, stored_types
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
-from diffmoe.data.numbers import numpy_types, restored
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
 from diffmoe.npz_files import decode_npy
 from diffmoe.redaction import printable, redact
 
 
-class Sample(NamedTuple):
-    """One sample: `array` is its latent (C,H,W) or its moments (2C,H,W), as the file holds it.
-
-    flip: that of the mirrored image, None without flips.
-    """
-
-    key: str
-    label: int
-    array: np.ndarray
-    flip: np.ndarray | None
-
-
 class OpenShard:
-    """The samples of a shard in file order. Holds where they lie, not what they are.
+    """The samples of a shard in file order. Keeps their positions in the file, not their contents.
 
-    Labels and the presence of all members are checked at once, arrays when they are read.
+    Labels and the presence of all members are checked on opening, arrays when they are read.
+    Raises UserError where the shard does not fit its manifest.
     """
 
     def __init__(self, file: BinaryIO, shard: Shard, manifest: Manifest, address: str):
@@ -42,7 +31,7 @@ class OpenShard:
             entries = tar_entries(self._number)
         except ValueError as error:
             raise UserError(
-                f"shard {self.shown} is no whole tar ({error}); pack the data again"
+                f"shard {self.shown} is not a complete tar ({error}); pack the data again"
             ) from None
         if len(entries) != shard.samples:
             raise UserError(
@@ -61,7 +50,10 @@ class OpenShard:
         return len(self.keys)
 
     def array(self, index: int, mirrored: bool = False) -> np.ndarray:
-        """The array of a sample, (C,H,W) or (2C,H,W), or that of its mirror image; read-only."""
+        """The array (C,H,W) or (2C,H,W) of a sample or of its mirror image; read-only.
+
+        Raises UserError if it cannot be decoded or does not fit the manifest.
+        """
         manifest = self.manifest
         turn = mirrored and not manifest.stores_flips
         name = self._names[mirrored and not turn]
@@ -73,20 +65,20 @@ class OpenShard:
             ) from None
         if array.shape != manifest.array_shape:
             raise UserError(
-                f"{self.where(index)}: {name} has shape {array.shape}, while {FILE_NAME} says "
+                f"{self.where(index)}: {name} has shape {array.shape}, but {FILE_NAME} says "
                 f"content={manifest.content}, shape={manifest.shape}, so {manifest.array_shape}; "
-                "mend the manifest or pack again"
+                "fix the manifest or pack the data again"
             )
-        if array.dtype not in numpy_types(manifest.dtype):
+        if array.dtype not in stored_types(manifest.dtype):
             raise UserError(
-                f"{self.where(index)}: {name} is {array.dtype}, while {FILE_NAME} says "
-                f"dtype={manifest.dtype}, so {' or '.join(map(str, numpy_types(manifest.dtype)))}; "
-                "mend the manifest or pack again"
+                f"{self.where(index)}: {name} is {array.dtype}, but {FILE_NAME} says dtype="
+                f"{manifest.dtype}, so {' or '.join(map(str, stored_types(manifest.dtype)))}; "
+                "fix the manifest or pack the data again"
             )
         return array[..., ::-1] if turn else array
 
     def captions(self, index: int) -> Captions:
-        """All captions of a sample, with their features, held against the manifest's text."""
+        """All captions of a sample with their features, checked against the manifest's text."""
         members = self._members[index]
         try:
             raw = {name: read_member(self._number, members[name]) for name in self._text_names}
@@ -97,29 +89,32 @@ class OpenShard:
                 arrays.get("text_lengths.npy"),
                 arrays.get("text_pooled.npy"),
             )
+            assert self.manifest.text is not None
             check_captions(captions, self.manifest.text)
         except ValueError as error:
             raise UserError(f"{self.where(index)}: {error}; pack the data again") from None
         return captions
 
     def sample(self, index: int) -> Sample:
-        """All of a sample, finite."""
+        """A sample without its captions. Raises UserError if a number is not finite."""
         manifest = self.manifest
         arrays = [self.array(index, mirrored) for mirrored in (False, True)[: 1 + manifest.flips]]
         for array in arrays:
-            if not np.isfinite(restored(array, manifest.dtype)).all():
+            if not np.isfinite(from_stored(array, manifest.dtype)).all():
                 raise self.not_finite(index)
         return Sample(
             self.keys[index], self.labels[index], arrays[0], arrays[1] if arrays[1:] else None
         )
 
     def where(self, index: int) -> str:
+        """The shard and the sample, for messages."""
         return f"shard {self.shown}, sample {self.keys[index]}"
 
     def not_finite(self, index: int) -> UserError:
+        """The error for a sample with NaN or infinity."""
         return UserError(
-            f"{self.where(index)}: NaN in the data: its numbers must be finite; pack the data "
-            "again without this sample"
+            f"{self.where(index)}: NaN or infinity in the data; pack the data again without this "
+            "sample"
         )
 
     def close(self) -> None:
@@ -131,13 +126,13 @@ class OpenShard:
         wanted = [*self._names, *self._text_names, "cls"]
         missing = [name for name in wanted if name not in members]
         if missing:
-            told = f"content={manifest.content}, flips={manifest.flips}"
+            expected = f"content={manifest.content}, flips={manifest.flips}"
             if manifest.text is not None:
-                told += f", text={manifest.text}"
+                expected += f", text={manifest.text}"
             raise UserError(
                 f"{self.where(index)}: {missing[0]} is missing (there is "
-                f"{', '.join(sorted(members))}), while {FILE_NAME} says {told}; mend the manifest "
-                "or pack again"
+                f"{', '.join(sorted(members))}), but {FILE_NAME} says {expected}; fix the manifest "
+                "or pack the data again"
             )
         text = b""
         try:
@@ -145,14 +140,14 @@ class OpenShard:
             label = int(text)
         except ValueError:
             raise UserError(
-                f"{self.where(index)}: cls cannot be decoded ({text[:20]!r} is no number); pack "
+                f"{self.where(index)}: cls cannot be decoded ({text[:20]!r} is not a number); pack "
                 "the data again"
             ) from None
         if not 0 <= label < manifest.classes:
             raise UserError(
                 f"{self.where(index)}: label {label} is outside the classes "
-                f"0..{manifest.classes - 1} of {FILE_NAME} (classes={manifest.classes}); mend the "
-                "manifest or pack again"
+                f"0..{manifest.classes - 1} of {FILE_NAME} (classes={manifest.classes}); fix the "
+                "manifest or pack the data again"
             )
         return label
 
@@ -167,7 +162,10 @@ def _text_members(manifest: Manifest) -> list[str]:
 
 
 def read_shard(path: str | Path, manifest: Manifest) -> list[Sample]:
-    """Read a shard whole, in file order, and check every sample against the manifest."""
+    """Read all samples of a shard, in file order, and check them against the manifest.
+
+    Raises UserError.
+    """
     shard = _listed(path, manifest)
     try:
         file = open_shard(os.path.abspath(path), shard, attempts=1)
@@ -179,13 +177,13 @@ def read_shard(path: str | Path, manifest: Manifest) -> list[Sample]:
 
 
 def unreadable(address: str, reason: str) -> str:
-    """What is told of it, without what may be a secret."""
+    """The message about an unreadable shard, with secrets removed from its address."""
     shown, why = printable(redact(address)), printable(redact(reason))
     return f"shard {shown} cannot be read ({why}); copy it again or pack the data again"
 
 
 def _listed(path: str | Path, manifest: Manifest) -> Shard:
-    """What the manifest says of the shard at `path`."""
+    """The manifest's entry for the shard at `path`."""
     parts = Path(path).parts
     fits = [
         shard

@@ -1,4 +1,4 @@
-"""Where the members of a tar lie, so that any one can be read without the others."""
+"""The positions of a tar's members, so that each can be read without the others."""
 
 import os
 import re
@@ -8,14 +8,14 @@ from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-MEMBER_LIMIT = 256 << 20  # bytes of an image, a latent, the features of a sample's captions
+MEMBER_LIMIT = 256 << 20  # bytes of a latent, or of the features of a sample's captions
 _BLOCK = 512
 _META_LIMIT = 1 << 20  # bytes of long names and the like between members
-_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
+_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset skips
 
 
 class Member(NamedTuple):
-    """A file in a tar: `size` bytes from `offset` on."""
+    """A file in a tar: `size` bytes at `offset`."""
 
     name: str
     offset: int
@@ -32,24 +32,24 @@ class Entry(NamedTuple):
 def read_member(file: int, member: Member) -> bytes:
     """The bytes of a member. file: descriptor of the open tar.
 
-    Raises ValueError for one that is larger than a sample's can be.
+    Raises ValueError if the member is larger than MEMBER_LIMIT.
     """
     if member.size > MEMBER_LIMIT:
-        raise ValueError(f"{member.name} has {member.size:,} bytes, at most {MEMBER_LIMIT:,} are")
+        raise ValueError(f"{member.name} has {member.size:,} bytes; the limit is {MEMBER_LIMIT:,}")
     return os.pread(file, member.size, member.offset)
 
 
 def tar_members(file: int) -> list[Member]:
     """The regular files of an uncompressed tar, in order. file: descriptor of the open tar.
 
-    Raises ValueError if it is no tar or ends in the middle.
+    Raises ValueError if it is not a tar or is cut off.
     """
-    # tarfile needs some ten times as long, so the plain headers that shards have are read here.
+    # tarfile is about ten times slower, so the plain headers of ordinary shards are read here.
     members, position, end = [], 0, os.fstat(file).st_size
     while True:
         header = os.pread(file, _BLOCK, position)
         if len(header) < _BLOCK:
-            raise ValueError(f"no tar, or cut off after {len(members)} members")
+            raise ValueError(f"not a tar, or cut off after {len(members)} members")
         if header.count(0) == _BLOCK:
             return members
         size = header[124:136].rstrip(b" \0")
@@ -63,14 +63,14 @@ def tar_members(file: int) -> list[Member]:
         )
         position = member.offset + -(-member.size // _BLOCK) * _BLOCK
         if position > end:
-            raise ValueError(f"cut off inside {member.name}, after {len(members)} whole members")
+            raise ValueError(f"cut off inside {member.name}, after {len(members)} complete members")
         members.append(member)
 
 
 def tar_entries(file: int) -> list[Entry]:
-    """The samples of a tar, as webdataset groups them: neighbors whose names agree up to a dot.
+    """A tar's samples as webdataset groups them: adjacent members of one name up to a dot.
 
-    Raises ValueError for what `tar_members` does, and for a sample with two members of one name.
+    Raises ValueError as `tar_members` does, and for a sample with two members of one extension.
     """
     entries: list[Entry] = []
     for member in tar_members(file):
@@ -80,38 +80,38 @@ def tar_entries(file: int) -> list[Entry]:
         if not entries or entries[-1].key != key:
             entries.append(Entry(key, {}))
         if extension.lower() in entries[-1].members:
-            raise ValueError(f"{member.name} comes twice")
+            raise ValueError(f"{member.name} occurs twice")
         entries[-1].members[extension.lower()] = member
     return entries
 
 
 def _members_by_tarfile(file: int) -> list[Member]:
-    """The same through the standard library: long names, links, big sizes, other formats."""
+    """The same with the standard library, for long names, links, big sizes and other formats."""
     try:
         with os.fdopen(os.dup(file), "rb") as stream:
             stream.seek(0)
             with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:
                 return list(_regular(tar))
-    # Damaged headers end in errors of any kind.
+    # Damaged headers raise errors of any kind.
     except Exception as error:
-        raise ValueError(f"no uncompressed tar ({error})") from None
+        raise ValueError(f"not an uncompressed tar ({error})") from None
 
 
 def _regular(tar: tarfile.TarFile) -> Iterator[Member]:
     end = -1
     for member in tar:
-        # Sizes below zero lead tarfile back to where it was, for ever.
+        # Negative sizes would send tarfile back, in an endless loop.
         if member.size < 0 or member.offset <= end:
             raise ValueError(f"{member.name} has a size of {member.size}")
         end = member.offset
         if member.issparse():
-            raise ValueError(f"{member.name} is sparse; write it without holes")
+            raise ValueError(f"{member.name} is a sparse file; write it without holes")
         if member.isreg():
             yield Member(member.name, member.offset_data, member.size)
 
 
 class _Bounded:
-    """A tar's file for tarfile, which would read whatever a header tells into memory."""
+    """A file object for tarfile, which would read into memory whatever size a header claims."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self._file, self._ends = file.seek, file.tell, file, 0
@@ -121,6 +121,6 @@ class _Bounded:
             raise ValueError(f"{size:,} bytes between its members")
         data = self._file.read(size)
         self._ends += len(data) < size
-        if self._ends > 9:  # a loop that waits for what does not come
+        if self._ends > 9:  # tarfile keeps reading at the end of the file
             raise ValueError("cut off")
         return data

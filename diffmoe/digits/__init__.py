@@ -1,1 +1,1 @@
-"""The toy data sets, and the classifiers that judge samples of them."""
+"""Toy data sets of digits, and classifiers that judge samples of them."""

@@ -1,4 +1,4 @@
-"""A small captioned set, made of real digits: two on a canvas, each of a color, side by side."""
+"""A small captioned data set: two real digits on a canvas, each in a color."""
 
 import json
 from itertools import product
@@ -13,7 +13,7 @@ from diffmoe.data.manifest import Manifest, TextContent
 from diffmoe.data.packing import ShardWriter, shard_sizes
 from diffmoe.digits.mnist import mnist_digits
 
-COLOURS = {
+COLORS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
     "blue": (0, 0, 255),
@@ -22,23 +22,23 @@ COLOURS = {
     "magenta": (255, 0, 255),
 }
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# How the first thing stands to the second, and the second to the first.
+# The relation of the first digit to the second, and of the second to the first.
 RELATIONS = {"left of": "right of", "above": "below"}
 SIZE = 32  # pixels of the canvas
-DIGIT = 16  # pixels of a digit with its margin: a half of the canvas is as wide
-HELD_OUT_DIGITS = 500  # of MNIST's 5,000: neither the training images nor the classifiers see them
+DIGIT = 16  # pixels of a digit with its margin: half of the canvas
+HELD_OUT_DIGITS = 500  # of MNIST's 5,000, used neither in training images nor for classifiers
 UNSEEN, UNSEEN_TRUTH = "unseen.txt", "unseen.json"
 
 
 class Scene(NamedTuple):
-    """What a canvas shows: the first thing is left of, or above, the second."""
+    """What a canvas shows: the first digit is left of, or above, the second."""
 
     relation: str
     colors: tuple[str, str]
     digits: tuple[int, int]
 
     def captions(self) -> list[str]:
-        """The two ways to say it."""
+        """The two ways to describe it."""
         first, second = (
             f"a {color} {NUMERALS[digit]}"
             for color, digit in zip(self.colors, self.digits, strict=True)
@@ -48,13 +48,13 @@ class Scene(NamedTuple):
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene that there is, in a fixed order."""
-    pairs = [list(product(values, repeat=2)) for values in (COLOURS, range(10))]
+    """Every possible scene, in a fixed order."""
+    pairs = [list(product(values, repeat=2)) for values in (COLORS, range(10))]
     return [Scene(*choice) for choice in product(RELATIONS, *pairs)]
 
 
 def halves(canvases: np.ndarray, relation: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where the first and the second thing stand: (n,16,16,C) each, of canvases (n,32,32,C)."""
+    """Views of the first and the second digit, (n,16,16,C) each, of canvases (n,32,32,C)."""
     start, middle = (SIZE - DIGIT) // 2, (SIZE + DIGIT) // 2
     if relation == "left of":
         band = canvases[:, start:middle]
@@ -64,7 +64,7 @@ def halves(canvases: np.ndarray, relation: str) -> tuple[np.ndarray, np.ndarray]
 
 
 class Digits:
-    """Real digits to draw with: those of the training images, or the held-out ones."""
+    """Real digits to draw with: those for training images, or the held-out ones."""
 
     def __init__(self, held_out: bool = False):
         images, labels = mnist_digits()
@@ -79,7 +79,7 @@ class Digits:
         places = halves(canvas, scene.relation)
         for place, color, digit in zip(places, scene.colors, scene.digits, strict=True):
             shape = self.shapes[rng.choice(self._of_label[digit])]
-            place[0] = np.round(shape[..., None] / 255 * COLOURS[color])
+            place[0] = np.round(shape[..., None] / 255 * COLORS[color])
         return canvas[0]
 
 
@@ -92,10 +92,10 @@ def pack_captioned_digits(
     unseen: int = 100,
     seed: int = 0,
 ) -> Manifest:
-    """Pack canvases as pixels (3,32,32), a byte each, with their two captions.
+    """Pack canvases as uint8 pixels (3,32,32) with their two captions.
 
-    `unseen` scenes occur in no image: unseen.txt holds a caption of each, a line each, and
-    unseen.json what each shows.
+    images: their number. unseen: how many scenes occur in no image; unseen.txt lists a caption of
+    each, one per line, and unseen.json what each shows.
     """
     directory, rng, digits = Path(directory), np.random.default_rng(seed), Digits()
     scenes = all_scenes()
@@ -108,7 +108,7 @@ def pack_captioned_digits(
         content="sample",
         scaled=True,
         shape=(3, SIZE, SIZE),
-        flips=False,  # a mirrored digit is none, and left would be right
+        flips=False,  # mirroring breaks digits and swaps left and right
         dtype="uint8",
         classes=1,
         autoencoder="identity",
@@ -132,7 +132,7 @@ def pack_captioned_digits(
 
 
 def _shrunk(images: np.ndarray) -> np.ndarray:
-    """MNIST's digits (n,28,28) without most of their margin, (n,16,16) uint8."""
+    """MNIST's digits (n,28,28) with most of their margin cut off, resized to (n,16,16) uint8."""
     margin = 2
     size = (DIGIT, DIGIT)
     cut = images[:, margin:-margin, margin:-margin]

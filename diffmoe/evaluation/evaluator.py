@@ -14,7 +14,7 @@ from diffmoe.evaluation.image_sets import ImageSet
 from diffmoe.evaluation.judges import load_classifier
 from diffmoe.evaluation.references import Reference, check_reference, load_reference
 from diffmoe.evaluation.scenes import SceneReader, load_truth
-from diffmoe.prepare.decoding import WHITE, Color
+from diffmoe.prepare.images import WHITE, Color
 
 
 @dataclass(frozen=True)

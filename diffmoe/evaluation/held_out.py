@@ -15,6 +15,7 @@ from torch import Tensor
 from diffmoe.config import Config
 from diffmoe.data.examples import Examples
 from diffmoe.data.fetching import Fetch
+from diffmoe.data.lanes import DataSource
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.diffusion import create_objective
@@ -62,16 +63,9 @@ class HeldOut:
 
     def _samples(self, path: str, manifest: Manifest) -> Iterator[tuple[int, Batch]]:
         """This rank's batches by number: the first `samples` of one lane's first epoch."""
-        stream = LatentStream(
-            path,
-            manifest,
-            lanes=1,
-            my_lanes=[0],
-            samples_per_lane=BATCH,
-            seed=self.config.seed,
-            captions=self.config.model.text is not None,
-            fetch=Fetch.of(self.config.data),
-        )
+        fetch = Fetch.of(self.config.data)
+        source = DataSource(path, manifest, lanes=1, seed=self.config.seed, fetch=fetch)
+        stream = LatentStream(source, [0], BATCH, captions=self.config.model.text is not None)
         for number, batch in enumerate(islice(stream, self.batches)):
             if number in self.mine:
                 size = min(BATCH, self.samples - number * BATCH)

@@ -13,8 +13,8 @@ from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
 from diffmoe.npz_files import npz_rows, npz_shape, read_npz
-from diffmoe.prepare.decoding import WHITE, Color
-from diffmoe.prepare.images import EXTENSIONS, image_files, read_image
+from diffmoe.prepare.image_folders import EXTENSIONS, image_files, read_image
+from diffmoe.prepare.images import WHITE, Color
 from diffmoe.redaction import printable
 from diffmoe.sampling.many_images import MANIFEST, read_manifest, shard_arrays
 

@@ -14,7 +14,7 @@ from diffmoe.evaluation.image_sets import open_images
 from diffmoe.evaluation.moments import Gaussian
 from diffmoe.evaluation.summary import summarize
 from diffmoe.npz_files import npz_shape, read_npz, write_npz
-from diffmoe.prepare.decoding import WHITE, Color
+from diffmoe.prepare.images import WHITE, Color
 
 # For precision, recall and KID; as many as in ADM's ImageNet reference.
 KEPT_FEATURES = 10_000

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffmoe.digits.captioned_digits import COLOURS, SIZE, Digits, Scene, all_scenes, halves
+from diffmoe.digits.captioned_digits import COLORS, SIZE, Digits, Scene, all_scenes, halves
 from diffmoe.digits.digit_network import fit_digits
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import ImageSet, batches
@@ -35,7 +35,7 @@ class SceneReader:
             ]
         )
         distances = np.linalg.norm(_hues(places)[:, None] - self._colors, axis=-1)
-        colors = np.array(list(COLOURS))[distances.argmin(1)].reshape(-1, 2).tolist()
+        colors = np.array(list(COLORS))[distances.argmin(1)].reshape(-1, 2).tolist()
         digits = self._digits(places.max(-1)).reshape(-1, 2).tolist()
         return [
             Scene(relation, tuple(names), tuple(numbers))
@@ -113,7 +113,7 @@ def _hues(places: np.ndarray) -> np.ndarray:
 
 def _mean_colors(drawn: list[tuple[Scene, np.ndarray]]) -> np.ndarray:
     """The mean hue of each color (6,3), over all places that have it."""
-    of: dict[str, list[np.ndarray]] = {name: [] for name in COLOURS}
+    of: dict[str, list[np.ndarray]] = {name: [] for name in COLORS}
     for scene, canvas in drawn:
         hues = _hues(np.concatenate(halves(canvas[None], scene.relation)))
         for name, hue in zip(scene.colors, hues, strict=True):

@@ -1,4 +1,4 @@
-"""Looking a data folder over: every shard, every sample, what the model would see of them."""
+"""Check a data folder: every shard, every sample, and the statistics that the model would see."""
 
 import math
 from collections import Counter
@@ -12,37 +12,35 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from diffmoe.config import BYTES
 from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.data.captions import Captions
 from diffmoe.data.fetching import Fetch, Unreadable, open_shard
-from diffmoe.data.latents import model_latents
-from diffmoe.data.manifest import Manifest
-from diffmoe.data.numbers import restored
-from diffmoe.data.reading import OpenShard, Sample, unreadable
+from diffmoe.data.latents import Sample, from_stored, model_latents
+from diffmoe.data.manifest import Manifest, TextContent
+from diffmoe.data.reading import OpenShard, unreadable
 from diffmoe.errors import UserError
-from diffmoe.prepare.flat_images import FlatImages, flat_on_sheet
+from diffmoe.prepare.blank_images import BlankImages, blank_on_sheet
 from diffmoe.redaction import redact
 from diffmoe.seeding import keyed_generator
 
-# Latents of a wrong scale are off by 5 or more; whitened ones (EDM2: 0.5) and pixels lie within.
+# A wrong scale is off by a factor of 5 or more; whitened latents (EDM2: 0.5) and pixels are within.
 _DEVIATIONS = (0.35, 2.8)
-_TOLD = 20  # problems that are printed in full
+_PRINTED = 20  # problems that are printed in full
 _SHEET = 32  # samples on the contact sheet
 
 
 @dataclass
 class Report:
-    """What was found: `problems` are wrong, `lines` are for reading."""
+    """Result of a check. problems: what must be fixed. lines: what was found."""
 
     problems: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        told = [f"problem: {problem}" for problem in self.problems[:_TOLD]]
-        if len(self.problems) > _TOLD:
-            told.append(f"and {len(self.problems) - _TOLD} more problems")
-        return "\n".join([*self.lines, *(told or ["no problems"])])
+        problems = [f"problem: {problem}" for problem in self.problems[:_PRINTED]]
+        if len(self.problems) > _PRINTED:
+            problems.append(f"and {len(self.problems) - _PRINTED} more problems")
+        return "\n".join([*self.lines, *(problems or ["no problems"])])
 
 
 def check_data(
@@ -51,28 +49,32 @@ def check_data(
     device: str | torch.device = "cpu",
     fetch: Fetch = Fetch(),  # noqa: B008 (a tuple)
 ) -> Report:
-    """Read a data folder whole. Raises UserError only where there is no manifest to go by.
+    """Read all of a data folder. Raises UserError only if its manifest cannot be read.
 
-    sheet: where to write a PNG of up to 32 samples, each above its mirror image.
+    sheet: where to write a PNG of up to 32 samples, each above its mirror image; None: nowhere.
+    device: for decoding them.
     """
     manifest = Manifest.load(directory)
-    report, statistics, flat = Report(), _Statistics(manifest), FlatImages(manifest)
-    labels, dtypes, places = Counter(), Counter(), {}
+    report, statistics, blank = Report(), _Statistics(manifest), BlankImages(manifest)
+    labels: Counter[int] = Counter()
+    dtypes: Counter[str] = Counter()
+    addresses: dict[str, str] = {}  # of the shard, by key
     shown: list[Sample] = []
     of_each = max(1, _SHEET // manifest.classes)
     lengths: list[list[int]] = []
     for sample, captions, address in _samples(directory, manifest, report, fetch):
-        if sample.key in places:
+        if sample.key in addresses:
             report.problems.append(
-                f"sample key {sample.key} is in {places[sample.key]} and again in {redact(address)}"
+                f"sample key {sample.key} is in {addresses[sample.key]} and again in "
+                f"{redact(address)}"
             )
-        places[sample.key] = redact(address)
+        addresses[sample.key] = redact(address)
         labels[sample.label] += 1
         dtypes[str(sample.array.dtype)] += 1
         statistics.add(sample.array)
-        flat.add(sample.key, sample.array)
+        blank.add(sample.key, sample.array)
         if captions is not None:
-            lengths.append(_lengths(captions, manifest))
+            lengths.append(_token_counts(captions))
         if len(shown) < _SHEET and labels[sample.label] <= of_each:
             shown.append(sample)
     shape = "x".join(map(str, manifest.shape))
@@ -84,11 +86,11 @@ def check_data(
         + f", scaled {manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
         f"autoencoder {manifest.autoencoder}, pixels {manifest.pixel_range}; {manifest.source}",
         *_histogram(labels, manifest),
-        *_caption_lines(lengths, manifest),
+        *([] if manifest.text is None or not lengths else _caption_lines(lengths, manifest.text)),
     ]
     if labels:
-        report.lines += [*statistics.lines(), *flat.lines(problems=False)]
-        report.problems += [*statistics.problems(), *flat.lines(problems=True)]
+        report.lines += [*statistics.lines(), *blank.lines(problems=False)]
+        report.problems += [*statistics.problems(), *blank.lines(problems=True)]
         if sheet is not None:
             _write_sheet(shown, manifest, sheet, device, report)
     return report
@@ -97,7 +99,7 @@ def check_data(
 def _samples(
     directory: str | Path, manifest: Manifest, report: Report, fetch: Fetch
 ) -> Iterator[tuple[Sample, Captions | None, str]]:
-    """Every good sample, its captions and its shard; what is not good goes to the report."""
+    """Every good sample, its captions and its shard's name; the others are reported as problems."""
     for shard in tqdm(manifest.shards, unit="shard", dynamic_ncols=True, disable=None):
         address = shard.name
         try:
@@ -122,7 +124,7 @@ def _samples(
 
 
 class _Statistics:
-    """Mean and standard deviation per channel of what the model would see, without drawing."""
+    """Mean and standard deviation of each channel as the model would see it, in closed form."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
@@ -132,7 +134,7 @@ class _Statistics:
 
     def add(self, array: np.ndarray) -> None:
         manifest = self.manifest
-        z = restored(array, manifest.dtype).astype(np.float64)
+        z = from_stored(array, manifest.dtype).astype(np.float64)
         variance = np.zeros(1)
         if manifest.content != "sample":
             z, spread = np.split(z, 2)
@@ -144,7 +146,7 @@ class _Statistics:
         self._squares += (z**2 + variance).sum((1, 2))
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of each channel, scaled and shifted."""
+        """Mean and standard deviation of each channel after scale and shift."""
         mean = self._sum / self._n
         deviation = np.sqrt(np.maximum(self._squares / self._n - mean**2, 0))
         if not self.manifest.scaled:
@@ -155,7 +157,7 @@ class _Statistics:
     def lines(self) -> list[str]:
         mean, deviation = self.moments()
         return [
-            "as the model sees them, per channel:",
+            "as the model sees the data, per channel:",
             "  mean      " + " ".join(f"{x:8.4f}" for x in mean),
             "  deviation " + " ".join(f"{x:8.4f}" for x in deviation),
         ]
@@ -164,13 +166,14 @@ class _Statistics:
         manifest, problems = self.manifest, []
         _, deviation = self.moments()
         lowest, highest = deviation.min(), deviation.max()
+        worst = lowest if lowest < _DEVIATIONS[0] else highest
         if manifest.autoencoder != "identity" and not (
             _DEVIATIONS[0] <= lowest and highest <= _DEVIATIONS[1]
         ):
             problems.append(
-                f"the standard deviation of a channel is {lowest if lowest < 0.35 else highest:.3g}"
-                f", far from 1: scale={manifest.scale} with scaled={manifest.scaled} looks wrong "
-                "(left out, or applied twice?)"
+                f"a channel's standard deviation is {worst:.3g}, far from 1: scale="
+                f"{manifest.scale} with scaled={manifest.scaled} looks wrong (missing, or applied "
+                "twice?)"
             )
         if manifest.content == "mean_std" and self._lowest < 0:
             problems.append(
@@ -191,7 +194,7 @@ def _histogram(labels: Counter, manifest: Manifest) -> list[str]:
     empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
     lines = [
         f"samples per class: {min(counts)} to {max(counts)}, median {int(np.median(counts))}"
-        + (f"; none of {len(empty)} classes, such as {empty[0]}" if empty else "")
+        + (f"; {len(empty)} classes have none, such as {empty[0]}" if empty else "")
     ]
     if manifest.classes <= 20:
         widest = max(map(len, names))
@@ -201,24 +204,22 @@ def _histogram(labels: Counter, manifest: Manifest) -> list[str]:
     return lines
 
 
-def _lengths(captions: Captions, manifest: Manifest) -> list[int]:
-    """Tokens of each caption; of bytes those that there are, not only those that are read."""
-    if manifest.text.encoder == BYTES:
+def _token_counts(captions: Captions) -> list[int]:
+    """Tokens of each caption; of bytes all, including those beyond the limit."""
+    if captions.lengths is None:
         return [len(line.encode()) for line in captions.lines]
     return captions.lengths.tolist()
 
 
-def _caption_lines(lengths: list[list[int]], manifest: Manifest) -> list[str]:
-    if not lengths:
-        return []
-    text, each = manifest.text, [len(of_sample) for of_sample in lengths]
+def _caption_lines(lengths: list[list[int]], text: TextContent) -> list[str]:
+    each = [len(of_sample) for of_sample in lengths]
     every = [length for of_sample in lengths for length in of_sample]
     full = sum(length >= text.length for length in every) / len(every)
     return [
         f"captions for {text.encoder}, at most {text.length} tokens, width {text.width}, pooled "
         f"{text.pooled}",
-        f"  {min(each)} to {max(each)} a sample, {min(every)} to {max(every)} tokens each; "
-        f"{full:.1%} of them have {text.length} or more; what is beyond is cut off",
+        f"  {min(each)} to {max(each)} per sample, {min(every)} to {max(every)} tokens each; "
+        f"{full:.1%} have {text.length} or more and are cut off there",
     ]
 
 
@@ -229,7 +230,7 @@ def _write_sheet(
     device: str | torch.device,
     report: Report,
 ) -> None:
-    """The report gets where it is, or why it is not, and what is wrong with its images."""
+    """Write the contact sheet; its path, or the reason why there is none, goes to the report."""
     try:
         autoencoder = autoencoder_of(manifest.latent_spec, device)
     except UserError as error:
@@ -254,10 +255,10 @@ def _write_sheet(
             top, left = (line * len(strips) + row) * height, column * width
             page[top : top + height, left : left + width] = images[number]
     if channels not in (1, 3):
-        report.lines.append(f"no contact sheet: {channels} channels are no picture")
+        report.lines.append(f"no contact sheet: {channels} channels cannot be shown")
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(page.squeeze(-1) if channels == 1 else page).save(path)
-    report.lines.append(f"contact sheet, in order of class, each above its mirror image: {path}")
-    if manifest.autoencoder != "identity":  # pixels were all looked at
-        report.problems += flat_on_sheet(strips[0])
+    report.lines.append(f"contact sheet, by class, each image above its mirror image: {path}")
+    if manifest.autoencoder != "identity":  # all pixels were checked above
+        report.problems += blank_on_sheet(strips[0])

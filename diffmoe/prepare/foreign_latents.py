@@ -1,224 +1,149 @@
-"""Latents that other projects have cached: where their files lie and what the numbers mean.
+"""Import latents that other projects have cached; the manifest says what their numbers mean."""
 
-Each reader returns the items, how to load one, and the Manifest fields that the format settles;
-what it leaves open must come from the user. Facts from the projects' public code, November 2026.
-"""
-
-import json
-import math
-import os
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ValidationError
 
-from diffmoe.data.tar_index import MEMBER_LIMIT, Member
+from diffmoe.data.autoencoders import canonical_name
+from diffmoe.data.latents import Sample, from_stored, to_stored
+from diffmoe.data.manifest import Manifest, describe
 from diffmoe.errors import UserError
-from diffmoe.files import check_safetensors, contained, read_bytes, read_text, refuse_special
-from diffmoe.npz_files import decode_npy, read_npz
-from diffmoe.prepare.images import index_tar, label_of, member_bytes
+from diffmoe.files import check_tree
+from diffmoe.prepare import latent_formats
+from diffmoe.prepare.latent_formats import CachedLatents, LatentItem
+from diffmoe.prepare.sharding import ShardOutput, Skipped, convert_items
 
-_LABELS_LIMIT = 128 << 20  # bytes of dataset.json; ImageNet's has 60 million
-
-
-class LatentItem(NamedTuple):
-    """One cached sample: a file, or the `part`-th or named piece of one."""
-
-    name: str
-    path: str
-    label: int | None = None  # None: in a file beside it
-    part: Any = None
-
-
-class Arrays(NamedTuple):
-    """A sample as its files hold it."""
-
-    label: int
-    array: np.ndarray
-    flip: np.ndarray | None = None
+# Each format's reader, and the flags for what its files do not say.
+FORMATS = {
+    "fast-dit": (latent_formats.fast_dit, ("vae", "classes")),
+    "mar": (latent_formats.mar, ("vae", "scale")),
+    "repa": (latent_formats.repa, ("vae", "classes")),
+    "edm2": (latent_formats.edm2, ("vae", "classes")),
+    "lightningdit": (latent_formats.lightning_dit, ("vae", "classes", "multiplier")),
+    "webdataset": (latent_formats.webdataset, ("vae", "classes", "content", "scaled", "scale")),
+}
+_READ_ERRORS = (OSError, ValueError, KeyError, EOFError)
 
 
-class Foreign(NamedTuple):
-    """A cached data set."""
+def import_latents(
+    kind: str,
+    source: str | Path,
+    output: ShardOutput,
+    *,
+    answers: dict[str, Any],
+    stats: str | None = None,
+    dtype: str = "float16",
+) -> Manifest | None:
+    """Pack another project's latents. Returns the manifest, or None while other ranks still work.
 
-    items: list[LatentItem]
-    load: Callable[[LatentItem], Arrays]
-    fields: dict[str, Any]
+    kind: one of FORMATS.
+    answers: values by flag: vae, classes, multiplier, or fields of Manifest (content, scaled,
+        scale, shift, pixel_range). They override what the format implies; None counts as missing.
+    stats: for lightningdit, its statistics file; None: the one beside the latents.
 
-
-def fast_dit(root: Path) -> Foreign:
-    """`*_features/N.npy` (1,C,H,W), drawn and scaled by 0.18215; `*_labels/N.npy` (1,).
-
-    Each image was mirrored at random before it was encoded, so there are no flips.
+    Raises UserError.
     """
-    features, labels = (_only(root, f"*_{kind}") for kind in ("features", "labels"))
-    files = sorted(features.glob("*.npy"), key=lambda file: (len(file.stem), file.stem))
-
-    def load(item: LatentItem) -> Arrays:
-        label = _load_npy(labels / Path(item.path).name)
-        if label.size != 1:
-            raise ValueError(f"its label file holds {label.size} numbers")
-        array = _load_npy(item.path)
-        return Arrays(int(label.reshape(())), array.reshape(array.shape[-3:]))
-
-    items = [LatentItem(file.name, str(file)) for file in files]
-    fields = {"content": "sample", "scaled": True, "scale": 0.18215, "flips": False}
-    return Foreign(items, load, fields)
-
-
-def mar(root: Path) -> Foreign:
-    """`CLASS/NAME.npz` with `moments` and `moments_flip`: mean and log-variance, unscaled.
-
-    MAR and the DiffMoE release. Classes are numbered by sorted folder name, as the projects do it.
-    """
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    items = [
-        LatentItem(f"{name}/{file.name}", str(file), label)
-        for label, name in enumerate(classes)
-        for file in sorted((root / name).glob("*.npz"))
-    ]
-
-    def load(item: LatentItem) -> Arrays:
-        try:
-            arrays = read_npz(Path(item.path), "moments", "moments_flip")
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        return Arrays(item.label, arrays["moments"], arrays["moments_flip"])
-
-    fields = {"content": "mean_logvar", "scaled": False, "flips": True}
-    return Foreign(items, load, {**fields, "classes": len(classes), "class_names": classes})
-
-
-def mean_std(root: Path) -> Foreign:
-    """`NNNNN/img-mean-std-NNNNNNNN.npy`: mean and STANDARD DEVIATION; labels in `dataset.json`.
-
-    REPA and EDM2: the same files, but of other pixel ranges and scales.
-    """
-    index = root / "dataset.json"
-    try:
-        pairs = json.loads(read_text(index, _LABELS_LIMIT))["labels"]
-        labels = {name: int(label) for name, label in pairs}
-        for folder in {os.path.dirname(name) for name in labels}:
-            contained(root, folder)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    root = Path(source)
+    if not root.is_dir():
+        raise UserError(f"--latents {root} is not a folder")
+    check_tree(root, "")
+    read, needed = FORMATS[kind]
+    missing = [f"--{flag}" for flag in needed if answers.get(flag) is None]
+    if missing:
         raise UserError(
-            f"{index} gives no labels ({type(error).__name__}: {error}); it must hold "
-            '{"labels": [["00000/img-mean-std-00000000.npy", CLASS], ...]}'
-        ) from None
-    items = [
-        LatentItem(name, str(root / name), label)
-        for name, label in sorted(labels.items())
-        if "img-mean-std-" in name
-    ]
-    fields = {"content": "mean_std", "scaled": False, "flips": False}
-    return Foreign(items, lambda item: Arrays(item.label, _load_npy(item.path)), fields)
-
-
-def repa(root: Path) -> Foreign:
-    """As `mean_std`, of pixels -1..1; the project trains on samples times 0.18215."""
-    found = mean_std(root)
-    return found._replace(fields={**found.fields, "scale": 0.18215})
-
-
-def edm2(root: Path) -> Foreign:
-    """As `mean_std`, of pixels 0..1; whitened per channel to a standard deviation of 0.5."""
-    found = mean_std(root)
-    means, deviations = [5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]
-    scale = [0.5 / deviation for deviation in deviations]
-    fields = {"scale": scale, "shift": means, "pixel_range": (0.0, 1.0)}
-    return found._replace(fields={**found.fields, **fields})
-
-
-def lightning_dit(root: Path, stats: Path | None, multiplier: float) -> Foreign:
-    """`*.safetensors` with `latents`, `latents_flip`, `labels`: drawn, unscaled.
-
-    stats: latents_stats.pt, `mean` and `std` per channel; by default the folder's own. The model
-        works on (z - mean) / std * multiplier.
-    """
-    stats = stats or root / "latents_stats.pt"
-    try:
-        refuse_special(stats)
-        numbers = torch.load(stats, map_location="cpu", weights_only=True)
-        mean, deviation = (numbers[key].flatten().tolist() for key in ("mean", "std"))
-        if not all(map(math.isfinite, mean + deviation)) or 0 in deviation:
-            raise ValueError(f"mean {mean}, std {deviation}")
-    except Exception as error:  # torch.load raises many kinds
+            f"the files of --format {kind} do not say everything; give {', '.join(missing)} "
+            "(--help explains them)"
+        )
+    answers = {name: value for name, value in answers.items() if value is not None}
+    vae, multiplier = answers.pop("vae"), answers.pop("multiplier", None)
+    if kind == "lightningdit":
+        data = latent_formats.lightning_dit(root, Path(stats) if stats else None, multiplier)
+    else:
+        data = read(root)
+    if not data.items:
         raise UserError(
-            f"{stats} gives no statistics ({type(error).__name__}: {error}); give --stats "
-            "latents_stats.pt, which must hold mean and std"
-        ) from None
-    items = []
-    for file in sorted(root.glob("*.safetensors")):
-        try:
-            stored = _open_safetensors(str(file))
-            if (
-                stored.get_slice("labels").get_shape()
-                != stored.get_slice("latents").get_shape()[:1]
-            ):
-                raise ValueError("it has not one label for each latent")
-            labels = stored.get_tensor("labels").tolist()
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"{file} cannot be read ({error}); copy it again or remove it"
-            ) from None
-        items += [LatentItem(f"{file.name}#{i}", str(file), n, i) for i, n in enumerate(labels)]
-
-    def load(item: LatentItem) -> Arrays:
-        file = _open_safetensors(item.path)
-        try:
-            arrays = [file.get_slice(key)[item.part] for key in ("latents", "latents_flip")]
-        except SafetensorError as error:
-            raise ValueError(str(error)) from None
-        return Arrays(item.label, *(array.float().numpy() for array in arrays))
-
+            f"--latents {root} contains no files of --format {kind}; --help describes the formats"
+        )
     fields = {
-        "content": "sample",
-        "scaled": False,
-        "scale": [multiplier / number for number in deviation],
-        "shift": mean,
-        "flips": True,
+        **data.fields,
+        **answers,
+        "autoencoder": canonical_name(vae),
+        "source": f"{kind} latents of {root.resolve()}",
+        "dtype": dtype,
     }
-    return Foreign(items, load, fields)
+    fields["shape"] = _shape(data, fields["content"])
+    for item in data.items:
+        if item.label is not None:
+            _check_label(root, item, item.label, fields["classes"])
+    keys = {item.name: f"{number:08d}" for number, item in enumerate(data.items)}
+    try:
+        array_shape = Manifest(shards=[], **fields).array_shape
+    except ValidationError as error:
+        problems = "; ".join(describe(problem) for problem in error.errors())
+        raise UserError(f"{problems}: fix the flags") from None
+
+    def convert(items: Sequence[LatentItem]) -> Iterator[Sample | Skipped]:
+        for item in items:
+            try:
+                label, *arrays = data.load(item)
+                _check_label(root, item, label, fields["classes"])
+                arrays = [
+                    _stored(_checked(array, array_shape), dtype)
+                    for array in arrays
+                    if array is not None
+                ]
+            except _READ_ERRORS as error:
+                yield Skipped(item.name, f"{type(error).__name__}: {error}")
+            else:
+                yield Sample(keys[item.name], label, *arrays)
+
+    return convert_items(data.items, convert, fields, output)
 
 
-def webdataset(root: Path) -> Foreign:
-    """`*.tar` of KEY.npy and KEY.cls. What the numbers mean is the user's to say."""
-    items = []
-    for tar in sorted(root.glob("*.tar")):
-        for entry, text in zip(*index_tar(tar), strict=True):
-            arrays = [member for kind, member in entry.members.items() if kind.endswith("npy")]
-            if len(arrays) != 1:
-                raise UserError(
-                    f"{tar}, sample {entry.key} has {len(arrays)} npy members, among "
-                    f"{', '.join(entry.members)}; it must have one and a cls"
-                )
-            label = label_of(f"{tar}, {entry.key}", text)
-            items.append(LatentItem(f"{tar.name}/{entry.key}", str(tar), label, arrays[0]))
-
-    def load(item: LatentItem) -> Arrays:
-        member: Member = item.part
-        return Arrays(item.label, decode_npy(member_bytes(item.path, member)))
-
-    return Foreign(items, load, {"flips": False})
+def _check_label(root: Path, item: LatentItem, label: int, classes: int) -> None:
+    if not 0 <= label < classes:
+        raise UserError(
+            f"--latents {root}: {item.name}: label {label} is outside the classes "
+            f"0..{classes - 1}; fix it or give another --classes"
+        )
 
 
-@cache
-def _open_safetensors(path: str):
-    check_safetensors(Path(path))
-    return safe_open(path, framework="pt")
+def _shape(data: CachedLatents, content: str) -> tuple[int, int, int]:
+    """(C,H,W) of the latents, from the first sample that can be read."""
+    reason = ""
+    for item in data.items[:100]:
+        try:
+            shape = data.load(item).array.shape
+        except _READ_ERRORS as error:
+            reason = reason or f"{item.name}: {type(error).__name__}: {error}"
+            continue
+        if len(shape) != 3 or (content != "sample" and shape[0] % 2):
+            wanted = "(C,H,W)" if content == "sample" else "(2C,H,W), mean and spread"
+            raise UserError(
+                f"{item.name} has shape {shape}, but content={content} needs {wanted}; is this "
+                "another --format?"
+            )
+        channels = shape[0] if content == "sample" else shape[0] // 2
+        return (channels, *shape[1:])
+    raise UserError(
+        f"none of the first files can be read, such as {reason}; is this another --format?"
+    )
 
 
-def _load_npy(path: str | Path) -> np.ndarray:
-    return decode_npy(read_bytes(path, MEMBER_LIMIT))
+def _stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    stored = to_stored(array, dtype)
+    if not np.isfinite(from_stored(stored, dtype)).all():
+        raise ValueError(f"{np.abs(array).max():g} is too large for {dtype}")
+    return stored
 
 
-def _only(root: Path, pattern: str) -> Path:
-    """The one subfolder of a name."""
-    found = sorted(path for path in root.glob(pattern) if path.is_dir())
-    if len(found) != 1:
-        raise UserError(f"{root} has {len(found)} folders {pattern}; it must have one")
-    return found[0]
+def _checked(array: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    array = np.asarray(array, dtype=np.float32)
+    if array.shape != shape:
+        raise ValueError(f"shape {array.shape}, but the first file has {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError("NaN or infinity")
+    return array

@@ -1,118 +1,65 @@
-"""Images to read: class folders or tar shards in, square RGB arrays out.
+"""From the bytes of an image file to 8-bit RGB as viewers show it, and to DiT's square crop.
 
-Only regular files are opened: a fifo or a device by the name of an image is a bad image.
+EXIF orientation is applied and transparency is composited on a background; 16-bit and float grays
+are scaled, palettes and CMYK converted; of an animation the first frame is used. Color profiles
+are not applied.
 """
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+import io
+from functools import cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
-from diffmoe.data.captions import caption_lines
-from diffmoe.data.tar_index import Entry, Member, read_member, tar_entries
 from diffmoe.errors import UserError
-from diffmoe.files import contained, open_regular, read_bytes
-from diffmoe.prepare.decoding import WHITE, Color, decoded
-from diffmoe.redaction import printable
 
-# Those of torchvision's ImageFolder, and .gif.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-# Read whole before they are decoded; what is larger is refused unread.
-_MOST_BYTES = 512 << 20
-_MOST_TEXT = 1 << 20
+# No others: Pillow would pass PostScript to Ghostscript, whatever the file is called.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+WHITE = (255, 255, 255)
 
+_ORIENTATION = 0x0112  # in EXIF
+_BITS, _PHOTOMETRIC = 258, 262  # in TIFF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-class ImageItem(NamedTuple):
-    """One image: a file, or a member of a tar."""
-
-    name: str  # within the folder of all images, as `printable`
-    path: str
-    label: int
-    key: str
-    member: Member | None = None
-    txt: Member | None = None  # of a tar
+Color = tuple[int, int, int]
 
 
-def find_images(
-    root: str | Path, captioned: bool = False, follow_links: bool = False
-) -> tuple[list[ImageItem], list[str] | None]:
-    """All images of a folder, and the names of its classes (None for tars, which have numbers).
-
-    root: class folders (names sorted, as torchvision's ImageFolder does it; subfolders count), or
-        uncompressed tars of KEY.jpg (or .png, ...) with KEY.cls.
-    captioned: of images with captions, which need no classes (all have label 0, None is given):
-        NAME.txt beside NAME.jpg at any depth, or KEY.txt in the tars.
-    follow_links: see `image_files`.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"--images {root} is no folder; give one of class folders or of tar shards")
-    out = None if follow_links else root
-    classes, files = _listed(str(root), out)
-    tars = [name for name in files if name.endswith(".tar")]
-    if captioned and not tars:
-        return _numbered([_of_file(root, file, 0) for file in _images_below(root, out)]), None
-    if bool(classes) == bool(tars):
-        found = f"{len(classes)} subfolders and {len(tars)} .tar files"
-        raise UserError(f"--images {root} holds {found}; it must hold the one or the other")
-    items: list[ImageItem] = []
-    for tar in tars:
-        items += _images_of_tar(root, tar, captioned)
-    for label, name in enumerate(classes):
-        inside = _images_below(root / name, out)
-        if not inside:
-            raise UserError(
-                f"class folder {printable(str(root / name))} holds no image "
-                f"({' '.join(EXTENSIONS)}); put some there, or remove it: every folder counts as "
-                "a class"
-            )
-        items += [_of_file(root, file, label) for file in inside]
-    names = None if captioned else [printable(name) for name in classes] or None
-    return _numbered(items), names
+def parse_color(name: str) -> Color:
+    """A color in Pillow's spelling: "white", "#ffffff", "rgb(255,255,255)". Raises UserError."""
+    try:
+        return ImageColor.getrgb(name)[:3]
+    except ValueError:
+        raise UserError(
+            f"--background {name} is not a color; give a name such as white, or #RRGGBB"
+        ) from None
 
 
-def image_files(folder: str | Path, follow_links: bool = False) -> list[str]:
-    """The images below a folder, in ImageFolder's order: folder by folder, names sorted.
-
-    follow_links: those that lead out of the folder are followed, too, instead of being refused.
-    Raises UserError for a folder that cannot be listed, a link to nowhere, and a loop of links.
-    """
-    return _images_below(folder, None if follow_links else Path(folder))
-
-
-def read_image(
-    path: str | Path, member: Member | None = None, background: Color = WHITE
-) -> Image.Image:
-    """A file, or a member of a tar, as RGB. Raises OSError or ValueError for a bad image."""
-    data = read_bytes(path, _MOST_BYTES) if member is None else member_bytes(path, member)
-    return decoded(data, background)
-
-
-def load_image(item: ImageItem, size: int, background: Color = WHITE) -> np.ndarray:
-    """Read, decode, crop: uint8 (size,size,3). Raises OSError or ValueError for a bad image."""
-    image = read_image(item.path, item.member, background)
-    if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} pixels: too narrow for a square")
-    return center_crop(image, size)
-
-
-def load_captions(item: ImageItem) -> list[str]:
-    """The captions of an image. Raises OSError or ValueError where there are none."""
-    if item.member is None:
-        return caption_lines(read_bytes(Path(item.path).with_suffix(".txt"), _MOST_TEXT))
-    if item.txt is None:
-        raise ValueError("no txt with captions")
-    return caption_lines(member_bytes(item.path, item.txt, _MOST_TEXT))
+def decode_image(data: bytes, background: Color = WHITE) -> Image.Image:
+    """The RGB image in the bytes of a file. Raises ValueError with the reason if there is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
+            return _rgb(_upright(image), background)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not one of {', '.join(FORMATS)}, or damaged") from None
+    # On damaged files decoders raise anything: struct.error, SyntaxError, IndexError, ...
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """DiT's (and ADM's) square of the middle, uint8 (size,size,3).
+    """The center crop of ADM and DiT (center_crop_arr), uint8 (size,size,3).
 
-    The shorter side is halved by box averages while it is at least twice `size`, then brought to
-    `size` by bicubic resampling; what is left over on the longer side is cut off evenly.
+    The image is halved by box averaging while its shorter side is at least twice `size`, then
+    resized bicubically so that this side is `size`; the longer side is cropped evenly.
     """
     while min(image.size) >= 2 * size:
         width, height = image.size
@@ -124,139 +71,52 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-def index_tar(path: str | Path) -> tuple[list[Entry], list[bytes | None]]:
-    """The samples of a tar, and the bytes of each one's `cls` (None where there is none)."""
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. Pillow has already done so for a TIFF, and removed the tag."""
     try:
-        with open_regular(path) as stream:
-            file = stream.fileno()
-            entries = tar_entries(file)
-            labels = [
-                _bytes_of(file, entry.members["cls"], _MOST_TEXT)
-                if "cls" in entry.members
-                else None
-                for entry in entries
-            ]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; copy it again") from None
-    return entries, labels
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged EXIF: viewers show the image anyway
+        return image
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
-def label_of(where: str, text: bytes | None) -> int:
-    """The class number in a `cls` member."""
-    try:
-        return int(text or b"")
-    except ValueError:
-        raise UserError(
-            f"{where}.cls holds no class number but {text and text[:20]!r}; mend the tar"
-        ) from None
+def _rgb(image: Image.Image, background: Color) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, background)
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return image.convert("RGB")
 
 
-def member_bytes(path: str | Path, member: Member, most: int = _MOST_BYTES) -> bytes:
-    """Read one member of a tar. Raises ValueError if it is larger than `most` bytes."""
-    with open_regular(path) as stream:
-        return _bytes_of(stream.fileno(), member, most)
-
-
-def _bytes_of(file: int, member: Member, most: int) -> bytes:
-    if member.size > most:
-        raise ValueError(f"{member.size:,} bytes are too many, at most {most:,} are read")
-    return read_member(file, member)
-
-
-def _numbered(items: list[ImageItem]) -> list[ImageItem]:
-    # Keys are numbers, because names may hold dots and spaces, which keys may not.
-    return [item._replace(key=f"{number:08d}") for number, item in enumerate(items)]
-
-
-def _of_file(root: Path, file: str, label: int) -> ImageItem:
-    return ImageItem(printable(os.path.relpath(file, root)), file, label, "")
-
-
-def _images_of_tar(root: Path, tar: str, captioned: bool) -> list[ImageItem]:
-    items = []
-    for entry, text in zip(*index_tar(root / tar), strict=True):
-        name = printable(f"{tar}/{entry.key}")
-        images = [m for kind, m in entry.members.items() if f".{kind}" in EXTENSIONS]
-        if len(images) != 1:
-            beside = "txt" if captioned else "cls"
-            raise UserError(
-                f"{root / name} has {len(images)} images, among {', '.join(entry.members)}; a "
-                f"sample must have one ({' '.join(EXTENSIONS)}) and a {beside}"
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Float or wide-integer grays as L, or as LA where one gray is marked transparent."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        whole = high > 1 and np.array_equal(values, values.round())
+        if not (low >= 0 and high <= (255 if whole else 1)):
+            raise ValueError(
+                f"floats from {low:g} to {high:g}; only 0 to 1, or whole numbers up to 255, can "
+                "be read as black to white"
             )
-        label = 0 if captioned else label_of(str(root / name), text)
-        txt = entry.members.get("txt")
-        items.append(ImageItem(name, str(root / tar), label, "", images[0], txt))
-    return items
+        levels = values.astype(np.uint8) if whole else np.round(values * 255).astype(np.uint8)
+    elif low >= 0 and high <= 65535:
+        levels = _levels(12 if tags.get(_BITS) == (12,) else 16)[values]
+    else:
+        raise ValueError(f"integers from {low} to {high}; only 0 to 65535 can be read")
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0; Pillow does not invert it
+        levels = 255 - levels
+    found = Image.fromarray(levels)
+    if "transparency" in image.info:
+        found.putalpha(Image.fromarray(values != image.info["transparency"]).convert("L"))
+    return found
 
 
-def _images_below(folder: str | Path, root: Path | None) -> list[str]:
-    return [
-        os.path.join(place, file)
-        for place, files in sorted(_folders(str(folder), root))
-        for file in files
-        if file.lower().endswith(EXTENSIONS)
-    ]
-
-
-def _folders(folder: str, root: Path | None) -> Iterator[tuple[str, list[str]]]:
-    """The folder and all below it, with the names of their files, in no order."""
-    waiting: list[tuple[str, dict]] = [(folder, {})]
-    while waiting:
-        place, above = waiting.pop()
-        try:
-            status = os.stat(place)
-        except OSError as error:
-            raise _unlisted(place, error) from None
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            raise UserError(
-                f"{printable(place)} leads back to {printable(above[here])}, which holds it; "
-                "remove the link"
-            )
-        folders, files = _listed(place, root)
-        yield place, files
-        waiting += [(os.path.join(place, name), {**above, here: place}) for name in folders]
-
-
-def _listed(folder: str, root: Path | None) -> tuple[list[str], list[str]]:
-    """The names of the folders in it and of the rest, sorted; a link is what it leads to.
-
-    root: links may not lead out of it.
-    """
-    folders, rest = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                # isdir, since is_dir raises for a link that leads to itself.
-                is_link = entry.is_symlink()
-                if is_link and root is not None and os.path.exists(entry.path):
-                    _check_link(entry.path, root)
-                if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                    folders.append(entry.name)
-                    continue
-                # A dangling image is skipped like other bad ones; anything else may be a folder.
-                is_image = entry.name.lower().endswith(EXTENSIONS)
-                if is_link and not is_image and not os.path.exists(entry.path):
-                    raise UserError(
-                        f"{printable(entry.path)} is a link that leads nowhere; mend or remove it"
-                    )
-                rest.append(entry.name)
-    except OSError as error:
-        raise _unlisted(folder, error) from None
-    return sorted(folders), sorted(rest)
-
-
-def _unlisted(folder: str, error: OSError) -> UserError:
-    way_out = "let yourself read it, or remove it"
-    return UserError(f"{printable(folder)} cannot be listed: {error.strerror}; {way_out}")
-
-
-def _check_link(link: str, root: Path) -> None:
-    try:
-        contained(root, os.path.relpath(link, root))
-    except UserError:
-        raise UserError(
-            f"{printable(link)} is a link that leads out of {printable(str(root))}, to "
-            f"{printable(os.path.realpath(link))}; if the links are of your own making, give "
-            "--follow-links"
-        ) from None
+@cache
+def _levels(bits: int) -> np.ndarray:
+    """The nearest 8-bit gray of each 16-bit value; values that exceed `bits` are white."""
+    values = np.arange(1 << 16) * 255 / ((1 << bits) - 1)
+    return np.minimum(np.round(values), 255).astype(np.uint8)

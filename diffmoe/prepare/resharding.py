@@ -1,19 +1,20 @@
-"""The samples of a data folder written anew: in another number of shards, or with new captions."""
+"""Rewrite the samples of a data folder: into another number of shards, or with new captions."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffmoe.data.captions import FEATURES, Captions, caption_lines
 from diffmoe.data.fetching import Unreadable, open_shard
+from diffmoe.data.latents import Sample
 from diffmoe.data.manifest import Manifest, is_url
 from diffmoe.data.reading import unreadable
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
 from diffmoe.npz_files import decode_npy
-from diffmoe.prepare.sharding import Made, convert_items
+from diffmoe.prepare.sharding import ShardOutput, convert_items
 from diffmoe.redaction import redact
-from diffmoe.work import Ranks
 
 
 class PackedItem(NamedTuple):
@@ -24,45 +25,36 @@ class PackedItem(NamedTuple):
     members: dict[str, Member]
 
 
-def reshard(
-    directory: str | Path,
-    out: str | Path,
-    shards: int,
-    *,
-    overwrite: bool = False,
-    ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
-) -> Manifest | None:
-    """Rewrite into `shards` equal shards; arrays, labels and captions stay bit for bit.
+def reshard(directory: str | Path, output: ShardOutput) -> Manifest | None:
+    """Rewrite into equal shards; arrays, labels and captions stay bit-identical.
 
-    Returns the new manifest, or None while other ranks still work.
+    Returns the new manifest, or None while other ranks are still working. Raises UserError.
     """
-    return rewrite(directory, out, iter, shards=shards, overwrite=overwrite, ranks=ranks)
+    return rewrite(directory, output, iter)
 
 
 def rewrite(
     directory: str | Path,
-    out: str | Path,
-    change: Callable[[Iterator[Made]], Iterator[Made]],
+    output: ShardOutput,
+    change: Callable[[Iterator[Sample]], Iterator[Sample]],
     *,
     changes: dict[str, Any] | None = None,
-    shards: int | None = None,
     settings: dict[str, Any] | None = None,
-    overwrite: bool = False,
-    ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
 ) -> Manifest | None:
-    """Write the samples, mixed anew, after `change`, which is given those of one new shard.
+    """Write the samples in a new order, after `change`, which gets those of one new shard.
 
-    changes: to the manifest; if it has a `text` then, samples come with their captions.
-    shards: by default as many as there are. settings: see `convert_items`.
+    output: by default with as many shards as there are now.
+    changes: to the manifest; if it then has a `text`, samples come with their captions.
+    settings: see `convert_items`.
     """
-    manifest = Manifest.load(directory)
+    manifest, out = Manifest.load(directory), output.directory
     if Path(out).resolve() == Path(directory).resolve():
         raise UserError(f"--out {out} is the folder that is read; choose another")
     items: list[PackedItem] = []
     for shard in manifest.shards:
         address = manifest.address(directory, shard)
         if is_url(address):
-            raise UserError(f"{redact(address)} is no file; copy the shards here first")
+            raise UserError(f"{redact(address)} is not a file; copy the shards here first")
         try:
             with open_shard(address, shard, attempts=1) as file:
                 entries = tar_entries(file.fileno())
@@ -73,7 +65,7 @@ def rewrite(
     fields |= changes or {}
     names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.stores_flips
 
-    def sample(item: PackedItem) -> Made:
+    def read(item: PackedItem) -> Sample:
         try:
             with open(item.path, "rb") as stream:
                 raw = {
@@ -81,31 +73,24 @@ def rewrite(
                     for name, member in item.members.items()
                     if name in (*names, *FEATURES, "txt", "cls")
                 }
-            made = Made(item.name, int(raw["cls"]), *(decode_npy(raw[name]) for name in names))
+            sample = Sample(item.name, int(raw["cls"]), *(decode_npy(raw[name]) for name in names))
             if fields["text"] is None:
-                return made
+                return sample
             features = (decode_npy(raw[name]) if name in raw else None for name in FEATURES)
-            return made._replace(captions=Captions(caption_lines(raw["txt"]), *features))
+            return sample._replace(captions=Captions(caption_lines(raw["txt"]), *features))
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{item.path}, sample {item.name} is broken ({error}); see what "
-                f"tools/check_data.py {directory} says"
+                f"tools/check_data.py {directory} reports"
             ) from None
 
-    def convert(part: Sequence[PackedItem]) -> Iterator[Made]:
-        return change(sample(item) for item in part)
+    def convert(part: Sequence[PackedItem]) -> Iterator[Sample]:
+        return change(read(item) for item in part)
 
-    made = convert_items(
-        out,
-        items,
-        convert,
-        fields=fields,
-        shards=len(manifest.shards) if shards is None else shards,
-        settings=settings,
-        overwrite=overwrite,
-        ranks=ranks,
-    )
-    if made is not None and made.skipped != manifest.skipped:
-        made.skipped = manifest.skipped
-        made.save(out)
-    return made
+    if output.shards is None:
+        output = replace(output, shards=len(manifest.shards))
+    new = convert_items(items, convert, fields, output, settings)
+    if new is not None and new.skipped != manifest.skipped:
+        new.skipped = manifest.skipped
+        new.save(out)
+    return new

@@ -1,4 +1,4 @@
-"""An encoder's features beside the captions of shards that are there."""
+"""Add a text encoder's features to shards with captions."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -9,53 +9,45 @@ import torch
 
 from diffmoe.config import BYTES
 from diffmoe.data.captions import Captions
+from diffmoe.data.latents import Sample
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.prepare.resharding import rewrite
-from diffmoe.prepare.sharding import Made
+from diffmoe.prepare.sharding import ShardOutput
 from diffmoe.text.encoders import TextEncoder
-from diffmoe.work import Ranks
 
 
 def encode_text(
-    directory: str | Path,
-    out: str | Path,
-    encoder: TextEncoder,
-    *,
-    batch: int = 64,
-    overwrite: bool = False,
-    ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
+    directory: str | Path, output: ShardOutput, encoder: TextEncoder, *, batch: int = 64
 ) -> Manifest | None:
-    """Rewrite shards that carry `txt` with the features of their captions, in float16.
+    """Rewrite shards that carry `txt` with their captions' features, in float16.
 
-    Returns the new manifest, or None while other ranks still work. batch: captions at a time.
+    Returns the new manifest, or None while other ranks are still working. batch: captions per pass
+    of the encoder. Raises UserError.
     """
     if batch < 1:
         raise UserError(f"--batch {batch} must be at least 1")
-    # The same captions must give the same bytes after a kill.
+    # A resumed command must give the same bytes for the same captions.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
-    def with_features(samples: Iterator[Made]) -> Iterator[Made]:
+    def with_features(samples: Iterator[Sample]) -> Iterator[Sample]:
         while some := list(islice(samples, batch)):
-            lines = [line for sample in some for line in sample.captions.lines]
-            found = iter(_features(encoder, lines, batch))
-            for sample in some:
-                own = sample.captions.lines
-                yield sample._replace(captions=_joined(own, list(islice(found, len(own)))))
+            lines = [sample.captions.lines if sample.captions else [] for sample in some]
+            encoded = _features(encoder, [line for own in lines for line in own], batch)
+            for sample, own in zip(some, lines, strict=True):
+                yield sample._replace(captions=_join(own, list(islice(encoded, len(own)))))
 
     return rewrite(
         directory,
-        out,
+        output,
         with_features,
         changes={"text": encoder.content.model_dump()},
         settings={"batch": None if encoder.content.encoder == BYTES else batch},
-        overwrite=overwrite,
-        ranks=ranks,
     )
 
 
 def _features(encoder: TextEncoder, lines: list[str], batch: int) -> Iterator[Captions]:
-    """Each caption with its features, as the only one of a sample."""
+    """Each caption with its features, as if it were the only one of a sample."""
     for start in range(0, len(lines), batch):
         part = lines[start : start + batch]
         if encoder.content.encoder == BYTES:
@@ -68,7 +60,8 @@ def _features(encoder: TextEncoder, lines: list[str], batch: int) -> Iterator[Ca
             yield Captions([line], tokens, np.array([len(tokens)], np.int32), pooled)
 
 
-def _joined(lines: list[str], parts: list[Captions]) -> Captions:
+def _join(lines: list[str], parts: list[Captions]) -> Captions:
+    """The captions of a sample with their features, from each caption with its own."""
     columns = zip(*(part[1:] for part in parts), strict=True)
     return Captions(
         lines, *(None if column[0] is None else np.concatenate(column) for column in columns)

@@ -8,6 +8,7 @@ from diffmoe.capacity.forward import Forward, Observer
 from diffmoe.config import Config
 from diffmoe.data.examples import Examples, micro_batches
 from diffmoe.data.fetching import Fetch
+from diffmoe.data.lanes import DataSource
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.stream import LatentStream
 from diffmoe.diffusion import create_objective
@@ -42,18 +43,16 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
     manifest.check_model(config.model)
     config = config.replace({"seed": seed, "training.accumulation": 1})
     objective, lanes = create_objective(config.diffusion), range(config.data.lanes)
-    stream = LatentStream(
+    source = DataSource(
         path,
         manifest,
         lanes=config.data.lanes,
-        my_lanes=lanes,
-        samples_per_lane=config.samples_per_lane,
         seed=seed,
-        workers=0,
-        captions=config.model.text is not None,
         # Without data.cache: a run from elsewhere must not have shards removed on this machine.
         fetch=Fetch(allow_commands=config.data.allow_commands),
     )
+    captions = config.model.text is not None
+    stream = LatentStream(source, lanes, config.samples_per_lane, captions=captions)
     clock, missing = 0, samples
     for latents in stream:
         (examples,) = micro_batches(latents, config, lanes, clock, objective)

@@ -1,1 +1,1 @@
-"""Captions into what a model is conditioned on: encoders and prompts."""
+"""From captions to what a model is conditioned on: encoders and prompts."""

@@ -1,4 +1,4 @@
-"""Models of transformers, from local folders alone: whole, in fp32, frozen, known by checksum."""
+"""T5 and CLIP of transformers from local folders: complete, in fp32, frozen, with a checksum."""
 
 import hashlib
 import json
@@ -21,27 +21,27 @@ def model_kind(folder: str | Path) -> str:
         found = json.loads(read_text(file)).get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{folder} is no local folder of a text encoder: {file} cannot be read ({error}); "
-            "nothing is downloaded, put it there"
+            f"{folder} is not a local folder of a text encoder: {file} cannot be read ({error}); "
+            "nothing is downloaded, copy the encoder there"
         ) from None
     if found not in _KINDS:
-        raise UserError(f"{file} says model_type={found}; give a folder of a T5 or a CLIP")
+        raise UserError(f"{file} says model_type={found}; give the folder of a T5 or CLIP")
     return _KINDS[found]
 
 
 def load_model(folder: str | Path, name: str, device: str | torch.device) -> nn.Module:
-    """The model of a folder, as transformers' class of this name. Raises UserError."""
-    network, told = _load(folder, name, dtype=torch.float32, output_loading_info=True)
-    if told["missing_keys"]:
+    """A folder's model as the transformers class `name`, in fp32 and frozen. Raises UserError."""
+    network, loading = _load(folder, name, dtype=torch.float32, output_loading_info=True)
+    if loading["missing_keys"]:
         raise UserError(
-            f"{folder} has no weights for {min(told['missing_keys'])} of {name}; give a whole "
-            "folder"
+            f"{folder} has no weights for {min(loading['missing_keys'])} of {name}; give a "
+            "complete folder"
         )
     return network.to(device).eval().requires_grad_(False)
 
 
-def load_preparation(folder: str | Path, name: str) -> Any:
-    """The tokenizer, or what prepares images, of a folder. Raises UserError."""
+def load_processor(folder: str | Path, name: str) -> Any:
+    """A folder's tokenizer or image processor, of the class `name`. Raises UserError."""
     return _load(folder, name)
 
 
@@ -52,7 +52,7 @@ def _load(folder: str | Path, name: str, **options: Any) -> Any:
         raise UserError(
             f'{folder} needs transformers, which is not installed; run: pip install "diffmoe[text]"'
         ) from None
-    # It would list the weights that are left out, and would not fail for those that are missing.
+    # Silent: it would list unused weights. Missing ones are checked in load_model.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -60,14 +60,14 @@ def _load(folder: str | Path, name: str, **options: Any) -> Any:
     # ImportError: some tokenizers need a package of their own.
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"{folder} cannot be loaded as {name} ({error}); give a whole folder: config.json, "
+            f"{folder} cannot be loaded as {name} ({error}); give a complete folder: config.json, "
             "weights, tokenizer"
         ) from error
 
 
 def checksum_of(model: nn.Module, tokenizer: Any) -> str:
-    """Of the weights and the vocabulary, whatever files and versions they came in."""
-    # Names of parameters change between versions of transformers, their numbers do not.
+    """Of the weights and the vocabulary, independent of file formats and library versions."""
+    # Parameter names change between versions of transformers, their values do not.
     weights = sorted(_digest(parameter) for parameter in model.parameters())
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256("\n".join([*weights, vocabulary]).encode()).hexdigest()[:16]

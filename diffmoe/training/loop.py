@@ -10,6 +10,7 @@ import torch
 from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.fetching import Fetch
+from diffmoe.data.lanes import DataSource
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.stream import LatentStream
 from diffmoe.errors import UserError
@@ -74,18 +75,21 @@ def train(
     if training.compile:
         telemetry.say("compiling the blocks: the first step takes a minute or more")
     saver = Saver(engine, network, ema, config, manifest, telemetry.say, lease, resume.origin)
-    data = LatentStream(
+    source = DataSource(
         config.data.path,
         manifest,
         lanes=config.data.lanes,
-        my_lanes=step.lanes,
-        samples_per_lane=config.samples_per_lane,
         seed=config.seed,
-        workers=config.data.workers,
+        fetch=Fetch.of(config.data),
+        max_bad_shards=config.data.max_bad_shards,
+    )
+    data = LatentStream(
+        source,
+        step.lanes,
+        config.samples_per_lane,
         clock=step.samples,
         captions=config.model.text is not None,
-        max_bad_shards=config.data.max_bad_shards,
-        fetch=Fetch.of(config.data),
+        workers=config.data.workers,
         report=telemetry.say if topology.rank == 0 else None,
     )
     stream = iter(data)

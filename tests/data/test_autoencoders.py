@@ -17,7 +17,7 @@ def test_uint8_rounds_to_the_nearest_level_and_clamps():
 
 
 def test_pixels_that_are_no_numbers_are_no_black_image():
-    with pytest.raises(UserError, match="pixels that are no numbers"):
+    with pytest.raises(UserError, match="gave NaN pixels"):
         load_autoencoder("identity").decode(torch.full((1, 1, 2, 2), torch.nan))
 
 

@@ -10,11 +10,12 @@ from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import TextContent
 from diffmoe.data.reading import read_shard
-from diffmoe.data.stream import Batch, LatentStream
+from diffmoe.data.stream import Batch
 from diffmoe.errors import UserError
 from diffmoe.recipes import load_config
 from diffmoe.seeding import keyed_generator
 from diffmoe.tree import tree_cat, tree_map
+from tests.helpers.streams import open_stream
 
 COUNTS, LANES, N = [7, 5, 6, 8], 4, 3
 LENGTH, WIDTH, POOLED = 9, 3, 2
@@ -51,9 +52,8 @@ def stored(request, tmp_path_factory, pack):
 
 
 def batches(stored, steps: int = 12, **changes) -> list[Batch]:
-    settings = {"lanes": LANES, "my_lanes": range(LANES), "samples_per_lane": N, "seed": 1}
-    stream = LatentStream(*stored, **(settings | {"captions": True} | changes))
-    given = iter(stream)
+    options = {"lanes": LANES, "seed": 1, "captions": True, "my_lanes": range(LANES)} | changes
+    given = iter(open_stream(*stored, samples_per_lane=N, **options))
     try:
         return [next(given) for _ in range(steps)]
     finally:

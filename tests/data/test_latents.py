@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents
+from diffmoe.data.latents import NotFinite, draw_mirrored, model_latents, to_stored
 from diffmoe.data.manifest import Manifest
-from diffmoe.data.numbers import stored
 from diffmoe.seeding import keyed_generator
 
 
@@ -69,7 +68,7 @@ def test_half_of_the_samples_are_mirrored_if_there_are_flips(fields):
 
 def test_bfloat16_is_stored_as_its_bits(fields):
     array = np.random.default_rng(0).standard_normal((2, 4, 4)).astype(np.float32) * 1e6
-    bits = stored(array, "bfloat16")
+    bits = to_stored(array, "bfloat16")
     assert bits.dtype == np.uint16
     z = model_latents([bits], manifest(fields, dtype="bfloat16"), keyed_generator(0))
     assert torch.equal(z[0], torch.from_numpy(array).bfloat16().float())

@@ -62,7 +62,7 @@ def test_manifest_that_is_not_json_is_named(folder):
         ({"content": "moments"}, r"content='moments'"),
         ({"shape": [4, 0, 4]}, r"shape=\[4, 0, 4\].*at least 1"),
         ({"scale": [1.0, 2.0, 3.0]}, r"scale has 3 numbers for 2 channels"),
-        ({"scale": 0.0}, r"scale holds a zero"),
+        ({"scale": 0.0}, r"scale contains a zero"),
         ({"class_names": ["a"]}, r"class_names has 1 names, classes is 7"),
         ({"shards": [{"name": "a.tar"}]}, r"shards\.0\.samples is missing"),
     ],

@@ -68,14 +68,14 @@ def test_shard_sizes_differ_by_one_at_most():
 @pytest.mark.parametrize(
     ("key", "label", "array", "message"),
     [
-        ("a.b", 0, ZEROS, "key 'a.b' holds a dot"),
+        ("a.b", 0, ZEROS, "key 'a.b' contains a dot"),
         ("__a", 0, ZEROS, "begins with"),
         ("a", 7, ZEROS, r"label 7 is outside the classes 0\.\.6"),
         ("a", -1, ZEROS, "label -1 is outside"),
         ("a", 0, ZEROS[:1], r"shape \(1, 4, 4\).*needs \(2, 4, 4\)"),
         ("a", 0, ZEROS.astype(np.int64), "int64; use float16 or float32"),
         ("a", 0, np.full_like(ZEROS, np.nan), "NaN or infinity"),
-        ("first", 0, ZEROS, "comes twice"),
+        ("first", 0, ZEROS, "occurs twice"),
     ],
 )
 def test_bad_samples_are_refused_and_leave_no_data_folder(
@@ -94,7 +94,7 @@ def test_a_flip_comes_exactly_when_the_manifest_says_so(tmp_path, fields):
 
 
 def test_planned_counts_must_be_met(tmp_path, fields):
-    with pytest.raises(ValueError, match="2 samples came, 3"):
+    with pytest.raises(ValueError, match="2 samples were added, 3"):
         write(tmp_path, [2, 1], fields, [("a", 0, ZEROS), ("b", 0, ZEROS)])
     with pytest.raises(ValueError, match="more than the 1 planned"):
         write(tmp_path, [1], fields, [("a", 0, ZEROS), ("b", 0, ZEROS)], overwrite=True)

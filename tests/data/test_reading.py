@@ -93,8 +93,11 @@ NAN[1, 2, 3], INFINITE[1, 2, 3] = np.nan, np.inf
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"latent_npy": npy(NAN), "cls": b"0"}, r"000000\.tar, sample 00000: NaN in the data"),
-        ({"latent_npy": npy(INFINITE), "cls": b"0"}, "NaN in the data"),
+        (
+            {"latent_npy": npy(NAN), "cls": b"0"},
+            r"000000\.tar, sample 00000: NaN or infinity",
+        ),
+        ({"latent_npy": npy(INFINITE), "cls": b"0"}, "NaN or infinity in the data"),
         ({"latent_npy": npy(GOOD)}, r"cls is missing \(there is latent\.npy\)"),
         ({"latent_npy": npy(GOOD), "cls": b"-1"}, "label -1 is outside"),
         ({"latent_npy": npy(GOOD), "cls": b"cat"}, "cannot be decoded"),
@@ -110,11 +113,11 @@ def test_bad_samples_are_named_with_shard_and_key(tmp_path, pack, members, messa
         read_shard(tmp_path / "000000.tar", relist(tmp_path))
 
 
-def test_a_tar_that_was_packed_torn_is_no_whole_tar(tmp_path, pack):
+def test_a_truncated_tar_is_reported_as_incomplete(tmp_path, pack):
     pack(tmp_path, [4])
     shard = tmp_path / "000000.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"000000\.tar is no whole tar \(cut off"):
+    with pytest.raises(UserError, match=r"000000\.tar is not a complete tar \(cut off"):
         read_shard(shard, relist(tmp_path))
 
 

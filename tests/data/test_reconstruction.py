@@ -7,9 +7,9 @@ import torch
 from diffmoe.data.autoencoders import KLAutoencoder, autoencoder_of
 from diffmoe.data.latents import model_latents
 from diffmoe.data.reading import read_shard
-from diffmoe.prepare.encoding import encode_images
-from diffmoe.prepare.images import find_images, load_image
+from diffmoe.prepare.image_folders import find_images, load_image
 from diffmoe.seeding import keyed_generator
+from tests.helpers.encoding import encode
 from tests.helpers.shards import build_vae
 
 SIZE = 16
@@ -46,7 +46,7 @@ def trained(pixels, tmp_path_factory):
 
 @pytest.mark.slow
 def test_images_come_back_through_shards_and_draws(photos, pixels, trained, tmp_path):
-    manifest = encode_images(photos, tmp_path, vae=trained, size=SIZE, shards=3)
+    manifest = encode(photos, tmp_path, vae=trained, size=SIZE, shards=3)
     samples = [s for shard in manifest.shards for s in read_shard(tmp_path / shard.name, manifest)]
     wanted = np.stack([pixels[sample.key] for sample in samples]).astype(float)
 

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from diffmoe.data.lanes import lane_shards
+from diffmoe.data.lanes import DataSource, lane_shards
 from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
 from diffmoe.tree import tree_cat
@@ -165,9 +165,7 @@ def test_fewer_shards_than_lanes_and_a_clock_of_other_lanes_are_refused(plain):
 def test_workers_survive_signals_to_the_group_and_end_with_the_stream(drawn):
     directory, manifest = drawn
     stream = iter(
-        LatentStream(
-            directory, manifest, lanes=4, my_lanes=range(4), samples_per_lane=3, seed=3, workers=2
-        )
+        LatentStream(DataSource(directory, manifest, lanes=4, seed=3), range(4), 3, workers=2)
     )
     before = set(multiprocessing.active_children())
     got = [next(stream)]

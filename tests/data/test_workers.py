@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmoe.data import shared_memory
+from diffmoe.data import workers as data_workers
 from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import TextContent
 from diffmoe.training.telemetry import Telemetry
@@ -66,7 +66,7 @@ def test_without_room_batches_come_through_pipes_and_are_the_same(captioned, mon
     whole = batches(*captioned, **options)
     assert same(batches(*captioned, workers=2, **options), whole)
     assert told == []
-    monkeypatch.setattr(shared_memory, "free", lambda: 4000)
+    monkeypatch.setattr(data_workers, "free_shared_memory", lambda: 4000)
     assert same(batches(*captioned, workers=2, **options), whole)
     (line,) = told
     assert "/dev/shm" in line
@@ -75,12 +75,12 @@ def test_without_room_batches_come_through_pipes_and_are_the_same(captioned, mon
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_the_room_of_a_machine_is_shared_by_its_ranks(monkeypatch, ranks):
-    monkeypatch.setattr(shared_memory, "free", lambda: 800)
+    monkeypatch.setattr(data_workers, "free_shared_memory", lambda: 800)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert shared_memory.holds(800 // ranks)
-    assert not shared_memory.holds(800 // ranks + 1)
-    monkeypatch.setattr(shared_memory, "free", lambda: None)  # no such place on this system
-    assert shared_memory.holds(1 << 60)
+    assert data_workers.fits_shared_memory(800 // ranks)
+    assert not data_workers.fits_shared_memory(800 // ranks + 1)
+    monkeypatch.setattr(data_workers, "free_shared_memory", lambda: None)  # no /dev/shm
+    assert data_workers.fits_shared_memory(1 << 60)
 
 
 IN_A_CONTAINER = """
@@ -88,13 +88,14 @@ import sys
 from itertools import islice
 from pathlib import Path
 import torch
+from diffmoe.data.lanes import DataSource
 from diffmoe.data.stream import LatentStream
 from diffmoe.data.manifest import Manifest
 folder = Path(sys.argv[1])
 manifest = Manifest.load(folder)
 for workers in (0, 2):
-    stream = LatentStream(folder, manifest, lanes=4, my_lanes=range(4), samples_per_lane=16,
-                          seed=3, workers=workers, captions=True)
+    source = DataSource(folder, manifest, lanes=4, seed=3)
+    stream = LatentStream(source, range(4), 16, workers=workers, captions=True)
     total = sum(batch.text.tokens.double().sum() + batch.latents.double().sum()
                 for batch in islice(stream, 8))
     print(workers, float(total))

@@ -8,7 +8,7 @@ import pytest
 from diffmoe.data.fetching import open_shard
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.reading import OpenShard
-from diffmoe.digits.captioned_digits import COLOURS, NUMERALS, all_scenes, pack_captioned_digits
+from diffmoe.digits.captioned_digits import COLORS, NUMERALS, all_scenes, pack_captioned_digits
 from diffmoe.errors import UserError
 from diffmoe.prepare.checking import check_data
 from tests.helpers.shards import members
@@ -39,7 +39,7 @@ def color_of(pixels: np.ndarray) -> str:
     """By the brightest pixel: which channels are lit."""
     lit = pixels.reshape(-1, 3)[pixels.max(-1).argmax()] > 20
     (name,) = [
-        name for name, value in COLOURS.items() if (np.array(value) > 0).tolist() == lit.tolist()
+        name for name, value in COLORS.items() if (np.array(value) > 0).tolist() == lit.tolist()
     ]
     return name
 
@@ -74,7 +74,7 @@ def test_captions_are_true_of_the_pixels(packed):
 def test_both_relations_all_colors_and_digits_occur(packed):
     told = [words_of(lines[0]) for _, lines in samples(packed)]
     assert {words[2] for words in told} == {"left of", "above"}
-    assert {words[0] for words in told} == set(COLOURS)
+    assert {words[0] for words in told} == set(COLORS)
     assert {words[1] for words in told} == set(NUMERALS)
 
 

@@ -11,7 +11,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import batches, open_images
 from diffmoe.evaluation.summary import summarize
 from diffmoe.npz_files import npz_rows
-from diffmoe.prepare.images import find_images, load_image
+from diffmoe.prepare.image_folders import find_images, load_image
 from tests.helpers.pictures import extractor, not_a_number, pictures, write_files, write_samples
 from tests.helpers.runs import pack
 

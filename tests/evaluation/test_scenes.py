@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffmoe.digits import digit_network
-from diffmoe.digits.captioned_digits import COLOURS, Digits, Scene, all_scenes, halves
+from diffmoe.digits.captioned_digits import COLORS, Digits, Scene, all_scenes, halves
 from diffmoe.errors import UserError
 from diffmoe.evaluation import results
 from diffmoe.evaluation.image_sets import open_images
@@ -102,7 +102,7 @@ def test_halves_are_where_the_digits_stand():
         canvas = digits.draw(scene, rng)
         for place, color in zip(halves(canvas[None], scene.relation), scene.colors, strict=True):
             pixel = place[0].reshape(-1, 3)[place[0].max(-1).argmax()]
-            assert tuple(pixel > 0) == tuple(np.array(COLOURS[color]) > 0)
+            assert tuple(pixel > 0) == tuple(np.array(COLORS[color]) > 0)
 
 
 def test_the_result_tells_how_well_real_ones_are_read(reader, truth, tmp_path):

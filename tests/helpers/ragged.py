@@ -4,7 +4,8 @@ from itertools import islice
 
 import torch
 
-from diffmoe.data.stream import Batch, LatentStream
+from diffmoe.data.stream import Batch
+from tests.helpers.streams import open_stream
 
 RAGGED = [5, 7, 3, 6, 4, 8, 5]  # 38 samples; 4 lanes do not divide the 7 shards
 
@@ -15,9 +16,7 @@ STEPS = 14  # 42 samples a lane: at least its third epoch
 
 def batches(directory, manifest, steps=STEPS, lanes=LANES, my_lanes=None, n=N, **options):
     my_lanes = range(lanes) if my_lanes is None else my_lanes
-    stream = LatentStream(
-        directory, manifest, lanes=lanes, my_lanes=my_lanes, samples_per_lane=n, seed=3, **options
-    )
+    stream = open_stream(directory, manifest, my_lanes, n, lanes=lanes, seed=3, **options)
     return list(islice(stream, steps))
 
 

@@ -8,12 +8,12 @@ import torch
 
 from diffmoe.data.autoencoders import PixelAutoencoder
 from diffmoe.data.fetching import open_shard
+from diffmoe.data.latents import from_stored
 from diffmoe.data.manifest import TextContent
-from diffmoe.data.numbers import restored
 from diffmoe.data.reading import OpenShard
 from diffmoe.errors import UserError
-from diffmoe.prepare.encoding import encode_images
-from diffmoe.prepare.images import find_images, load_image
+from diffmoe.prepare.image_folders import find_images, load_image
+from tests.helpers.encoding import encode
 from tests.helpers.shards import members, photograph
 
 
@@ -35,8 +35,8 @@ def folder(tmp_path):
 
 
 def pack(root, out, **options):
-    return encode_images(
-        root, out, **{"vae": None, "size": 16, "shards": 2, "captions": True, "batch": 2} | options
+    return encode(
+        root, out, **{"vae": None, "size": 16, "shards": 2, "captioned": True, "batch": 2} | options
     )
 
 
@@ -46,7 +46,7 @@ def captions_in(directory, manifest) -> dict[str, list[str]]:
         address = manifest.address(directory, shard)
         opened = OpenShard(open_shard(address, shard, attempts=1), shard, manifest, address)
         for index, key in enumerate(opened.keys):
-            values = torch.from_numpy(restored(opened.array(index), manifest.dtype))
+            values = torch.from_numpy(from_stored(opened.array(index), manifest.dtype))
             image = PixelAutoencoder().decode(values[None])
             found[key] = (opened.captions(index).lines, image[0].numpy())
         opened.close()
@@ -86,7 +86,7 @@ def test_an_image_without_captions_is_skipped_and_told(folder, tmp_path):
     assert manifest.samples == 4
     told = sorted(manifest.skipped)
     assert told[0].startswith("photo.1.png: FileNotFoundError")
-    assert told[1] == "photo.2.png: ValueError: txt holds no caption"
+    assert told[1] == "photo.2.png: ValueError: txt contains no caption"
     with pytest.raises(UserError, match="than --max-bad allows"):
         pack(folder, tmp_path / "strict", max_bad=1)
 

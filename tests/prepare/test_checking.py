@@ -9,14 +9,15 @@ from diffmoe.data.packing import ShardWriter
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
 from diffmoe.prepare.checking import check_data
-from diffmoe.prepare.encoding import encode_images
 from diffmoe.prepare.resharding import reshard
+from diffmoe.prepare.sharding import ShardOutput
+from tests.helpers.encoding import encode
 from tests.helpers.shards import FIELDS, members, relist
 from tests.helpers.streams import damage
 
 
 def test_good_data_has_no_problems_and_a_sheet(photos, tmp_path):
-    encode_images(photos, tmp_path / "data", vae=None, size=16, shards=3)
+    encode(photos, tmp_path / "data", vae=None, size=16, shards=3)
     report = check_data(tmp_path / "data", tmp_path / "sheets" / "a.png")
     assert report.problems == []
     text = str(report)
@@ -56,7 +57,7 @@ def test_the_statistics_are_those_of_draws(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "low", "high", "message"),
     [
-        ({"scale": 1.0}, -5, -4, r"deviation of a channel is 5.*scale=1\.0 .*looks wrong"),
+        ({"scale": 1.0}, -5, -4, r"standard deviation is 5.*scale=1\.0 .*looks wrong"),
         ({"scale": 0.18215**2}, -5, -4, "looks wrong"),
         ({"content": "mean_std"}, -5, -4, "are these log-variances"),
         ({}, 0.1, 0.2, "are these standard deviations"),
@@ -99,7 +100,7 @@ def test_bad_samples_are_problems(tmp_path, pack):
     (tmp_path / "000000.tar").write_bytes(content)
     relist(tmp_path)
     problems = check_data(tmp_path, None).problems
-    assert any("sample 00001: NaN in the data" in problem for problem in problems)
+    assert any("sample 00001: NaN or infinity in the data" in problem for problem in problems)
     manifest = Manifest.load(tmp_path)
     manifest.classes = 2
     manifest.save(tmp_path)
@@ -107,7 +108,7 @@ def test_bad_samples_are_problems(tmp_path, pack):
 
 
 def test_moments_are_decoded_onto_the_sheet(photos, tmp_path, tiny_vae):
-    encode_images(photos, tmp_path, vae=str(tiny_vae), size=16, shards=2)
+    encode(photos, tmp_path, vae=str(tiny_vae), size=16, shards=2)
     report = check_data(tmp_path, tmp_path / "sheet.png")
     assert np.asarray(Image.open(tmp_path / "sheet.png")).shape == (4 * 2 * 16, 8 * 16, 3)
     assert "contact sheet" in str(report)
@@ -134,24 +135,24 @@ def test_resharding_keeps_every_sample(tmp_path, pack, flips):
     manifest = pack(tmp_path / "a", [5, 9, 2], flips=flips, content="mean_std", scale=0.5)
     manifest.skipped = ["x.jpg: broken"]
     manifest.save(tmp_path / "a")
-    made = reshard(tmp_path / "a", tmp_path / "b", 5)
+    made = reshard(tmp_path / "a", ShardOutput(tmp_path / "b", shards=5))
     assert [shard.samples for shard in made.shards] == [4, 3, 3, 3, 3]
     assert every_sample(tmp_path / "a") == every_sample(tmp_path / "b")
     assert made.model_copy(update={"shards": []}) == manifest.model_copy(update={"shards": []})
     assert Manifest.load(tmp_path / "b") == made
-    reshard(tmp_path / "a", tmp_path / "c", 5)
+    reshard(tmp_path / "a", ShardOutput(tmp_path / "c", shards=5))
     assert members(tmp_path / "b") == members(tmp_path / "c")
 
 
 def test_resharding_refuses_what_it_cannot_do(tmp_path, pack):
     pack(tmp_path, [5, 4])
     with pytest.raises(UserError, match="choose another"):
-        reshard(tmp_path, tmp_path / ".." / tmp_path.name, 3)
+        reshard(tmp_path, ShardOutput(tmp_path / ".." / tmp_path.name, shards=3))
     with pytest.raises(UserError, match="cannot split 9 samples into 10 shards"):
-        reshard(tmp_path, tmp_path / "out", 10)
+        reshard(tmp_path, ShardOutput(tmp_path / "out", shards=10))
     damage(tmp_path, 1, "flipped")
     with pytest.raises(UserError, match=r"000001\.tar cannot be read"):
-        reshard(tmp_path, tmp_path / "out", 3)
+        reshard(tmp_path, ShardOutput(tmp_path / "out", shards=3))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffmoe.errors import UserError
-from diffmoe.prepare.decoding import color, decoded
+from diffmoe.prepare.images import decode_image, parse_color
 
 RNG = np.random.default_rng(0)
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4  # 0, 4, ... 252
@@ -23,7 +23,7 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def pixels(data: bytes, **options) -> np.ndarray:
-    image = decoded(data, **options)
+    image = decode_image(data, **options)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -112,7 +112,7 @@ def test_floats_and_wide_integers_are_scaled(values, wanted):
 def test_numbers_that_may_mean_anything_are_no_image(values, message):
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     with pytest.raises(ValueError, match=message):
-        decoded(saved(Image.fromarray(values), "TIFF"))
+        decode_image(saved(Image.fromarray(values), "TIFF"))
 
 
 def test_colors_under_alpha_are_hidden():
@@ -185,7 +185,7 @@ def test_what_starts_a_program_or_is_of_another_kind_is_no_image(tmp_path, monke
     others = [saved(Image.fromarray(RAMP), kind) for kind in ("ICO", "TGA", "PCX", "SGI")]
     for data in [postscript, b"<html>404</html>", b"", *others]:
         with pytest.raises(ValueError, match="not one of JPEG, PNG"):
-            decoded(data)
+            decode_image(data)
     assert not ran.exists()
 
 
@@ -194,7 +194,7 @@ def test_bombs_are_bad_images():
     header = png[12:16] + (60_000).to_bytes(4, "big") * 2 + png[24:29]
     huge = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
     with pytest.raises(ValueError, match="DecompressionBombError"):
-        decoded(huge)
+        decode_image(huge)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM"])
@@ -211,17 +211,17 @@ def test_cut_and_flipped_files_are_images_or_value_errors(kind):
             if changed:
                 changed[place] = rng.integers(256)
         try:
-            assert decoded(bytes(changed)).mode == "RGB"
+            assert decode_image(bytes(changed)).mode == "RGB"
         except ValueError:
             refused += 1
     assert refused > 50
 
 
 def test_backgrounds_are_named_as_pillow_does():
-    assert [color(name) for name in ("white", "#0a0B0c", "rgb(1,2,3)")] == [
+    assert [parse_color(name) for name in ("white", "#0a0B0c", "rgb(1,2,3)")] == [
         (255, 255, 255),
         (10, 11, 12),
         (1, 2, 3),
     ]
     with pytest.raises(UserError, match=r"--background chequered.*white"):
-        color("chequered")
+        parse_color("chequered")

@@ -11,23 +11,21 @@ from PIL import Image
 
 from diffmoe import work
 from diffmoe.data.autoencoders import KLAutoencoder, PixelAutoencoder, to_uint8
+from diffmoe.data.latents import from_stored
 from diffmoe.data.manifest import Manifest
-from diffmoe.data.numbers import restored
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
 from diffmoe.prepare import encoding, sharding
-from diffmoe.prepare.encoding import encode_images
-from diffmoe.prepare.images import find_images, load_image
+from diffmoe.prepare.image_folders import find_images, load_image
 from diffmoe.prepare.sharding import default_shards
 from diffmoe.work import Ranks
+from tests.helpers.encoding import encode
 from tests.helpers.processes import killed
 from tests.helpers.shards import members
 
 
 def pack_pixels(photos, out, **options):
-    return encode_images(
-        photos, out, **{"vae": None, "size": 16, "shards": 4, "batch": 3, **options}
-    )
+    return encode(photos, out, **{"vae": None, "size": 16, "shards": 4, "batch": 3, **options})
 
 
 def samples_of(directory, manifest):
@@ -49,7 +47,7 @@ def test_pixels_come_back_exactly_with_their_mirror_images(photos, tmp_path):
         sample, pixels = samples[item.key], load_image(item, 16)
         assert sample.label == item.label
         for array, wanted in [(sample.array, pixels), (sample.flip, pixels[:, ::-1])]:
-            values = torch.from_numpy(restored(array, "uint8"))
+            values = torch.from_numpy(from_stored(array, "uint8"))
             (image,) = PixelAutoencoder().decode(values[None])
             assert np.array_equal(image, wanted)
 
@@ -78,11 +76,11 @@ def test_moments_are_the_autoencoders_own(photos, tmp_path, tiny_vae, dtype, err
             posterior = model.encode(x / 127.5 - 1).latent_dist
             wanted = torch.cat([posterior.mean, posterior.logvar], 1)[0]
             assert torch.allclose(
-                torch.from_numpy(restored(array, dtype)), wanted, rtol=error, atol=error + 1e-5
+                torch.from_numpy(from_stored(array, dtype)), wanted, rtol=error, atol=error + 1e-5
             )
         # The flip of a latent is not the latent of the flip.
         array, flip = (
-            restored(a, dtype) for a in (samples[item.key].array, samples[item.key].flip)
+            from_stored(a, dtype) for a in (samples[item.key].array, samples[item.key].flip)
         )
         assert not np.allclose(flip, array[..., ::-1], atol=0.05)
 
@@ -127,11 +125,11 @@ def test_ranks_come_from_torchrun_or_srun(monkeypatch):
 # In a shard's middle, between a tar's name and its record, between the records and the manifest.
 @pytest.mark.parametrize(
     ("name", "moments"),
-    [("stored", [1, 2, 15, 25]), ("write_json", [1, 2, 4, 5]), ("_finish", [1])],
+    [("to_stored", [1, 2, 15, 25]), ("write_json", [1, 2, 4, 5]), ("_finish", [1])],
 )
 def test_a_killed_packing_goes_on_to_the_same_bytes(photos, tmp_path, name, moments):
     pack_pixels(photos, tmp_path / "whole", workers=1)
-    module = {"stored": encoding, "write_json": work}.get(name, sharding)
+    module = {"to_stored": encoding, "write_json": work}.get(name, sharding)
     for moment in moments:
         out = tmp_path / f"{name}-{moment}"
         assert killed(lambda out=out: pack_pixels(photos, out, workers=1), module, name, moment)
@@ -237,7 +235,7 @@ def test_a_shard_without_any_usable_image_is_left_out(tmp_path, photos):
 
 
 def test_sizes_and_classes_that_do_not_fit_are_refused(photos, tmp_path, tiny_vae):
-    with pytest.raises(UserError, match="--size 15 is no multiple of 2"):
+    with pytest.raises(UserError, match="--size 15 is not a multiple of 2"):
         pack_pixels(photos, tmp_path / "out", vae=str(tiny_vae), size=15)
     with pytest.raises(UserError, match="--batch 0"):
         pack_pixels(photos, tmp_path / "out", batch=0)
@@ -251,11 +249,11 @@ def test_sizes_and_classes_that_do_not_fit_are_refused(photos, tmp_path, tiny_va
 def test_what_float16_cannot_hold_is_told(photos, tmp_path, tiny_vae, monkeypatch):
     huge = lambda self, images: torch.full((len(images), 8, 8, 8), 1e5)  # noqa: E731
     monkeypatch.setattr(KLAutoencoder, "encode", huge)
-    with pytest.raises(UserError, match="holds NaN or infinity"):
+    with pytest.raises(UserError, match="contains NaN or infinity"):
         pack_pixels(photos, tmp_path, vae=str(tiny_vae))
     manifest = pack_pixels(photos, tmp_path, vae=str(tiny_vae), dtype="bfloat16", overwrite=True)
     sample = next(iter(samples_of(tmp_path, manifest).values()))
-    assert restored(sample.array, "bfloat16").max() == pytest.approx(1e5, rel=0.01)
+    assert from_stored(sample.array, "bfloat16").max() == pytest.approx(1e5, rel=0.01)
 
 
 def test_the_default_number_of_shards_serves_the_lanes():
@@ -268,7 +266,7 @@ def test_the_command_on_two_ranks(photos, tmp_path, tool, tiny_vae):
     arguments += ["--shards", 4, "--device", "cpu"]
     first = tool("encode_latents", *arguments, RANK="0", WORLD_SIZE="2")
     assert first.returncode == 0, first.stderr
-    assert "rank 0 of 2 is done; others still work" in first.stderr
+    assert "rank 0 of 2 has finished; other ranks are still working" in first.stdout
     second = tool("encode_latents", *arguments, RANK="1", WORLD_SIZE="2")
     assert f"{tmp_path}: 30 samples of 3 classes in 4 shards" in second.stdout, second.stderr
     assert json.loads((tmp_path / "manifest.json").read_text())["content"] == "mean_logvar"
@@ -293,7 +291,7 @@ def test_the_background_is_a_setting_of_the_work(tmp_path, tool):
     for name, level in [("white", 255), ("black", 0)]:
         manifest = Manifest.load(tmp_path / name)
         (sample,) = samples_of(tmp_path / name, manifest).values()
-        values = torch.from_numpy(restored(sample.array, manifest.dtype))
+        values = torch.from_numpy(from_stored(sample.array, manifest.dtype))
         assert (to_uint8(values[None]) == level).all()
     message = r"background: \[255, 255, 255\] there, \[9, 9, 9\] now"
     with pytest.raises(UserError, match=message):

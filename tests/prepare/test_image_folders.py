@@ -14,8 +14,8 @@ from PIL import Image
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
-from diffmoe.prepare.encoding import encode_images
-from diffmoe.prepare.images import find_images, load_image
+from diffmoe.prepare.image_folders import find_images, load_image
+from tests.helpers.encoding import encode
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def names(root: Path) -> list[str]:
 
 
 def pack(root: Path, out: Path, **options) -> Manifest:
-    return encode_images(root, out, vae=None, size=8, shards=1, **options)
+    return encode(root, out, vae=None, size=8, shards=1, **options)
 
 
 def test_links_that_lead_out_are_followed_if_told_and_by_evaluation(root, tmp_path):
@@ -60,12 +60,12 @@ def test_links_that_lead_out_are_followed_if_told_and_by_evaluation(root, tmp_pa
 @pytest.mark.parametrize(
     ("link", "target", "message"),
     [
-        ("cat/loop", ".", r"cat/loop leads back to .*cat"),
-        ("cat/up", "../..", r"leads back to"),
+        ("cat/loop", ".", r"cat/loop links back to .*cat"),
+        ("cat/up", "../..", r"links back to"),
         ("dog/pair", "../cat", None),  # twice the same, but no end without a loop
-        ("cat/itself", "itself", r"cat/itself is a link that leads nowhere"),
-        ("dog/more", "/nowhere/at/all", r"dog/more is a link that leads nowhere"),
-        ("bird", "/nowhere/at/all", r"bird is a link that leads nowhere"),
+        ("cat/itself", "itself", r"cat/itself is a broken link"),
+        ("dog/more", "/nowhere/at/all", r"dog/more is a broken link"),
+        ("bird", "/nowhere/at/all", r"bird is a broken link"),
     ],
 )
 def test_loops_and_links_to_nowhere_are_named(root, read, link, target, message):
@@ -81,7 +81,7 @@ def test_loops_and_links_to_nowhere_are_named(root, read, link, target, message)
 def test_two_links_that_lead_to_each_other_are_named(root):
     (root / "cat" / "d").symlink_to("../dog")
     (root / "dog" / "c").symlink_to("../cat")
-    with pytest.raises(UserError, match="leads back to"):
+    with pytest.raises(UserError, match="links back to"):
         find_images(root)
 
 
@@ -111,7 +111,7 @@ def test_captions_and_tars_that_are_no_files_do_not_hang(root, tmp_path):
     for name in ("cat/a", "cat/b", "dog/a"):
         (root / name).with_suffix(".txt").write_text("a picture")
     os.mkfifo(root / "dog" / "b.txt")
-    manifest = pack(root, tmp_path / "out", captions=True)
+    manifest = pack(root, tmp_path / "out", captioned=True)
     assert manifest.samples == 3
     assert "dog/b.png" in manifest.skipped[0]
     assert "not a regular file" in manifest.skipped[0]

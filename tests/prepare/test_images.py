@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from diffmoe.errors import UserError
-from diffmoe.prepare.images import center_crop, find_images, load_image
+from diffmoe.prepare.image_folders import find_images, load_image
+from diffmoe.prepare.images import center_crop
 
 
 def test_classes_and_files_come_in_imagefolders_order(photos):
@@ -63,8 +64,8 @@ def test_tars_give_the_images_of_the_folder(photos, tmp_path):
     [
         ({"kinds": ()}, r"a\.tar/s0 has 0 images"),
         ({"kinds": ("jpg", "png")}, r"a\.tar/s0 has 2 images"),
-        ({"label": None}, r"a\.tar/s0\.cls holds no class number but None"),
-        ({"label": b"cat"}, r"holds no class number but b'cat'"),
+        ({"label": None}, r"a\.tar/s0\.cls holds None, not a class number"),
+        ({"label": b"cat"}, r"holds b'cat'"),
     ],
 )
 def test_tars_that_do_not_fit_are_named(photos, tmp_path, options, message):
@@ -74,7 +75,7 @@ def test_tars_that_do_not_fit_are_named(photos, tmp_path, options, message):
 
 
 def test_folders_that_do_not_fit_are_named(photos, tmp_path):
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         find_images(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds 0 subfolders and 0 \.tar files"):
         find_images(tmp_path)
@@ -85,7 +86,7 @@ def test_folders_that_do_not_fit_are_named(photos, tmp_path):
     with pytest.raises(UserError, match=r"holds 1 subfolders and 1 \.tar files"):
         find_images(tmp_path)
     (tmp_path / "empty").rmdir()
-    with pytest.raises(UserError, match=r"a\.tar cannot be read: no tar, or cut off"):
+    with pytest.raises(UserError, match=r"a\.tar cannot be read: not a tar, or cut off"):
         find_images(tmp_path)
 
 

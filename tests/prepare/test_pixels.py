@@ -10,16 +10,16 @@ import torch
 
 from diffmoe.data.autoencoders import to_uint8
 from diffmoe.data.captions import Captions
-from diffmoe.data.latents import model_latents
+from diffmoe.data.latents import from_stored, model_latents, to_stored
 from diffmoe.data.manifest import Manifest, TextContent
-from diffmoe.data.numbers import restored, stored
 from diffmoe.data.packing import ShardWriter
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.prepare.checking import check_data
-from diffmoe.prepare.encoding import encode_images
 from diffmoe.prepare.resharding import reshard
+from diffmoe.prepare.sharding import ShardOutput
+from tests.helpers.encoding import encode
 from tests.helpers.ragged import RAGGED, batches
 from tests.helpers.shards import FIELDS, members
 
@@ -50,7 +50,7 @@ def folders(tmp_path_factory):
 
 
 def test_images_are_packed_as_bytes_without_their_mirror_images(photos, tmp_path):
-    manifest = encode_images(photos, tmp_path, vae=None, size=16, shards=2)
+    manifest = encode(photos, tmp_path, vae=None, size=16, shards=2)
     assert (manifest.dtype, manifest.flips, manifest.mirrored) == ("uint8", True, "on_reading")
     assert manifest.version == 2
     with tarfile.open(tmp_path / "000000.tar") as tar:
@@ -63,13 +63,13 @@ def test_images_are_packed_as_bytes_without_their_mirror_images(photos, tmp_path
 
 def test_every_byte_is_the_number_that_float16_pixels_round():
     levels = np.arange(256, dtype=np.uint8)
-    values = restored(levels, "uint8")
+    values = from_stored(levels, "uint8")
     assert values.dtype == np.float32
     assert (values[0], values[255]) == (-1, 1)
     assert np.abs(values - (levels / 127.5 - 1)).max() < 1e-7
     # Exactly what a float16 file of the same pixels would hold, but not rounded to it.
-    assert np.array_equal(stored(values, "float16"), (levels / 127.5 - 1).astype(np.float16))
-    assert np.array_equal(stored(values, "uint8"), levels)
+    assert np.array_equal(to_stored(values, "float16"), (levels / 127.5 - 1).astype(np.float16))
+    assert np.array_equal(to_stored(values, "uint8"), levels)
     assert np.array_equal(to_uint8(torch.from_numpy(values).view(1, 1, 1, 256)).flatten(), levels)
 
 
@@ -101,7 +101,7 @@ def test_what_is_read_is_the_image_and_its_mirror_image(folders):
 
 def test_every_reader_of_shards_knows_them(folders, tmp_path):
     directory, manifest = folders["new"]
-    made = reshard(directory, tmp_path / "resharded", 3)
+    made = reshard(directory, ShardOutput(tmp_path / "resharded", shards=3))
     assert (made.dtype, made.mirrored, made.version) == ("uint8", "on_reading", 2)
     assert sum(shard.bytes for shard in made.shards) < 1.1 * sum(s.bytes for s in manifest.shards)
     images = np.concatenate([part.images for part in open_images(directory).parts()])
@@ -113,7 +113,10 @@ def test_every_reader_of_shards_knows_them(folders, tmp_path):
     assert "in float16, flips True, scaled" in str(old)
     text = TextContent(encoder="bytes", length=9)
     captioned = write(tmp_path / "captioned", "uint8", "on_reading", classes=7, text=text)
-    assert reshard(tmp_path / "captioned", tmp_path / "again", 2).samples == captioned.samples
+    assert (
+        reshard(tmp_path / "captioned", ShardOutput(tmp_path / "again", shards=2)).samples
+        == captioned.samples
+    )
     (batch,) = batches(tmp_path / "captioned", captioned, steps=1, captions=True)
     assert batch.text.tokens.shape == (len(batch.labels), 9)
 
@@ -135,22 +138,22 @@ def test_manifests_of_before_are_read_and_written_as_they_were(folders):
 )
 @pytest.mark.parametrize("kind", [{"autoencoder": "some/vae"}, {"content": "mean_std"}])
 def test_latents_are_neither_bytes_nor_mirrored_when_read(tmp_path, fields, kind, changes):
-    with pytest.raises(ValueError, match="are for pixels alone"):
+    with pytest.raises(ValueError, match="are for pixels only"):
         Manifest(shards=[], **fields | kind | changes)
     Manifest(shards=[], **fields | changes)
 
 
 def test_bytes_are_no_type_for_an_autoencoder(photos, tmp_path):
     with pytest.raises(UserError, match="--dtype uint8 is for --pixels"):
-        encode_images(photos, tmp_path, vae="some/vae", size=16, dtype="uint8")
+        encode(photos, tmp_path, vae="some/vae", size=16, dtype="uint8")
 
 
 def test_pixels_may_still_be_floats_and_then_are_mirrored_when_read(photos, tmp_path):
-    manifest = encode_images(photos, tmp_path, vae=None, size=16, shards=2, dtype="float16")
+    manifest = encode(photos, tmp_path, vae=None, size=16, shards=2, dtype="float16")
     assert (manifest.dtype, manifest.mirrored) == ("float16", "on_reading")
     (a, b) = batches(tmp_path, manifest, steps=2, lanes=2)
     assert a.latents.abs().max() <= 1
-    encode_images(photos, tmp_path / "bytes", vae=None, size=16, shards=2)
+    encode(photos, tmp_path / "bytes", vae=None, size=16, shards=2)
     (c, d) = batches(tmp_path / "bytes", Manifest.load(tmp_path / "bytes"), steps=2, lanes=2)
     assert torch.equal(a.latents, c.latents.half().float())
     assert torch.equal(b.latents, d.latents.half().float())

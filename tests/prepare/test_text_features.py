@@ -15,8 +15,9 @@ from diffmoe.data.reading import OpenShard, read_shard
 from diffmoe.errors import UserError
 from diffmoe.prepare import sharding, text_features
 from diffmoe.prepare.resharding import reshard
+from diffmoe.prepare.sharding import ShardOutput
 from diffmoe.prepare.text_features import encode_text
-from diffmoe.text.encoders import ByteEncoder, TransformersEncoder
+from diffmoe.text.encoders import ByteTokenizer, TransformersEncoder
 from diffmoe.work import Ranks
 from tests.helpers.captioned import captions_of, pack
 from tests.helpers.processes import killed
@@ -57,7 +58,7 @@ def test_captions_come_back_in_order(packed):
 @pytest.mark.parametrize("kind", ["t5", "clip"])
 def test_every_caption_has_its_true_tokens(packed, folders, tmp_path, kind):
     encoder = TransformersEncoder(folders / kind, 8)
-    manifest = encode_text(packed, tmp_path, encoder, batch=4)
+    manifest = encode_text(packed, ShardOutput(tmp_path), encoder, batch=4)
     assert manifest.text == encoder.content
     assert [shard.samples for shard in manifest.shards] == [9, 8]
     found = captions_in(tmp_path)
@@ -78,7 +79,7 @@ def test_every_caption_has_its_true_tokens(packed, folders, tmp_path, kind):
 
 
 def test_members_are_as_the_manifest_says(packed, folders, tmp_path):
-    encode_text(packed, tmp_path, TransformersEncoder(folders / "clip", 8))
+    encode_text(packed, ShardOutput(tmp_path), TransformersEncoder(folders / "clip", 8))
     with tarfile.open(tmp_path / "000000.tar") as tar:
         kinds = {name.partition(".")[2] for name in tar.getnames()}
     assert kinds == {
@@ -99,13 +100,16 @@ def test_latents_and_labels_stay(packed, t5, tmp_path):
         ]
         return {sample.key: (sample.label, sample.array.tobytes()) for sample in every}
 
-    encode_text(packed, tmp_path, t5)
+    encode_text(packed, ShardOutput(tmp_path), t5)
     assert samples(tmp_path) == samples(packed)
 
 
 def test_any_number_of_ranks_gives_the_same_shards(packed, t5, tmp_path):
-    encode_text(packed, tmp_path / "one", t5, batch=4)
-    done = [encode_text(packed, tmp_path / "two", t5, batch=4, ranks=Ranks(r, 2)) for r in (1, 0)]
+    encode_text(packed, ShardOutput(tmp_path / "one"), t5, batch=4)
+    done = [
+        encode_text(packed, ShardOutput(tmp_path / "two", ranks=Ranks(r, 2)), t5, batch=4)
+        for r in (1, 0)
+    ]
     assert [manifest is None for manifest in done] == [True, False]
     assert members(tmp_path / "two") == members(tmp_path / "one")
     assert Manifest.load(tmp_path / "two") == Manifest.load(tmp_path / "one")
@@ -113,38 +117,42 @@ def test_any_number_of_ranks_gives_the_same_shards(packed, t5, tmp_path):
 
 # In a shard's middle, between a tar's name and its record, between the records and the manifest.
 @pytest.mark.parametrize(
-    ("name", "moments"), [("_joined", [2, 12]), ("write_json", [1, 2, 3]), ("_finish", [1])]
+    ("name", "moments"), [("_join", [2, 12]), ("write_json", [1, 2, 3]), ("_finish", [1])]
 )
 def test_a_killed_work_goes_on_to_the_same_bytes(packed, t5, tmp_path, name, moments):
-    encode_text(packed, tmp_path / "whole", t5, batch=4)
-    module = {"_joined": text_features, "write_json": work}.get(name, sharding)
+    encode_text(packed, ShardOutput(tmp_path / "whole"), t5, batch=4)
+    module = {"_join": text_features, "write_json": work}.get(name, sharding)
     for moment in moments:
         out = tmp_path / f"{name}-{moment}"
-        assert killed(lambda out=out: encode_text(packed, out, t5, batch=4), module, name, moment)
+        assert killed(
+            lambda out=out: encode_text(packed, ShardOutput(out), t5, batch=4), module, name, moment
+        )
         assert not (out / "manifest.json").exists()
-        encode_text(packed, out, t5, batch=4)
+        encode_text(packed, ShardOutput(out), t5, batch=4)
         assert members(out) == members(tmp_path / "whole")
         assert list(out.glob("*.tmp")) == []
 
 
 def test_other_features_are_no_rest_of_this_work(packed, folders, t5, tmp_path):
-    encode_text(packed, tmp_path, t5, ranks=Ranks(0, 2))
+    encode_text(packed, ShardOutput(tmp_path, ranks=Ranks(0, 2)), t5)
     with pytest.raises(UserError, match=r"text: .*t5-\w+.* there, .*clip-\w+.* now"):
-        encode_text(packed, tmp_path, TransformersEncoder(folders / "clip", 8))
+        encode_text(packed, ShardOutput(tmp_path), TransformersEncoder(folders / "clip", 8))
 
 
 def test_features_are_replaced_and_dropped(packed, folders, t5, tmp_path):
-    encode_text(packed, tmp_path / "t5", t5)
-    encode_text(tmp_path / "t5", tmp_path / "clip", TransformersEncoder(folders / "clip", 8))
+    encode_text(packed, ShardOutput(tmp_path / "t5"), t5)
+    encode_text(
+        tmp_path / "t5", ShardOutput(tmp_path / "clip"), TransformersEncoder(folders / "clip", 8)
+    )
     assert all(c.pooled.shape[1] == 16 for c in captions_in(tmp_path / "clip").values())
-    back = encode_text(tmp_path / "clip", tmp_path / "bytes", ByteEncoder(40))
+    back = encode_text(tmp_path / "clip", ShardOutput(tmp_path / "bytes"), ByteTokenizer(40))
     assert back.text == TextContent(encoder="bytes", length=40)
     assert captions_in(tmp_path / "bytes") == captions_in(packed)
 
 
 def test_resharding_keeps_captions_and_features(packed, t5, tmp_path):
-    encode_text(packed, tmp_path / "a", t5)
-    reshard(tmp_path / "a", tmp_path / "b", 5)
+    encode_text(packed, ShardOutput(tmp_path / "a"), t5)
+    reshard(tmp_path / "a", ShardOutput(tmp_path / "b", shards=5))
     a, b = captions_in(tmp_path / "a"), captions_in(tmp_path / "b")
     assert a.keys() == b.keys()
     for key, captions in a.items():
@@ -157,7 +165,7 @@ def test_shards_without_captions_are_refused(t5, tmp_path):
         for i in range(3):
             writer.add(f"{i}", 0, array_of(i, (2, 4, 4)))
     with pytest.raises(UserError, match=r"sample \d is broken \('txt'\)"):
-        encode_text(tmp_path / "plain", tmp_path / "out", t5)
+        encode_text(tmp_path / "plain", ShardOutput(tmp_path / "out"), t5)
 
 
 @pytest.mark.slow
@@ -167,9 +175,9 @@ def test_the_command_on_two_ranks(packed, folders, tmp_path):
         tool("encode_text", packed, tmp_path, *arguments, RANK=str(r), WORLD_SIZE="2")
         for r in (0, 1)
     ]
-    assert "rank 0 of 2 is done; others still work" in ranks[0].stderr
+    assert "rank 0 of 2 has finished; other ranks are still working" in ranks[0].stdout
     assert "17 samples with captions in 2 shards" in ranks[1].stdout, ranks[1].stderr
-    assert "a model of it wants 'model.text={encoder: t5-" in ranks[1].stdout
+    assert "to train on it: 'model.text={encoder: t5-" in ranks[1].stdout
     wrong = tool("encode_text", packed, tmp_path, "--encoder", "bytes")
     assert wrong.returncode == 2
     assert "begun with other settings" in wrong.stderr

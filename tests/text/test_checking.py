@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffmoe.prepare.checking import check_data
+from diffmoe.prepare.sharding import ShardOutput
 from diffmoe.prepare.text_features import encode_text
 from diffmoe.text.encoders import TransformersEncoder
 from tests.helpers.captioned import pack
@@ -47,7 +48,9 @@ def with_nan(array):
 @pytest.fixture
 def encoded(folders, tmp_path):
     pack(tmp_path / "plain")
-    encode_text(tmp_path / "plain", tmp_path / "data", TransformersEncoder(folders / "clip", 8))
+    encode_text(
+        tmp_path / "plain", ShardOutput(tmp_path / "data"), TransformersEncoder(folders / "clip", 8)
+    )
     return tmp_path / "data"
 
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from diffmoe.data.manifest import TextContent
 from diffmoe.errors import UserError
-from diffmoe.text.encoders import ByteEncoder, TransformersEncoder, open_encoder
+from diffmoe.text.encoders import ByteTokenizer, TransformersEncoder, open_encoder
 
 CAPTIONS = ["a red one", "a blue two left of a green three", "two"]
 
 
 def test_bytes_are_utf8_padded_and_cut():
-    text = ByteEncoder(6).encode(["añb", "", "abcdefgh"])
+    text = ByteTokenizer(6).encode(["añb", "", "abcdefgh"])
     assert text.tokens.tolist() == [
         [97, 195, 177, 98, 0, 0],
         [0] * 6,

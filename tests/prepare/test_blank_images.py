@@ -9,7 +9,7 @@ from diffmoe.data.autoencoders import KLAutoencoder
 from diffmoe.data.packing import ShardWriter
 from diffmoe.digits.mnist import mnist_digits
 from diffmoe.prepare.checking import check_data
-from diffmoe.prepare.encoding import encode_images
+from tests.helpers.encoding import encode
 from tests.helpers.shards import FIELDS, photograph
 
 PIXELS = FIELDS | {"shape": (3, 8, 8)}
@@ -60,7 +60,7 @@ def test_a_few_among_many_are_told_but_are_no_problem(tmp_path):
 
 
 def test_photographs_digits_and_drawings_are_neither(photos, tmp_path):
-    encode_images(photos, tmp_path / "photos", vae=None, size=16, shards=1)
+    encode(photos, tmp_path / "photos", vae=None, size=16, shards=1)
     assert "images (" not in str(check_data(tmp_path / "photos", None))
     digits, _ = mnist_digits()
     thinnest = digits[np.argsort((digits > 0).sum((1, 2)))[:50]]
@@ -86,7 +86,7 @@ def test_images_behind_an_autoencoder_are_looked_at_on_the_sheet(tmp_path, tiny_
         Image.fromarray(photo(index).transpose(1, 2, 0)).resize((16, 16)).save(
             tmp_path / "images" / "a" / f"{index}.png"
         )
-    encode_images(tmp_path / "images", tmp_path / "data", vae=str(tiny_vae), size=16, shards=1)
+    encode(tmp_path / "images", tmp_path / "data", vae=str(tiny_vae), size=16, shards=1)
     white = lambda self, latents: torch.full((len(latents), 16, 16, 3), 255).byte()  # noqa: E731
     monkeypatch.setattr(KLAutoencoder, "decode", white)
     problems = check_data(tmp_path / "data", tmp_path / "sheet.png").problems

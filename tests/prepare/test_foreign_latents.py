@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 from diffmoe.data.latents import model_latents
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
-from diffmoe.prepare.importing import import_latents
+from diffmoe.prepare.foreign_latents import import_latents
+from diffmoe.prepare.sharding import ShardOutput
 from diffmoe.seeding import keyed_generator
 
 N, SHAPE = 12, (4, 3, 3)
@@ -104,7 +106,9 @@ CASES = {
 
 def run(kind, root, out, **options):
     answers = {"vae": "some/vae", **CASES[kind][1], **options.pop("answers", {})}
-    return import_latents(kind, root, out, answers=answers, **{"shards": 3, **options})
+    names = [field.name for field in fields(ShardOutput) if field.name in options]
+    output = ShardOutput(out, **{"shards": 3, **{name: options.pop(name) for name in names}})
+    return import_latents(kind, root, output, answers=answers, **options)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -147,7 +151,8 @@ def _unscaled_mean(kind, sample):
 def test_what_a_format_leaves_open_must_be_said(tmp_path, kind):
     CASES[kind][0](tmp_path / "in")
     for flag in [*(set(CASES[kind][1]) - {"shift"}), "vae"]:
-        with pytest.raises(UserError, match=rf"--format {kind} leaves open.*give --{flag} \("):
+        message = rf"--format {kind} do not say everything; give --{flag} \("
+        with pytest.raises(UserError, match=message):
             run(kind, tmp_path / "in", tmp_path / "out", answers={flag: None})
     assert not (tmp_path / "out").exists()
 
@@ -162,9 +167,10 @@ def test_edm2_and_repa_differ_in_the_pixels(tmp_path):
 def test_another_formats_folder_is_refused(tmp_path, kind):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("?")
-    with pytest.raises(UserError, match=r"holds no files of|gives no labels|statistics|0 folders"):
+    message = "contains no files of|gives no labels|statistics|0 folders"
+    with pytest.raises(UserError, match=message):
         run(kind, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         run(kind, tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -172,7 +178,7 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path):
     mar(tmp_path / "in")
     for flag, value, message in [
         ("scale", [1.0, 2.0], "scale has 2 numbers for 4 channels"),
-        ("scale", 0.0, "scale holds a zero"),
+        ("scale", 0.0, "scale contains a zero"),
         ("classes", 7, "class_names has 3 names, classes is 7"),
         ("pixel_range", [1.0, 0.0], "pixel_range"),
     ]:

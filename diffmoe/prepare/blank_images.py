@@ -1,19 +1,19 @@
-"""Images without a picture: one color all over, or nearly all black or all white.
+"""Blank images: a single color, or almost entirely black or white.
 
-A reader that clips, a failed download or a blank page leave such images behind.
+They come from readers that clip, failed downloads and empty pages.
 """
 
 import numpy as np
 
+from diffmoe.data.latents import from_stored
 from diffmoe.data.manifest import Manifest
-from diffmoe.data.numbers import restored
 
-_SATURATED = 0.98  # of an image; the thinnest digit of MNIST is 94 % black
-_TOO_MANY = 0.01  # of a data set
+_SATURATED = 0.98  # share of an image; the thinnest digit of MNIST is 94 % black
+_TOO_MANY = 0.01  # share of a data set that makes it a problem
 
 
-def flatness(image: np.ndarray, black: float, white: float) -> str | None:
-    """What is wrong with an image (C,H,W) whose black and white are these numbers, if anything."""
+def blankness(image: np.ndarray, black: float, white: float) -> str | None:
+    """Why an image (C,H,W) with these values of black and white counts as blank, or None."""
     if (image.max((1, 2)) == image.min((1, 2))).all():
         return "one color"
     if max((image <= black).mean(), (image >= white).mean()) >= _SATURATED:
@@ -21,8 +21,8 @@ def flatness(image: np.ndarray, black: float, white: float) -> str | None:
     return None
 
 
-class FlatImages:
-    """Those of a data folder; of latents, the ones with a single number in each channel."""
+class BlankImages:
+    """The blank images of a data folder; of latents, those with a single number per channel."""
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
@@ -31,9 +31,9 @@ class FlatImages:
         self._found: dict[str, list[str]] = {}  # keys by what is wrong
 
     def add(self, key: str, array: np.ndarray) -> None:
-        """array: of one sample, as the file holds it."""
+        """Look at one sample. array: as the file holds it."""
         manifest = self._manifest
-        image = restored(array, manifest.dtype)[: manifest.shape[0]]  # of moments the mean
+        image = from_stored(array, manifest.dtype)[: manifest.shape[0]]  # of moments, the mean
         black, white = -np.inf, np.inf
         if self._are_pixels:
             if manifest.scaled:
@@ -43,12 +43,12 @@ class FlatImages:
                 image = image / scale + shift
             black, white = -1 + 1 / 255, 1 - 1 / 255  # half a level of slack
         self._number += 1
-        what = flatness(image, black, white)
+        what = blankness(image, black, white)
         if what is not None:
             self._found.setdefault(what, []).append(key)
 
     def lines(self, problems: bool) -> list[str]:
-        """What was found: of kinds with too many images (`problems`), or of the others."""
+        """A line per kind of blank image; those with too many images are problems."""
         return [
             f"{len(keys)} of {self._number} images ({len(keys) / self._number:.1%}) are {what}, "
             f"such as {', '.join(keys[:3])}"
@@ -57,9 +57,10 @@ class FlatImages:
         ]
 
 
-def flat_on_sheet(images: np.ndarray) -> list[str]:
-    """The same of decoded images (N,H,W,C) uint8: the problem, if there is one."""
-    flat = [what for what in (flatness(x.transpose(2, 0, 1), 0, 255) for x in images) if what]
-    if not flat:
+def blank_on_sheet(images: np.ndarray) -> list[str]:
+    """The problem with decoded images uint8 (N,H,W,C), if there is one."""
+    found = [blankness(image.transpose(2, 0, 1), 0, 255) for image in images]
+    blank = [what for what in found if what]
+    if not blank:
         return []
-    return [f"{len(flat)} of the {len(images)} images on the contact sheet are {flat[0]}"]
+    return [f"{len(blank)} of the {len(images)} images on the contact sheet are {blank[0]}"]
