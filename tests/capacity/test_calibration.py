@@ -10,8 +10,10 @@ import torch
 from diffmoe.capacity.calibration import EVERY_TOKEN, Passes, calibrate, threshold_of
 from diffmoe.capacity.meter import CapacityMeter
 from diffmoe.capacity.thresholds import Calibrated, choose_capacity, store, stored
+from diffmoe.clock import Clock
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.sampling.passes import noise_passes, real_examples, trajectory_passes
 from diffmoe.sampling.sampler import Origin, Sampler
 from tests.helpers.networks import CONFIG, network_of
@@ -189,7 +191,8 @@ def test_static_routing_takes_its_capacity_without_thresholds(tmp_path):
 
 def opened(network, folder) -> Sampler:
     """As if it had been opened from a folder."""
-    return Sampler(network, CONFIG, origin=Origin(folder, "ema", {}, {"samples": 0}))
+    spec, clock = LatentSpec(shape=(2, 8, 8)), Clock(samples=0, step=0, skipped=0)
+    return Sampler(network, CONFIG, origin=Origin(folder, "ema", spec, (), clock))
 
 
 @pytest.mark.parametrize("family", ["expert_choice", "token_choice", "dense"])

@@ -39,12 +39,12 @@ def test_paths_and_pipes_give_the_same_file(tmp_path, shard):
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("cat /nowhere/at/all", r"ended with status 1; 3 attempts"),
-        ("exit 0", "truncated: 0 bytes came, 3000000 in the manifest"),
-        ("head -c 2999999 '{}'", "truncated: 2999999 bytes came"),
+        ("cat /nowhere/at/all", r"exited with status 1; 3 attempts"),
+        ("exit 0", "truncated: 0 bytes read, 3000000 in the manifest"),
+        ("head -c 2999999 '{}'", "truncated: 2999999 bytes read"),
         ("yes", "too long"),
         ("head -c 3000000 /dev/zero", "corrupt: sha256"),
-        ("cat '{}'; exit 3", "ended with status 3"),
+        ("cat '{}'; exit 3", "exited with status 3"),
     ],
 )
 def test_a_pipe_that_fails_says_why(tmp_path, shard, command, reason):

@@ -161,7 +161,7 @@ def test_prompts_from_the_line_and_a_file_are_drawn_calibrated_and_reported(text
     [
         ([], "draws captions, not classes: give at least one prompt"),
         (["--prompt", "7", "--classes", "1"], "--classes and --check-digits are for models that"),
-        (["--prompt", "7", "--text-encoder", "t5"], "t5: the model reads bytes by itself"),
+        (["--prompt", "7", "--text-encoder", "t5"], "t5: this model reads bytes"),
         (["--prompts", "nowhere.txt"], "prompts nowhere.txt cannot be read"),
         (["--prompt", "\udcff"], "is not UTF-8"),
     ],

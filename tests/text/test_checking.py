@@ -60,7 +60,7 @@ def test_good_captions_are_told_of(encoded):
     text = str(report)
     assert "captions for clip-" in text
     assert "at most 8 tokens, width 16, pooled 16" in text
-    assert "1 to 3 a sample, 3 to 8 tokens each; " in text
+    assert "1 to 3 per sample, 3 to 8 tokens each; " in text
 
 
 def test_bytes_that_are_cut_off_are_counted(tmp_path):
@@ -70,25 +70,25 @@ def test_bytes_that_are_cut_off_are_counted(tmp_path):
     file.write_text(file.read_text().replace('"length": 40', '"length": 28'))
     report = check_data(tmp_path, None)
     assert report.problems == []
-    assert "1 to 3 a sample, 5 to 30 tokens each; 33.3% of them have 28 or more" in str(report)
+    assert "1 to 3 per sample, 5 to 30 tokens each; 33.3% have 28 or more" in str(report)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("txt", lambda content: b"\n \n", "txt holds no caption"),
+        ("txt", lambda content: b"\n \n", "txt contains no caption"),
         ("txt", lambda content: content + b"\none more", "text_lengths.npy is int32"),
         ("txt", lambda content: b"\xff", "decode"),
         ("text.npy", of_array(lambda a: a[:-1]), "text.npy is float16 .* need float16"),
         ("text.npy", of_array(lambda a: a[:, :8]), r"text.npy is float16 \(\d+, 8\)"),
         ("text.npy", of_array(lambda a: a.astype(np.float32)), "text.npy is float32"),
-        ("text.npy", of_array(with_nan), "text.npy holds NaN"),
+        ("text.npy", of_array(with_nan), "text.npy contains NaN"),
         ("text.npy", lambda content: content[:-3], "instead of"),
         ("text_lengths.npy", of_array(lambda a: a * 0), r"a caption has 1\.\.8"),
         (
             "text_lengths.npy",
             of_array(lambda a: a[:, None]),
-            "text_lengths.npy is int32 .* one row",
+            "text_lengths.npy is int32 .* one dimension",
         ),
         ("text_lengths.npy", of_array(lambda a: a.astype("U4")), "text_lengths.npy is <U4"),
         ("text_lengths.npy", of_array(lambda a: a - 1), "text.npy is float16"),

@@ -74,7 +74,7 @@ def test_the_folder_may_move_but_not_change(folders, tmp_path):
     weights["encoder.final_layer_norm.weight"][3] += 1e-3
     save_file(weights, moved / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=rf"gives encoder=t5-\w+, .*trained with encoder={content.encoder}, "
+        UserError, match=rf"has encoder=t5-\w+, .*trained with encoder={content.encoder}, "
     ):
         open_encoder(content, moved)
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_meant_is_refused(folders, tmp_path):
     for content, path, message in [
         (clip, folders / "t5", r"t5-\w+.*trained with encoder=clip-\w+"),
         (clip, None, f"need the text encoder {clip.encoder}"),
-        (TextContent(encoder="bytes", length=9), folders / "t5", "reads bytes by itself"),
+        (TextContent(encoder="bytes", length=9), folders / "t5", "this model reads bytes"),
         (clip.model_copy(update={"length": 13}), folders / "clip", "13 tokens .* takes 12"),
         (clip.model_copy(update={"pooled": 8}), folders / "clip", "pooled=16.*pooled=8"),
         (clip, tmp_path, "nothing is downloaded"),
@@ -113,6 +113,6 @@ def test_a_folder_that_lacks_weights_is_refused(folders, tmp_path):
         TransformersEncoder(tmp_path / "t5")
     config = tmp_path / "t5" / "config.json"
     config.write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserError, match="model_type=bert; give a folder of a T5 or a CLIP"):
+    with pytest.raises(UserError, match="model_type=bert; give the folder of a T5 or CLIP"):
         TransformersEncoder(tmp_path / "t5")
     np.testing.assert_equal(TransformersEncoder(folders / "t5").content.length, 128)

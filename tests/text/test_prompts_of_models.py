@@ -9,11 +9,13 @@ from PIL import Image
 
 import diffmoe
 from diffmoe.capacity.forward import Forward
+from diffmoe.clock import Clock
 from diffmoe.conditions import Text
 from diffmoe.data.autoencoders import PixelAutoencoder
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.sampling.many_images import SampleRequest, shard_arrays
 from diffmoe.sampling.sampler import Origin, Sampler
 from diffmoe.text.prompts import Prompts, create_prompts, encoder_of, read_captions
@@ -80,7 +82,8 @@ def test_guidance_leads_away_from_the_null_caption_or_the_negative_prompt():
 
 def test_a_folder_tells_its_captions_and_is_not_gone_on_with_by_others(tmp_path):
     (tmp_path / "checksums.json").write_text("{}")
-    origin = Origin(tmp_path, "ema", {}, {})
+    spec = LatentSpec(shape=(2, 8, 8))
+    origin = Origin(tmp_path, "ema", spec, (), Clock(samples=0, step=0, skipped=0))
 
     def make(wanted: Prompts):
         sampler = Sampler(network_of(CONFIG), CONFIG, PixelAutoencoder(), wanted, origin=origin)

@@ -185,7 +185,7 @@ def test_a_text_model_is_judged_on_its_prompts(tmp_path: Path):
         ({"evaluation__prompts": "absent.txt"}, "prompts absent.txt cannot be read"),
         ({"evaluation__classifier": CLASSIFIER}, "judges classes, and the model takes captions"),
         ({"evaluation__truth": "truth.json"}, "truth truth.json does not contain 'one'"),
-        ({"evaluation__text_encoder": "t5"}, "the model reads bytes by itself"),
+        ({"evaluation__text_encoder": "t5"}, "this model reads bytes"),
     ],
 )
 def test_what_captions_would_fail_on_is_refused_at_the_start(
