@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from diffmoe.data.fetching import end_commands
 from diffmoe.data.prefetch import READY
-from diffmoe.ending import end_process
+from diffmoe.process.exit import end_process
 
 T = TypeVar("T")
 SHARED_MEMORY = Path("/dev/shm")
