@@ -88,3 +88,8 @@ class SamplingSettings:
 def time_of(config: Config, t: "Tensor") -> "Tensor":
     """The network's t (n,) as a time from 0, noise, to 1, data."""
     return t if config.diffusion.objective == "flow" else 1 - t.float() / 1000
+
+
+def t_of(config: Config, time: float) -> float:
+    """The inverse of `time_of`, for one time."""
+    return time if config.diffusion.objective == "flow" else 1000 * (1 - time)

@@ -14,7 +14,7 @@ from diffmoe.config import Config
 from diffmoe.diffusion.ddpm import GaussianDiffusion
 from diffmoe.diffusion.guidance import guided
 from diffmoe.diffusion.samplers import Progress, SampleNoise, sample_ddpm, sample_flow
-from diffmoe.diffusion.settings import SamplingSettings, time_of
+from diffmoe.diffusion.settings import SamplingSettings, t_of, time_of
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.text.prompts import NO_PROMPT, Prompts, conditions
@@ -88,12 +88,8 @@ def sample_latents(
     device = next(network.parameters()).device
     channels, size = config.model.in_channels, config.model.input_size
     noise = SampleNoise(settings.seed, indices, (channels, size, size))
-    is_flow = config.diffusion.objective == "flow"
-    diffusion = GaussianDiffusion()
     wanted, null = conditions(labels, config, prompts, device)
-    low, high = settings.guidance_interval
-    if not is_flow:  # the inverse of time_of
-        low, high = (diffusion.steps * (1 - end) for end in (high, low))
+    low, high = sorted(t_of(config, time) for time in settings.guidance_interval)
 
     def evaluate(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         out = network(x, t, condition)
@@ -111,14 +107,14 @@ def sample_latents(
         channels=channels,
         guided_channels=settings.guided_channels,
         interval=(low, high) if settings.guidance_interval != (0, 1) else None,
-        keep_variance=not is_flow,
+        keep_variance=config.diffusion.objective == "ddpm",
     )
     start = noise.draw().to(device)
     if sampler == "ddpm" or sampler == "ddim":
         latents = sample_ddpm(
             model,
             start,
-            diffusion,
+            GaussianDiffusion(),
             settings.steps,
             draw=noise.draw,
             method=sampler,
