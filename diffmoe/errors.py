@@ -9,18 +9,27 @@ from diffmoe.redaction import printable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+TRAINING_PACKAGES = ("deepspeed", "megatron", "wandb")  # of the extra `train`
 
 
 class UserError(Exception):
     """A wrong setting, file or folder. The message names it, its value, and what to do."""
 
 
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install for training, where its packages are missing; None for any other module."""
+    name = (error.name or "").partition(".")[0]
+    if name not in TRAINING_PACKAGES:
+        return None
+    return f'{name} is not installed, which training and planning need: pip install -e ".[train]"'
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a tool's main function and exit.
 
-    UserError: prints the message without a traceback, exit code 2. Ctrl-C: exit code 130; every
-    tool can be interrupted, as it resumes where it was or has changed nothing. Bytes that are not
-    text, as in names of files, are printed as escapes.
+    UserError, or a missing package of training: prints the message without a traceback, exit code
+    2. Ctrl-C: exit code 130; every tool can be interrupted, as it resumes where it was or has
+    changed nothing. Bytes that are not text, as in names of files, are printed as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -30,6 +39,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except ModuleNotFoundError as error:
+        message = missing_extra(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     except UserError as error:
         message = "\n".join(printable(line) for line in str(error).split("\n"))
         print(f"error: {message}", file=sys.stderr)

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${DIFFMOE_RUN:-runs/mnist}
-source tools/install.sh mnist
+source tools/install.sh mnist,train
 
 [ -e data/mnist/manifest.json ] || python tools/prepare_data.py mnist --out data/mnist
 
