@@ -72,6 +72,10 @@ setup(
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.9,<0.18",
+            "mypy>=1.13,<2",
+            "types-PyYAML",
+            "types-psutil",
+            "types-tqdm",
         ],
     },
 )

@@ -472,7 +472,7 @@ def validated(values: dict[str, Any], source: str) -> Config:
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section = Config
+        section: Any = Config
         for part in problem["loc"][:-1]:
             kind = section.model_fields[part].annotation
             section = next((one for one in get_args(kind) if one is not NoneType), kind)

@@ -7,6 +7,7 @@ follows the luck of the samples.
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ class HeldOut:
         for number, batch in enumerate(islice(stream, self.batches)):
             if number in self.mine:
                 size = min(BATCH, self.samples - number * BATCH)
-                yield number, tree_map(lambda tensor, size=size: tensor[:size], batch)
+                yield number, tree_map(itemgetter(slice(size)), batch)
 
     def examples(self, number: int) -> Examples:
         """Batch `number`, noised."""

@@ -136,7 +136,8 @@ def _values(node: yaml.Node, counted: dict[int, int]) -> int:
     if id(node) not in counted:
         counted[id(node)] = _LIMIT  # until it is known: one that holds itself has no end
         parts = [] if isinstance(node, yaml.ScalarNode) else node.value
-        parts = [part for pair in parts for part in pair] if node.id == "mapping" else parts
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
         counted[id(node)] = 1 + sum(_values(part, counted) for part in parts)
     return counted[id(node)]
 
