@@ -361,7 +361,10 @@ def test_members_with_holes_and_sizes_below_zero_are_refused(tmp_path: Path):
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "x.tar").write_bytes(bytes(header) + b"\0" * 512 + b"\0" * 1024)
-    with open(tmp_path / "x.tar", "rb") as file, pytest.raises(ValueError, match="is a sparse file"):
+    with (
+        open(tmp_path / "x.tar", "rb") as file,
+        pytest.raises(ValueError, match="is a sparse file"),
+    ):
         tar_members(file.fileno())
     negative = bytearray(tarfile.TarInfo("a.npy").tobuf(tarfile.GNU_FORMAT))
     negative[124:136] = (-1536).to_bytes(12, "big", signed=True)
