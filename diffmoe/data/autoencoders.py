@@ -119,7 +119,8 @@ def load_autoencoder(
     """The autoencoder for the values of a manifest's fields of the same names."""
     if autoencoder == "identity":
         return PixelAutoencoder(scale, shift)
-    return KLAutoencoder(autoencoder, scale, shift, device, pixel_range=tuple(pixel_range))
+    black, white = pixel_range
+    return KLAutoencoder(autoencoder, scale, shift, device, pixel_range=(black, white))
 
 
 def autoencoder_of(
@@ -138,10 +139,8 @@ def canonical_name(path_or_id: str) -> str:
 
 def unscaled(latents: Tensor, scale: Numbers, shift: Numbers) -> Tensor:
     """Undo (z - shift) * scale. scale, shift: one number or one per channel."""
-    scale, shift = (
-        torch.as_tensor(value).to(latents).reshape(-1, 1, 1) for value in (scale, shift)
-    )
-    return latents / scale + shift
+    by, plus = (torch.as_tensor(value).to(latents).reshape(-1, 1, 1) for value in (scale, shift))
+    return latents / by + plus
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def check_captions(captions: Captions, content: TextContent) -> None:
     """Raise ValueError for captions that do not fit the manifest's `text`."""
     if caption_lines(txt_member(captions.lines)) != captions.lines:
         raise ValueError(f"captions {captions.lines} must be non-blank, one line each")
-    number, wanted = len(captions.lines), {}
+    number = len(captions.lines)
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
     if content.encoder != BYTES:
         wanted = {"text.npy": ("float16", (sum(_lengths(captions, content)), content.width))}
         wanted["text_lengths.npy"] = ("int32", (number,))
@@ -112,7 +113,8 @@ def pad_captions(captions: Sequence[Caption], content: TextContent) -> Text:
         mask_BL[row, :n] = True
     pooled = None
     if content.pooled:
-        pooled = torch.from_numpy(np.stack([caption.pooled for caption in captions]))
+        rows = [caption.pooled for caption in captions if caption.pooled is not None]
+        pooled = torch.from_numpy(np.stack(rows))
     return Text(torch.from_numpy(tokens), torch.from_numpy(mask_BL), pooled)
 
 

@@ -49,9 +49,9 @@ def micro_batches(
         return by_part[:, m].flatten(0, 1)
 
     examples = []
-    columns = (batch.latents, torch.cat(noise), torch.cat(t), condition)
+    all_noise, all_t = torch.cat(noise), torch.cat(t)
     for m in range(parts):
-        data, eps, times, kept = (tree_map(partial(part, m=m), column) for column in columns)
+        data, eps, times = (part(tensor, m) for tensor in (batch.latents, all_noise, all_t))
         x_t = objective.corrupt(data, eps, times)
-        examples.append(Examples(data, eps, x_t, times, kept))
+        examples.append(Examples(data, eps, x_t, times, tree_map(partial(part, m=m), condition)))
     return examples

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -140,6 +140,7 @@ class ReadAhead:
                 raise Unreadable(f"no progress for {self._patience:.0f} seconds")
         if self._error is not None:
             raise self._error
+        assert self._file is not None
         return self._file
 
     def close(self) -> None:
@@ -176,17 +177,17 @@ def _open_once(address: str, shard: Shard, fetch: Fetch, beat: Callable[[], None
                 return file
             except Unreadable:
                 cached.unlink(missing_ok=True)  # fetched again below
-    folder = cached.parent if cached else None
-    file = tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False)  # noqa: SIM115
+    number, name = tempfile.mkstemp(dir=cached.parent if cached else None, suffix=".tmp")
+    file = open(number, "w+b")  # noqa: SIM115 (returned open)
     try:
         _copy(address, shard, file, fetch.stall_seconds, beat)
         if cached is not None and _make_room(cached.parent, shard.bytes, fetch.cache_gib):
-            os.replace(file.name, cached)
+            os.replace(name, cached)
     except BaseException:
         file.close()
         raise
     finally:
-        Path(file.name).unlink(missing_ok=True)  # the open file stays readable
+        Path(name).unlink(missing_ok=True)  # the open file stays readable
     return file
 
 
@@ -197,7 +198,7 @@ def _opened(path: str | Path, shard: Shard, beat: Callable[[], None]) -> BinaryI
         _compare_sizes(os.fstat(file.fileno()).st_size, shard)
         digest, size = hashlib.sha256(), 0
         buffer = memoryview(bytearray(_BLOCK))
-        while count := file.readinto(buffer):
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
             size += count
             beat()
@@ -239,7 +240,7 @@ def _compare(size: int, sha256: str, shard: Shard) -> None:
         )
 
 
-def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
+def _blocks(address: str, stall_seconds: float) -> Generator[bytes, None, None]:
     """The bytes of a URL. Raises TimeoutError if they stop arriving, OSError if reading fails."""
     if address.startswith(("http:", "https:")):
         yield from _http(address, stall_seconds)
@@ -252,13 +253,15 @@ def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
             yield from iter(lambda: stream.read(_BLOCK), b"")
             return
         process = stream.proc
+    output = process.stdout
+    assert output is not None
     ready = select.poll()
-    ready.register(process.stdout, select.POLLIN | select.POLLHUP)
+    ready.register(output, select.POLLIN | select.POLLHUP)
     try:
         while True:
             if not ready.poll(stall_seconds * 1000):
                 raise TimeoutError(f"no data for {stall_seconds:g} seconds")
-            block = os.read(process.stdout.fileno(), _BLOCK)
+            block = os.read(output.fileno(), _BLOCK)
             if not block:
                 break
             yield block
@@ -269,7 +272,7 @@ def _blocks(address: str, stall_seconds: float) -> Iterator[bytes]:
         pass  # all bytes have arrived and are compared with the manifest
     finally:
         _end(process)
-        process.stdout.close()
+        output.close()
         process.wait()
         with _commands_lock:
             if _commands is not None:

@@ -98,7 +98,7 @@ class SampleRef(NamedTuple):
     """A sample of an open shard."""
 
     shard: OpenShard
-    index: int
+    number: int  # of the sample in the shard
 
 
 class Lane:

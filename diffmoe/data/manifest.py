@@ -16,6 +16,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError
@@ -62,8 +63,8 @@ class TextContent(BaseModel):
 
     encoder: str = Field(min_length=1)
     length: int = Field(ge=1, le=1 << 20)
-    width: int = Field(0, ge=0, le=1 << 20)
-    pooled: int = Field(0, ge=0, le=1 << 20)
+    width: int = Field(default=0, ge=0, le=1 << 20)
+    pooled: int = Field(default=0, ge=0, le=1 << 20)
 
     @classmethod
     def of(cls, text: TextConfig) -> "TextContent":
@@ -369,7 +370,7 @@ def starts_program(address: str) -> bool:
     return is_url(address) and not address.startswith("file:") and not _HTTP.match(address)
 
 
-def describe(problem: dict) -> str:
+def describe(problem: ErrorDetails) -> str:
     """One pydantic error as `field=value: what is wrong`."""
     field = ".".join(str(part) for part in problem["loc"]) or "the file"
     if problem["type"] == "missing":

@@ -130,7 +130,7 @@ class ShardWriter:
                 self._shard.abandon()
             return
         if self._shard is not None:
-            self._finish_shard()
+            self._finish(self._shard)
         if isinstance(self._sizes, Sequence) and len(self._sizes) != len(self.manifest.shards):
             raise ValueError(
                 f"{self.manifest.samples} samples were added, {sum(self._sizes)} were planned"
@@ -154,7 +154,7 @@ class ShardWriter:
             self._shard = ShardFile(self.directory / shard_name(index), self.manifest)
         self._shard.add(key, label, array, flip, captions)
         if len(self._shard) == planned:
-            self._finish_shard()
+            self._finish(self._shard)
 
     def _planned(self) -> int:
         """How many samples the current shard takes."""
@@ -165,8 +165,8 @@ class ShardWriter:
             raise ValueError(f"more than the {sum(self._sizes)} planned samples were added")
         return self._sizes[index]
 
-    def _finish_shard(self) -> None:
-        self.manifest.shards.append(self._shard.close())
+    def _finish(self, shard: ShardFile) -> None:
+        self.manifest.shards.append(shard.close())
         self._shard = None
 
 

@@ -130,18 +130,18 @@ class LatentStream:
                 )
                 arrays, refs = [], []
                 for flip, draw, ref in zip(mirrored, which.tolist(), samples, strict=False):
-                    arrays.append(ref.shard.array(ref.index, flip))
-                    labels.append(ref.shard.labels[ref.index])
+                    arrays.append(ref.shard.array(ref.number, flip))
+                    labels.append(ref.shard.labels[ref.number])
                     if self.captions and content is not None:
                         # Now, because after its last sample a shard is closed.
-                        found = ref.shard.captions(ref.index)
+                        found = ref.shard.captions(ref.number)
                         captions.append(choose_caption(found, draw, content))
                     refs.append(ref)
                 try:
                     latents.append(model_latents(arrays, manifest, generator))
                 except NotFinite as error:
-                    shard, index = refs[error.index]
-                    raise shard.not_finite(index) from None
+                    shard, number = refs[error.index]
+                    raise shard.not_finite(number) from None
             text = None if content is None or not captions else pad_captions(captions, content)
             batch = Batch(torch.cat(latents), torch.tensor(labels), text)
             yield Chunk(batch, dict(bad_shards))

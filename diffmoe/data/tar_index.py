@@ -4,7 +4,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from webdataset.tariterators import base_plus_ext
 
@@ -45,7 +45,8 @@ def tar_members(file: int) -> list[Member]:
     Raises ValueError if it is not a tar or is cut off.
     """
     # tarfile is about ten times slower, so the plain headers of ordinary shards are read here.
-    members, position, end = [], 0, os.fstat(file).st_size
+    members: list[Member] = []
+    position, end = 0, os.fstat(file).st_size
     while True:
         header = os.pread(file, _BLOCK, position)
         if len(header) < _BLOCK:
@@ -90,7 +91,7 @@ def _members_by_tarfile(file: int) -> list[Member]:
     try:
         with os.fdopen(os.dup(file), "rb") as stream:
             stream.seek(0)
-            with tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, _Bounded(stream)), mode="r:") as tar:
                 return list(_regular(tar))
     # Damaged headers raise errors of any kind.
     except Exception as error:

@@ -104,6 +104,7 @@ class _Items(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
+        assert worker is not None  # without workers there is no such data set
         items = self.make(worker.id, worker.num_workers)
         # torch would put the tensors of an item into shared memory; pickle copies them.
         return map(pickle.dumps, items) if self.pickled else items

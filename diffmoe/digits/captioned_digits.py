@@ -49,8 +49,12 @@ class Scene(NamedTuple):
 
 def all_scenes() -> list[Scene]:
     """Every possible scene, in a fixed order."""
-    pairs = [list(product(values, repeat=2)) for values in (COLORS, range(10))]
-    return [Scene(*choice) for choice in product(RELATIONS, *pairs)]
+    return [
+        Scene(relation, (color, other_color), (digit, other_digit))
+        for relation, color, other_color, digit, other_digit in product(
+            RELATIONS, COLORS, COLORS, range(10), range(10)
+        )
+    ]
 
 
 def halves(canvases: np.ndarray, relation: str) -> tuple[np.ndarray, np.ndarray]:

@@ -239,7 +239,7 @@ def _write_sheet(
     samples = sorted(samples, key=lambda sample: sample.label)
     rows = [[sample.array for sample in samples]]
     if manifest.flips:
-        rows.append([sample.flip for sample in samples])
+        rows.append([sample.flip for sample in samples if sample.flip is not None])
     strips = []
     for arrays in rows:
         latents = model_latents(arrays, manifest, keyed_generator("contact sheet"))

@@ -1,6 +1,6 @@
 """Import latents that other projects have cached; the manifest says what their numbers mean."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffmoe.prepare.latent_formats import CachedLatents, LatentItem
 from diffmoe.prepare.sharding import ShardOutput, Skipped, convert_items
 
 # Each format's reader, and the flags for what its files do not say.
-FORMATS = {
+FORMATS: dict[str, tuple[Callable[..., CachedLatents], tuple[str, ...]]] = {
     "fast-dit": (latent_formats.fast_dit, ("vae", "classes")),
     "mar": (latent_formats.mar, ("vae", "scale")),
     "repa": (latent_formats.repa, ("vae", "classes")),
@@ -60,7 +60,7 @@ def import_latents(
     answers = {name: value for name, value in answers.items() if value is not None}
     vae, multiplier = answers.pop("vae"), answers.pop("multiplier", None)
     if kind == "lightningdit":
-        data = latent_formats.lightning_dit(root, Path(stats) if stats else None, multiplier)
+        data = read(root, Path(stats) if stats else None, multiplier)
     else:
         data = read(root)
     if not data.items:
@@ -88,17 +88,15 @@ def import_latents(
     def convert(items: Sequence[LatentItem]) -> Iterator[Sample | Skipped]:
         for item in items:
             try:
-                label, *arrays = data.load(item)
+                label, array, flip = data.load(item)
                 _check_label(root, item, label, fields["classes"])
-                arrays = [
-                    _stored(_checked(array, array_shape), dtype)
-                    for array in arrays
-                    if array is not None
-                ]
+                array = _stored(_checked(array, array_shape), dtype)
+                if flip is not None:
+                    flip = _stored(_checked(flip, array_shape), dtype)
             except _READ_ERRORS as error:
                 yield Skipped(item.name, f"{type(error).__name__}: {error}")
             else:
-                yield Sample(keys[item.name], label, *arrays)
+                yield Sample(keys[item.name], label, array, flip)
 
     return convert_items(data.items, convert, fields, output)
 

@@ -77,7 +77,7 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # damaged EXIF: viewers show the image anyway
         return image
-    turn = _UPRIGHT.get(orientation)
+    turn = None if orientation is None else _UPRIGHT.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 

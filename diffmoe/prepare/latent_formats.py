@@ -33,6 +33,12 @@ class LatentItem(NamedTuple):
     label: int | None = None  # None: in a file of its own
     part: Any = None  # an index or a tar's member
 
+    @property
+    def known_label(self) -> int:
+        """The label, for formats that keep it with the item."""
+        assert self.label is not None
+        return self.label
+
 
 class Arrays(NamedTuple):
     """A sample with the numbers of its files."""
@@ -87,7 +93,7 @@ def mar(root: Path) -> CachedLatents:
             arrays = read_npz(Path(item.path), "moments", "moments_flip")
         except UserError as error:
             raise ValueError(str(error)) from None
-        return Arrays(item.label, arrays["moments"], arrays["moments_flip"])
+        return Arrays(item.known_label, arrays["moments"], arrays["moments_flip"])
 
     fields = {"content": "mean_logvar", "scaled": False, "flips": True}
     return CachedLatents(items, load, {**fields, "classes": len(classes), "class_names": classes})
@@ -115,7 +121,7 @@ def mean_std(root: Path) -> CachedLatents:
         if "img-mean-std-" in name
     ]
     fields = {"content": "mean_std", "scaled": False, "flips": False}
-    return CachedLatents(items, lambda item: Arrays(item.label, _load_npy(item.path)), fields)
+    return CachedLatents(items, lambda item: Arrays(item.known_label, _load_npy(item.path)), fields)
 
 
 def repa(root: Path) -> CachedLatents:
@@ -173,7 +179,7 @@ def lightning_dit(root: Path, stats: Path | None, multiplier: float) -> CachedLa
             arrays = [file.get_slice(key)[item.part] for key in ("latents", "latents_flip")]
         except SafetensorError as error:
             raise ValueError(str(error)) from None
-        return Arrays(item.label, *(array.float().numpy() for array in arrays))
+        return Arrays(item.known_label, *(array.float().numpy() for array in arrays))
 
     fields = {
         "content": "sample",
@@ -201,7 +207,7 @@ def webdataset(root: Path) -> CachedLatents:
 
     def load(item: LatentItem) -> Arrays:
         member: Member = item.part
-        return Arrays(item.label, decode_npy(member_bytes(item.path, member)))
+        return Arrays(item.known_label, decode_npy(member_bytes(item.path, member)))
 
     return CachedLatents(items, load, {"flips": False})
 

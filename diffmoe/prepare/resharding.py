@@ -73,7 +73,8 @@ def rewrite(
                     for name, member in item.members.items()
                     if name in (*names, *FEATURES, "txt", "cls")
                 }
-            sample = Sample(item.name, int(raw["cls"]), *(decode_npy(raw[name]) for name in names))
+            array, *flip = (decode_npy(raw[name]) for name in names)
+            sample = Sample(item.name, int(raw["cls"]), array, flip[0] if flip else None)
             if fields["text"] is None:
                 return sample
             features = (decode_npy(raw[name]) if name in raw else None for name in FEATURES)

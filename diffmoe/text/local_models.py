@@ -29,7 +29,7 @@ def model_kind(folder: str | Path) -> str:
     return _KINDS[found]
 
 
-def load_model(folder: str | Path, name: str, device: str | torch.device) -> nn.Module:
+def load_model(folder: str | Path, name: str, device: str | torch.device) -> Any:
     """A folder's model as the transformers class `name`, in fp32 and frozen. Raises UserError."""
     network, loading = _load(folder, name, dtype=torch.float32, output_loading_info=True)
     if loading["missing_keys"]:
@@ -74,4 +74,4 @@ def checksum_of(model: nn.Module, tokenizer: Any) -> str:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().data).hexdigest()
