@@ -56,7 +56,7 @@ def test_one_ranks_failure_is_told_once_and_ends_the_run(tmp_path: Path, launche
     told = done.stdout + done.stderr
     wanted = (
         f"error: shard {tmp_path}/data/000001.tar, sample 00007: label 6 is outside the classes "
-        "0..4 of manifest.json (classes=5); mend the manifest or pack again"
+        "0..4 of manifest.json (classes=5); fix the manifest or pack the data again"
     )
     assert told.count(wanted) == 1, told
     # Nothing of the other rank, whose collectives break off.
