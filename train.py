@@ -25,7 +25,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-EXIT_USER_ERROR, EXIT_STOPPED = 2, 85
+from diffmoe.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 
 def parse() -> argparse.Namespace:

@@ -2,18 +2,34 @@
 
 import io
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from diffmoe.redaction import printable
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 85  # train.py was asked to stop and has saved; slurm/common.sh knows the number
 EXIT_INTERRUPTED = 130
 TRAINING_PACKAGES = ("deepspeed", "megatron", "wandb")  # of the extra `train`
 
 
 class UserError(Exception):
     """A wrong setting, file or folder. The message names it, its value, and what to do."""
+
+
+def describe_problem(problem: Mapping[str, Any]) -> str:
+    """One of a pydantic ValidationError's `errors()`, as `field=value: what is wrong`."""
+    field = ".".join(str(part) for part in problem["loc"]) or "the file"
+    if problem["type"] == "missing":
+        return f"{field} is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{field} is unknown (remove it; or was it written by a newer version?)"
+    # Of our own validators without pydantic's "Value error, ".
+    wrong = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
+    if not problem["loc"]:
+        return wrong
+    value = "" if isinstance(problem["input"], dict) else f"={problem['input']!r:.80}"
+    return f"{field}{value}: {wrong}"
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

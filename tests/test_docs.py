@@ -60,6 +60,6 @@ def test_commands_name_scripts_flags_and_settings_that_exist(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_modules_in_backticks_exist(page: Path):
-    for name in re.findall(r"`((?:diffmoe/)?[a-z_]+/[a-z_]+\.py)(?:::\w+)?`", page.read_text()):
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)(?:::\w+)?`", page.read_text()):
         there = [(ROOT / folder / name).exists() for folder in ("", "diffmoe", "tests")]
         assert any(there), f"{page.name} names {name}"

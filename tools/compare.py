@@ -28,7 +28,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffmoe.errors import run_command
+from diffmoe.errors import EXIT_STOPPED, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -43,16 +43,17 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     from diffmoe.comparison.report import write_report
-    from diffmoe.comparison.running import STOPPED, complete
+    from diffmoe.comparison.running import check_runs, complete
     from diffmoe.comparison.study import read_study, runs_of
 
     study = read_study(options.study)
     runs = runs_of(study)
+    check_runs(study, runs)
     done = options.report or complete(study, runs, Path(__file__).resolve().parents[1])
     print(write_report(study, runs))
     if not done:
         print("stopped; the same command continues", file=sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

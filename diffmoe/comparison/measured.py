@@ -12,9 +12,14 @@ from diffmoe.export.tensors import empty_network
 from diffmoe.files import read_lines
 from diffmoe.planning.flops import forward_flops
 from diffmoe.planning.layouts import Layout
+from diffmoe.training.history import entries
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1; with more than these the
+# last one makes the interval a little too wide.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
 
 
 class Point(NamedTuple):
@@ -62,17 +67,14 @@ class Difference(NamedTuple):
 
 def measured(run: StudyRun) -> Measured | None:
     """None where the run has not come to its end."""
-    file = run.folder / "metrics.jsonl"
-    if not file.exists():
-        return None
-    lines = [json.loads(line) for line in read_lines(file)]
-    seconds, before, curve, speeds = 0.0, 0, [], []
-    for line in lines:
+    seconds, before, curve, speeds, capacity = 0.0, 0, [], [], 0.0
+    for line in entries(run.folder / "metrics.jsonl"):
         seconds += (line["samples"] - before) / line["samples_per_second"]
         before = line["samples"]
         speeds.append(run.config.training.batch_size / line["samples_per_second"])
         if "validation_loss" in line:
-            curve.append(Point(line["samples"], seconds, line["validation_loss"]))
+            loss = line["validation_loss"]  # null where it was not finite
+            curve.append(Point(line["samples"], seconds, math.nan if loss is None else loss))
             capacity = line["validation_capacity"]
     if not curve or curve[-1].samples < run.config.training.total_samples:
         return None
@@ -100,7 +102,7 @@ def difference(ours: list[float], theirs: list[float]) -> Difference:
     pairs = [one - other for one, other in zip(ours, theirs, strict=True)]
     if len(pairs) == 1:
         return Difference(pairs[0], math.inf)
-    t = _T[len(pairs) - 2] if len(pairs) - 2 < len(_T) else 1.96
+    t = _T[min(len(pairs) - 2, len(_T) - 1)]
     return Difference(fmean(pairs), t * stdev(pairs) / math.sqrt(len(pairs)))
 
 

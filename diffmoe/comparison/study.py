@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffmoe.config import Config
-from diffmoe.errors import UserError
+from diffmoe.errors import UserError, describe_problem
 from diffmoe.recipes import load_config, read_yaml
 
 
@@ -61,7 +61,8 @@ def read_study(path: str | Path) -> Study:
     try:
         return Study.model_validate(read_yaml(Path(path)))
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_explain(one)}" for one in error.errors())) from None
+        problems = [f"{path}: {describe_problem(one)}" for one in error.errors()]
+        raise UserError("\n".join(problems)) from None
 
 
 def runs_of(study: Study) -> list[StudyRun]:
@@ -101,10 +102,3 @@ def _at(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def _explain(problem: Any) -> str:
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    key = ".".join(str(part) for part in problem["loc"])
-    return f"{key}={problem['input']!r}: {problem['msg']}"

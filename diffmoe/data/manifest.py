@@ -16,10 +16,9 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from diffmoe.config import BYTES, ModelConfig, TextConfig
-from diffmoe.errors import UserError
+from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import read_json, replacing
 from diffmoe.latent_spec import LatentSpec
 from diffmoe.redaction import redact
@@ -252,7 +251,7 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate(read_json(file))
         except ValidationError as error:
-            problems = "; ".join(describe(problem) for problem in error.errors())
+            problems = "; ".join(describe_problem(problem) for problem in error.errors())
             raise UserError(f"{file}: {problems}. Fix these or pack the data again") from None
 
     def save(self, directory: str | Path) -> None:
@@ -368,15 +367,3 @@ def is_url(address: str) -> bool:
 def starts_program(address: str) -> bool:
     """Whether reading a shard from there may start a program on this machine."""
     return is_url(address) and not address.startswith("file:") and not _HTTP.match(address)
-
-
-def describe(problem: ErrorDetails) -> str:
-    """One pydantic error as `field=value: what is wrong`."""
-    field = ".".join(str(part) for part in problem["loc"]) or "the file"
-    if problem["type"] == "missing":
-        return f"{field} is missing"
-    if problem["type"] == "extra_forbidden":
-        return f"{field} is unknown (remove it; or was it written by a newer version?)"
-    if not problem["loc"]:
-        return problem["msg"]
-    return f"{field}={problem['input']!r}: {problem['msg']}"

@@ -44,8 +44,9 @@ class HeldOutLoss(NamedTuple):
 class HeldOut:
     """`samples` fixed examples of a folder of shards, of which a rank measures some batches.
 
-    batches: how many there are, of BATCH samples (the last one may be smaller).
-    Raises UserError where the folder does not fit the model or holds fewer samples.
+    mine: numbers of the batches to measure, of BATCH samples each (the last one may be smaller);
+    all by default, and one may come twice. Raises UserError where the folder does not fit the model
+    or holds fewer samples.
     """
 
     def __init__(
@@ -56,8 +57,7 @@ class HeldOut:
         check_samples(path, manifest, samples)
         self.config, self.samples = config, samples
         self.objective = create_objective(config.diffusion)
-        self.batches = -(-samples // BATCH)
-        self.mine = range(self.batches) if mine is None else mine
+        self.mine = range(-(-samples // BATCH)) if mine is None else mine
         order = torch.randperm(samples, generator=keyed_generator(config.seed, "held-out times"))
         self.time_N = (order + 0.5) / samples
         self._read = dict(self._samples(path, manifest))
@@ -67,7 +67,7 @@ class HeldOut:
         fetch = Fetch.of(self.config.data)
         source = DataSource(path, manifest, lanes=1, seed=self.config.seed, fetch=fetch)
         stream = LatentStream(source, [0], BATCH, captions=self.config.model.text is not None)
-        for number, batch in enumerate(islice(stream, self.batches)):
+        for number, batch in enumerate(islice(stream, max(self.mine) + 1)):
             if number in self.mine:
                 size = min(BATCH, self.samples - number * BATCH)
                 yield number, tree_map(itemgetter(slice(size)), batch)
@@ -90,15 +90,15 @@ class HeldOut:
         return Examples(batch.latents, noise, x_t, t, condition)
 
     @torch.inference_mode()
-    def measure(self, network: DiT, numbers: Sequence[int]) -> Tensor:
-        """(2, samples) float64 on the CPU, 0 but for the batches `numbers`: loss, experts a token.
+    def measure(self, network: DiT) -> Tensor:
+        """(2, samples) float64 on the CPU: loss and experts per token; 0 of what is not mine.
 
-        The network routes as it is set to, in evaluation; ranks that share experts must give
-        equally many numbers.
+        The network routes as it is set to, in evaluation. Ranks that share experts must have
+        equally many batches.
         """
         measured_2N = torch.zeros(2, self.samples, dtype=torch.float64)
         device = network.positions.device
-        for number in numbers:
+        for number in self.mine:
             data, noise, x_t, t, condition = tree_map(
                 lambda tensor: tensor.to(device), self.examples(number)
             )

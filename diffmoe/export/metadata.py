@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffmoe.clock import Clock
 from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
-from diffmoe.errors import UserError
+from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import contained, read_json
 from diffmoe.latent_spec import LatentSpec
 
@@ -116,16 +116,5 @@ def parse_metadata(values: Any, file: Path) -> Metadata:
     try:
         return Metadata.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_explain(problem) for problem in error.errors())
+        problems = "; ".join(describe_problem(problem) for problem in error.errors())
         raise UserError(f"{file}: {problems}; convert the model again") from None
-
-
-def _explain(problem: Any) -> str:
-    field = ".".join(str(part) for part in problem["loc"]) or "the file"
-    if problem["type"] == "missing":
-        return f"{field} is missing"
-    if problem["type"] == "extra_forbidden":
-        return f"{field} is unknown (was it written by a newer version?)"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{field}={str(problem['input'])[:80]}: {problem['msg']}"

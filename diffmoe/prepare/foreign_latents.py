@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from diffmoe.data.autoencoders import canonical_name
 from diffmoe.data.latents import Sample, from_stored, to_stored
-from diffmoe.data.manifest import Manifest, describe
-from diffmoe.errors import UserError
+from diffmoe.data.manifest import Manifest
+from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import check_tree
 from diffmoe.prepare import latent_formats
 from diffmoe.prepare.latent_formats import CachedLatents, LatentItem
@@ -82,7 +82,7 @@ def import_latents(
     try:
         array_shape = Manifest(shards=[], **fields).array_shape
     except ValidationError as error:
-        problems = "; ".join(describe(problem) for problem in error.errors())
+        problems = "; ".join(describe_problem(problem) for problem in error.errors())
         raise UserError(f"{problems}: fix the flags") from None
 
     def convert(items: Sequence[LatentItem]) -> Iterator[Sample | Skipped]:

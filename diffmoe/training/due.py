@@ -17,7 +17,7 @@ def crossed(period: int, before: int, after: int) -> bool:
 
 
 def due(config: Config, before: int, after: int) -> set[str]:
-    """Of step, ema and evaluation, what comes after the optimizer step from clock to clock."""
+    """Of step, ema, evaluation and validation, what is due at a step from clock to clock."""
     training = config.training
     done = after >= training.total_samples
     found = set()
@@ -27,17 +27,20 @@ def due(config: Config, before: int, after: int) -> set[str]:
         found.add("ema")
     if training.evaluate_every and (done or crossed(training.evaluate_every, before, after)):
         found.add("evaluation")
+    if training.validate_every and (done or crossed(training.validate_every, before, after)):
+        found.add("validation")
     return found
 
 
 def missed(config: Config, checkpoint: Path) -> set[str]:
     """Of ema and evaluation, what was due at the clock of this run's checkpoint and is not there.
 
-    The checkpoint is saved first, so a kill may come in between.
+    The checkpoint is saved first, so a kill may come in between. The held-out loss is measured
+    before.
     """
     record, run = read_run_file(checkpoint), Path(config.output)
     clock, batch = record.clock, record.settings.training.batch_size
-    missing = due(config, clock.samples - batch, clock.samples) - {"step"}
+    missing = due(config, clock.samples - batch, clock.samples) - {"step", "validation"}
     if not wrong_sizes(run / f"ema-{clock.step:08d}"):
         missing.discard("ema")
     if _evaluated(run, clock.samples):

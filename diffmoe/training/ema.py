@@ -33,6 +33,14 @@ class EMA:
             prefix: [master.detach().clone() for master in self.masters] for prefix in self._keep
         }
 
+    @property
+    def sampled(self) -> str:
+        """The prefix of the weights to sample from and to measure: "ema" if there is that average.
+
+        Else the last of `averages`; "live", the weights themselves, where nothing is averaged.
+        """
+        return next(iter(reversed(self.averages)), "live")
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step number `step`, from 1, skipped ones not counted."""

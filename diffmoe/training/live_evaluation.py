@@ -68,9 +68,8 @@ def check(config: Config, manifest: Manifest) -> None:
 class LiveEvaluation:
     """Samples `evaluation.num_samples` images on all ranks of the run; rank 0 judges them.
 
-    The constant-decay EMA is what samples, else the first of ema_stds, else the weights themselves.
-    A line goes to RUN/evaluation/results.jsonl, as tools/evaluate.py writes it, and a picture of
-    the first images beside it.
+    EMA.sampled says with which weights. A line goes to RUN/evaluation/results.jsonl, as
+    tools/evaluate.py writes it, and a picture of the first images beside it.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class LiveEvaluation:
         self.order = SampleRequest(evaluation.num_samples, tuple(range(choices)), evaluation.labels)
         autoencoder = autoencoder_of(manifest.latent_spec, device)
         self.sampler = Sampler(network, config, autoencoder, self.prompts)
-        self.weights = next(iter(reversed(ema.averages)), "live")
+        self.weights = ema.sampled
         self._judges: list[Any] | None = None
 
     def forget_after(self, samples: int) -> None:

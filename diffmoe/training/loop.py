@@ -126,10 +126,9 @@ def train(
         # Step.
         watchdog.step_begins(step.number + 1)
         before, after = step.samples, step.samples + training.batch_size
-        validating_now = training.validate_every and (
-            after >= training.total_samples or crossed(training.validate_every, before, after)
-        )
-        logging_now = bool(validating_now) or crossed(config.logging.log_samples, before, after)
+        now_due = due(config, before, after)
+        # The held-out loss is part of a line of metrics.
+        logging_now = "validation" in now_due or crossed(config.logging.log_samples, before, after)
         waited = time.monotonic()
         batch = next(stream)
         waited = time.monotonic() - waited
@@ -157,7 +156,7 @@ def train(
             )
         telemetry.step(after, result.losses["loss"], result.gradient_norm)
         held_out = {}
-        if validating_now:
+        if "validation" in now_due:
             with watchdog.busy("validating"):
                 began, held_out = time.monotonic(), validation.run()
             telemetry.validated(held_out["validation_loss"], time.monotonic() - began)
@@ -180,7 +179,6 @@ def train(
         # Save.
         done = after >= training.total_samples
         clock = Clock(samples=after, step=step.number, skipped=step.skipped)
-        now_due = due(config, before, after)
         if asked:
             now_due.add("step")
         kinds = [kind for kind in ("step", "ema") if kind in now_due]

@@ -47,20 +47,19 @@ class Validation:
         rank, world = network.topology.rank, network.topology.world
         settings = config.validation
         batches = range(-(-settings.samples // BATCH))
-        self.mine = equal_share(batches, rank, world)
-        self.held_out = HeldOut(config, settings.path, settings.samples, self.mine)
-        each = len(self.mine)
+        mine = equal_share(batches, rank, world)
+        self.held_out = HeldOut(config, settings.path, settings.samples, mine)
         # The last ranks may repeat the last batch; it counts once.
-        self.counts_N = torch.arange(settings.samples) // BATCH // each == rank
-        averages = next(iter(reversed(ema.averages)), None)
-        self.weights = {} if averages is None else {"ema": averages}
+        self.counts_N = torch.arange(settings.samples) // BATCH // len(mine) == rank
+        # By what their metrics' names end in; one entry where nothing is averaged.
+        self.weights = {"_live": "live"} if ema.sampled != "live" else {}
+        self.weights = {"": ema.sampled, **self.weights}
 
     def run(self) -> dict[str, float | list[float]]:
         """The metrics, the same on every rank: validation_loss is that of the averaged weights."""
         found: dict[str, float | list[float]] = {}
         self.network.eval()
-        for name, prefix in {**self.weights, "live": "live"}.items():
-            suffix = "_live" if name == "live" and self.weights else ""
+        for suffix, prefix in self.weights.items():
             with self.ema.in_place_of_weights(self.engine, prefix):
                 measured = self._measured()
                 found[f"validation_loss{suffix}"] = measured.loss
@@ -76,7 +75,7 @@ class Validation:
 
     def _measured(self) -> HeldOutLoss:
         """Of all ranks. Each number is one rank's plus zeros, so no order of ranks rounds."""
-        measured_2N = self.held_out.measure(self.network, self.mine) * self.counts_N
+        measured_2N = self.held_out.measure(self.network) * self.counts_N
         measured_2N = measured_2N.to(self.network.positions.device)
         dist.all_reduce(measured_2N)
         return self.held_out.summary(measured_2N.cpu())

@@ -49,7 +49,7 @@ class Oracle(nn.Module):
 
 def test_the_mean_and_the_bins_of_time_are_those_of_the_errors(folder: str):
     of = HeldOut(tiny_config(), folder, SAMPLES)
-    measured = of.measure(Oracle(of, lambda t: 2 * t), list(of.mine))
+    measured = of.measure(Oracle(of, lambda t: 2 * t))
     found = of.summary(measured)
     grid = (torch.arange(SAMPLES) + 0.5) / SAMPLES
     assert found.loss == pytest.approx((2 * grid).square().mean().item(), rel=1e-5)
@@ -96,11 +96,11 @@ def test_shares_of_two_ranks_add_up_to_the_whole_bit_for_bit(
     if mode is not None:
         network.routing = mode
     whole = HeldOut(config, folder, SAMPLES)
-    expected = whole.measure(network, list(whole.mine))
+    expected = whole.measure(network)
     assert (expected[0] > 0).all()
     assert (expected[1] > 0).any() == (config.moe.type != "dense")
     parts = [HeldOut(config, folder, SAMPLES, mine=mine) for mine in (range(2), range(2, 4))]
-    assert torch.equal(sum(part.measure(network, list(part.mine)) for part in parts), expected)
+    assert torch.equal(sum(part.measure(network) for part in parts), expected)
 
 
 def test_losses_are_those_of_the_objective_on_all_samples_at_once(folder: str):
@@ -113,7 +113,7 @@ def test_losses_are_those_of_the_objective_on_all_samples_at_once(folder: str):
     with torch.no_grad():
         prediction, routed = network(x_t, t, condition)
     expected_N = (prediction - (data - noise)).square().flatten(1).mean(dim=1)
-    found_N, experts_N = of.measure(network, list(of.mine))
+    found_N, experts_N = of.measure(network)
     torch.testing.assert_close(found_N, expected_N.double(), rtol=1e-6, atol=0)
     pairs = sum(layer.selected_ES.sum() for layer in routed).item()
     tokens = sum(layer.selected_ES.shape[1] for layer in routed)

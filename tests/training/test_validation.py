@@ -75,10 +75,10 @@ def test_it_is_what_the_stored_checkpoint_gives(one_rank: Config, monkeypatch):
     for weights, suffix in (("ema", ""), ("live", "_live")):
         network = load_network(newest(one_rank), weights).network.eval()
         of = HeldOut(one_rank, one_rank.validation.path, SAMPLES)
-        found = of.summary(of.measure(network, of.mine)).loss
+        found = of.summary(of.measure(network)).loss
         assert found == pytest.approx(last[f"validation_loss{suffix}"], rel=1e-6)
         with network.routed(training_routing(network)):
-            found = of.summary(of.measure(network, of.mine)).loss
+            found = of.summary(of.measure(network)).loss
         assert found == pytest.approx(last[f"validation_loss{suffix}_training_routing"], rel=1e-6)
 
 
