@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +15,11 @@ import pytest
 import yaml
 
 from diffmoe.comparison.measured import Measured, Point, Size, difference, measured, table
+from diffmoe.comparison.running import check_runs
 from diffmoe.comparison.study import Study, read_study, runs_of
 from diffmoe.errors import UserError
 from tests.helpers.processes import ROOT, command, environment
-from tests.helpers.runs import metrics, pack, run_config
+from tests.helpers.runs import metrics, newest, pack, run_config
 
 VARIANTS = {"dense": ["moe.type=dense"], "identity": ["moe.gate=identity"]}
 
@@ -28,6 +31,9 @@ def test_an_interval_is_students_of_the_paired_differences():
     assert not differs.excludes_zero
     assert difference([2.0, 2.1], [1.0, 1.1]).excludes_zero
     assert difference([1.0], [0.0]).half_width == math.inf
+    many = [float(k) for k in range(13)]  # deviation 3.8944 with 12 degrees of freedom
+    wide = difference(many, [0.0] * 13).half_width
+    assert wide == pytest.approx(2.179 * math.sqrt(13 * 14 / 12) / math.sqrt(13), rel=1e-6)
 
 
 def test_the_table_compares_seeds_that_both_have():
@@ -82,8 +88,6 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
     while measured(runs[0]) is None:
         assert started.poll() is None, started.stderr.read()
         time.sleep(0.2)
-    import os
-
     os.killpg(started.pid, signal.SIGINT)  # as a terminal's Ctrl-C
     assert started.wait(90) == 85, started.stderr.read()
     assert measured(runs[-1]) is None
@@ -106,6 +110,24 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
 
     again = command(*tool, "--report")
     assert again.stdout == (study_file.parent / "study/table.md").read_text()
+
+    # Killed after its last loss, before its last save: that run is trained again.
+    shutil.rmtree(newest(runs[1].config))
+    again = command(*tool, timeout=300)
+    assert again.stdout.startswith("2 of 4: identity, seed 0\n")
+    assert newest(runs[1].config).exists()
+    assert again.stdout.endswith((study_file.parent / "study/table.md").read_text())
+
+    # An edited file does not compare what was trained before.
+    for edited, told in (
+        ("optimizer.learning_rate=0.02", r"optimizer\.learning_rate: 0\.01 there, 0\.02 now"),
+        ("validation.samples=29", r"measured with validation .*30.*29.* choose another output"),
+    ):
+        values = yaml.safe_load(study_file.read_text()) | {"overrides": [edited]}
+        study_file.write_text(yaml.safe_dump(values))
+        study = read_study(study_file)
+        with pytest.raises(UserError, match=told):
+            check_runs(study, runs_of(study))
 
 
 @pytest.mark.parametrize(
