@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import numpy as np
@@ -17,12 +16,12 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation import results
+from diffmoe.evaluation.evaluator import Evaluator, Judges
 from diffmoe.evaluation.extractors import DEFAULT, load_extractor
 from diffmoe.evaluation.image_sets import ImageSet, Part
 from diffmoe.evaluation.judges import load_classifier
 from diffmoe.evaluation.models import check_judges
-from diffmoe.evaluation.references import check_reference, load_reference
-from diffmoe.evaluation.scenes import SceneReader, load_truth
+from diffmoe.evaluation.references import check_reference
 from diffmoe.models.dit import DiT
 from diffmoe.sampling.images import grid
 from diffmoe.sampling.latents import check_guidance
@@ -96,7 +95,7 @@ class LiveEvaluation:
         autoencoder = autoencoder_of(manifest.latent_spec, device)
         self.sampler = Sampler(network, config, autoencoder, self.prompts)
         self.weights = ema.sampled
-        self._judges: list[Any] | None = None
+        self._evaluator: Evaluator | None = None  # rank 0 loads it when it first judges
 
     def forget_after(self, samples: int) -> None:
         """After a resume the evaluations past the checkpoint come again, so drop their results."""
@@ -199,27 +198,19 @@ class LiveEvaluation:
         picture = grid(torch.from_numpy(images[:SHOWN]), columns=8)
         self.folder.mkdir(exist_ok=True)
         picture.save(self.folder / f"samples-{clock.step:08d}.png")
-        found = [measure(source) | about for measure in self._measures()]
+        if self._evaluator is None:
+            judges = Judges(
+                reference=evaluation.reference,
+                extractor=evaluation.extractor or DEFAULT,
+                classifier=evaluation.classifier,
+                truth=evaluation.truth,
+                batch=50,
+            )
+            self._evaluator = Evaluator(judges, self.device)
+        found = [result | about for result in self._evaluator.measure(source)]
         results.append(self.folder / results.FILE_NAME, *found)
         values = {name: value for result in found for name, value in result["metrics"].items()}
         self.telemetry.evaluated(clock.samples, values, picture, time.monotonic() - began)
-
-    def _measures(self) -> list[Any]:
-        """Functions of an ImageSet; what they need is loaded once, when it is first needed."""
-        if self._judges is None:
-            evaluation, judges = self.config.evaluation, []
-            if evaluation.reference:
-                extractor = load_extractor(evaluation.extractor or DEFAULT, self.device)
-                reference = load_reference(evaluation.reference, extractor)
-                judges.append(lambda images: results.measure(images, extractor, reference))
-            if evaluation.classifier:
-                classifier = load_classifier(evaluation.classifier, self.device)
-                judges.append(lambda images: results.measure_accuracy(images, classifier))
-            if evaluation.truth:
-                truth, read = load_truth(evaluation.truth), SceneReader()
-                judges.append(lambda images: results.measure_scenes(images, truth, read))
-            self._judges = judges
-        return self._judges
 
 
 def _prompts(config: Config, device: str | torch.device = "cpu") -> Prompts | None:
