@@ -1,5 +1,6 @@
-"""Rewrite the samples of a data folder: into another number of shards, or with new captions."""
+"""Rewrite a data folder: into another number of shards, into two folders, or with new captions."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,17 +34,42 @@ def reshard(directory: str | Path, output: ShardOutput) -> Manifest | None:
     return rewrite(directory, output, iter)
 
 
+def hold_out(
+    directory: str | Path, samples: int, train: ShardOutput, held_out: ShardOutput
+) -> tuple[Manifest | None, Manifest | None]:
+    """Rewrite into two folders: `samples` samples into the second, the others into the first.
+
+    A sample's key alone decides, by its hash, so no class and no shard is preferred, and a folder
+    that grows keeps most of its choice. Raises UserError.
+    """
+    total = Manifest.load(directory).samples
+    if not 0 < samples < total:
+        raise UserError(f"--hold-out {samples}: choose from 1 to {total - 1}, of {total} samples")
+    if Path(train.directory).resolve() == Path(held_out.directory).resolve():
+        raise UserError(f"{train.directory} cannot hold both parts; choose two folders")
+
+    def by_hash(items: list[PackedItem]) -> list[PackedItem]:
+        return sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
+
+    return (
+        rewrite(directory, train, iter, choose=lambda items: by_hash(items)[samples:]),
+        rewrite(directory, held_out, iter, choose=lambda items: by_hash(items)[:samples]),
+    )
+
+
 def rewrite(
     directory: str | Path,
     output: ShardOutput,
     change: Callable[[Iterator[Sample]], Iterator[Sample]],
     *,
+    choose: Callable[[list[PackedItem]], list[PackedItem]] = list,
     changes: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Manifest | None:
     """Write the samples in a new order, after `change`, which gets those of one new shard.
 
-    output: by default with as many shards as there are now.
+    output: by default with as many shards as there are now, at most one a sample.
+    choose: which samples to write.
     changes: to the manifest; if it then has a `text`, samples come with their captions.
     settings: see `convert_items`.
     """
@@ -61,6 +87,7 @@ def rewrite(
         except (Unreadable, ValueError) as error:
             raise UserError(unreadable(address, str(error))) from None
         items += [PackedItem(entry.key, address, entry.members) for entry in entries]
+    items = choose(items)
     fields = manifest.model_dump(exclude={"version", "shards", "skipped", "location"})
     fields |= changes or {}
     names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.stores_flips
@@ -89,7 +116,7 @@ def rewrite(
         return change(read(item) for item in part)
 
     if output.shards is None:
-        output = replace(output, shards=len(manifest.shards))
+        output = replace(output, shards=min(len(manifest.shards), len(items)))
     new = convert_items(items, convert, fields, output, settings)
     if new is not None and new.skipped != manifest.skipped:
         new.skipped = manifest.skipped

@@ -9,7 +9,7 @@ from diffmoe.data.packing import ShardWriter
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
 from diffmoe.prepare.checking import check_data
-from diffmoe.prepare.resharding import reshard
+from diffmoe.prepare.resharding import hold_out, reshard
 from diffmoe.prepare.sharding import ShardOutput
 from tests.helpers.encoding import encode
 from tests.helpers.shards import FIELDS, members, relist
@@ -155,6 +155,27 @@ def test_resharding_refuses_what_it_cannot_do(tmp_path, pack):
         reshard(tmp_path, ShardOutput(tmp_path / "out", shards=3))
 
 
+def test_holding_out_splits_by_key_alone(tmp_path, pack):
+    pack(tmp_path / "a", [5, 9, 2])
+    train, held = tmp_path / "train", tmp_path / "held"
+    hold_out(tmp_path / "a", 6, ShardOutput(train, shards=2), ShardOutput(held))
+    assert len(every_sample(held)) == 6
+    assert every_sample(train) | every_sample(held) == every_sample(tmp_path / "a")
+    assert not every_sample(train).keys() & every_sample(held).keys()
+    reshard(tmp_path / "a", ShardOutput(tmp_path / "b", shards=4))
+    hold_out(tmp_path / "b", 6, ShardOutput(tmp_path / "t"), ShardOutput(tmp_path / "h", shards=1))
+    assert every_sample(tmp_path / "h") == every_sample(held)
+
+
+def test_holding_out_leaves_something_to_train_on(tmp_path, pack):
+    pack(tmp_path / "a", [5, 9, 2])
+    for samples in (0, 16):
+        with pytest.raises(UserError, match="choose from 1 to 15, of 16 samples"):
+            hold_out(tmp_path / "a", samples, ShardOutput(tmp_path / "b"), ShardOutput("c"))
+    with pytest.raises(UserError, match="choose two folders"):
+        hold_out(tmp_path / "a", 3, ShardOutput(tmp_path / "b"), ShardOutput(tmp_path / "b"))
+
+
 @pytest.mark.slow
 def test_the_command_has_exit_codes(tmp_path, pack, tool):
     pack(tmp_path / "data", [5, 4], shape=(3, 4, 4))
@@ -163,6 +184,10 @@ def test_the_command_has_exit_codes(tmp_path, pack, tool):
     assert (tmp_path / "data" / "contact_sheet.png").exists()
     done = tool("check_data", tmp_path / "data", "--reshard", 3, "--out", tmp_path / "new")
     assert f"{tmp_path}/new: 9 samples of 7 classes in 3 shards" in done.stdout, done.stderr
+    split = ("--hold-out", 4, tmp_path / "held", "--out", tmp_path / "train")
+    done = tool("check_data", tmp_path / "data", *split)
+    assert f"{tmp_path}/held: 4 samples" in done.stdout, done.stderr
+    assert f"{tmp_path}/train: 5 samples" in done.stdout
     damage(tmp_path / "data", 0, "flipped")
     bad = tool("check_data", tmp_path / "data", "--no-sheet")
     assert bad.returncode == 1
