@@ -23,6 +23,13 @@ class Text(NamedTuple):
 Condition = Tensor | Text
 
 
+def is_unconditional(condition: Condition, num_classes: int) -> Tensor:
+    """Which samples have the null label or caption, (B,)."""
+    if isinstance(condition, Text):
+        return ~condition.mask_BL.any(dim=1)
+    return condition == num_classes
+
+
 def unconditional(condition: Condition, where_B: Tensor, num_classes: int) -> Condition:
     """The condition with the null label or caption where `where_B` is True."""
     if isinstance(condition, Text):

@@ -116,13 +116,21 @@ class ModelConfig(_Section):
         return self.head_width or self.width // self.heads
 
 
+# The gates of families that are not softmax's, as their papers have them.
+_GATES = {"race": "identity", "promoe": "identity", "dsmoe": "sigmoid"}
+
+
 class MoEConfig(_Section):
     """The feed-forward of the MoE blocks."""
 
-    type: Literal["diffmoe", "expert_choice", "token_choice", "dense"] = "diffmoe"
+    type: Literal[
+        "diffmoe", "expert_choice", "token_choice", "race", "promoe", "dsmoe", "dense"
+    ] = Field("diffmoe", description="family of routing; one file each in models/families")
     experts: int = Field(16, ge=1)
     every_block: bool = Field(False, description="MoE in every block, not only in 1, 3, 5, ...")
-    capacity: float = Field(1.0, gt=0, description="C: an expert takes K = S * C / E tokens")
+    capacity: float = Field(
+        1.0, gt=0, description="C: an expert takes K = S * C / E tokens; race: S * C pairs"
+    )
     capacity_rounding: Literal["exact", "release"] = Field(
         "exact", description="of K, down; release: in floats as the paper's code, at times one less"
     )
@@ -139,7 +147,9 @@ class MoEConfig(_Section):
         "those with a term of the timestep alone",
     )
     gate: Literal["softmax", "sigmoid", "identity"] = Field(
-        "softmax", description="of the router's logits: scores to select by, and gates to weigh by"
+        "softmax",
+        description="of the router's logits: scores to select by, and gates to weigh by; race and "
+        "promoe: identity, dsmoe: sigmoid, unless given",
     )
     gate_scale: Annotated[float, Field(gt=0)] | Literal["experts"] = Field(
         1.0, description="gates are scores times this; experts: times their number"
@@ -152,8 +162,39 @@ class MoEConfig(_Section):
     capacity_loss_weight: float = Field(1.0, ge=0)
     capacity_loss_reduction: Literal["sum", "mean"] = Field("sum", description="over MoE layers")
     threshold_ema: float = Field(0.95, ge=0, lt=1, description="alpha of Eq. 17")
-    top_k: int = Field(1, ge=1, description="experts per token (token_choice)")
+    top_k: int = Field(1, ge=1, description="experts per token (token_choice, promoe, dsmoe)")
     aux_loss_weight: float = Field(0.01, ge=0, description="load balancing (token_choice)")
+    similarity_loss_weight: float = Field(1e-4, ge=0, description="router similarity (race)")
+    target_loss_weight: float = Field(
+        0.0, ge=0, description="MoE layers predict the objective's target, too; paper 0.01 (race)"
+    )
+    contrastive_loss_weight: float = Field(1.0, ge=0, description="of prototypes (promoe)")
+    contrastive_temperature: float = Field(0.07, gt=0, description="of that loss (promoe)")
+    balance_rate: float = Field(1e-3, ge=0, description="step of the selection bias (dsmoe)")
+    z_loss_weight: float = Field(0.0, ge=0, description="router z-loss, any family")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gate_of_family(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "gate" not in values and values.get("type") in _GATES:
+            return values | {"gate": _GATES[values["type"]]}
+        return values
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Of what MoE layers may add to the loss, by its name in LayerRouting.losses."""
+        return {
+            "capacity": self.capacity_loss_weight,
+            "balance": self.aux_loss_weight,
+            "similarity": self.similarity_loss_weight,
+            "contrastive": self.contrastive_loss_weight,
+            "z": self.z_loss_weight,
+        }
+
+    @property
+    def chosen_by_tokens(self) -> bool:
+        """Whether each token takes top_k experts, instead of experts their share of C."""
+        return self.type in ("token_choice", "promoe", "dsmoe")
 
     @property
     def gate_factor(self) -> float:
@@ -169,9 +210,9 @@ class MoEConfig(_Section):
             )
         if self.top_k > self.experts:
             raise ValueError(f"moe.top_k={self.top_k} is more than moe.experts={self.experts}")
-        if self.token_pool != "micro_batch" and self.type != "diffmoe":
+        if self.token_pool != "micro_batch" and self.type not in ("diffmoe", "race"):
             raise ValueError(
-                f"moe.token_pool={self.token_pool} belongs to moe.type=diffmoe; "
+                f"moe.token_pool={self.token_pool} belongs to moe.type=diffmoe and race; "
                 f"moe.type={self.type} has no pool over ranks, leave token_pool at micro_batch"
             )
         return self

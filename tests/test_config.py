@@ -186,7 +186,11 @@ def test_a_later_override_wins():
         ("model.depth=deep", "model.depth='deep': Input should be a valid integer"),
         ("model.depth=0", "model.depth=0: Input should be greater than or equal to 1"),
         ("model.depth.more=3", "model.depth.more: depth is a value, not a section"),
-        ("moe.type=soft", "Input should be 'diffmoe', 'expert_choice', 'token_choice' or 'dense'"),
+        (
+            "moe.type=soft",
+            "Input should be 'diffmoe', 'expert_choice', 'token_choice', 'race', 'promoe', 'dsmoe' "
+            "or 'dense'",
+        ),
         ("optimizer.betas=[0.9]", "optimizer.betas.1=[0.9]: Field required"),
         ("training.ema_decay=1", "training.ema_decay=1: Input should be less than 1"),
         ("model=3", "model=3: Input should be a valid dictionary"),
@@ -281,8 +285,8 @@ def test_replace_changes_validates_and_keeps_the_rest():
         (["moe.top_k=5"], "moe.top_k=5 is more than moe.experts=4"),
         (
             ["moe.type=token_choice", "moe.token_pool=global"],
-            "moe.token_pool=global belongs to moe.type=diffmoe; moe.type=token_choice has no pool "
-            "over ranks, leave token_pool at micro_batch",
+            "moe.token_pool=global belongs to moe.type=diffmoe and race; moe.type=token_choice has "
+            "no pool over ranks, leave token_pool at micro_batch",
         ),
         (
             ["training.batch_size=10", "training.accumulation=4"],

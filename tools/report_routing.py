@@ -81,7 +81,7 @@ def main() -> None:
     request = sampler.request(options.samples, options.labels, classes)
     passes, config = None, data_config(options, sampler.config)
     has_data = options.data or (config.data.path and Path(config.data.path).is_dir())
-    if sampler.network.has_thresholds and has_data:
+    if sampler.network.has_predictors and has_data:
         passes = noise_passes(sampler.network, config, options.samples, options.batch, options.seed)
     title = f"Experts of {options.run}"
     found = write_report(sampler, out, title, request, settings, batch=options.batch, passes=passes)

@@ -12,7 +12,7 @@ from diffmoe.benchmarks.ranks import forget_groups, on_ranks, rank_device
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.timing import take_turns
 from diffmoe.config import Config
-from diffmoe.models.moe import MoEFeedForward
+from diffmoe.models.families.diffmoe import DiffMoE
 from diffmoe.parallel.topology import Topology, create_topology
 
 AXES = ("E", "S", "D", "P")
@@ -76,7 +76,7 @@ def _point(
 ) -> dict[str, Any]:
     # The layer has no heads; the configuration wants some that divide the width.
     changes = {"model.width": shape["D"], "model.heads": 1, "moe.experts": shape["E"]}
-    candidate = mixture_of(config.replace(changes), MoEFeedForward, device, topology)
+    candidate = mixture_of(config.replace(changes), DiffMoE, device, topology)
     parameters = list(candidate.module.parameters())
     tokens = torch.randn(1, shape["S"], shape["D"], dtype=parameters[0].dtype, device=device)
     tokens.requires_grad_()

@@ -17,7 +17,7 @@ from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
 from diffmoe.benchmarks.timing import Rounds, forward_backward, take_turns
 from diffmoe.config import Config
 from diffmoe.models.blocks import MLP
-from diffmoe.models.moe import MoEFeedForward
+from diffmoe.models.families.diffmoe import DiffMoE
 from diffmoe.models.routing import expert_capacity
 from diffmoe.parallel.topology import Topology
 from diffmoe.planning.flops import mixture_flops, router_products
@@ -41,7 +41,7 @@ def layer_flops(layout: Layout) -> int:
 
 def mixture_of(
     config: Config,
-    kind: type[MoEFeedForward],
+    kind: type[DiffMoE],
     device: torch.device,
     topology: Topology = Topology(),  # noqa: B008 (frozen)
 ) -> Candidate:
@@ -51,7 +51,7 @@ def mixture_of(
 
     def function(tokens: Tensor) -> tuple[Tensor, ...]:
         mixed, layer_routing = layer(tokens)
-        return mixed, layer_routing.capacity_loss
+        return mixed, layer_routing.losses["capacity"]
 
     return Candidate(layer, function)
 
@@ -86,7 +86,7 @@ def deepspeed_of(config: Config, device: torch.device) -> Candidate:
 
 def candidates(config: Config, device: torch.device) -> dict[str, Candidate]:
     return {
-        "ours": mixture_of(config, MoEFeedForward, device),
+        "ours": mixture_of(config, DiffMoE, device),
         "naive": mixture_of(config, NaiveMoE, device),
         "DeepSpeed": deepspeed_of(config, device),
         "dense": dense_of(config, device),

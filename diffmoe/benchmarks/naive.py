@@ -4,14 +4,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffmoe.models.moe import MoEFeedForward
+from diffmoe.models.families.diffmoe import DiffMoE
 
 
-class NaiveMoE(MoEFeedForward):
+class NaiveMoE(DiffMoE):
     """One expert after another; all results in a buffer of E*S rows, gated and summed over E."""
 
     def _mix(
-        self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None
+        self,
+        tokens_SD: Tensor,
+        token_index: Tensor,
+        gates: Tensor,
+        counts_E: Tensor | None,
+        apart: Tensor | None = None,
     ) -> Tensor:
         # Unbound once, as if each expert were a module of its own.
         weights = zip(*(stacked.unbind() for stacked in self.experts.parameters()), strict=True)

@@ -8,18 +8,18 @@ from torch import Tensor
 from diffmoe.benchmarks.timing import forward_backward
 from diffmoe.models import routing
 from diffmoe.models.capacity_predictor import capacity_loss
-from diffmoe.models.moe import MoEFeedForward
+from diffmoe.models.families.diffmoe import DiffMoE
 from diffmoe.models.routing import Assignment
 
 
-def take(layer: MoEFeedForward, scores_SE: Tensor) -> tuple[Tensor, Assignment]:
+def take(layer: DiffMoE, scores_SE: Tensor) -> tuple[Tensor, Assignment]:
     """Which tokens every expert takes, as mask (E, S) and as static assignment."""
     k = layer._capacity(len(scores_SE), layer.moe.capacity)
     selected_ES = layer._select_from_pool(routing.ranked(scores_SE), k)
     return selected_ES, routing.static_assignment(selected_ES, scores_SE, k)
 
 
-def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[], object]]:
+def parts_of(layer: DiffMoE, tokens_SD: Tensor) -> dict[str, Callable[[], object]]:
     """Forward and backward of each part of a DiffMoE layer in training, by name.
 
     tokens_SD must need a gradient.
@@ -29,7 +29,7 @@ def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[],
         return routing.router_scores(routing.router_logits(tokens, weight), layer.moe.gate)
 
     scores_SE = scores(tokens_SD, layer.router).detach()
-    selected_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
+    selected_ES, (index_EK, gates_EK, *_) = take(layer, scores_SE)
     rows_EKD = routing.gather(tokens_SD, index_EK).detach().requires_grad_()
     gates_EK = gates_EK.detach().requires_grad_()
     predictor = layer.capacity_predictor
@@ -57,7 +57,7 @@ def parts_of(layer: MoEFeedForward, tokens_SD: Tensor) -> dict[str, Callable[[],
 ROUTING = ("router", "top-k", "gather", "combine", "predictor", "thresholds")
 
 
-def seeded_layer(layer: MoEFeedForward, device: torch.device, dtype: torch.dtype) -> MoEFeedForward:
+def seeded_layer(layer: DiffMoE, device: torch.device, dtype: torch.dtype) -> DiffMoE:
     """Fill a fresh layer with small noise, so that experts choose different tokens."""
     with torch.no_grad():
         for number, parameter in enumerate(layer.parameters()):

@@ -29,6 +29,7 @@ from diffmoe.data.lanes import DataSource
 from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
+from diffmoe.models.families.diffmoe import DiffMoE
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.planning.flops import step_flops
@@ -235,7 +236,7 @@ def _gemm(layout: Layout, dtype: torch.dtype, device: torch.device):
 def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], object]]:
     """Forward and backward of one of each part, by name, in the recipe's precision."""
     dtype = DTYPES[config.training.precision]
-    layer = MoEFeedForward(config.model, config.moe, Topology())
+    layer = DiffMoE(config.model, config.moe, Topology())
     layer = seeded_layer(layer, device, dtype)
     # Two blocks are a dense one and a mixture.
     network = DiT(config.model.model_copy(update={"depth": 2}), config.moe).initialize(0)

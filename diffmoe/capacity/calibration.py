@@ -52,7 +52,7 @@ def calibrate(
     experts = network.moe_config.experts
     if not network.has_thresholds:
         raise UserError(
-            f"a {network.moe_config.type} model has no capacity predictor, nothing to calibrate"
+            f"a {network.moe_config.type} model has no thresholds, nothing to calibrate"
         )
     check_capacity(capacity, experts)
     aim, measured = capacity, float("nan")

@@ -16,6 +16,7 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
+from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.parallel.topology import Topology
 
 
@@ -56,7 +57,7 @@ def load_network(
             raise UserError(f"{checkpoint} does not hold {prefix}/{missing[0]}; take another one")
     network = DiT(config.model, config.moe, topology)
     experts = network.expert_parameters()
-    state: dict[str, Tensor] = dict(threshold_buffers(network))
+    state: dict[str, Tensor] = dict(routing_buffers(network))
     for name, parameter in network.named_parameters():
         flat = parameter.detach().view(-1)
         first, parts = 0, 1
@@ -76,8 +77,8 @@ def _holds_ema(checkpoint: Path) -> bool:
         return any(name.startswith("ema/") for name in stored.shapes)
 
 
-def threshold_buffers(network: DiT) -> Iterator[tuple[str, Tensor]]:
-    """The capacity thresholds, by their names in a checkpoint."""
+def routing_buffers(network: DiT) -> Iterator[tuple[str, Tensor]]:
+    """The state of routing (thresholds, biases), by its names in a checkpoint."""
     for name, buffer in network.state_dict().items():
-        if name.endswith(".thresholds"):
+        if name.endswith(ROUTING_STATE):
             yield f"buffers/{name}", buffer

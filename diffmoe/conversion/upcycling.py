@@ -24,6 +24,7 @@ from diffmoe.errors import UserError
 from diffmoe.export.metadata import Metadata
 from diffmoe.export.sources import Source
 from diffmoe.export.tensors import expected_shapes, meta_network
+from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.seeding import keyed_generator
 
 How = Literal["shared", "copies"]
@@ -146,7 +147,7 @@ def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Sou
         if shapes[name] == source.shapes[name]:
             return tensor
         copies = tensor.repeat(times, *[1] * (tensor.dim() - 1))
-        if not name.endswith(".thresholds"):
+        if not name.endswith(ROUTING_STATE):
             copies[old:] = _noisy(copies[old:], noise, seed, name)
         return copies
 

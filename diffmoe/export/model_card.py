@@ -9,6 +9,7 @@ from diffmoe.errors import UserError
 from diffmoe.export.metadata import Metadata
 from diffmoe.export.tensors import Shapes
 from diffmoe.files import read_lines
+from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.redaction import printable, redact, without_folders
 
 RESULTS = "results.jsonl"
@@ -16,6 +17,9 @@ _FAMILIES = {
     "diffmoe": "DiffMoE",
     "expert_choice": "EC-DiT",
     "token_choice": "TC-DiT",
+    "race": "Expert Race",
+    "promoe": "ProMoE",
+    "dsmoe": "DSMoE",
     "dense": "dense DiT",
 }
 
@@ -27,11 +31,11 @@ def parameter_counts(shapes: Shapes, moe: MoEConfig) -> tuple[int, float]:
         count = 1
         for side in shape:
             count *= side
-        if name.endswith(".thresholds"):
+        if name.endswith(ROUTING_STATE):
             continue
         total += count
         experts += count if ".experts." in name else 0
-    each = moe.top_k if moe.type == "token_choice" else min(moe.capacity, moe.experts)
+    each = moe.top_k if moe.chosen_by_tokens else min(moe.capacity, moe.experts)
     return total, total - experts + experts * each / moe.experts
 
 

@@ -18,6 +18,7 @@ from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.models.blocks import grid_positions, rotary_angles
 from diffmoe.models.dit import DiT
+from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.parallel.topology import Topology
 
 Shapes = dict[str, tuple[int, ...]]
@@ -129,8 +130,8 @@ def fill(network: DiT, read: Callable[[str, slice | None], Tensor]) -> DiT:
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The type in which a tensor is stored. Thresholds are fp32: they are compared in fp32."""
-    return torch.float32 if name.endswith(".thresholds") else dtype
+    """The type in which a tensor is stored: fp32 for what scores are compared with in fp32."""
+    return torch.float32 if name.endswith(ROUTING_STATE) else dtype
 
 
 class Shard(NamedTuple):

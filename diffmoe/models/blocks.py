@@ -193,12 +193,14 @@ class Block(nn.Module):
         x_BTD: Tensor,
         condition_BD: Tensor,
         time_BD: Tensor,
+        null_B: Tensor,
         rotation: Tensor | None,
         context: Context | None = None,
     ) -> tuple[Tensor, Any]:
         """The new tokens, and the LayerRouting of an MoE feed-forward (None of a dense one).
 
-        time_BD: embedding of the timestep alone, which condition_BD contains, too.
+        time_BD: embedding of the timestep alone, which condition_BD contains, too. null_B: which
+        samples have no condition.
         """
         modulation = self.adaln(F.silu(condition_BD)).chunk(6, dim=-1)
         x_BTD = maybe_checkpoint(self.checkpointing, self._attend, x_BTD, *modulation[:3], rotation)
@@ -210,7 +212,7 @@ class Block(nn.Module):
         if isinstance(self.feed_forward, MLP | SwiGLU):
             h_BTD, routing = maybe_checkpoint(self.checkpointing, self.feed_forward, h_BTD), None
         else:
-            h_BTD, routing = self.feed_forward(h_BTD, plain_BTD, time_BD)
+            h_BTD, routing = self.feed_forward(h_BTD, plain_BTD, time_BD, null_B)
         return x_BTD + gate[:, None] * h_BTD, routing
 
     def _attend(

@@ -11,19 +11,15 @@ class CapacityPredictor(nn.Module):
     """Linear - SiLU - Linear on detached tokens, one logit per expert (Eq. 10, 11).
 
     thresholds: tau of Eq. 14 and 17, one per expert; starts at 0, as in the release.
-    log_odds: calibrated thresholds, as logits, which inference uses instead of `thresholds` where
-    they are set. Near 0 and 1 many probabilities round to the same number; their logits do not.
     """
 
     thresholds: Tensor
-    log_odds: Tensor | None
 
     def __init__(self, width: int, num_experts: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, num_experts)
         self.register_buffer("thresholds", torch.zeros(num_experts))
-        self.register_buffer("log_odds", None, persistent=False)
 
     def forward(self, tokens_SD: Tensor) -> Tensor:
         """Logits (S, E), in fp32 at least. No gradient reaches the tokens."""
@@ -32,12 +28,6 @@ class CapacityPredictor(nn.Module):
         weight, bias = self.out.weight.to(dtype), self.out.bias.to(dtype)
         with outside_autocast(hidden_SD):
             return F.linear(hidden_SD.to(dtype), weight, bias)
-
-    def wanted(self, logits_SE: Tensor) -> Tensor:
-        """Mask (S, E) of the per-token test of Eq. 14: probability above the threshold."""
-        if self.log_odds is not None:
-            return logits_SE > self.log_odds
-        return logits_SE.sigmoid() > self.thresholds
 
 
 def capacity_loss(logits_SE: Tensor, selected_ES: Tensor) -> Tensor:

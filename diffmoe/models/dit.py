@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from diffmoe.conditions import Condition, Text
+from diffmoe.conditions import Condition, Text, is_unconditional
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.models.blocks import (
@@ -20,13 +20,14 @@ from diffmoe.models.blocks import (
     modulate,
     rotary_angles,
 )
-from diffmoe.models.capacity_predictor import CapacityPredictor
 from diffmoe.models.experts import Experts
+from diffmoe.models.families import create_moe
 from diffmoe.models.initialization import initializers_of, normal, starting, zero_linear
 from diffmoe.models.inputs import check_inputs
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.models.routing_mode import Kind, RoutingMode, check_capacity
 from diffmoe.models.text_embedding import TextEmbedder
+from diffmoe.models.thresholded import ThresholdedMoE
 from diffmoe.parallel.topology import Topology
 from diffmoe.seeding import keyed_generator
 
@@ -96,7 +97,7 @@ class DiT(nn.Module):
     def _feed_forward(self, block: int) -> nn.Module:
         is_moe = self.moe_config.type != "dense" and (self.moe_config.every_block or block % 2)
         if is_moe:
-            return MoEFeedForward(self.config, self.moe_config, self.topology)
+            return create_moe(self.config, self.moe_config, self.topology)
         model = self.config
         return dense_mlp(model.width, int(model.width * model.mlp_ratio), model.mlp_activation)
 
@@ -119,11 +120,18 @@ class DiT(nn.Module):
             vector = self.label_embed(condition)
         time_BD = self.timestep_embed(t)
         condition_BD = time_BD + vector
+        null_B = is_unconditional(condition, self.config.num_classes)
         routing = []
         for block in self.blocks:
-            x_BTD, layer_routing = block(x_BTD, condition_BD, time_BD, self.rotation, context)
-            if layer_routing is not None:
-                routing.append(layer_routing)
+            x_BTD, layer_routing = block(
+                x_BTD, condition_BD, time_BD, null_B, self.rotation, context
+            )
+            if layer_routing is None:
+                continue
+            if layer_routing.target_prediction is not None:
+                target = self._unpatchify(layer_routing.target_prediction)
+                layer_routing = layer_routing._replace(target_prediction=target)
+            routing.append(layer_routing)
         shift, scale = self.final_adaln(F.silu(condition_BD)).chunk(2, dim=-1)
         patches = self.final(modulate(self.final_norm(x_BTD), shift, scale))
         return DiTOutput(self._unpatchify(patches), routing)
@@ -131,9 +139,10 @@ class DiT(nn.Module):
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p*p*C) -> (B, C, H, W), in fp32 at least."""
         B, p, g = patches.shape[0], self.config.patch_size, self.grid
-        image = patches.view(B, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        channels = patches.shape[2] // p**2
+        image = patches.view(B, g, g, p, p, channels).permute(0, 5, 1, 3, 2, 4)
         dtype = torch.promote_types(patches.dtype, torch.float32)
-        return image.reshape(B, self.out_channels, g * p, g * p).to(dtype)
+        return image.reshape(B, channels, g * p, g * p).to(dtype)
 
     @property
     def moe_layers(self) -> list[MoEFeedForward]:
@@ -141,20 +150,24 @@ class DiT(nn.Module):
         return [layer for layer in layers if isinstance(layer, MoEFeedForward)]
 
     @property
-    def capacity_predictors(self) -> list[CapacityPredictor]:
-        """One for each MoE layer of a DiffMoE; none of another network."""
-        predictors = (layer.capacity_predictor for layer in self.moe_layers)
-        return [predictor for predictor in predictors if predictor is not None]
+    def thresholded_layers(self) -> list[ThresholdedMoE]:
+        """The MoE layers that route by thresholds at inference: all of them, or none."""
+        return [layer for layer in self.moe_layers if isinstance(layer, ThresholdedMoE)]
 
     @property
     def thresholds_LE(self) -> Tensor:
-        """A copy of the capacity thresholds of all MoE layers, (L, E)."""
-        return torch.stack([predictor.thresholds for predictor in self.capacity_predictors])
+        """A copy of the thresholds that training tracked, (L, E), or (L, 1) of expert race."""
+        return torch.stack([layer.tracked for layer in self.thresholded_layers])
 
     @property
     def has_thresholds(self) -> bool:
-        """Whether capacity predictors route at inference, so that capacity can be chosen."""
-        return self.moe_config.type == "diffmoe" and bool(self.moe_layers)
+        """Whether thresholds route at inference, so that capacity can be chosen."""
+        return bool(self.thresholded_layers)
+
+    @property
+    def has_predictors(self) -> bool:
+        """Whether capacity predictors say what the thresholds are compared with."""
+        return any(layer.capacity_predictor is not None for layer in self.moe_layers)
 
     @property
     def shares_compute(self) -> bool:
@@ -163,7 +176,7 @@ class DiT(nn.Module):
 
     @property
     def routing(self) -> RoutingMode | None:
-        """How evaluation routes; None without capacity predictors, where there is only one way.
+        """How evaluation routes; None without thresholds, where there is only one way.
 
         Setting it raises UserError for a mode that the network does not have.
         """
@@ -180,13 +193,12 @@ class DiT(nn.Module):
         if mode.capacity is not None:
             check_capacity(mode.capacity, moe.experts)
         self._routing = mode
-        for layer in self.moe_layers:
+        log_odds_LE = mode.log_odds_LE
+        for number, layer in enumerate(self.thresholded_layers):
             layer.inference = mode.kind
             layer.capacity = moe.capacity if mode.capacity is None else mode.capacity
-        for number, predictor in enumerate(self.capacity_predictors):
-            log_odds_LE = mode.log_odds_LE
-            predictor.log_odds = (
-                None if log_odds_LE is None else log_odds_LE[number].to(predictor.thresholds.device)
+            layer.log_odds = (
+                None if log_odds_LE is None else log_odds_LE[number].to(layer.tracked.device)
             )
 
     @contextmanager
@@ -205,10 +217,10 @@ class DiT(nn.Module):
         log_odds_LE = None if self.routing is None else self.routing.log_odds_LE
         self.routing = RoutingMode(kind, capacity, log_odds_LE)
 
-    def move_thresholds(self, kth_LE: Tensor) -> None:
-        """One step of their moving average (Eq. 17) towards the K-th largest probabilities."""
-        for predictor, kth_E in zip(self.capacity_predictors, kth_LE, strict=True):
-            predictor.thresholds.lerp_(kth_E, 1 - self.moe_config.threshold_ema)
+    def move_routing_state(self, seen_LX: Tensor) -> None:
+        """One step of all layers' thresholds or biases. seen_LX: of `MoEFeedForward.observed`."""
+        for layer, seen_X in zip(self.moe_layers, seen_LX, strict=True):
+            layer.move(seen_X)
 
     def checkpoint_activations(self, active: bool) -> None:
         """Compute each block's activations again in the backward pass instead of keeping them."""

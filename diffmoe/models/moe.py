@@ -1,5 +1,9 @@
-"""The MoE feed-forward: route, dispatch, experts, combine, shared expert."""
+"""The MoE feed-forward: route, dispatch, experts, combine, shared expert.
 
+How tokens are selected is a family's part: one file each in `families/`.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,38 +12,66 @@ from torch import Tensor, nn
 from diffmoe.config import ModelConfig, MoEConfig
 from diffmoe.models import routing
 from diffmoe.models.blocks import dense_mlp, maybe_checkpoint
-from diffmoe.models.capacity_predictor import CapacityPredictor, capacity_loss
 from diffmoe.models.experts import Experts
 from diffmoe.models.initialization import normal
 from diffmoe.models.precision import autocast_dtype
 from diffmoe.models.routing import Assignment
 from diffmoe.parallel.topology import Topology
 
+# Endings of the buffers that are a family's state: tracked in training, stored with the weights.
+ROUTING_STATE = (".thresholds", ".selection_bias")
+# How many tokens are kept to compare experts by.
+_PROBE = 32
+
 
 class LayerRouting(NamedTuple):
-    """Routing of one MoE layer in one forward pass, for losses, thresholds and reports.
+    """Routing of one MoE layer in one forward pass, for losses, state and reports.
 
-    selected_ES: which expert takes which token. capacity_logits_SE: of the capacity predictor.
-    capacity_loss, balance_loss: scalars, in training.
+    selected_ES: which expert takes which token. capacity_logits_SE: what inference compares with
+    thresholds: the capacity predictor's logits, or the router's (race). losses: scalars by name, in
+    training; `MoEConfig.loss_weights` says how they count. seen_X: what the family's state follows,
+    in training. target_prediction: of the objective's target, (B, C, H, W) (race). gate_sum: of a
+    token, the mean over tokens, in training. probe_ND: some of the tokens, in training.
     """
 
     selected_ES: Tensor
     capacity_logits_SE: Tensor | None = None
-    capacity_loss: Tensor | None = None
-    balance_loss: Tensor | None = None
+    losses: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
+    seen_X: Tensor | None = None
+    target_prediction: Tensor | None = None
+    gate_sum: Tensor | None = None
+    probe_ND: Tensor | None = None
+
+
+class Scored(NamedTuple):
+    """The tokens of a forward pass, and what a family selects by.
+
+    hidden_SD: what the router's last layer sees. logits_SE: of the router. ranked_SE: scores to
+    choose by, without gradient. gates_SE: what experts' outputs are weighed by. null_B: samples
+    without a condition; None: there are none.
+    """
+
+    tokens_SD: Tensor
+    tokens_per_sample: int
+    hidden_SD: Tensor
+    logits_SE: Tensor
+    ranked_SE: Tensor
+    gates_SE: Tensor
+    null_B: Tensor | None = None
+
+    def of_samples(self, values_B: Tensor) -> Tensor:
+        """Values of samples as those of their tokens, (S,)."""
+        return values_B[:, None].expand(-1, self.tokens_per_sample).flatten()
 
 
 class MoEFeedForward(nn.Module):
-    """Experts that choose their tokens (arXiv 2503.14487, section 3), or a baseline's routing.
+    """What all families share; a family says in `_select` which expert takes which token."""
 
-    In training the experts take the best tokens of the pool; in evaluation `inference` decides:
-    per_token (Eq. 14; an image does not depend on its batch mates), pooled (Alg. 4) or static.
-    """
+    has_thresholds = False  # whether thresholds route at inference, so that capacity can be chosen
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
         super().__init__()
         self.moe = moe
-        self.inference, self.capacity = moe.inference, moe.capacity
         self.checkpointing = False
         self.pool = topology.token_pool(moe.token_pool)
         self.dispatch = topology.dispatch()
@@ -56,9 +88,7 @@ class MoEFeedForward(nn.Module):
             moe.activation,
             moe.expert_init_std,
         )
-        self.capacity_predictor = (
-            CapacityPredictor(model.width, moe.experts) if moe.type == "diffmoe" else None
-        )
+        self.register_module("capacity_predictor", None)  # its place in the order of parameters
         self.shared_expert = (
             dense_mlp(
                 model.width,
@@ -70,31 +100,52 @@ class MoEFeedForward(nn.Module):
         )
 
     def forward(
-        self, x_BTD: Tensor, plain_BTD: Tensor | None = None, time_BD: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        plain_BTD: Tensor | None = None,
+        time_BD: Tensor | None = None,
+        null_B: Tensor | None = None,
     ) -> tuple[Tensor, LayerRouting]:
         """What the experts add to each token, and what was routed where.
 
         x_BTD: modulated tokens, which the experts see. For other router inputs than those:
         plain_BTD, the same before their modulation; time_BD, an embedding of the timestep alone.
+        null_B: which samples have no condition.
         """
         tokens_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        assignment, layer_routing = self._route(tokens_SD, x_BTD.shape[1], plain_BTD, time_BD)
+        assignment, layer_routing = self._route(
+            tokens_SD, x_BTD.shape[1], plain_BTD, time_BD, null_B
+        )
         # Routing is never computed again in the backward pass.
         mixed_SD = maybe_checkpoint(self.checkpointing, self._mix, tokens_SD, *assignment)
         return mixed_SD.view_as(x_BTD), layer_routing
 
-    def _router_logits(
-        self, tokens_SD: Tensor, plain_BTD: Tensor | None, time_BD: Tensor | None
-    ) -> Tensor:
-        """moe.router_input: what the router sees."""
-        if self.moe.router_input == "modulated":
-            return routing.router_logits(tokens_SD, self.router)
-        assert plain_BTD is not None
-        logits_BTE = routing.router_logits(plain_BTD, self.router)
-        if self.router_time is not None:
-            assert time_BD is not None
-            logits_BTE = logits_BTE + routing.router_logits(time_BD, self.router_time)[:, None]
-        return logits_BTE.flatten(0, 1)
+    @classmethod
+    def observed(
+        cls, layers: Sequence["MoEFeedForward"], records: Sequence[LayerRouting]
+    ) -> Tensor | None:
+        """What a micro-batch shows to the layers' state, (L, X); None for a family without one.
+
+        Their `move` gets its mean over micro-batches and ranks.
+        """
+        seen = [layer.seen_X for layer in records if layer.seen_X is not None]
+        return torch.stack(seen) if seen else None
+
+    def move(self, seen_X: Tensor) -> None:
+        """One step of the layer's state, after an optimizer step."""
+        raise NotImplementedError(f"{type(self).__name__} has no state")
+
+    def _select(self, scored: Scored) -> tuple[Assignment, LayerRouting]:
+        """A family's part: which expert takes which token, and what that adds to the loss."""
+        raise NotImplementedError
+
+    def _hidden(self, tokens_SD: Tensor) -> Tensor:
+        """What the router's last layer sees; a family may have layers before it."""
+        return tokens_SD
+
+    def _logits(self, hidden_SD: Tensor) -> Tensor:
+        """The router's last layer, (S, E)."""
+        return routing.router_logits(hidden_SD, self.router)
 
     def _route(
         self,
@@ -102,55 +153,39 @@ class MoEFeedForward(nn.Module):
         tokens_per_sample: int,
         plain_BTD: Tensor | None = None,
         time_BD: Tensor | None = None,
+        null_B: Tensor | None = None,
     ) -> tuple[Assignment, LayerRouting]:
-        tokens = tokens_SD.shape[0]  # not len(), which torch.export takes for a constant
-        router_SE = self._router_logits(tokens_SD, plain_BTD, time_BD)
-        scores_SE = routing.router_scores(router_SE, self.moe.gate)
-        ranked_SE = routing.ranked(scores_SE)
-        gates_SE = scores_SE if self.moe.gate_factor == 1 else scores_SE * self.moe.gate_factor
-        if self.moe.type == "token_choice":
-            selected_ES = routing.token_choice_mask(ranked_SE, self.moe.top_k)
-            balance = None
-            if self.training:
-                balance = routing.load_balancing_loss(router_SE.softmax(dim=-1), selected_ES)
-            assignment = routing.ragged_assignment(selected_ES, gates_SE)
-            return assignment, LayerRouting(selected_ES, balance_loss=balance)
-        if self.moe.type == "expert_choice":
-            k = self._capacity(tokens_per_sample, self.moe.capacity)
-            selected_ES = routing.expert_choice_mask(ranked_SE, tokens_per_sample, k)
-            k *= tokens // tokens_per_sample
-            return self._assign(selected_ES, gates_SE, k), LayerRouting(selected_ES)
-        assert self.capacity_predictor is not None
-        logits_SE = self.capacity_predictor(tokens_SD)
-        if self.training:
-            k = self._capacity(tokens * self.pool.ranks, self.moe.capacity)
-            selected_ES = self._select_from_pool(ranked_SE, k)
-            loss = capacity_loss(logits_SE, selected_ES)
-            return (
-                self._assign(selected_ES, gates_SE, k),
-                LayerRouting(selected_ES, logits_SE, loss),
-            )
-        if self.inference == "static":
-            k = self._capacity(tokens, self.capacity)
-            selected_ES = routing.top_k_mask(ranked_SE.t(), k)
-            return self._assign(selected_ES, gates_SE, k), LayerRouting(selected_ES, logits_SE)
-        wanted_SE = self.capacity_predictor.wanted(logits_SE)
-        if self.inference == "pooled":
-            selected_ES = routing.counted_mask(ranked_SE, wanted_SE.sum(dim=0))
+        if self.moe.router_input == "modulated":
+            hidden_SD = self._hidden(tokens_SD)
         else:
-            selected_ES = wanted_SE.t()
-        return routing.ragged_assignment(selected_ES, gates_SE), LayerRouting(
-            selected_ES, logits_SE
+            assert plain_BTD is not None
+            hidden_SD = self._hidden(plain_BTD.flatten(0, 1))
+        logits_SE = self._logits(hidden_SD)
+        if self.router_time is not None:
+            assert time_BD is not None
+            time_BE = routing.router_logits(time_BD, self.router_time)
+            logits_SE = logits_SE + time_BE.repeat_interleave(tokens_per_sample, dim=0)
+        scores_SE = routing.router_scores(logits_SE, self.moe.gate)
+        gates_SE = scores_SE if self.moe.gate_factor == 1 else scores_SE * self.moe.gate_factor
+        ranked_SE = routing.ranked(scores_SE)
+        assignment, layer_routing = self._select(
+            Scored(tokens_SD, tokens_per_sample, hidden_SD, logits_SE, ranked_SE, gates_SE, null_B)
+        )
+        if not self.training:
+            return assignment, layer_routing
+        apart = 0 if assignment.apart is None else len(assignment.apart)  # whose gate is 1
+        losses = dict(layer_routing.losses)
+        if self.moe.z_loss_weight:
+            losses["z"] = routing.z_loss(logits_SE)
+        return assignment, layer_routing._replace(
+            losses=losses,
+            gate_sum=(assignment.gates.detach().abs().sum() + apart) / len(tokens_SD),
+            probe_ND=tokens_SD.detach()[:_PROBE],
         )
 
     def _capacity(self, tokens: int, capacity: float) -> int:
         moe = self.moe
         return routing.expert_capacity(tokens, moe.experts, capacity, moe.capacity_rounding)
-
-    def _select_from_pool(self, scores_SE: Tensor, k: int) -> Tensor:
-        scores_ES = scores_SE.t().contiguous()
-        kth_E = self.pool.kth_largest(scores_ES, k)
-        return routing.select_largest(scores_ES, kth_E, self.pool.ties(scores_ES, kth_E, k))
 
     def _assign(self, selected_ES: Tensor, gates_SE: Tensor, k: int) -> Assignment:
         """Static where every expert is known to take k tokens of every rank of the group."""
@@ -160,7 +195,12 @@ class MoEFeedForward(nn.Module):
         return routing.ragged_assignment(selected_ES, gates_SE)
 
     def _mix(
-        self, tokens_SD: Tensor, token_index: Tensor, gates: Tensor, counts_E: Tensor | None
+        self,
+        tokens_SD: Tensor,
+        token_index: Tensor,
+        gates: Tensor,
+        counts_E: Tensor | None,
+        apart: Tensor | None = None,
     ) -> Tensor:
         """Gather each expert's tokens, run the experts, sum the gated results. -> (S, D)."""
         rows = routing.gather(tokens_SD, token_index)
@@ -168,25 +208,26 @@ class MoEFeedForward(nn.Module):
             rows = self.dispatch.static(rows, self.experts)
         else:
             rows = self.dispatch.ragged(rows, counts_E, self.experts)
-        base_SD = (
-            torch.zeros_like(tokens_SD)
-            if self.shared_expert is None
-            else self.shared_expert(tokens_SD)
-        )
+        base_SD = self._base(tokens_SD, apart)
         if autocast_dtype(tokens_SD) is not None:  # small terms would be rounded away in the sum
             base_SD, rows = base_SD.float(), rows.float()
         return routing.combine(base_SD, rows, gates, token_index).to(tokens_SD.dtype)
 
+    def _base(self, tokens_SD: Tensor, apart: Tensor | None) -> Tensor:
+        """What is added to every token, whatever was selected. apart: of `Assignment`."""
+        if self.shared_expert is None:
+            return torch.zeros_like(tokens_SD)
+        return self.shared_expert(tokens_SD)
+
 
 def routing_loss(routings: list[LayerRouting], moe: MoEConfig) -> Tensor | float:
-    """What the MoE layers add to the loss: capacity prediction (Eq. 13) or load balancing."""
-    if moe.type == "diffmoe":
-        losses = [layer.capacity_loss for layer in routings if layer.capacity_loss is not None]
-        total = torch.stack(losses).sum()
-        if moe.capacity_loss_reduction == "mean":
-            total = total / len(routings)
-        return moe.capacity_loss_weight * total
-    if moe.type == "token_choice":
-        losses = [layer.balance_loss for layer in routings if layer.balance_loss is not None]
-        return moe.aux_loss_weight * torch.stack(losses).sum()
-    return 0.0
+    """What the MoE layers add to the loss: the sum over layers of each, times its weight."""
+    names = routings[0].losses if routings else {}
+    total: Tensor | float = 0.0
+    for name in names:
+        one = torch.stack([layer.losses[name] for layer in routings]).sum()
+        if name == "capacity" and moe.capacity_loss_reduction == "mean":
+            one = one / len(routings)
+        weighted = moe.loss_weights[name] * one
+        total = weighted if isinstance(total, float) else total + weighted
+    return total

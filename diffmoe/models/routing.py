@@ -23,11 +23,13 @@ class Assignment(NamedTuple):
 
     Static (training, counts_E is None): token_index and gates are (E, K).
     Ragged (inference, wide pools): both are (N,), the E groups have lengths counts_E.
+    apart: tokens (n,) that an expert of their own takes instead (ProMoE).
     """
 
     token_index: Tensor
     gates: Tensor
     counts_E: Tensor | None = None
+    apart: Tensor | None = None
 
 
 def expert_capacity(
@@ -150,3 +152,8 @@ def load_balancing_loss(scores_SE: Tensor, selected_ES: Tensor) -> Tensor:
     """
     share_E = selected_ES.sum(dim=1) / selected_ES.sum()
     return scores_SE.shape[1] * (share_E * scores_SE.mean(dim=0)).sum()
+
+
+def z_loss(logits_SE: Tensor) -> Tensor:
+    """Mean squared log of the sum over experts of e^logit (ST-MoE, arXiv 2202.08906, Eq. 5)."""
+    return logits_SE.logsumexp(dim=-1).square().mean()

@@ -40,6 +40,13 @@ class TokenPool:
         missing_X = k - counts_W2X[:, 0].sum(dim=0)
         return (missing_X - lower_ranks_X).clamp(min=0).minimum(equal_X)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the pool's ranks, without gradient; of one rank the tensor itself."""
+        if self.ranks > 1:
+            tensor = tensor.detach().clone()
+            dist.all_reduce(tensor, group=self.group)
+        return tensor.detach()
+
 
 def _radix_kth_largest(values_XS: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
     integer = {torch.float32: torch.int32, torch.float64: torch.int64}[values_XS.dtype]

@@ -95,6 +95,8 @@ def _routing(layout: Layout) -> int:
     saved = S * E * F32 + N * (INT64 + F32)  # scores; token indices and gates
     if a != F32:
         saved += S * D * F32  # tokens, for the router
+    if config.moe.type == "race":
+        saved += 2 * S * D * a  # its hidden layer, before and after the activation
     if config.moe.type == "diffmoe":
         saved += 2 * S * D * a + 2 * S * E * F32  # hidden layer, logits and their target
         if a != F32:

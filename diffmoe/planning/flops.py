@@ -56,7 +56,8 @@ def _mixtures(layout: Layout) -> int:
 def mixture_flops(layout: Layout) -> int:
     """Of the forward of one MoE layer's experts, the shared expert included."""
     moe, S, D = layout.config.moe, layout.tokens, layout.config.model.width
-    experts = _matrices(moe.activation) * 2 * layout.rows * D * int(D * moe.expert_ratio)
+    rows = layout.rows + layout.rows_apart
+    experts = _matrices(moe.activation) * 2 * rows * D * int(D * moe.expert_ratio)
     shared = _matrices(moe.shared_expert_activation) * 2 * S * D * int(D * moe.shared_expert_ratio)
     return experts + shared
 
@@ -67,6 +68,11 @@ def router_products(layout: Layout) -> list[tuple[int, bool]]:
     if moe.type == "dense":
         return []
     products = [(2 * S * D * moe.experts, True)]
+    if moe.type == "race":
+        products.append((2 * S * D * D, True))
+        if moe.target_loss_weight:
+            patch = layout.config.model.patch_size**2 * layout.config.model.in_channels
+            products.append((2 * S * D * patch, True))
     if moe.type == "diffmoe":  # on detached tokens
         products += [(2 * S * D * D, False), (2 * S * D * moe.experts, True)]
     return products

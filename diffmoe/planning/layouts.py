@@ -132,17 +132,27 @@ class Layout:
     def rows(self) -> int:
         """N: token-expert pairs that one GPU sends to the experts of one layer.
 
-        Exact in the default pool and for expert choice; with a wide pool or token choice it is the
-        average over ranks.
+        Exact in the default pool and for expert choice; with a wide pool, race or token choice it
+        is the average over ranks.
         """
         moe = self.config.moe
-        if moe.type == "token_choice":
-            return self.tokens * moe.top_k
+        if moe.chosen_by_tokens:
+            return self.tokens * moe.top_k - self.rows_apart * moe.top_k
         if moe.type == "expert_choice":
             return self.micro_batch * moe.experts * self._capacity(self.tokens_per_sample)
         ranks = {"micro_batch": 1, "expert_parallel": self.expert_parallel, "global": self.world}
         pool = ranks[moe.token_pool]
+        if moe.type == "race":
+            pairs = self.tokens * pool * moe.experts
+            winners = expert_capacity(pairs, moe.experts, moe.capacity, moe.capacity_rounding)
+            return winners // pool
         return moe.experts * self._capacity(self.tokens * pool) // pool
+
+    @property
+    def rows_apart(self) -> int:
+        """Tokens of samples without a condition, on average, which an expert of their own takes."""
+        promoe = self.config.moe.type == "promoe"
+        return round(self.tokens * self.config.training.label_dropout) if promoe else 0
 
     def _capacity(self, tokens: int) -> int:
         moe = self.config.moe

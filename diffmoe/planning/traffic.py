@@ -67,7 +67,8 @@ def _all_to_all(layout: Layout) -> Collective:
     ways = 4 + 2 * layout.config.training.activation_checkpointing
     moe = layout.config.moe
     sent = ways * layout.rows * layout.config.model.width * layout.element
-    if moe.type == "token_choice" or moe.token_pool != "micro_batch":  # preceded by counts
+    ragged = moe.chosen_by_tokens or moe.type == "race" or moe.token_pool != "micro_batch"
+    if ragged:  # preceded by counts
         sent += (ways // 2 - 1) * moe.experts * INT64
     sent *= layout.moe_layers * layout.accumulation
     # Groups are contiguous ranks, so as many of a group as possible are on one node.
@@ -98,20 +99,23 @@ def _ring(layout: Layout, name: str, stride: int, ranks: int, size: int, passes:
 
 
 def _routing(layout: Layout) -> list[Collective]:
-    """Collectives of the gradient norm, thresholds and wide pools; small beside the others."""
+    """Collectives of the gradient norm, routing state and wide pools; small beside the others."""
     moe, L = layout.config.moe, layout.moe_layers
     # Squared norms of dense and expert gradients, the experts' mean; in bf16 an overflow flag.
     norms = F32 * (1 + (L > 0) + (L > 0 and layout.expert_replicas > 1))
     found = [_ring(layout, "gradient norm", 1, layout.world, norms + (layout.element == 2), 2)]
-    if moe.type != "diffmoe" or not L:
+    state = {"diffmoe": moe.experts, "race": 1, "dsmoe": moe.experts}.get(moe.type, 0) * L
+    if not state:
         return found
     ranks = {"micro_batch": 1, "expert_parallel": layout.expert_parallel, "global": layout.world}
     pool, steps = ranks[moe.token_pool], layout.accumulation
-    found.append(_ring(layout, "thresholds", 1, layout.world, L * moe.experts * F64, 2))
+    found.append(_ring(layout, "routing state", 1, layout.world, state * F64, 2))
     if pool > 1:
-        # A histogram of 256 bins for each of 4 bytes, for the scores and for the thresholds.
-        bins = 4 * 256 * INT64 * L * moe.experts * steps * 2
-        counts = 2 * moe.experts * INT64 * L * steps * pool
+        # A histogram of 256 bins for each of 4 bytes, for the scores and for the predictor's.
+        bins = 4 * 256 * INT64 * state * steps * (2 if moe.type == "diffmoe" else 1)
+        if moe.type == "race" and moe.similarity_loss_weight:
+            bins += L * moe.experts**2 * F32 * steps
+        counts = 2 * INT64 * state * steps * pool
         found.append(_ring(layout, "pool's histograms", 1, pool, bins, 2))
         found.append(_ring(layout, "pool's ties", 1, pool, counts, 1))
     return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.capacity.forward import Forward
+from diffmoe.capacity.health import DEAD
 from diffmoe.capacity.meter import CapacityByTime, CapacityMeter
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.diffusion.settings import SamplingSettings
@@ -22,8 +23,6 @@ from diffmoe.sampling.passes import Passes
 from diffmoe.sampling.sampler import Sampler
 
 BINS = 20
-# An expert is called dead if its capacity is below this share of the mean.
-DEAD = 0.01
 
 
 class SamplingRouting(NamedTuple):
@@ -180,12 +179,11 @@ def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
 
     def observe(forward: Forward) -> None:
         for number, (layer, routing) in enumerate(
-            zip(network.moe_layers, forward.routing, strict=True)
+            zip(network.thresholded_layers, forward.routing, strict=True)
         ):
             logits_SE, selected_SE = routing.capacity_logits_SE, routing.selected_ES.t()
-            assert layer.capacity_predictor is not None
             assert logits_SE is not None
-            predicted_SE = layer.capacity_predictor.wanted(logits_SE)
+            predicted_SE = layer.wanted(logits_SE)
             right[number] += int((predicted_SE & selected_SE).sum())
             predicted[number] += int(predicted_SE.sum())
             selected[number] += int(selected_SE.sum())
@@ -196,7 +194,7 @@ def predictor_accuracy(network: DiT, passes: Passes) -> PredictorAccuracy:
             ):
                 sums[row].index_add_(0, place, values)
 
-    if network.routing is None:
+    if network.routing is None or not network.has_predictors:
         raise UserError("only a model with a capacity predictor has one to compare")
     as_in_training = replace(network.routing, kind="static", capacity=None)
     with network.routed(as_in_training):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.checkpoints.lifecycle import reading
-from diffmoe.checkpoints.network import threshold_buffers
+from diffmoe.checkpoints.network import routing_buffers
 from diffmoe.checkpoints.pieces import Piece, read_pieces
 from diffmoe.checkpoints.run_file import Origin, RunFile, SavedBy, read_run_file
 from diffmoe.clock import Clock
@@ -66,7 +66,7 @@ def pieces(engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> dict[st
     """Views of all that this rank owns, by the names of the checkpoint."""
     if not engine.optimizer.optimizer.state:  # every step so far was skipped
         _create_optimizer_state(engine, 0)
-    state: dict[str, Tensor] = dict(threshold_buffers(network))
+    state: dict[str, Tensor] = dict(routing_buffers(network))
     optimizer = engine.optimizer.optimizer
     for owned in owned_ranges(engine, network, network.expert_parameters()):
         total = torch.Size(owned.shape).numel()

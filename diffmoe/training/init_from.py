@@ -11,6 +11,7 @@ from diffmoe.export.exported_model import ExportedModel, is_exported
 from diffmoe.export.tensors import check_state_dict
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.dit import DiT
+from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.parallel.zero import owned_ranges
 
 
@@ -38,8 +39,8 @@ def check(config: Config) -> None:
 
 @torch.no_grad()
 def load(path: Path, engine: deepspeed.DeepSpeedEngine, network: DiT) -> None:
-    """Fill this rank's fp32 masters, the weights and the thresholds. Averages start there too, if
-    they are made afterwards. Raises UserError where a file is damaged.
+    """Fill this rank's fp32 masters, the weights and the routing's state. Averages start there,
+    too, if they are made afterwards. Raises UserError where a file is damaged.
     """
     model = ExportedModel(path)
     model.verify(cached_sha256)
@@ -48,5 +49,5 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, network: DiT) -> None:
         owned.master.copy_(flat[owned.start : owned.start + len(owned.master)])
     engine.optimizer.update_lp_params()
     for name, buffer in network.state_dict().items():
-        if name.endswith(".thresholds"):
+        if name.endswith(ROUTING_STATE):
             buffer.copy_(model.read(name))

@@ -20,6 +20,7 @@ from diffmoe.training.async_save import Saver
 from diffmoe.training.bad_shards import count_bad_shards
 from diffmoe.training.due import crossed, due
 from diffmoe.training.ema import EMA
+from diffmoe.training.health_watch import HealthWatch
 from diffmoe.training.lease import Lease, lost_message
 from diffmoe.training.live_evaluation import LiveEvaluation
 from diffmoe.training.resume import Resume
@@ -121,7 +122,7 @@ def train(
             "bad_shards": len(data.bad_shards),
         }
 
-    skipped_in_a_row = 0
+    skipped_in_a_row, health = 0, HealthWatch()
     while step.samples < training.total_samples:
         # Step.
         watchdog.step_begins(step.number + 1)
@@ -161,6 +162,8 @@ def train(
                 began, held_out = time.monotonic(), validation.run()
             telemetry.validated(held_out["validation_loss"], time.monotonic() - began)
         if logging_now:
+            for warning in health.warnings(result.routing):
+                telemetry.say(warning)
             telemetry.metrics(
                 after,
                 {

@@ -264,7 +264,7 @@ def _other_pools(record: RunFile, config: Config) -> list[str]:
     if scope == "expert_parallel":
         before /= record.settings.parallel.expert_parallel
         now /= config.parallel.expert_parallel
-    if config.moe.type != "diffmoe" or scope == "global" or before == now:
+    if config.moe.type not in ("diffmoe", "race") or scope == "global" or before == now:
         return []
     return [
         f"experts choose from another pool than before: {now:g} pools a micro-batch instead of "

@@ -1,8 +1,12 @@
 """What the experts did in one training step, for the metrics."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from diffmoe.capacity import health
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting
 
@@ -16,22 +20,34 @@ class RoutingMetrics:
         self._micro_batches = 0
 
     @torch.no_grad()
-    def observe(self, routing: list[LayerRouting]) -> None:
+    def observe(self, routing: list[LayerRouting], t_B: Tensor) -> None:
+        """t_B: the samples' timesteps."""
         if not routing:
             return
         self._micro_batches += 1
+        layers = self.network.moe_layers
         selected_LES = torch.stack([layer.selected_ES for layer in routing])
         # Share of tokens that no expert takes, per layer: only the residual carries them on.
         self._add("unselected_share", (~selected_LES.any(dim=1)).double().mean(dim=1))
+        for name in routing[0].losses:
+            self._add(f"{name}_loss", torch.stack([layer.losses[name] for layer in routing]))
         loads_LE = selected_LES
-        if routing[0].capacity_logits_SE is not None:
-            self._add("capacity_loss", torch.stack([layer.capacity_loss for layer in routing]))
-            layers = zip(self.network.moe_layers, routing, strict=True)
-            loads_LE = torch.stack(
-                [layer.capacity_predictor.wanted(r.capacity_logits_SE).t() for layer, r in layers]
-            )
+        if self.network.has_thresholds:
+            pairs = zip(self.network.thresholded_layers, routing, strict=True)
+            loads_LE = torch.stack([layer.wanted(r.capacity_logits_SE).t() for layer, r in pairs])
         # C of Eq. 8: what each expert would process at the inference thresholds, 1 at balance.
         self._add("expert_load", loads_LE.double().mean(dim=2) * loads_LE.shape[1])
+        # Health, see capacity/health.py.
+        self._add("gate_sum", torch.stack([layer.gate_sum for layer in routing]))
+        shares = [health.time_share(layer.selected_ES, t_B) for layer in routing]
+        self._add("time_share", torch.stack(shares))
+        weights = [health.weight_similarity(layer.experts) for layer in layers]
+        self._add("expert_weight_similarity", torch.stack(weights))
+        outputs = [
+            health.output_similarity(layer.experts, seen.probe_ND)
+            for layer, seen in zip(layers, routing, strict=True)
+        ]
+        self._add("expert_output_similarity", torch.stack(outputs))
 
     def _add(self, name: str, values: Tensor) -> None:
         values = values.double()
@@ -47,15 +63,23 @@ class RoutingMetrics:
     def summary(self, flat: Tensor) -> dict[str, list]:
         """Nested lists by layer and expert; thresholds beside them.
 
-        flat: of this report, the mean over all ranks.
+        flat: of this report, the mean over all ranks. What a rank's share cannot tell is left out.
         """
         if not self._sums:
             return {}
-        parts = flat.split([values.numel() for values in self._sums.values()])
-        summary = {
-            name: part.view_as(values).tolist()
+        parts = flat.cpu().split([values.numel() for values in self._sums.values()])
+        found: dict[str, Any] = {
+            name: part.view_as(values)
             for (name, values), part in zip(self._sums.items(), parts, strict=True)
         }
-        if self.network.moe_config.type == "diffmoe":
+        found["load_entropy"] = health.load_entropy(found["expert_load"])
+        found["dead_experts"] = health.dead_experts(found["expert_load"])
+        summary = {name: values.tolist() for name, values in found.items()}
+        summary = {
+            name: values
+            for name, values in summary.items()
+            if not (isinstance(values[0], float) and math.isnan(values[0]))
+        }
+        if self.network.has_thresholds:
             summary["thresholds"] = self.network.thresholds_LE.tolist()
         return summary

@@ -20,7 +20,7 @@ from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training.ema import EMA
 from diffmoe.training.routing_metrics import RoutingMetrics
-from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.training.routing_state import RoutingState
 from diffmoe.tree import tree_map
 
 
@@ -57,11 +57,15 @@ def losses_of(
 ) -> tuple[Tensor, dict[str, Tensor], list[LayerRouting]]:
     """Forward of one micro-batch. Returns (loss, its parts by name, routing of each MoE layer)."""
     output = engine(examples.x_t, examples.t, examples.condition)
-    parts = objective.loss(
-        output.prediction, examples.x_t, examples.data, examples.noise, examples.t
-    )
+    given = (examples.x_t, examples.data, examples.noise, examples.t)
+    parts = objective.loss(output.prediction, *given)
     parts = {name: part.mean() for name, part in parts.items()}
     auxiliary = routing_loss(output.routing, config.moe)
+    targets = [layer.target_prediction for layer in output.routing]
+    if config.moe.target_loss_weight:
+        errors = [objective.loss(one, *given)["mse"].mean() for one in targets if one is not None]
+        parts["target_loss"] = torch.stack(errors).mean()
+        auxiliary = auxiliary + config.moe.target_loss_weight * parts["target_loss"]
     loss = parts["loss"] + auxiliary
     parts["routing_loss"] = torch.as_tensor(auxiliary, device=loss.device)
     return loss, parts, output.routing
@@ -86,7 +90,7 @@ class StepResult(NamedTuple):
     losses: dict[str, float]  # means over all samples, by name; `loss` is the objective's
     gradient_norm: float
     learning_rate: float
-    skipped: bool  # a loss or gradient was not finite: weights, EMA and thresholds did not move
+    skipped: bool  # a loss or gradient was not finite: weights, EMA and thresholds stayed
     flags: dict[str, float]  # sums over the ranks of what `run` was given
     routing: dict[str, list]  # see RoutingMetrics.summary; empty unless asked for
 
@@ -111,7 +115,7 @@ class TrainingStep:
         self.config, self.network, self.engine, self.ema = config, network, engine, ema
         self.device = device
         self.objective = create_objective(config.diffusion)
-        self.thresholds = ThresholdTracker(network)
+        self.routing_state = RoutingState(network)
         self.lanes = own_lanes(config, network.topology)
         self.samples = self.number = self.skipped = 0
         self.phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
@@ -148,22 +152,22 @@ class TrainingStep:
                 self.engine.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
             with self.phase("optimizer"):
                 self.engine.step()
-            with self.phase("thresholds"):
-                self.thresholds.observe(routing)
+            with self.phase("routing state"):
+                self.routing_state.observe(routing)
             if metrics is not None:
-                metrics.observe(routing)
+                metrics.observe(routing, one.t)
             for name, part in parts.items():
                 part = part.detach().double() / config.training.accumulation
                 losses[name] = losses[name] + part if name in losses else part
 
         # The one collective of the step beside the engine's and the experts'.
-        kth_LE, flags = self.thresholds.seen(), read_flags()
+        seen_LX, flags = self.routing_state.seen(), read_flags()
         with self.phase("losses read"):
             numbers, tensors = sum_over_ranks(
                 {f"loss: {name}": loss for name, loss in losses.items()}
                 | {f"flag: {name}": flag for name, flag in flags.items()},
                 {
-                    "thresholds": kth_LE,
+                    "routing state": seen_LX,
                     "routing": metrics.flat() if metrics is not None else torch.empty(0),
                 },
                 self.device,
@@ -173,10 +177,10 @@ class TrainingStep:
         skipped = bool(self.engine.optimizer.overflow)
         self.samples, self.number, self.skipped = samples, self.number + 1, self.skipped + skipped
         if skipped:
-            self.thresholds.forget()
+            self.routing_state.forget()
         else:
-            with self.phase("thresholds"):
-                self.thresholds.step((tensors["thresholds"] / world).to(kth_LE.dtype))
+            with self.phase("routing state"):
+                self.routing_state.step((tensors["routing state"] / world).to(seen_LX.dtype))
             with self.phase("EMA"):
                 self.ema.update(self.number - self.skipped)
         return StepResult(

@@ -13,7 +13,7 @@ from diffmoe.benchmarks.naive import NaiveMoE
 from diffmoe.benchmarks.routing_parts import parts_of, take
 from diffmoe.config import Config
 from diffmoe.models import routing
-from diffmoe.models.moe import MoEFeedForward
+from diffmoe.models.families.diffmoe import DiffMoE
 from diffmoe.planning.flops import mixture_flops, router_products
 from diffmoe.planning.layouts import Layout
 from tests.helpers.tiny import tiny_config
@@ -21,7 +21,7 @@ from tests.helpers.tiny import tiny_config
 CPU = torch.device("cpu")
 
 
-def output_and_gradients(config: Config, kind: type[MoEFeedForward]) -> list[Tensor]:
+def output_and_gradients(config: Config, kind: type[DiffMoE]) -> list[Tensor]:
     candidate = mixture_of(config, kind, CPU)
     tokens = random_tokens(config, CPU)
     mixed, capacity_loss = candidate.function(tokens)
@@ -35,7 +35,7 @@ def output_and_gradients(config: Config, kind: type[MoEFeedForward]) -> list[Ten
 )
 def test_the_naive_layer_equals_ours_in_output_and_gradients(changes: dict):
     config = tiny_config(**changes)
-    ours, naive = (output_and_gradients(config, kind) for kind in (MoEFeedForward, NaiveMoE))
+    ours, naive = (output_and_gradients(config, kind) for kind in (DiffMoE, NaiveMoE))
     for one, other in zip(ours, naive, strict=True):
         assert one.abs().max() > 0
         # fp32: both sum the same products, in another order.
@@ -44,10 +44,10 @@ def test_the_naive_layer_equals_ours_in_output_and_gradients(changes: dict):
 
 def test_the_parts_in_a_chain_are_the_layer():
     config = tiny_config()
-    candidate = mixture_of(config, MoEFeedForward, CPU)
+    candidate = mixture_of(config, DiffMoE, CPU)
     layer, tokens = candidate.module, random_tokens(config, CPU)
     scores_SE = routing.router_logits(tokens[0], layer.router).softmax(dim=-1)
-    selected_ES, (index_EK, gates_EK, _) = take(layer, scores_SE)
+    selected_ES, (index_EK, gates_EK, *_) = take(layer, scores_SE)
     rows_EKD = layer.experts(routing.gather(tokens[0], index_EK), None)
     mixed_SD = routing.combine(torch.zeros_like(tokens[0]), rows_EKD, gates_EK, index_EK)
     mixed, layer_routing = layer(tokens)
@@ -78,7 +78,7 @@ def counted(work: Callable[[], object]) -> int:
 def test_flops_of_the_parts_are_the_planners(activation: str):
     config = tiny_config(moe__activation=activation)
     layout = Layout(config, 1, 1)
-    layer = mixture_of(config, MoEFeedForward, CPU).module
+    layer = mixture_of(config, DiffMoE, CPU).module
     parts = parts_of(layer, random_tokens(config, CPU).detach()[0].requires_grad_())
     found = {name: counted(work) for name, work in parts.items()}
     router, *predictor = [flops * (2 + has_input) for flops, has_input in router_products(layout)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffmoe.benchmarks.collectives import Collectives
 from diffmoe.benchmarks.memory import Saved
-from diffmoe.checkpoints.network import threshold_buffers
+from diffmoe.checkpoints.network import routing_buffers
 from diffmoe.checkpoints.pieces import HostCopy
 from diffmoe.config import Config
 from diffmoe.data.examples import micro_batches
@@ -79,7 +79,7 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
         ],
         "accumulated": size(getattr(zero, "accumulated_grads_in_cpu", {}).values()),
         "saves": size(HostCopy().take(pieces(engine, network, ema)).values()),
-        "buffers": size(buffer for _, buffer in threshold_buffers(network)),
+        "buffers": size(buffer for _, buffer in routing_buffers(network)),
     }
 
 

@@ -19,10 +19,14 @@ DDPM = tiny_config(diffusion__objective="ddpm", model__learn_sigma=True)
 def network_of(config: Config, topology: Topology | None = None) -> DiT:
     """In evaluation, with thresholds that about half of all token-expert pairs pass."""
     network = randomize(DiT(config.model, config.moe, topology))
-    for layer in network.moe_layers:
-        if layer.capacity_predictor is not None:
-            layer.capacity_predictor.thresholds.fill_(0.5)
+    set_thresholds(network)
     return network.eval()
+
+
+def set_thresholds(network: DiT) -> None:
+    """Such that about half of all pairs of token and expert are wanted, where there are any."""
+    for layer in network.thresholded_layers:
+        layer.tracked.fill_(0.0 if network.moe_config.type == "race" else 0.5)
 
 
 def one_after_the_other(experts: Experts, rows: Tensor, counts: list[int]) -> Tensor:
@@ -40,12 +44,20 @@ def one_after_the_other(experts: Experts, rows: Tensor, counts: list[int]) -> Te
 
 
 INFERENCE = ["per_token", "pooled", "static"]
+# Families whose gates are the softmax of a linear router, and all.
 FAMILIES = ["diffmoe", "expert_choice", "token_choice"]
+ALL_FAMILIES = [*FAMILIES, "race", "promoe", "dsmoe"]
 # Every way in which tokens are routed: (moe.type, moe.inference, training mode).
 WAYS = [
     *[(family, "per_token", True) for family in FAMILIES],
     *[("diffmoe", inference, False) for inference in INFERENCE],
     *[(family, "per_token", False) for family in FAMILIES[1:]],
+]
+ALL_WAYS = [
+    *WAYS,
+    *[("race", inference, False) for inference in INFERENCE],
+    *[(family, "per_token", False) for family in ("promoe", "dsmoe")],
+    *[(family, "per_token", True) for family in ("race", "promoe", "dsmoe")],
 ]
 
 
@@ -56,10 +68,9 @@ def tiny_layer(way: tuple[str, str, bool] = WAYS[0], **changes) -> MoEFeedForwar
     """One MoE layer of width 16, with thresholds at which about half of the pairs are wanted."""
     family, inference, training = way
     config = tiny_config(moe__type=family, moe__inference=inference, **changes)
-    layer = randomize(DiT(config.model, config.moe)).moe_layers[0].train(training)
-    if layer.capacity_predictor is not None:
-        layer.capacity_predictor.thresholds.fill_(0.5)
-    return layer
+    network = randomize(DiT(config.model, config.moe))
+    set_thresholds(network)
+    return network.moe_layers[0].train(training)
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

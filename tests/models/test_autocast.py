@@ -6,7 +6,7 @@ import torch
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.models.routing_mode import RoutingMode
-from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.training.routing_state import RoutingState
 from tests.helpers.networks import WAYS, WIDTH, tiny_layer, tokens
 from tests.helpers.tiny import BYTES, FROZEN, random_batch, randomize, tiny_config
 
@@ -96,7 +96,7 @@ def test_training_gradients_are_close_to_fp32(
     for active in (False, True):
         with torch.autocast("cpu", dtype, enabled=active):
             output = network(*inputs)
-            tracker = ThresholdTracker(network)
+            tracker = RoutingState(network)
             tracker.observe(output.routing)
             loss = output.prediction.square().mean()
             loss = loss + routing_loss(output.routing, config.moe)

@@ -9,7 +9,7 @@ from diffmoe.models.blocks import rotary_angles, rotate
 from diffmoe.models.dit import DiT, DiTOutput
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import Topology
-from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.training.routing_state import RoutingState
 from tests.helpers.networks import examples
 from tests.helpers.tiny import randomize, tiny_config
 
@@ -63,7 +63,7 @@ def test_activation_checkpointing_changes_no_bit_and_routes_once(changes: dict, 
     for active in (False, True):
         network = tiny_network(**changes)
         network.checkpoint_activations(active)
-        tracker = ThresholdTracker(network)
+        tracker = RoutingState(network)
         calls.clear()
         output = network(*examples(4))
         tracker.observe(output.routing)
@@ -119,7 +119,7 @@ def test_evaluation_leaves_every_buffer_and_parameter_unchanged(
 
 def test_thresholds_move_only_when_the_tracker_steps():
     network = tiny_network()
-    tracker = ThresholdTracker(network)
+    tracker = RoutingState(network)
     tracker.observe(network(*examples(4)).routing)
     assert (network.thresholds_LE == 0).all()
     tracker.step(tracker.seen())
@@ -132,7 +132,7 @@ def test_thresholds_move_only_when_the_tracker_steps():
 def calibrated(inference: str, samples: int = 32) -> DiT:
     """A network whose thresholds are the K-th largest probabilities of some other samples."""
     network = tiny_network(moe__inference=inference, moe__threshold_ema=0.0)
-    tracker = ThresholdTracker(network)
+    tracker = RoutingState(network)
     tracker.observe(network(*examples(samples, seed=1)).routing)
     tracker.step(tracker.seen())
     return network.eval()
@@ -226,7 +226,7 @@ def test_a_bf16_network_routes_in_fp32_and_stays_close_to_fp32():
     expected, output = exact(*batch), rounded(*batch)
     assert output.prediction.dtype == torch.float32
     for layer in output.routing:
-        assert layer.capacity_logits_SE.dtype == layer.capacity_loss.dtype == torch.float32
+        assert layer.capacity_logits_SE.dtype == layer.losses["capacity"].dtype == torch.float32
     # bf16 keeps 8 bits; a few roundings per block over 4 blocks stay below 4 units of them.
     scale = expected.prediction.abs().max().item()
     torch.testing.assert_close(

@@ -44,8 +44,8 @@ def test_output_and_gradients_equal_the_formula(
     family: str, gate: str, scale: float | str, training: bool
 ):
     layer = layer_of(moe__type=family, moe__gate=gate, moe__gate_scale=scale).train(training)
-    if layer.capacity_predictor is not None:
-        layer.capacity_predictor.thresholds.fill_(0.5)
+    if family == "diffmoe":
+        layer.tracked.fill_(0.5)
     x = tokens().requires_grad_()
     y, routed = layer(x)
     weights = [x, layer.router, *layer.experts.parameters()]
@@ -83,7 +83,7 @@ def test_an_identity_gate_has_no_jacobian_of_a_softmax():
     """d(sum of outputs) / d(logit of s, e) is the sum of e's output for s if e took s, else 0."""
     layer = layer_of(moe__gate="identity").train()
     x, logits = tokens(), []
-    layer._router_logits = lambda flat, *_: (
+    layer._logits = lambda flat: (
         logits.append(routing.router_logits(flat, layer.router).detach().requires_grad_())
         or logits[0]
     )
@@ -123,7 +123,9 @@ def test_the_router_sees_what_was_chosen(seen: str):
 def test_a_term_of_time_moves_logits_alike_for_all_tokens_of_a_sample():
     layer = layer_of(moe__router_input="plain_with_time", moe__gate="identity")
     plain, time_BD = tokens(1), torch.randn(3, WIDTH, dtype=torch.float64)
-    logits_SE = layer._router_logits(tokens().flatten(0, 1), plain, time_BD)
+    layer.capacity_predictor.thresholds.fill_(-1.0)  # so that every expert takes every token
+    assignment, _ = layer.eval()._route(tokens().flatten(0, 1), 10, plain, time_BD)
+    logits_SE = assignment.gates.view(EXPERTS, 30).t()
     both = torch.cat([plain, time_BD[:, None].expand_as(plain)], dim=-1).flatten(0, 1)
     expected_SE = both @ torch.cat([layer.router, layer.router_time], dim=1).t()
     torch.testing.assert_close(logits_SE, expected_SE, atol=1e-12, rtol=0)

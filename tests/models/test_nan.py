@@ -11,17 +11,20 @@ from torch import Tensor
 from diffmoe.models import routing
 from diffmoe.models.dit import DiT
 from tests.helpers.networks import (
-    WAYS,
+    ALL_WAYS,
     examples,
     one_after_the_other,
     random_scores,
+    set_thresholds,
     tiny_layer,
     tokens,
 )
 from tests.helpers.tiny import randomize, tiny_config
 
 BROKEN, OTHERS = 1, [0, 2, 3]
-ALONE = [way for way in WAYS if way[0] != "diffmoe" or way[1:] == ("per_token", False)]
+ALONE = [
+    way for way in ALL_WAYS if way[0] not in ("diffmoe", "race") or way[1:] == ("per_token", False)
+]
 SHARED_POOL = [("diffmoe", "per_token", True), ("diffmoe", "static", False)]
 
 
@@ -29,9 +32,7 @@ def network_of(way: tuple[str, str, bool], **changes) -> DiT:
     family, inference, training = way
     config = tiny_config(moe__type=family, moe__inference=inference, **changes)
     network = randomize(DiT(config.model, config.moe)).train(training)
-    for layer in network.moe_layers:
-        if layer.capacity_predictor is not None:
-            layer.capacity_predictor.thresholds.fill_(0.5)
+    set_thresholds(network)
     return network
 
 
@@ -97,7 +98,7 @@ def test_others_share_out_the_whole_pool(way: tuple[str, str, bool], capacity: f
     torch.testing.assert_close(y[OTHERS].flatten(0, 1), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", ALL_WAYS, ids=str)
 @torch.no_grad()
 def test_a_batch_of_nothing_but_nan_is_nan(way: tuple[str, str, bool]):
     network, (x, t, labels) = network_of(way), examples(3)
@@ -105,10 +106,14 @@ def test_a_batch_of_nothing_but_nan_is_nan(way: tuple[str, str, bool]):
     assert output.prediction.isnan().all()
     for layer in output.routing:
         counts_E = layer.selected_ES.sum(dim=1)
-        if way[0] == "token_choice":
+        if way[0] in ("token_choice", "dsmoe"):
             assert counts_E.sum() == 3 * 16
-        elif way[0] == "diffmoe" and not way[2] and way[1] != "static":
+        elif way[0] == "promoe":
+            assert counts_E.sum() == (labels < 5).sum() * 16
+        elif way[0] in ("diffmoe", "race") and not way[2] and way[1] != "static":
             assert counts_E.tolist() == [0] * 4
+        elif way[0] == "race":
+            assert counts_E.sum() == 3 * 16
         else:
             assert counts_E.tolist() == [3 * 16 // 4] * 4
 

@@ -13,7 +13,7 @@ from diffmoe.diffusion.flow import FlowMatching
 from diffmoe.models.blocks import grid_positions
 from diffmoe.models.dit import DiT, DiTOutput
 from diffmoe.models.moe import routing_loss
-from diffmoe.training.thresholds import ThresholdTracker
+from diffmoe.training.routing_state import RoutingState
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 DIFFMOE = [
@@ -105,13 +105,13 @@ def test_masks_capacity_logits_and_losses_equal_the_release(name: str):
             layer.capacity_logits_SE,
             release.tensors[f"train.capacity_logits.{block}"].flatten(0, 1),
         )
-        close(layer.capacity_loss.detach(), release.tensors[f"train.capacity_bce.{block}"])
+        close(layer.losses["capacity"].detach(), release.tensors[f"train.capacity_bce.{block}"])
 
 
 @pytest.mark.parametrize("name", DIFFMOE)
 def test_thresholds_and_pooled_evaluation_equal_the_release(name: str):
     release = Release(name)
-    tracker = ThresholdTracker(release.model)
+    tracker = RoutingState(release.model)
     for forward, key in ((0, "buffers_after"), (40, "buffers_eval")):
         for _ in range(max(1, forward)):
             tracker.observe(release.forward().routing)

@@ -13,7 +13,7 @@ LOG_ODDS = torch.arange(8.0).view(2, 4)
 
 def held(network) -> list[tuple]:
     """What the layers go by."""
-    odds = [layer.capacity_predictor.log_odds for layer in network.moe_layers]
+    odds = [layer.log_odds for layer in network.moe_layers]
     return [
         (layer.inference, layer.capacity, None if own is None else own.tolist())
         for layer, own in zip(network.moe_layers, odds, strict=True)

@@ -34,7 +34,7 @@ def run_layer(layer: MoEFeedForward, x: Tensor, share: float) -> NUMBERS:
     """Outputs and input gradient; share: of the capacity loss, a mean over this rank's tokens."""
     x = x.clone().requires_grad_()
     y, layer_routing = layer(x)
-    ((y * y.detach().cos()).sum() + share * layer_routing.capacity_loss).backward()
+    ((y * y.detach().cos()).sum() + share * layer_routing.losses["capacity"]).backward()
     return {"y": y.detach(), "grad": x.grad, "taken": layer_routing.selected_ES}
 
 
@@ -192,7 +192,7 @@ def lonely_on_rank(config: Config) -> dict[str, Tensor]:
     x[..., 0] = 1
     x.requires_grad_()
     y, layer_routing = layer(x)
-    (y.square().sum() + layer_routing.balance_loss).backward()
+    (y.square().sum() + layer_routing.losses["balance"]).backward()
     assert x.grad.isfinite().all()
     return {
         "counts": layer_routing.selected_ES.sum(dim=1),

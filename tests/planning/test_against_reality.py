@@ -134,6 +134,11 @@ FAMILIES = {
     "ddpm": {"diffusion__objective": "ddpm"},
     "dense": {"moe__type": "dense"},
     "expert_choice": {"moe__type": "expert_choice"},
+    "token_choice": {"moe__type": "token_choice", "moe__top_k": 2},
+    "race": {"moe__type": "race", "moe__capacity": 2.0},
+    "race_with_targets": {"moe__type": "race", "moe__target_loss_weight": 0.01},
+    "promoe": {"moe__type": "promoe", "moe__shared_expert_ratio": 4.0},
+    "dsmoe": {"moe__type": "dsmoe", "moe__top_k": 3, "moe__shared_expert_ratio": 1.0},
     "every_block": {"moe__every_block": True},
     "rich": {
         "moe__activation": "swiglu",
@@ -191,8 +196,12 @@ def counted_flops(config: Config) -> tuple[int, int]:
     def backward(gradient, query, key, value, *_, out_shape=None, **__) -> int:
         return sdpa_backward_flop(gradient, query, key, value)
 
+    def grouped(rows, matrices, *_, out_shape=None, **__) -> int:
+        return 2 * rows[0] * rows[1] * matrices[-1]
+
     ops = torch.ops.aten
     mapping = {
+        ops._grouped_mm: grouped,  # which torch does not count
         ops._scaled_dot_product_flash_attention_for_cpu: attention,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

@@ -31,6 +31,12 @@ def test_metrics_hold_what_the_run_did(tmp_path: Path):
         "capacity_loss",
         "expert_load",
         "thresholds",
+        "gate_sum",
+        "time_share",
+        "expert_weight_similarity",
+        "expert_output_similarity",
+        "load_entropy",
+        "dead_experts",
         "samples_per_second",
         "memory_gib",
     }
