@@ -1,7 +1,7 @@
 """Routing health: numbers that tell early whether experts pay, and which mean trouble."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,13 +84,19 @@ class Trouble(NamedTuple):
     above: bool
     meaning: str
 
-    def layers(self, values_L: Iterable[float]) -> list[int]:
-        """Those beyond the limit, counted from 0."""
-        return [
-            number
-            for number, value in enumerate(values_L)
+    def told(self, values_L: Sequence[float]) -> str | None:
+        """Which layers are beyond the limit, and what that means; None if none is."""
+        beyond = [
+            layer
+            for layer, value in enumerate(values_L)
             if (value > self.limit if self.above else value < self.limit)
         ]
+        if not beyond:
+            return None
+        worst = (max if self.above else min)(values_L[layer] for layer in beyond)
+        where = ", ".join(map(str, beyond))
+        told = self.meaning.format(value=worst)
+        return f"MoE layer {where} of {len(values_L)} (from 0), {self.metric}: {told}"
 
 
 TROUBLES = (

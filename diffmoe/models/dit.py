@@ -145,9 +145,13 @@ class DiT(nn.Module):
         return image.reshape(B, channels, g * p, g * p).to(dtype)
 
     @property
+    def feed_forwards(self) -> list[nn.Module]:
+        """Of all blocks, dense and MoE."""
+        return [block.get_submodule("feed_forward") for block in self.blocks]
+
+    @property
     def moe_layers(self) -> list[MoEFeedForward]:
-        layers = (block.feed_forward for block in self.blocks)
-        return [layer for layer in layers if isinstance(layer, MoEFeedForward)]
+        return [layer for layer in self.feed_forwards if isinstance(layer, MoEFeedForward)]
 
     @property
     def thresholded_layers(self) -> list[ThresholdedMoE]:

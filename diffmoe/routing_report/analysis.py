@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from diffmoe.capacity.forward import Forward
-from diffmoe.capacity.health import DEAD
+from diffmoe.capacity.health import DEAD, dead_experts, load_entropy
 from diffmoe.capacity.meter import CapacityByTime, CapacityMeter
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
+from diffmoe.routing_report.branches import watching
 from diffmoe.sampling.passes import Passes
 from diffmoe.sampling.sampler import Sampler
 
@@ -33,7 +34,7 @@ class SamplingRouting(NamedTuple):
     layers.
     places: (L, E, T) share of samples in which the expert takes the token there.
     overlap: (L, E, E): of the tokens that expert i takes, the share that j takes too.
-    labels: (n,); images: uint8 (n, H, W, C).
+    labels: (n,); images: uint8 (n, H, W, C). health: numbers by MoE layer, see capacity/health.py.
     """
 
     capacity: CapacityByTime
@@ -44,6 +45,7 @@ class SamplingRouting(NamedTuple):
     overlap: Tensor
     labels: Tensor
     images: Tensor
+    health: dict[str, list[float]]
 
     def by_class(self) -> dict[int, float]:
         """Mean C of each class, highest first."""
@@ -102,7 +104,8 @@ def sampling_routing(
 
         return observe
 
-    images = sampler.images(labels, settings, batch=batch, watch=watch, progress=progress).images
+    with watching(sampler.network) as branches:
+        made = sampler.images(labels, settings, batch=batch, watch=watch, progress=progress)
     unselected: dict[float, list[Tensor]] = {}
     samples: dict[float, int] = {}
     for seen in batches:
@@ -123,8 +126,27 @@ def sampling_routing(
         places=_sum(seen.places * seen.samples for seen in batches) / len(labels),
         overlap=together_LEE / own_LE.clamp(min=1)[:, :, None],
         labels=torch.tensor(labels),
-        images=images,
+        images=made.images,
+        health=branches.health() | _routing_health(capacity, unselected, samples),
     )
+
+
+def _routing_health(
+    capacity: CapacityByTime, unselected: dict[float, list[Tensor]], samples: dict[float, int]
+) -> dict[str, list[float]]:
+    load_LE = capacity.by_layer_and_expert
+    taken_nLE = capacity.capacity / load_LE.shape[1]  # share of tokens at each time
+    weights_n11 = (capacity.tokens / capacity.tokens.sum())[:, None, None]
+    mean_LE = (taken_nLE * weights_n11).sum(0)
+    between_L = ((taken_nLE - mean_LE).square() * weights_n11).sum((0, 2))
+    total_L = (mean_LE * (1 - mean_LE)).sum(1)
+    shares = [_sum(seen) for seen in unselected.values()]
+    return {
+        "time_share": (between_L / total_L.clamp(min=1e-12)).tolist(),
+        "unselected_share": (_sum(shares) / sum(samples.values())).tolist(),
+        "load_entropy": load_entropy(load_LE).tolist(),
+        "dead_experts": dead_experts(load_LE).tolist(),
+    }
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

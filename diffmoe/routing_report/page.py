@@ -5,6 +5,7 @@ import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from diffmoe.capacity.health import TROUBLES
 from diffmoe.routing_report import figures
 from diffmoe.routing_report.analysis import PredictorAccuracy, SamplingRouting
 
@@ -84,9 +85,43 @@ def write_page(
     file.write_text(
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{_verdict(routing)}"
-        f"<table>{rows}</table>{body}</html>",
+        f"<table>{rows}</table>{_health(routing)}{body}</html>",
         encoding="utf-8",
     )
+
+
+# Numbers of health, by what a reader is told.
+_HEALTH = {
+    "branch_size": "size of what experts add (root mean square)",
+    "branch_size_over_dense": "that over the dense blocks'",
+    "time_share": "share of the selection that time alone explains",
+    "unselected_share": "tokens that no expert takes",
+    "load_entropy": "entropy of the load over an even one's",
+    "dead_experts": "dead experts",
+    "expert_weight_similarity": "cosine between experts' first matrices",
+    "expert_output_similarity": "cosine between experts' outputs for the same tokens",
+}
+
+
+def _health(routing: SamplingRouting) -> str:
+    """A table of the numbers by MoE layer, and what of it is known to mean trouble."""
+    there = {name: words for name, words in _HEALTH.items() if name in routing.health}
+    layers = range(len(routing.health["time_share"]))
+    head = "".join(f"<th>layer {layer}</th>" for layer in layers)
+    rows = "".join(
+        f"<tr><th>{html.escape(words)}</th>"
+        + "".join(f"<td>{value:.3g}</td>" for value in routing.health[name])
+        + "</tr>"
+        for name, words in there.items()
+    )
+    alarms = "".join(
+        f"<p class='alarm'>{html.escape(message)}</p>"
+        for trouble in TROUBLES
+        if trouble.metric != "dead_experts"  # which the verdict names
+        for message in [trouble.told(routing.health.get(trouble.metric, []))]
+        if message is not None
+    )
+    return f"<h2>Health</h2>{alarms}<table><tr><th></th>{head}</tr>{rows}</table>"
 
 
 def _classes(routing: SamplingRouting, captions: Sequence[str] | None) -> list[tuple]:

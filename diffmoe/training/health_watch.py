@@ -18,16 +18,9 @@ class HealthWatch:
         """What is to be said now. routing: of RoutingMetrics.summary; {} for a dense network."""
         messages = []
         for trouble in TROUBLES:
-            values = routing.get(trouble.metric, [])
-            layers = trouble.layers(values)
+            told = trouble.told(routing.get(trouble.metric, []))
             seen = self._seen[trouble.metric]
-            self._seen[trouble.metric] = seen + 1 if layers or seen >= PATIENCE else 0
-            if not layers or seen + 1 != PATIENCE:
-                continue
-            worst = (max if trouble.above else min)(values[layer] for layer in layers)
-            where = ", ".join(map(str, layers))
-            messages.append(
-                f"warning: MoE layer {where} of {len(values)} (from 0), {trouble.metric}: "
-                + trouble.meaning.format(value=worst)
-            )
+            self._seen[trouble.metric] = seen + 1 if told or seen >= PATIENCE else 0
+            if told and seen + 1 == PATIENCE:
+                messages.append(f"warning: {told}")
         return messages

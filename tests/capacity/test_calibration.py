@@ -116,6 +116,17 @@ def test_a_capacity_that_cannot_be_is_refused(capacity):
         calibrate(network_of(CONFIG), capacity, Passes(1, lambda observe: None))
 
 
+@pytest.mark.parametrize("capacity", [0.3, 1.0, 2.5])
+def test_a_race_has_a_dial_as_well(capacity: float):
+    config = tiny_config(moe__type="race")
+    network = network_of(config)
+    passes = trajectory(network, config)
+    thresholds_LE, met = calibrate(network, capacity, passes, common=True)
+    assert met == pytest.approx(capacity, rel=0.01)
+    assert len(thresholds_LE.unique()) == 1
+    assert float(measured(network, passes).mean()) == pytest.approx(met)
+
+
 def test_a_baseline_has_nothing_to_calibrate():
     config = tiny_config(moe__type="token_choice")
     with pytest.raises(UserError, match="a token_choice model has no thresholds"):

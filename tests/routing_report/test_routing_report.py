@@ -69,6 +69,40 @@ def test_every_figure_equals_a_count_over_all_pairs():
     assert list(by_class.values()) == sorted(by_class.values(), reverse=True)
 
 
+def test_health_equals_a_count_over_all_pairs_and_modules():
+    network = network_of(RGB)
+    found = report(network, batch=len(LABELS))
+    taken, sizes = [], {}
+
+    def keep(forward) -> None:
+        if not forward.unconditional:
+            taken.append(torch.stack([layer.selected_ES for layer in forward.routing]).double())
+
+    def size(block, _, output) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        sizes.setdefault(block, []).append(output.square().mean().item())
+
+    for block in network.blocks:
+        block.feed_forward.register_forward_hook(size)
+    latents_of(network, RGB, LABELS, range(len(LABELS)), SETTINGS, observe=keep)
+    pairs = torch.stack(taken)  # (times, L, E, S)
+    between = pairs.mean(3).var(0, correction=0).sum(1)
+    total = pairs.transpose(0, 1).transpose(1, 2).flatten(2).var(2, correction=0).sum(1)
+    health = found.health
+    assert health["time_share"] == pytest.approx((between / total).tolist(), rel=1e-5)
+    assert health["unselected_share"] == pytest.approx(
+        (pairs.sum(2) == 0).double().mean((0, 2)).tolist(), rel=1e-5
+    )
+    root = [(sum(of) / len(of)) ** 0.5 for of in sizes.values()]
+    assert health["branch_size"] == pytest.approx(root[1::2], rel=1e-5)
+    dense = (root[0] + root[2]) / 2
+    assert health["branch_size_over_dense"] == pytest.approx(
+        [size / dense for size in root[1::2]], rel=1e-5
+    )
+    assert all(-1 <= value <= 1 for value in health["expert_output_similarity"])
+    assert not any(block.feed_forward._forward_hooks for block in lively().blocks)
+
+
 def test_shares_stay_shares_where_heun_looks_twice_at_a_time():
     settings = SamplingSettings(steps=3, sampler="heun", seed=1)
     sampler = Sampler(network_of(RGB), RGB, PixelAutoencoder())
@@ -88,6 +122,7 @@ def test_a_dead_expert_is_found_and_named(tmp_path):
     text = page.read_text()
     assert "1 of 8 experts are dead" in text
     assert "layer 1, expert 2" in text
+    assert "<tr><th>dead experts</th><td>0</td><td>1</td></tr>" in text
     assert "<title>A &lt;model&gt;</title>" in text
     assert len(re.findall(r"<img [^>]*src='data:image/png;base64,", text)) == 6
     assert not re.search(r"(src|href)='?\"?http", text)
