@@ -1,7 +1,8 @@
 """Train several configurations times several seeds, and compare their held-out losses.
 
-  python tools/compare.py studies/digits.yaml            # train what is missing, then the table
-  python tools/compare.py studies/digits.yaml --report   # the table of what is there
+  python tools/compare.py mnist                # train what is missing, then the table
+  python tools/compare.py mnist --report       # the table of what is there
+  python tools/compare.py my-study.yaml
 
 All variants of a seed see the same samples, noise and times, so their differences are paired: the
 table gives the mean of variant minus reference over seeds with its 95 % interval (Student's t);
@@ -9,10 +10,11 @@ a star marks those that exclude zero. Parameters and FLOPs are computed for each
 Interrupted at any time, the same command continues. The output gets table.md, table.json and
 curves.png.
 
-A study is a YAML file:
+STUDY is mnist, captioned_digits or photographs, of which diffmoe/comparison/studies/ says what data
+they need; or a YAML file such as
 
   config: mnist                       # recipe or file that all variants share
-  overrides: [data.path=data/digits/train, validation.path=data/digits/held-out,
+  overrides: [data.path=data/digits-train, validation.path=data/digits-held-out,
               training.validate_every=6400, training.total_samples=51200]
   variants:
     dense: [moe.type=dense]
@@ -35,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", metavar="STUDY.yaml")
+    parser.add_argument("study", metavar="STUDY", help="a name, or a YAML file")
     parser.add_argument("--report", action="store_true", help="train nothing")
     return parser.parse_args()
 

@@ -56,10 +56,22 @@ class StudyRun(NamedTuple):
         return Path(self.config.output)
 
 
-def read_study(path: str | Path) -> Study:
-    """Raises UserError naming the field, its value and the way out."""
+SHIPPED = Path(__file__).parent / "studies"
+
+
+def read_study(name_or_path: str | Path) -> Study:
+    """A study of ours by name, or a YAML file.
+
+    Raises UserError naming the field, its value and the way out.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SHIPPED / f"{name_or_path}.yaml"
+        if not path.exists():
+            names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+            raise UserError(f"study {name_or_path}: there is none; choose {names}, or a YAML file")
     try:
-        return Study.model_validate(read_yaml(Path(path)))
+        return Study.model_validate(read_yaml(path))
     except ValidationError as error:
         problems = [f"{path}: {describe_problem(one)}" for one in error.errors()]
         raise UserError("\n".join(problems)) from None

@@ -14,7 +14,7 @@ from statistics import fmean
 import pytest
 import yaml
 
-from diffmoe.comparison.measured import Measured, Point, Size, difference, measured, table
+from diffmoe.comparison.measured import Measured, Point, Size, difference, measured, size, table
 from diffmoe.comparison.running import check_runs
 from diffmoe.comparison.study import Study, read_study, runs_of
 from diffmoe.errors import UserError
@@ -48,6 +48,24 @@ def test_the_table_compares_seeds_that_both_have():
     assert dense.split(" | ")[1:4] == ["2", "0.60000", "-"]
     assert identity.split(" | ")[1:5] == ["1", "0.40000", "-0.10000 (-20.0%, one seed)", "1.500"]
     assert dense.rstrip(" |").endswith("| 3.000 | 0.100 | 3")
+
+
+@pytest.mark.parametrize("name", ["mnist", "captioned_digits", "photographs"])
+def test_shipped_studies_compare_equal_work(name: str):
+    """Within a tenth: what a router costs beside its experts is part of the comparison."""
+    study = read_study(name)
+    runs = runs_of(study)
+    assert {run.seed for run in runs} == {0, 1, 2}
+    first = {run.variant: size(run, 1.0) for run in runs if run.seed == 0}
+    for variant, of in first.items():
+        assert of.forward_flops == pytest.approx(first["dense"].forward_flops, rel=0.12), variant
+        if variant != "dense":
+            assert of.parameters == pytest.approx(first["softmax"].parameters, rel=0.03), variant
+
+
+def test_a_study_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(UserError, match="study mnst: there is none; choose captioned"):
+        read_study("mnst")
 
 
 @pytest.fixture
