@@ -7,8 +7,14 @@ from deepspeed import DeepSpeedEngine
 from diffmoe.config import Config
 from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
-from diffmoe.errors import UserError
-from diffmoe.evaluation.held_out import BATCH, HeldOut, HeldOutLoss, check_samples, training_routing
+from diffmoe.evaluation.held_out import (
+    BATCH,
+    HeldOut,
+    HeldOutLoss,
+    check_samples,
+    check_untrained,
+    training_routing,
+)
 from diffmoe.models.dit import DiT
 from diffmoe.sampling.sharing import equal_share
 from diffmoe.training.ema import EMA
@@ -26,13 +32,7 @@ def check(config: Config, manifest: Manifest) -> None:
     check_addresses(path, held_out, Fetch.of(config.data))
     held_out.check_model(config.model)
     check_samples(path, held_out, config.validation.samples)
-    trained = {shard.sha256 for shard in manifest.shards}
-    for shard in held_out.shards:
-        if shard.sha256 in trained:
-            raise UserError(
-                f"validation.path={path}: its shard {shard.name} is one of data.path="
-                f"{config.data.path}, so it would be trained on; hold samples out of the data first"
-            )
+    check_untrained(path, held_out, str(config.data.path), manifest)
 
 
 class Validation:
