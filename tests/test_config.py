@@ -86,6 +86,15 @@ def test_a_recipe_is_what_its_name_says(name: str):
         config.check_world(world)
 
 
+def test_a_name_may_hold_another_number_of_experts():
+    for experts in (4, 16):  # the tables stay as they are
+        config = load_config(f"ec_xl_e{experts}_ddpm", ["model.depth=2"])
+        assert (config.moe.experts, config.moe.type) == (experts, "expert_choice")
+    assert load_config("ec_xl_e16_ddpm").model.depth == 28
+    for wrong in ("dense_s_e16_flow", "ec_s_flow", "ec_m_e16_flow", "ec_s_e16_edm", "imagenet"):
+        assert f"no recipe '{wrong}'" in refusal(name=wrong)
+
+
 @pytest.mark.parametrize("arguments", PARAMETERS, ids="-".join)
 def test_parameter_counts_equal_the_release(arguments: tuple[str, ...]):
     name, *overrides = arguments
