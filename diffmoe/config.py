@@ -349,6 +349,10 @@ class EvaluationConfig(_Section):
     truth: str | None = Field(None, description="as of tools/evaluate.py --truth")
 
 
+# Elements of a bucket of ZeRO where the DeepSpeed JSON says nothing.
+ZERO_BUCKET = 25_000_000
+
+
 class ParallelConfig(_Section):
     """How the work is spread over ranks."""
 
