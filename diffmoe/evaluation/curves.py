@@ -108,7 +108,7 @@ def _reference(result: dict[str, Any]) -> str:
 def _label(path: Path, result: dict[str, Any], axis: str) -> str:
     if "held_out" in result:
         settings = result["held_out"] | result["held_out"]["model"]
-        chosen = _LOSS_SETTINGS
+        chosen: tuple[str, ...] = _LOSS_SETTINGS
     else:
         settings = {**result["images"], "sampler": result["sampler"]}
         settings["capacity"] = settings["model"]["capacity"]

@@ -13,7 +13,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
-from diffmoe.config import Config
+from diffmoe.config import ZERO_BUCKET, Config
 from diffmoe.errors import UserError
 from diffmoe.files import read_text
 from diffmoe.parallel.topology import Topology
@@ -129,7 +129,7 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
             "data_types.grad_accum_dtype=fp32 in the DeepSpeed JSON is supported with "
             f"parallel.zero_stage=2 alone, it is {stage}; set it 2, or leave the option out"
         )
-    zero = {"reduce_bucket_size": 25_000_000, "allgather_bucket_size": 25_000_000}
+    zero = {"reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
     zero |= settings.get("zero_optimization", {}) | {"stage": config.parallel.zero_stage}
     overlapping = {
         "train_batch_size": training.batch_size,

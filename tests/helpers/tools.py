@@ -29,15 +29,24 @@ def told(*words: str | Path, launcher: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
-def forked(tool: str, *words: str | Path) -> subprocess.CompletedProcess:
-    arguments = [tool, *map(str, words)]
+def tool(name: str, *words: str | Path | int, **environment: str) -> subprocess.CompletedProcess:
+    """Run tools/NAME.py."""
+    return forked(f"tools/{name}.py", *words, HF_HUB_OFFLINE="1", **environment)
+
+
+def forked(
+    script: str, *words: str | Path | int, **environment: str
+) -> subprocess.CompletedProcess:
+    arguments = [script, *map(str, words)]
     with tempfile.TemporaryDirectory() as folder:
-        process = _context.Process(target=_tool_main, args=(arguments, dict(os.environ), folder))
+        process = _context.Process(
+            target=_tool_main, args=(arguments, os.environ | environment, folder)
+        )
         process.start()
-        process.join(120)
+        process.join(300)
         if process.exitcode is None:
             process.kill()
-            raise subprocess.TimeoutExpired(arguments, 120)
+            raise subprocess.TimeoutExpired(arguments, 300)
         out, err = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
 
