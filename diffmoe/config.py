@@ -220,6 +220,11 @@ class MoEConfig(_Section):
             )
         if self.top_k > self.experts:
             raise ValueError(f"moe.top_k={self.top_k} is more than moe.experts={self.experts}")
+        if self.type == "dsmoe" and self.gate == "identity" and self.top_k > 1:
+            raise ValueError(
+                "moe.gate=identity: moe.type=dsmoe divides a token's scores by their sum, which "
+                "could be 0; choose sigmoid or softmax"
+            )
         if self.token_pool != "micro_batch" and self.type not in ("diffmoe", "race"):
             raise ValueError(
                 f"moe.token_pool={self.token_pool} belongs to moe.type=diffmoe and race; "

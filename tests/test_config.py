@@ -39,7 +39,7 @@ PARAMETERS = {
 
 def test_there_are_recipes_for_every_family_size_and_objective():
     names = recipe_names()
-    assert len(names) == len(set(names)) == 4 + 2 * (4 + 3 * 6)
+    assert len(names) == len(set(names)) == 4 + 2 * (4 + 7 * 6)
     assert {"mnist", "captioned_digits", "dense_xl_flow", "tc_b_e16_ddpm", "ec_l_e8_flow"} <= set(
         names
     )
@@ -63,8 +63,10 @@ def test_a_recipe_is_what_its_name_says(name: str):
         assert config.model.text is not None
         return
     family, size, *experts, objective = name.split("_")
-    types = {"diffmoe": "diffmoe", "ec": "expert_choice", "tc": "token_choice", "dense": "dense"}
-    assert config.moe.type == types[family]
+    types = {"paper": "diffmoe", "ec": "expert_choice", "tc": "token_choice"}
+    assert config.moe.type == types.get(family, family)
+    gates = {"diffmoe": "identity", "race": "identity", "promoe": "identity", "dsmoe": "sigmoid"}
+    assert config.moe.gate == gates.get(family, "softmax")
     assert config.diffusion.objective == objective
     shapes = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
     assert (config.model.depth, config.model.width, config.model.heads) == shapes[size]

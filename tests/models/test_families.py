@@ -434,6 +434,12 @@ def test_a_family_brings_the_gate_of_its_paper():
     assert tiny_config(moe__type="promoe").moe.gate == "identity"
 
 
+def test_scores_that_may_sum_to_zero_are_not_divided_by_their_sum():
+    with pytest.raises((UserError, ValueError), match="divides a token's scores by their sum"):
+        MoEConfig(type="dsmoe", gate="identity", top_k=2)
+    assert MoEConfig(type="dsmoe", gate="identity").top_k == 1
+
+
 @pytest.mark.parametrize("family", ["promoe", "dsmoe"])
 def test_what_has_no_thresholds_has_no_dial(family: str):
     with pytest.raises(UserError, match=f"a {family} model has only one way to route"):
