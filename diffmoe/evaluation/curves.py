@@ -108,10 +108,11 @@ def _reference(result: dict[str, Any]) -> str:
 def _label(path: Path, result: dict[str, Any], axis: str) -> str:
     if "held_out" in result:
         settings = result["held_out"] | result["held_out"]["model"]
+        chosen: tuple[str, ...] = _LOSS_SETTINGS
     else:
         settings = {**result["images"], "sampler": result["sampler"]}
         settings["capacity"] = settings["model"]["capacity"]
-    chosen = _LOSS_SETTINGS if "held_out" in result else _SETTINGS
+        chosen = _SETTINGS
     parts = [f"{k} {settings[k]}" for k in chosen if k != axis and settings[k] is not None]
     if settings.get("labels", "balanced") != "balanced":
         parts.append(f"{settings['labels']} labels")
