@@ -39,7 +39,7 @@ def benchmark_sampling(
         thresholds[capacity], measured[capacity] = calibrate(network, capacity, passes)
 
     def at(capacity: float) -> None:
-        network.routing = RoutingMode(log_odds_LE=thresholds[capacity])
+        network.routing = RoutingMode(calibrated_LE=thresholds[capacity])
         draw()
 
     works = {f"capacity {c:g}": lambda c=c: at(c) for c in capacities}
