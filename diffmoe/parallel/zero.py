@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import deepspeed
 import deepspeed.ops
@@ -200,8 +200,8 @@ def create_engine(
     if experts:
         name = expert_group_name(topology)
         for parameter in experts.values():
-            parameter.allreduce = False
-            parameter.group_name = name
+            parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed reads both
+            parameter.group_name = name  # type: ignore[attr-defined]
         parameter_groups.append({"params": list(experts.values()), "moe": True, "name": name})
         root = ExpertParallelRoot(network, num_experts, topology)
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -239,9 +239,9 @@ def owned_ranges(
     engine: deepspeed.DeepSpeedEngine, network: nn.Module, experts: dict[str, nn.Parameter]
 ) -> Iterator[OwnedRange]:
     """What this rank owns of each named parameter; over all ranks every element once."""
-    topology: Topology = network.topology
+    topology = cast(Topology, network.topology)
     for name, parameter in network.named_parameters():
-        piece = parameter._hp_mapping
+        piece = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed sets it
         if piece is None:
             continue
         shape, first = tuple(parameter.shape), 0

@@ -242,7 +242,9 @@ def _leases(output: Path) -> list[Path]:
 
 
 def _number(path: Path) -> int:
-    return int(_FILE.fullmatch(path.name)[1])
+    match = _FILE.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _beats(path: Path) -> int | None:

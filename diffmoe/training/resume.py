@@ -174,7 +174,7 @@ def make_way(config: Config, resume: Resume) -> None:
 
 
 def _newest_whole(run: Path, found: list[str]) -> tuple[Path, list[str]]:
-    notes = []
+    notes: list[str] = []
     for name in reversed(found):
         problems = _verified_together(run / name)
         if not problems:

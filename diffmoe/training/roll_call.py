@@ -66,6 +66,6 @@ def _place() -> str:
 
 def _collectives() -> dict[str, int]:
     return {
-        str(c10d._world.pg_names[group]): group._get_sequence_number_for_group()
+        str(c10d._world.pg_names[group]): group._get_sequence_number_for_group()  # type: ignore[attr-defined]
         for group in list(c10d._world.pg_map)
     }

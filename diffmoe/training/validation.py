@@ -19,6 +19,9 @@ from diffmoe.models.dit import DiT
 from diffmoe.sampling.sharing import equal_share
 from diffmoe.training.ema import EMA
 
+# By name: numbers, and lists of them by time.
+Metrics = dict[str, float | list[float]]
+
 
 def check(config: Config, manifest: Manifest) -> None:
     """Raise UserError where the held-out loss could not be measured, or would be of training data.
@@ -46,6 +49,7 @@ class Validation:
         self.network, self.engine, self.ema = network, engine, ema
         rank, world = network.topology.rank, network.topology.world
         settings = config.validation
+        assert settings.path is not None  # checked with the configuration
         batches = range(-(-settings.samples // BATCH))
         mine = equal_share(batches, rank, world)
         self.held_out = HeldOut(config, settings.path, settings.samples, mine)
@@ -55,9 +59,9 @@ class Validation:
         self.weights = {"_live": "live"} if ema.sampled != "live" else {}
         self.weights = {"": ema.sampled, **self.weights}
 
-    def run(self) -> dict[str, float | list[float]]:
+    def run(self) -> Metrics:
         """The metrics, the same on every rank: validation_loss is that of the averaged weights."""
-        found: dict[str, float | list[float]] = {}
+        found: Metrics = {}
         self.network.eval()
         for suffix, prefix in self.weights.items():
             with self.ema.in_place_of_weights(self.engine, prefix):

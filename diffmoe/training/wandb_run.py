@@ -59,7 +59,7 @@ class WandbRun:
             identity, self._lines, name = None, 0, f"{name}-from-{samples}"
         self._identity = identity or secrets.token_hex(4)
         self._count_lines(0)
-        arguments = {
+        arguments: dict[str, Any] = {
             "project": config.logging.project,
             "name": name,
             "group": self.folder.name,
@@ -73,7 +73,7 @@ class WandbRun:
                 finish_timeout_raises=True,
             ),
         }
-        mode = os.environ.get("WANDB_MODE")
+        mode: Any = os.environ.get("WANDB_MODE")
         if mode is None and not wandb.login(prompt=False, verify=False):
             mode = "offline"
         try:

@@ -62,8 +62,9 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # `kill -USR2` shows the stacks
         store.set(f"process/{rank}", json.dumps(_process(os.getpid())))
         # Its own connection: a blocking call of the main thread must not delay it.
+        own = store.clone()  # type: ignore[attr-defined]  # every store of torchrun has it
         self._threads = [
-            threading.Thread(target=self._watch, args=(store.clone(),), daemon=True),
+            threading.Thread(target=self._watch, args=(own,), daemon=True),
             threading.Thread(target=self._tick, daemon=True),
         ]
         for thread in self._threads:
