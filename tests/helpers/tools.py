@@ -35,28 +35,33 @@ def tool(name: str, *words: str | Path | int, **environment: str) -> subprocess.
 
 
 def forked(
-    script: str, *words: str | Path | int, **environment: str
+    script: str,
+    *words: str | Path | int,
+    cwd: Path = ROOT,
+    timeout: float = 300,
+    **environment: str,
 ) -> subprocess.CompletedProcess:
+    """Run a script in `cwd`, with more in its environment."""
     arguments = [script, *map(str, words)]
     with tempfile.TemporaryDirectory() as folder:
         process = _context.Process(
-            target=_tool_main, args=(arguments, os.environ | environment, folder)
+            target=_tool_main, args=(arguments, cwd, os.environ | environment, folder)
         )
         process.start()
-        process.join(300)
+        process.join(timeout)
         if process.exitcode is None:
             process.kill()
-            raise subprocess.TimeoutExpired(arguments, 300)
+            raise subprocess.TimeoutExpired(arguments, timeout)
         out, err = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
 
 
-def _tool_main(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+def _tool_main(arguments: list[str], cwd: Path, environment: dict[str, str], folder: str) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # as in a plain process
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
