@@ -15,12 +15,12 @@ import yaml
 from diffmoe.comparison.study import SHIPPED
 from tests.helpers import runs
 from tests.helpers.models import exported
+from tests.helpers.pages import PAGES, ROOT, commands
 from tests.helpers.pictures import NAME, pictures, write_samples
 from tests.helpers.processes import BIN, environment, free_port
 from tests.helpers.shards import build_vae, photograph
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tools import forked
-from tests.test_docs import PAGES, ROOT, commands
 
 
 class Run(NamedTuple):
@@ -106,6 +106,7 @@ NOT_RUN = {
     "bash tools/test.sh.*": "installs, and is this test suite",
     "source .venv/bin/activate": "belongs to the installation",
     "ruff check .*": "checks the code, as continuous integration does",
+    "python tools/evaluate.py loss .*": "needs a validated run; tests/evaluation/test_loss.py has one",
     ".* sbatch .*": "needs Slurm; tests/slurm runs these scripts",
     "python tools/demo.py runs/mnist": "serves until stopped; tests/sampling/test_demo.py opens it",
 }
