@@ -8,8 +8,6 @@ import pytest
 from diffmoe.config import Config
 from tests.helpers.pages import PAGES, ROOT, commands
 
-LAUNCHERS = ("torchrun", "deepspeed", "python")
-
 
 def in_repository(words: list[str]) -> tuple[Path, list[str]] | None:
     """The script of ours that a command runs, and its arguments."""

@@ -106,7 +106,7 @@ NOT_RUN = {
     "bash tools/test.sh.*": "installs, and is this test suite",
     "source .venv/bin/activate": "belongs to the installation",
     "ruff check .*": "checks the code, as continuous integration does",
-    "python tools/evaluate.py loss .*": "needs a validated run; tests/evaluation/test_loss.py has one",
+    "python tools/evaluate.py loss .*": "needs a validated run, as tests/evaluation/test_loss.py",
     ".* sbatch .*": "needs Slurm; tests/slurm runs these scripts",
     "python tools/demo.py runs/mnist": "serves until stopped; tests/sampling/test_demo.py opens it",
 }
