@@ -89,7 +89,7 @@ class WandbRun:
         return run
 
     def log(self, samples: int, values: Values) -> None:
-        """Hand one line over; its fields are made by `values` of wandb's module."""
+        """Queue one line; `values` makes its fields, given wandb's module."""
         if self._thread is None:
             return
         try:
@@ -147,7 +147,7 @@ class WandbRun:
             wandb.teardown()
 
     def _read_identity(self, samples: int) -> tuple[str | None, int]:
-        """The page's id and its lines so far; older versions counted in samples."""
+        """The page's id and how many lines it has; older versions counted in samples."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             words = (self.folder / IDENTITY).read_text().split()
             return words[0], int(words[1]) if len(words) > 1 else samples
