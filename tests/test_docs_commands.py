@@ -36,7 +36,8 @@ class Run(NamedTuple):
     tells: str = ""
 
 
-TINY = "model.width=16 model.depth=2 model.heads=2 training.batch_size=8 data.lanes=2"
+SMALL = "model.width=16 model.depth=2 model.heads=2"
+TINY = f"{SMALL} training.batch_size=8 data.lanes=2"
 TRAINING = f"{TINY} training.total_samples=16 logging.wandb=false"
 TWO_RANKS = f"{TRAINING} parallel.expert_parallel=2"
 FEW = "--num-samples 8 --steps 2"
@@ -78,12 +79,12 @@ RUNS = [
     Run("torchrun .* train.py --config t2i_l_e16 .*", TWO_RANKS, "runs/t2i_l_e16/latest"),
     Run("python tools/compare.py mnist", gives="runs/studies/mnist/table.md"),
     # Cluster.
-    Run("python tools/submit.py xl .* --dry-run", TINY, tells="#SBATCH --nodes=4"),
+    Run("python tools/submit.py xl .* --dry-run", SMALL, tells="#SBATCH --nodes=4"),
     Run("python tools/plan.py --recipe xl_e16 .*", tells="GB"),
     # Sampling.
     Run("python tools/sample.py runs/mnist .*", "--per-class 2 --steps 2", "grid.png"),
     Run("python tools/sample.py runs/[ct].* --prompt .*", "--per-prompt 2 --steps 2", "grid.png"),
-    Run("torchrun .* tools/sample.py runs/mnist .*", FEW, "samples/samples.json"),
+    Run("torchrun .* tools/sample.py runs/mnist .*", f"{FEW} --out made", "made/samples.json"),
     Run("python tools/calibrate.py runs/mnist .*", "--samples 8 --steps 2", tells="stored as"),
     Run("python tools/report_routing.py .*", "--samples 8 --steps 2", "runs/mnist/routing.html"),
     # Evaluation.
@@ -186,6 +187,7 @@ def short_study(name: str, folder: Path) -> str:
     study["overrides"] += [*TRAINING.split(), "validation.samples=8", "training.validate_every=8"]
     study["variants"] = dict(list(study["variants"].items())[:2])
     study["seeds"] = [0]
+    study["evaluate"] += ["--num", "8", "--steps", "2"]
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     return "study.yaml"
 
