@@ -169,7 +169,7 @@ def check(words: list[str], folder: Path, told: str = "") -> str:
     if run is None:
         return ""
     if "model.text={...}" in words:
-        words[words.index("model.text={...}")] = re.findall(r"model\.text=.*", told)[-1]
+        words[words.index("model.text={...}")] = re.findall(r"model\.text=\{[^}]*\}", told)[-1]
     if words[:2] == ["python", "tools/compare.py"]:
         words = [*words[:-1], short_study(words[-1], folder)]
     if run.gives:
