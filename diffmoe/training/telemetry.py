@@ -1,8 +1,10 @@
 """What a run reports: the progress bar, metrics.jsonl, wandb."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -74,9 +76,9 @@ class Telemetry:
             "memory_gib": _peak_memory_gib(),
         }
         self._since, self._samples = now, samples
+        line = json.dumps(_strict(values), allow_nan=False) + "\n"
         try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(_strict(values), allow_nan=False) + "\n")
+            _append(self.path, line.encode())
         except OSError as error:  # a full disk costs lines, not the run
             self.say(f"warning: {self.path} lacks the line of {samples} samples: {error}")
         if self.wandb is not None:
@@ -117,6 +119,18 @@ class Telemetry:
             return isinstance(clock, (int, float)) and clock <= samples
 
         history.keep(self.path, before)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Write a line, or nothing of it. Raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _strict(value: Any) -> Any:

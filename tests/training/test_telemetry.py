@@ -1,10 +1,13 @@
 """What a run tells in metrics.jsonl."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import ROOT, environment
 from tests.helpers.runs import metrics, newest, pack, run_config, train
 
 
@@ -93,3 +96,22 @@ def test_what_a_run_keeps_does_not_tell_where_its_shards_lie(tmp_path: Path):
     train(config)
     for file in [newest(config) / "run.json", Path(config.output) / "config.yaml"]:
         assert "data/../data" not in file.read_text()
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_of_it(tmp_path: Path):
+    """As a full disk does, a limit on the size of files cuts a write short."""
+    script = """
+import resource, sys
+from pathlib import Path
+from diffmoe.training.telemetry import _append
+path = Path(sys.argv[1])
+_append(path, b"x" * 80 + b"\\n")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    _append(path, b"y" * 80 + b"\\n")
+except OSError:
+    print(path.read_bytes() == b"x" * 80 + b"\\n")
+"""
+    words = [sys.executable, "-c", script, str(tmp_path / "lines")]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
