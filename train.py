@@ -52,7 +52,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
     )
-    parser.add_argument("--print-config", action="store_true", help="show the settings and stop")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="show and explain the settings as YAML, then stop",
+    )
     # Launchers hand it over; the environment's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

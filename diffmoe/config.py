@@ -1,7 +1,9 @@
 """One typed, validated configuration of a run; unknown keys are errors."""
 
+import math
+from collections.abc import Iterator
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -63,16 +65,16 @@ class ModelConfig(_Section):
 
     input_size: int = Field(32, ge=1, description="height and width of the latent")
     in_channels: int = Field(4, ge=1, description="channels of the latent")
-    patch_size: int = Field(2, ge=1)
-    width: int = Field(384, ge=2)
-    depth: int = Field(12, ge=1)
-    heads: int = Field(6, ge=1)
+    patch_size: int = Field(2, ge=1, description="height and width of a token's square")
+    width: int = Field(384, ge=2, description="channels of a token")
+    depth: int = Field(12, ge=1, description="blocks")
+    heads: int = Field(6, ge=1, description="of attention, per block")
     head_width: int | None = Field(None, ge=1, description="of one head; none: width / heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden size of dense MLPs over width")
     mlp_activation: Literal["gelu", "swiglu"] = Field("gelu", description="of dense MLPs")
-    num_classes: int = Field(1000, ge=1)
+    num_classes: int = Field(1000, ge=1, description="of the labels; not of a text model")
     learn_sigma: bool = Field(False, description="twice the output channels, as published DiTs")
-    qk_norm: bool = False
+    qk_norm: bool = Field(False, description="RMS norm of queries and keys in attention")
     rope: bool = Field(False, description="2-D rotary positions in attention")
     text: TextConfig | None = Field(None, description="captions in the place of class labels")
 
@@ -125,8 +127,8 @@ class MoEConfig(_Section):
 
     type: Literal[
         "diffmoe", "expert_choice", "token_choice", "race", "promoe", "dsmoe", "dense"
-    ] = Field("diffmoe", description="family of routing; one file each in models/families")
-    experts: int = Field(16, ge=1)
+    ] = Field("diffmoe", description="family of routing, docs/routing.md; dense: no experts")
+    experts: int = Field(16, ge=1, description="E: of one MoE block")
     every_block: bool = Field(False, description="MoE in every block, not only in 1, 3, 5, ...")
     capacity: float = Field(
         1.0, gt=0, description="C: an expert takes K = S * C / E tokens; race: S * C pairs"
@@ -134,13 +136,15 @@ class MoEConfig(_Section):
     capacity_rounding: Literal["exact", "release"] = Field(
         "exact", description="of K, down; release: in floats as the paper's code, at times one less"
     )
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "swiglu"] = Field("gelu", description="of routed experts")
     expert_ratio: float = Field(4.0, gt=0, description="hidden size of one expert over width")
     shared_expert_ratio: float = Field(
         0.0, ge=0, description="hidden size over width of an expert that sees every token; 0: none"
     )
-    shared_expert_activation: Literal["gelu", "swiglu"] = "gelu"
-    router_init_std: float = Field(0.006, gt=0)
+    shared_expert_activation: Literal["gelu", "swiglu"] = Field(
+        "gelu", description="of the expert that sees every token"
+    )
+    router_init_std: float = Field(0.006, gt=0, description="of the router's normal start")
     router_input: Literal["modulated", "plain", "plain_with_time"] = Field(
         "modulated",
         description="tokens as the experts see them, before the condition modulates them, or "
@@ -157,9 +161,15 @@ class MoEConfig(_Section):
     expert_init_std: float | None = Field(
         None, gt=0, description="of experts' normal start, such as 0.006; none: Xavier's uniform"
     )
-    token_pool: Literal["micro_batch", "expert_parallel", "global"] = "micro_batch"
-    inference: Literal["per_token", "pooled", "static"] = "per_token"
-    capacity_loss_weight: float = Field(1.0, ge=0)
+    token_pool: Literal["micro_batch", "expert_parallel", "global"] = Field(
+        "micro_batch", description="whose tokens an expert chooses from in training (diffmoe, race)"
+    )
+    inference: Literal["per_token", "pooled", "static"] = Field(
+        "per_token",
+        description="predicted capacity, whatever else is in the batch; as many, but the batch's "
+        "best; K tokens as in training (diffmoe)",
+    )
+    capacity_loss_weight: float = Field(1.0, ge=0, description="of the capacity predictor's loss")
     capacity_loss_reduction: Literal["sum", "mean"] = Field("sum", description="over MoE layers")
     threshold_ema: float = Field(0.95, ge=0, lt=1, description="alpha of Eq. 17")
     top_k: int = Field(1, ge=1, description="experts per token (token_choice, promoe, dsmoe)")
@@ -210,6 +220,11 @@ class MoEConfig(_Section):
             )
         if self.top_k > self.experts:
             raise ValueError(f"moe.top_k={self.top_k} is more than moe.experts={self.experts}")
+        if self.type == "dsmoe" and self.gate == "identity" and self.top_k > 1:
+            raise ValueError(
+                "moe.gate=identity: moe.type=dsmoe divides a token's scores by their sum, which "
+                "could be 0; choose sigmoid or softmax"
+            )
         if self.token_pool != "micro_batch" and self.type not in ("diffmoe", "race"):
             raise ValueError(
                 f"moe.token_pool={self.token_pool} belongs to moe.type=diffmoe and race; "
@@ -221,7 +236,9 @@ class MoEConfig(_Section):
 class DiffusionConfig(_Section):
     """The training objective."""
 
-    objective: Literal["flow", "ddpm"] = "flow"
+    objective: Literal["flow", "ddpm"] = Field(
+        "flow", description="flow matching, or noise prediction in 1,000 steps"
+    )
     timesteps: Literal["uniform", "logit_normal"] = Field("uniform", description="flow only")
     timestep_shift: float = Field(
         1.0, ge=1e-3, le=1e3, description="above 1 trains more at high noise; flow only"
@@ -262,13 +279,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(_Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(1e-4, gt=0, description="after the warm-up")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, of all parameters; 0: off")
     gradient_clipping: float = Field(0.0, ge=0, description="largest gradient norm; 0: off")
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_samples: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the learning rate; cosine: down to 0 at total_samples"
+    )
+    warmup_samples: int = Field(0, ge=0, description="of a rate that rises from 0; 0: no warm-up")
 
 
 # Of an average over the run so far; a plain mean of all steps has 12^-0.5.
@@ -280,7 +299,7 @@ class TrainingConfig(_Section):
 
     batch_size: int = Field(256, ge=1, description="samples of one optimizer step, all ranks")
     accumulation: int = Field(1, ge=1, description="micro-batches of one optimizer step")
-    total_samples: int = Field(256 * 700_000, ge=1)
+    total_samples: int = Field(256 * 700_000, ge=1, description="after which the run ends")
     checkpoint_samples: int = Field(256 * 10_000, ge=1, description="between two checkpoints")
     keep_last: int = Field(3, ge=1, description="newest checkpoints to keep; older ones go")
     keep_samples: int | None = Field(
@@ -289,7 +308,7 @@ class TrainingConfig(_Section):
     snapshot_samples: int | None = Field(
         None, ge=1, description="between two folders ema-* that hold the EMA alone; none: no such"
     )
-    snapshot_precision: Literal["fp32", "bf16"] = "bf16"
+    snapshot_precision: Literal["fp32", "bf16"] = Field("bf16", description="of ema-* folders")
     save_failure: Literal["continue", "stop"] = Field(
         "continue", description="after a save that failed, as on a full disk; the last one stops"
     )
@@ -302,9 +321,15 @@ class TrainingConfig(_Section):
     init: str | None = Field(
         None, description="exported model whose weights a fresh run starts from; none: random ones"
     )
-    label_dropout: float = Field(0.1, ge=0, le=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: bool = False
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of labels or captions left out, for guidance; 0: none"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the forward and backward pass; masters and moments are fp32"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute blocks twice instead of keeping their activations"
+    )
     compile: bool = Field(False, description="torch.compile each block: a minute at the start")
     evaluate_every: int | None = Field(
         None, ge=1, description="samples between two evaluations (section evaluation); none: never"
@@ -350,9 +375,9 @@ class EvaluationConfig(_Section):
         "balanced", description="all classes or prompts in turn, or one drawn for each image"
     )
     sampler: str | None = Field(None, description="none: euler of flow, ddpm of ddpm")
-    steps: int = Field(50, ge=1)
-    guidance: float = 1.0
-    seed: int = 0
+    steps: int = Field(50, ge=1, description="of the sampler")
+    guidance: float = Field(1.0, description="scale; 1: none")
+    seed: int = Field(0, description="of the noise and the random labels")
     batch: int = Field(50, ge=1, description="images that a rank makes at a time")
     reference: str | None = Field(None, description="as of tools/evaluate.py --reference")
     extractor: str | None = Field(
@@ -364,6 +389,10 @@ class EvaluationConfig(_Section):
     prompts: str | None = Field(None, description="of a text model: file of captions, one a line")
     text_encoder: str | None = Field(None, description="its folder; bytes need none")
     truth: str | None = Field(None, description="as of tools/evaluate.py --truth")
+
+
+# Elements of a bucket of ZeRO where the DeepSpeed JSON says nothing.
+ZERO_BUCKET = 25_000_000
 
 
 class ParallelConfig(_Section):
@@ -384,15 +413,15 @@ class LoggingConfig(_Section):
     """Metrics go to metrics.jsonl always, and to wandb (offline without a key)."""
 
     log_samples: int = Field(256 * 50, ge=1, description="between two lines of metrics.jsonl")
-    wandb: bool = True
-    project: str = "diffmoe"
+    wandb: bool = Field(True, description="log there, too")
+    project: str = Field("diffmoe", description="of wandb")
 
 
 class Config(_Section):
     """A whole run. Two runs with equal Config and data give equal numbers."""
 
     output: str = Field("runs/default", description="folder of the run")
-    seed: int = 0
+    seed: int = Field(0, description="of the initial weights, the order of data, noise and dropout")
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -482,6 +511,10 @@ class Config(_Section):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def explained(self) -> str:
+        """The same settings as YAML, what each one means in a comment behind it."""
+        return "".join(_explained_lines(self, self.model_dump(mode="json"), ""))
+
     def replace(self, changes: dict[str, Any]) -> "Config":
         """A validated copy with dotted keys changed, e.g. {"training.precision": "bf16"}."""
         values = self.model_dump(exclude_unset=True)
@@ -508,6 +541,22 @@ def validated(values: dict[str, Any], source: str) -> Config:
         raise UserError(
             "\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())
         ) from None
+
+
+def _explained_lines(section: _Section, values: dict[str, Any], indent: str) -> Iterator[str]:
+    for name, value in values.items():
+        field, inner = type(section).model_fields[name], getattr(section, name)
+        if isinstance(inner, _Section):
+            yield f"\n{indent}# {(inner.__doc__ or '').splitlines()[0]}\n{indent}{name}:\n"
+            yield from _explained_lines(inner, value, indent + "  ")
+            continue
+        # In a list, as that keeps every value on its line: `[VALUE]`.
+        shown = yaml.safe_dump([value], default_flow_style=True, width=math.inf)[1:-2]
+        setting = f"{indent}{name}: {shown}"
+        choices = ""
+        if get_origin(field.annotation) is Literal:
+            choices = f"({' | '.join(get_args(field.annotation))}) "
+        yield f"{setting:<34}  # {choices}{field.description}\n"
 
 
 def _explain(problem: Any) -> str:

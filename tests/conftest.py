@@ -8,7 +8,8 @@ from diffmoe.config import Config
 from diffmoe.data import fetching
 from tests.helpers.runs import pack as pack_run
 from tests.helpers.runs import run_config, train
-from tests.helpers.shards import FIELDS, build_vae, pack, photograph, tool
+from tests.helpers.shards import FIELDS, build_vae, pack, photograph
+from tests.helpers.tools import tool
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,10 @@ from typing import get_args
 
 import pytest
 import torch
+from pydantic import BaseModel
 
 from diffmoe.capacity.meter import activated_parameters
-from diffmoe.config import Config
+from diffmoe.config import Config, TextConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.recipes import load_config, recipe_names
@@ -38,7 +39,7 @@ PARAMETERS = {
 
 def test_there_are_recipes_for_every_family_size_and_objective():
     names = recipe_names()
-    assert len(names) == len(set(names)) == 4 + 2 * (4 + 3 * 6)
+    assert len(names) == len(set(names)) == 4 + 2 * (4 + 7 * 6)
     assert {"mnist", "captioned_digits", "dense_xl_flow", "tc_b_e16_ddpm", "ec_l_e8_flow"} <= set(
         names
     )
@@ -62,8 +63,10 @@ def test_a_recipe_is_what_its_name_says(name: str):
         assert config.model.text is not None
         return
     family, size, *experts, objective = name.split("_")
-    types = {"diffmoe": "diffmoe", "ec": "expert_choice", "tc": "token_choice", "dense": "dense"}
-    assert config.moe.type == types[family]
+    types = {"paper": "diffmoe", "ec": "expert_choice", "tc": "token_choice"}
+    assert config.moe.type == types.get(family, family)
+    gates = {"diffmoe": "identity", "race": "identity", "promoe": "identity", "dsmoe": "sigmoid"}
+    assert config.moe.gate == gates.get(family, "softmax")
     assert config.diffusion.objective == objective
     shapes = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
     assert (config.model.depth, config.model.width, config.model.heads) == shapes[size]
@@ -83,6 +86,15 @@ def test_a_recipe_is_what_its_name_says(name: str):
     assert config.training.label_dropout == 0.1
     for world in (1, 2, 4, 8, 16, 32):
         config.check_world(world)
+
+
+def test_a_name_may_hold_another_number_of_experts():
+    for experts in (4, 16):  # the tables stay as they are
+        config = load_config(f"ec_xl_e{experts}_ddpm", ["model.depth=2"])
+        assert (config.moe.experts, config.moe.type) == (experts, "expert_choice")
+    assert load_config("ec_xl_e16_ddpm").model.depth == 28
+    for wrong in ("dense_s_e16_flow", "ec_s_flow", "ec_m_e16_flow", "ec_s_e16_edm", "imagenet"):
+        assert f"no recipe '{wrong}'" in refusal(name=wrong)
 
 
 @pytest.mark.parametrize("arguments", PARAMETERS, ids="-".join)
@@ -249,12 +261,49 @@ def test_a_broken_file_is_told_what_is_wrong_with_it(tmp_path: Path, text: str, 
     assert str(file) in message
 
 
-@pytest.mark.parametrize("name", ["mnist", "tc_l_e8_ddpm", "dense_s_flow"])
-def test_a_printed_configuration_reads_back_as_itself(name: str, tmp_path: Path):
-    config = load_config(name, ["optimizer.learning_rate=1e-5", "optimizer.eps=1e-12"])
+@pytest.mark.parametrize("printed", [Config.to_yaml, Config.explained])
+@pytest.mark.parametrize("name", ["mnist", "tc_l_e8_ddpm", "dense_s_flow", "captioned_digits"])
+def test_a_printed_configuration_reads_back_as_itself(name: str, printed, tmp_path: Path):
+    awkward = [
+        "optimizer.learning_rate=1e-5",
+        "optimizer.eps=1e-12",
+        "training.ema_stds=[0.05, 0.1]",
+        "training.ema_decay=null",
+        f"data.path='{'long ' * 50} # [no] comment: {{é}}'",
+        r'validation.path="two\n  lines"',
+        "evaluation.reference='null'",
+    ]
+    config = load_config(name, awkward)
     file = tmp_path / "config.yaml"
-    file.write_text(config.to_yaml())
+    file.write_text(printed(config))
     assert load_config(str(file)) == config
+
+
+def test_an_explained_configuration_says_what_each_setting_means():
+    shown = load_config("captioned_digits", ["data.path='# hidden'"]).explained()
+    for wanted in (
+        "# The DiT backbone.\nmodel:\n  input_size: 32                    # height and width of ",
+        "  mlp_activation: gelu              # (gelu | swiglu) of dense MLPs\n",
+        "\n  # The captions of a text model, and what encodes them.\n  text:\n    encoder: bytes  ",
+        "  path: '# hidden'                  # folder of shards with its manifest.json\n",
+        "  betas: [0.9, 0.99]                # decay of the two moments\n",
+    ):
+        assert wanted in shown
+    assert shown.startswith("output: runs/captioned_digits       # folder of the run\n")
+
+
+def test_every_setting_is_described():
+    sections = [Config, TextConfig]
+    sections += [field.annotation for field in Config.model_fields.values()]
+    settings = [
+        (section.__name__, name, field)
+        for section in sections
+        if isinstance(section, type) and issubclass(section, BaseModel)
+        for name, field in section.model_fields.items()
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+    ]
+    assert len(settings) > 90
+    assert [(where, name) for where, name, field in settings if not field.description] == []
 
 
 def test_replace_changes_validates_and_keeps_the_rest():

@@ -1,23 +1,12 @@
 """The pages name what is there: files, tools, their flags, settings."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 from diffmoe.config import Config
-
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LAUNCHERS = ("torchrun", "deepspeed", "python")
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The words of each command in the page's bash blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+from tests.helpers.pages import PAGES, ROOT, commands
 
 
 def in_repository(words: list[str]) -> tuple[Path, list[str]] | None:

@@ -1,11 +1,16 @@
-"""Figures of a model, or of images: FD (FID), sFD, inception score, KID, precision, recall.
+"""Figures of a model, or of images: FD (FID), sFD, inception score, KID, precision, recall, loss.
 
   python tools/evaluate.py reference photos/test --out references/test.npz
   python tools/evaluate.py runs/photos --num 10000 --steps 50 --reference references/test.npz
   python tools/evaluate.py images samples/xl --num 50000 --reference VIRTUAL_imagenet256.npz
   python tools/evaluate.py runs/text --num 400 --prompts unseen.txt --truth unseen.json
   python tools/evaluate.py images samples/text --clip models/clip-vit-large-patch14
+  python tools/evaluate.py loss runs/photos --every-snapshot
   python tools/evaluate.py plot evaluation/photos --metric FD --against samples --out fd.png
+
+`loss` measures the held-out loss, the training objective on samples that were not trained on: by
+default those of the run's validation.path, as training.validate_every does, with the routing of
+inference (--routing static: that of training). What was measured before is not measured again.
 
 RUN is a run's folder, one checkpoint, or a converted model. Its samples go to --out, and so does
 results.jsonl, one line per evaluation with everything that defines the figures. The command can be
@@ -34,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from diffmoe.cli import (
     add_batch,
     add_capacity,
+    add_data,
     add_device,
     add_expert_parallel,
     add_labels,
@@ -64,7 +70,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(metavar="RUN | reference | images | plot", required=True)
+    commands = parser.add_subparsers(
+        metavar="RUN | loss | reference | images | plot", required=True
+    )
     model = commands.add_parser("model", help="the same as RUN alone")
     model.set_defaults(command=evaluate_run)
     add_run(model)
@@ -79,6 +87,36 @@ def parse(words: list[str]) -> argparse.Namespace:
     add_batch(how)
     add_expert_parallel(how)
     add_prompts(model)
+    loss = commands.add_parser("loss", help="measure the held-out loss of a model")
+    loss.set_defaults(command=evaluate_loss)
+    add_run(loss)
+    loss.add_argument(
+        "--every-snapshot",
+        action="store_true",
+        help="all complete checkpoints and averages of a run; draws validation_loss.png, too",
+    )
+    loss.add_argument("--out", metavar="DIR", help="default evaluation/ and the run's name")
+    add_data(loss, "that were not trained on (validation.path)")
+    loss.add_argument(
+        "--samples",
+        type=positive,
+        metavar="N",
+        help="how many; default: the run's validation.samples, 2048 of a converted model",
+    )
+    loss.add_argument(
+        "--seed",
+        type=int,
+        help="of the noise and of which samples; default: the run's, 0 of a converted model",
+    )
+    loss.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        help="of the weights; default: the run's, fp32 of a converted model",
+    )
+    add_weights(loss)
+    add_capacity(loss)
+    add_routing(loss)
+    add_device(loss)
     images = commands.add_parser("images", help="evaluate existing images")
     images.set_defaults(command=evaluate_images)
     images.add_argument("images", metavar="IMAGES")
@@ -179,6 +217,37 @@ def evaluate_run(options: argparse.Namespace) -> None:
             write_results(evaluator, images, out, made.about)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def evaluate_loss(options: argparse.Namespace) -> None:
+    from diffmoe.evaluation import loss, results
+    from diffmoe.parallel.device import setup_device
+    from diffmoe.work import ensure_writable
+
+    device, run = setup_device(options.device), Path(options.run)
+    out = Path(options.out or Path("evaluation") / run.resolve().name)
+    ensure_writable(out)
+    asked = {
+        "validation.path": options.data,
+        "validation.samples": options.samples,
+        "seed": options.seed,
+        "training.precision": options.precision,
+    }
+    changes = {key: value for key, value in asked.items() if value is not None}
+    changes["data.allow_commands"] = options.allow_commands
+    found = []
+    for path in loss.stored(run, options.weights, say) if options.every_snapshot else [run]:
+        options.run = path
+        sampler = open_sampler(options, device, with_autoencoder=False, with_prompts=False)
+        sampler = sampler.with_capacity(options.capacity, options.routing)
+        config = sampler.config.replace(changes)
+        found.append(loss.measure_once(sampler, config, out / results.FILE_NAME, say))
+        if len(found) == 1:
+            print(loss.HEAD)
+        print(loss.row(found[-1]), flush=True)
+    print(loss.details(found[-1]))
+    if options.every_snapshot:
+        loss.plot(found, run.resolve().name, out / f"{loss.METRIC}.png")
 
 
 def evaluate_images(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """What sharing the experts costs: P = 2 beside P = 1 on the same two ranks, and wide pools."""
 
+from collections.abc import Callable
 from typing import Any
 
 from diffmoe.benchmarks.collectives import Collectives
@@ -23,7 +24,8 @@ def measured_on_rank(config: Config, rounds: int) -> tuple[Rounds, dict[str, Any
     """(seconds of a step by layout, (calls, bytes) of its collectives by layout and kind)."""
     device = rank_device()
     config = config.replace({"data.workers": 0})  # batches are read beforehand
-    steps, sent = {}, {}
+    steps: dict[str, Callable[[], object]] = {}
+    sent = {}
     for name, (ranks, pool) in LAYOUTS.items():
         topology = create_topology(ranks)
         changed = config.replace({"parallel.expert_parallel": ranks, "moe.token_pool": pool})

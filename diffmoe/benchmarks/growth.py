@@ -48,7 +48,8 @@ def benchmark_growth(
         for quantity in ("seconds", "saved_bytes", "weight_bytes", "peak_bytes"):
             known = [(one[axis], one[quantity]) for one in along if one[quantity]]
             if len(known) > 1:
-                slope = float(np.polyfit(*np.log(np.array(known, float)).T, 1)[0])
+                x, y = np.log(np.array(known, float)).T
+                slope = float(np.polyfit(x, y, 1)[0])
                 report.add(f"{quantity} against {axis}, slope on log axes", slope, "")
         report.points.extend(along)
 

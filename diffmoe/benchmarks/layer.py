@@ -124,7 +124,9 @@ def benchmark_layer(config: Config, rounds: int, device: torch.device, report: R
     dtype = DTYPES[config.training.precision]
     gemm, gemm_flops = products(layout.tokens, config.model.width, hidden, dtype, device)
     works = {one: work_of(candidate, tokens) for one, candidate in compared.items()}
-    parts = parts_of(compared["ours"].module, tokens.detach()[0].requires_grad_())
+    ours = compared["ours"].module
+    assert isinstance(ours, DiffMoE)
+    parts = parts_of(ours, tokens.detach()[0].requires_grad_())
     moe = config.moe
     k = expert_capacity(layout.tokens, moe.experts, moe.capacity, moe.capacity_rounding)
     bare = expert_products(config.moe.experts, k, config.model.width, hidden, dtype, device)

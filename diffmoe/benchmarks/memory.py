@@ -19,7 +19,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         self._kept: dict[int, Any] = {}  # the storages, lest one is freed and its place used again
         super().__init__(self._keep, lambda tensor: tensor)
 
-    def __enter__(self) -> "Saved":
+    def __enter__(self) -> "Saved":  # type: ignore[override]  # torch gives None
         super().__enter__()
         return self
 

@@ -4,6 +4,7 @@ import io
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def bare_loop(directory: Path, manifest: Manifest) -> Iterator[int]:
     for shard in manifest.shards:
         with tarfile.open(directory / shard.name) as tar:
             for member in tar:
-                content = tar.extractfile(member).read()
+                file = tar.extractfile(member)
+                assert file is not None  # shards hold files alone
+                content = file.read()
                 if member.name.endswith("npy"):
                     np.load(io.BytesIO(content))
                 else:
@@ -104,7 +107,7 @@ def reading_speeds(
         "webdataset": lambda: webdataset_loop(directory, manifest),
     }
     for count in workers:
-        loops[f"{count} workers"] = lambda count=count: stream_loop(directory, manifest, count)
+        loops[f"{count} workers"] = partial(stream_loop, directory, manifest, count)
     best = dict.fromkeys(loops, 0.0)
     for _ in range(rounds):
         for name, loop in loops.items():

@@ -1,5 +1,8 @@
 """What a smaller capacity saves when images are drawn."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from diffmoe.benchmarks.report import Report
@@ -39,10 +42,10 @@ def benchmark_sampling(
         thresholds[capacity], measured[capacity] = calibrate(network, capacity, passes)
 
     def at(capacity: float) -> None:
-        network.routing = RoutingMode(log_odds_LE=thresholds[capacity])
+        network.routing = RoutingMode(calibrated_LE=thresholds[capacity])
         draw()
 
-    works = {f"capacity {c:g}": lambda c=c: at(c) for c in capacities}
+    works: dict[str, Callable[[], object]] = {f"capacity {c:g}": partial(at, c) for c in capacities}
     works["dense"] = lambda: Sampler(dense, twin).latents(labels, settings)
     timed = take_turns(works, rounds, device)
     for capacity in capacities:

@@ -6,7 +6,7 @@ import io
 import math
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -72,22 +72,22 @@ class TimedStep:
         ema = EMA(engine, config.training.ema_decay, config.training.ema_stds)
         self.step = TrainingStep(config, self.network, engine, ema, device)
         self.step.phase = self._phase
-        self.history: list[Counter[str]] = []
+        self.history: list[dict[str, float]] = []
 
     def __call__(self) -> None:
-        self.history.append(Counter())
+        self.history.append(defaultdict(float))
         with self._phase("data wait"):
             batch = next(self.batches)
         self.step.run(batch)
 
-    def forward(self) -> tuple[Tensor, list[LayerRouting]]:
+    def forward(self) -> tuple[Tensor, list[LayerRouting], Tensor]:
         """The loss and routing of the next batch's first micro-batch."""
         step = self.step
         batch = next(self.batches)
         examples = micro_batches(batch, step.config, step.lanes, 0, step.objective)[0]
         examples = tree_map(lambda tensor: tensor.to(self.device), examples)
         loss, _, routing = losses_of(step.engine, step.objective, examples, step.config)
-        return loss, routing
+        return loss, routing, examples.t
 
     def checkpointed(self) -> None:
         """The same step with activation checkpointing; not in the history."""
@@ -99,7 +99,7 @@ class TimedStep:
     def saved_bytes(self) -> int:
         """What a forward keeps for its backward."""
         with Saved(self.network.parameters()) as saved:
-            loss, _ = self.forward()
+            loss, *_ = self.forward()
         del loss
         return saved.bytes
 
@@ -174,21 +174,21 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         kept_checkpointing = ours.saved_bytes()
         logging = _logging_seconds(ours, steps_between_logs, device)
 
-    for name, turns, step in [
+    for name, turns, of in [
         (OURS, timed["dense fp32"], layout),
         *((name, timed[name], rival) for name, rival in rivals.items()),
     ]:
-        precision = step.config.training.precision
+        precision = of.config.training.precision
         rate = gemms[precision][1] / turns.median("GEMM")
         report.add(f"{name}: GEMM ceiling", rate / 1e9, "GFLOP/s")
         report.add(f"{name}: step", turns.median(name), "s")
         images = config.training.batch_size / turns.median(name)
         report.add(f"{name}: speed", images, "images/s")
         report.add(f"{name}: speed", images * layout.tokens_per_sample, "tokens/s")
-        used = step_flops(step) / gemms[precision][1] * turns.ratio("GEMM", name)
+        used = step_flops(of) / gemms[precision][1] * turns.ratio("GEMM", name)
         target = 0.82 if name == OURS else None
         report.add(f"{name}: share of the ceiling", used, "", at_least=target)
-    for name, rival, (least, most) in [
+    for name, beside, (least, most) in [
         (
             "diffmoe to dense (target: 1.08 x their FLOPs)",
             "dense fp32",
@@ -196,9 +196,9 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         ),
         ("fp32 to bf16", "diffmoe bf16", (1.7, None)),
     ]:
-        turns = timed[rival]
+        turns = timed[beside]
         report.add(
-            name, turns.median(OURS), "s", turns.ratio(OURS, rival), at_least=least, at_most=most
+            name, turns.median(OURS), "s", turns.ratio(OURS, beside), at_least=least, at_most=most
         )
     for name, title, most in [
         ("diffmoe compiled", "compiled", None),
@@ -214,12 +214,12 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         kept_checkpointing / kept,
         at_most=0.35,
     )
-    step = timed["checkpointing"].median(OURS)
+    whole = timed["checkpointing"].median(OURS)
     for phase, seconds in phases.items():
-        report.add(f"phase of the step: {phase}", seconds * 1e3, "ms", seconds / step)
+        report.add(f"phase of the step: {phase}", seconds * 1e3, "ms", seconds / whole)
     update = phases["optimizer"] + phases["EMA"]
-    report.add("optimizer and EMA", update * 1e3, "ms", update / step, at_most=0.05)
-    report.add("logging, a step's share", logging * 1e3, "ms", logging / step, at_most=0.01)
+    report.add("optimizer and EMA", update * 1e3, "ms", update / whole, at_most=0.05)
+    report.add("logging, a step's share", logging * 1e3, "ms", logging / whole, at_most=0.01)
     for name, times in _occurrences(config).items():
         seconds = times * parts.median(name)
         ratio = times * parts.ratio(name, OURS)
@@ -241,7 +241,8 @@ def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], objec
     # Two blocks are a dense one and a mixture.
     network = DiT(config.model.model_copy(update={"depth": 2}), config.moe).initialize(0)
     network = network.to(device, dtype).train()
-    attention, mlp = network.blocks[0].attention, network.blocks[0].feed_forward
+    attention = network.blocks[0].get_submodule("attention")
+    mlp = network.feed_forwards[0]
     shape = (config.training.batch_size, network.grid**2, config.model.width)
     x = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
     parts = {
@@ -265,7 +266,7 @@ def _occurrences(config: Config) -> dict[str, int]:
 
 def _logging_seconds(step: TimedStep, steps_between: int, device: torch.device) -> float:
     """What the bar at every step, and a line of metrics now and then, cost a step."""
-    samples, (_, decisions) = count(1), step.forward()
+    samples, (_, decisions, times) = count(1), step.forward()
     quiet = step.config.replace({"logging.wandb": False})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         telemetry = Telemetry(quiet.replace({"output": folder}), active=True)
@@ -273,7 +274,7 @@ def _logging_seconds(step: TimedStep, steps_between: int, device: torch.device) 
 
         def write() -> None:
             routing = RoutingMetrics(step.network)
-            routing.observe(decisions)
+            routing.observe(decisions, times)
             telemetry.metrics(next(samples), routing.summary(routing.flat()))
 
         timed = take_turns(

@@ -85,7 +85,7 @@ def calibrate(
         thresholds_LE = (
             quantiles_LE if thresholds_LE is None else (thresholds_LE + quantiles_LE) / 2
         )
-        network.routing = RoutingMode(log_odds_LE=thresholds_LE)
+        network.routing = RoutingMode(calibrated_LE=thresholds_LE)
     raise UserError(
         f"thresholds for capacity {capacity:g} do not settle: {ROUNDS} rounds end at "
         f"{measured:.4f}; take more samples, or another capacity"

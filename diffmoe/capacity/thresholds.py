@@ -120,7 +120,7 @@ def hash_of(network: DiT) -> str | None:
     mode = network.routing
     if mode is None:
         return None
-    used_LE = network.thresholds_LE if mode.log_odds_LE is None else mode.log_odds_LE
+    used_LE = network.thresholds_LE if mode.calibrated_LE is None else mode.calibrated_LE
     return hashlib.sha256(used_LE.cpu().numpy().tobytes()).hexdigest()
 
 
@@ -165,7 +165,7 @@ def choose_capacity(
         return CapacityChoice(RoutingMode(kind, capacity), capacity)
     entry = _calibrated(network, folder, capacity, weights)
     return CapacityChoice(
-        RoutingMode(kind, log_odds_LE=torch.tensor(entry.log_odds)), capacity, entry
+        RoutingMode(kind, calibrated_LE=torch.tensor(entry.log_odds)), capacity, entry
     )
 
 

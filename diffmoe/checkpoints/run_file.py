@@ -71,7 +71,7 @@ class PosthocAverage(_Part):
     stored: tuple[str, ...] = Field(alias="from")
 
 
-class RunFile(_Part):
+class RunFile(_Part):  # type: ignore[no-redef]  # pydantic's plugin adds the alias as a name
     """run.json, validated as far as its readers rely on it. Unknown fields are kept.
 
     optimizer_steps: of AdamW, which does not count skipped steps. config: the run's settings as

@@ -31,10 +31,15 @@ class Point(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A run's held-out losses, oldest first, and what it met on its way."""
+    """A run's held-out losses, oldest first, and what it met on its way.
+
+    capacity: C that the last one met. as_trained: the last one with the routing of training, at its
+    C; None where that is the routing of inference.
+    """
 
     curve: list[Point]
     capacity: float
+    as_trained: float | None
     step_seconds: float
     figures: dict[str, float]
 
@@ -67,7 +72,7 @@ class Difference(NamedTuple):
 
 def measured(run: StudyRun) -> Measured | None:
     """None where the run has not come to its end."""
-    seconds, before, curve, speeds, capacity = 0.0, 0, [], [], 0.0
+    seconds, before, curve, speeds, capacity, as_trained = 0.0, 0, [], [], 0.0, None
     for line in entries(run.folder / "metrics.jsonl"):
         seconds += (line["samples"] - before) / line["samples_per_second"]
         before = line["samples"]
@@ -76,9 +81,10 @@ def measured(run: StudyRun) -> Measured | None:
             loss = line["validation_loss"]  # null where it was not finite
             curve.append(Point(line["samples"], seconds, math.nan if loss is None else loss))
             capacity = line["validation_capacity"]
+            as_trained = line.get("validation_loss_training_routing")
     if not curve or curve[-1].samples < run.config.training.total_samples:
         return None
-    return Measured(curve, capacity, median(speeds), _figures(evaluations(run)))
+    return Measured(curve, capacity, as_trained, median(speeds), _figures(evaluations(run)))
 
 
 def evaluations(run: StudyRun) -> Path:
@@ -107,10 +113,21 @@ def difference(ours: list[float], theirs: list[float]) -> Difference:
 
 
 def table(study: Study, found: dict[tuple[str, int], Measured], sizes: dict[str, Size]) -> str:
-    """Markdown: a row for each variant, over the seeds that both it and the reference have."""
+    """Markdown: a row for each variant, over the seeds that both it and the reference have.
+
+    "as trained": the held-out loss with training's own routing, at exactly its C.
+    """
     figures = sorted({name for one in found.values() for name in one.figures})
     head = ["variant", "seeds", "held-out loss", f"minus {study.reference}, 95 %"]
-    head += ["C met", "parameters", "activated", "GFLOP a sample", "s a step", *figures]
+    head += [
+        "C met",
+        "as trained",
+        "parameters",
+        "activated",
+        "GFLOP a sample",
+        "s a step",
+        *figures,
+    ]
     rows = [head, ["---"] * len(head)]
     for variant in study.variants:
         seeds = [seed for seed in study.seeds if (variant, seed) in found]
@@ -125,6 +142,7 @@ def table(study: Study, found: dict[tuple[str, int], Measured], sizes: dict[str,
                 f"{fmean(one.loss for one in mine):.5f}",
                 _told(study, found, variant),
                 f"{fmean(one.capacity for one in mine):.3f}" if mine[0].capacity else "-",
+                _mean([one.as_trained for one in mine]),
                 f"{sizes[variant].parameters / 1e6:.2f} M",
                 f"{sizes[variant].activated / 1e6:.2f} M",
                 f"{sizes[variant].forward_flops / 1e9:.3f}",
@@ -155,7 +173,7 @@ def _told(study: Study, found: dict[tuple[str, int], Measured], variant: str) ->
 
 def _mean(values: list[float | None]) -> str:
     there = [value for value in values if value is not None]
-    return f"{fmean(there):.4g}" if there else "-"
+    return f"{fmean(there):.5g}" if there else "-"
 
 
 def _figures(folder: Path) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """manifest.json: what the shards of a folder hold, stated explicitly, never guessed from shapes."""
 
+import hashlib
 import math
 import os
 import re
@@ -183,6 +184,12 @@ class Manifest(BaseModel):
     def samples(self) -> int:
         """Samples of all shards together."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def shards_sha256(self) -> str:
+        """Stands for the data: every shard's count and checksum, in order, wherever they lie."""
+        shards = [(shard.samples, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(repr(shards).encode()).hexdigest()
 
     def summary(self, directory: str | Path) -> str:
         """One line for the end of a packing command."""

@@ -1,4 +1,4 @@
-"""Plots a metric of several runs against samples seen, guidance or capacity."""
+"""Plots a metric, or the held-out loss, of several runs against samples, guidance or capacity."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +7,16 @@ from typing import Any
 from diffmoe.errors import UserError
 from diffmoe.evaluation.results import read
 
-AXES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+# x is None of a result that has none.
+AXES: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
     "samples": ("training samples seen", lambda result: result["clock"]["samples"]),
-    "guidance": ("guidance", lambda result: result["images"]["guidance"]),
+    "guidance": ("guidance", lambda result: result.get("images", {}).get("guidance")),
     "capacity": ("capacity C, measured", lambda result: result["capacity_measured"]),
 }
 
 # The results of one line agree in all of these but the axis.
 _SETTINGS = ("number", "steps", "guidance", "guidance_interval", "sampler", "capacity")
+_LOSS_SETTINGS = ("weights", "routing", "capacity", "precision")
 
 
 def metric_name(results: list[dict[str, Any]], metric: str) -> str:
@@ -49,11 +51,14 @@ def curve_points(
     references = set()
     for path, results in found.items():
         for result in results:
-            if name not in result["metrics"] or "clock" not in result:
-                continue  # of another metric, or of images that were not sampled by us
+            if result["metrics"].get(name) is None or "clock" not in result:
+                continue  # of another metric, not finite, or of images not sampled by us
             x = AXES[axis][1](result)
             if x is None:
-                raise UserError(f"{path}: a dense model has no capacity; choose another --against")
+                raise UserError(
+                    f"{path}: a dense model has no capacity, a loss no guidance; choose another "
+                    "--against"
+                )
             references.add(_reference(result))
             drawn.setdefault(_label(path, result, axis), {})[x] = result["metrics"][name]
     if len(references) > 1:
@@ -66,24 +71,34 @@ def curve_points(
 
 def plot(paths: list[Path], metric: str, axis: str, out: Path) -> str:
     """Plot `curve_points` to the file `out`. Returns the metric's full name."""
+    name, drawn = curve_points(paths, metric, axis)
+    draw(drawn, AXES[axis][0], name, out)
+    return name
+
+
+def draw(
+    lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, out: Path
+) -> None:
+    """Draw lines of points (x, y), by their labels, to the file `out`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('the plot needs matplotlib: pip install "diffmoe[eval]"') from None
-    name, drawn = curve_points(paths, metric, axis)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for label, points in drawn.items():
+    for label, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(xlabel=AXES[axis][0], ylabel=name)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
-    return name
 
 
 def _reference(result: dict[str, Any]) -> str:
+    if "held_out" in result:
+        of = result["held_out"]
+        return f"{of['samples']} samples of {of['shards_sha256'][:12]}, seed {of['seed']}"
     reference = result.get("reference")
     if not reference:
         return "none"
@@ -91,9 +106,14 @@ def _reference(result: dict[str, Any]) -> str:
 
 
 def _label(path: Path, result: dict[str, Any], axis: str) -> str:
-    settings = {**result["images"], "sampler": result["sampler"]}
-    settings["capacity"] = settings["model"]["capacity"]
-    parts = [f"{k} {settings[k]}" for k in _SETTINGS if k != axis and settings[k] is not None]
+    if "held_out" in result:
+        settings = result["held_out"] | result["held_out"]["model"]
+        chosen: tuple[str, ...] = _LOSS_SETTINGS
+    else:
+        settings = {**result["images"], "sampler": result["sampler"]}
+        settings["capacity"] = settings["model"]["capacity"]
+        chosen = _SETTINGS
+    parts = [f"{k} {settings[k]}" for k in chosen if k != axis and settings[k] is not None]
     if settings.get("labels", "balanced") != "balanced":
         parts.append(f"{settings['labels']} labels")
     if axis != "samples":

@@ -122,11 +122,23 @@ class HeldOut:
 
 def check_samples(path: str, manifest: Manifest, samples: int) -> None:
     """Raise UserError where the folder holds fewer."""
-    total = sum(shard.samples for shard in manifest.shards)
-    if samples > total:
+    if samples > manifest.samples:
         raise UserError(
-            f"validation.samples={samples}: {path} holds {total}; choose as many or fewer"
+            f"validation.samples={samples}: {path} holds {manifest.samples}; choose as many or "
+            "fewer"
         )
+
+
+def check_untrained(path: str, held_out: Manifest, trained_path: str, trained: Manifest) -> None:
+    """Raise UserError where a shard of the folder `path` is one that is trained on."""
+    known = {shard.sha256 for shard in trained.shards}
+    for shard in held_out.shards:
+        if shard.sha256 in known:
+            raise UserError(
+                f"validation.path={path}: its shard {shard.name} is one of data.path="
+                f"{trained_path}, so it is trained on; hold samples out of the data "
+                "(tools/check_data.py --hold-out)"
+            )
 
 
 def training_routing(network: DiT) -> RoutingMode | None:

@@ -94,10 +94,13 @@ def measure_clip(images: ImageSet, clip: Clip, batch: int = 50) -> dict[str, Any
 
 
 def _common(images: ImageSet) -> dict[str, Any]:
+    return {"number": images.number, "images": images.about, **circumstances()}
+
+
+def circumstances() -> dict[str, Any]:
+    """What a result says of the process that measured it: peak memory, time, versions."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "number": images.number,
-        "images": images.about,
         "peak_memory_mb": round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.diffusion.settings import GUIDANCE, PREVIEW_STEPS
 from diffmoe.errors import UserError
 from diffmoe.export.metadata import Metadata
 from diffmoe.export.tensors import Shapes
@@ -80,7 +81,7 @@ def model_card(metadata: Metadata, shapes: Shapes, capacities: list[str], run: P
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
-    guidance = 1 if metadata.label_dropout == 0 else 1.5
+    guidance = 1 if metadata.label_dropout == 0 else GUIDANCE
     wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
     return f"""---
 library_name: diffmoe
@@ -97,7 +98,7 @@ License: fill this in before you share the model.
 ```python
 import diffmoe
 pipeline = diffmoe.Pipeline("PATH OF THIS FOLDER")
-images = pipeline({wanted}, seed=0, steps=50, guidance={guidance}{capacity})
+images = pipeline({wanted}, seed=0, steps={PREVIEW_STEPS}, guidance={guidance:g}{capacity})
 ```
 
 `config.json` describes the network and its latents; `checksums.json` has the SHA-256 of each file.

@@ -197,12 +197,12 @@ class DiT(nn.Module):
         if mode.capacity is not None:
             check_capacity(mode.capacity, moe.experts)
         self._routing = mode
-        log_odds_LE = mode.log_odds_LE
+        calibrated_LE = mode.calibrated_LE
         for number, layer in enumerate(self.thresholded_layers):
             layer.inference = mode.kind
             layer.capacity = moe.capacity if mode.capacity is None else mode.capacity
-            layer.log_odds = (
-                None if log_odds_LE is None else log_odds_LE[number].to(layer.tracked.device)
+            layer.calibrated_E = (
+                None if calibrated_LE is None else calibrated_LE[number].to(layer.tracked.device)
             )
 
     @contextmanager
@@ -218,8 +218,8 @@ class DiT(nn.Module):
 
     def route_by(self, kind: Kind, capacity: float | None = None) -> None:
         """Set kind and capacity of `routing`; its thresholds stay."""
-        log_odds_LE = None if self.routing is None else self.routing.log_odds_LE
-        self.routing = RoutingMode(kind, capacity, log_odds_LE)
+        calibrated_LE = None if self.routing is None else self.routing.calibrated_LE
+        self.routing = RoutingMode(kind, capacity, calibrated_LE)
 
     def move_routing_state(self, seen_LX: Tensor) -> None:
         """One step of all layers' thresholds or biases. seen_LX: of `MoEFeedForward.observed`."""

@@ -17,7 +17,7 @@ class RoutingMode:
     kind: per_token (Eq. 14; an image does not depend on its batch mates), pooled (Alg. 4) or
     static (each expert's best K tokens of the batch, as in training).
     capacity: C of static routing; None: that of training.
-    log_odds_LE: calibrated thresholds (L, E) of per_token and pooled, as logits; None: those that
+    calibrated_LE: calibrated thresholds (L, E) of per_token and pooled, as logits; None: those that
     training tracked.
 
     Raises UserError for a kind that does not exist, or a capacity with another kind than static.
@@ -25,7 +25,7 @@ class RoutingMode:
 
     kind: Kind = "per_token"
     capacity: float | None = None
-    log_odds_LE: Tensor | None = None
+    calibrated_LE: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

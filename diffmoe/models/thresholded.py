@@ -13,18 +13,18 @@ class ThresholdedMoE(MoEFeedForward):
     """In training the best of the pool are selected; in evaluation `inference` decides:
 
     per_token (an image does not depend on its batch mates), pooled or static; see RoutingMode.
-    log_odds: calibrated thresholds (E,), as logits, which inference uses instead of those that
+    calibrated_E: calibrated thresholds (E,), as logits, which inference uses instead of those that
     training tracked where they are set. Near 0 and 1 many probabilities round to the same number;
     their logits do not.
     """
 
     has_thresholds = True
-    log_odds: Tensor | None
+    calibrated_E: Tensor | None
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
         super().__init__(model, moe, topology)
         self.inference, self.capacity = moe.inference, moe.capacity
-        self.register_buffer("log_odds", None, persistent=False)
+        self.register_buffer("calibrated_E", None, persistent=False)
 
     @property
     def tracked(self) -> Tensor:

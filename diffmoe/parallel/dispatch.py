@@ -56,6 +56,7 @@ class Dispatch:
     def _exchange(
         self, rows: Tensor, receive: list[int] | None = None, send: list[int] | None = None
     ) -> Tensor:
+        assert self.group is not None  # nobody exchanges anything in a group of one
         return all_to_all_single_autograd(rows.contiguous(), receive, send, self.group)
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import deepspeed
 import deepspeed.ops
@@ -13,7 +13,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
-from diffmoe.config import Config
+from diffmoe.config import ZERO_BUCKET, Config
 from diffmoe.errors import UserError
 from diffmoe.files import read_text
 from diffmoe.parallel.topology import Topology
@@ -129,7 +129,7 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
             "data_types.grad_accum_dtype=fp32 in the DeepSpeed JSON is supported with "
             f"parallel.zero_stage=2 alone, it is {stage}; set it 2, or leave the option out"
         )
-    zero = {"reduce_bucket_size": 25_000_000, "allgather_bucket_size": 25_000_000}
+    zero = {"reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
     zero |= settings.get("zero_optimization", {}) | {"stage": config.parallel.zero_stage}
     overlapping = {
         "train_batch_size": training.batch_size,
@@ -200,8 +200,8 @@ def create_engine(
     if experts:
         name = expert_group_name(topology)
         for parameter in experts.values():
-            parameter.allreduce = False
-            parameter.group_name = name
+            parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed reads both
+            parameter.group_name = name  # type: ignore[attr-defined]
         parameter_groups.append({"params": list(experts.values()), "moe": True, "name": name})
         root = ExpertParallelRoot(network, num_experts, topology)
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -239,9 +239,9 @@ def owned_ranges(
     engine: deepspeed.DeepSpeedEngine, network: nn.Module, experts: dict[str, nn.Parameter]
 ) -> Iterator[OwnedRange]:
     """What this rank owns of each named parameter; over all ranks every element once."""
-    topology: Topology = network.topology
+    topology = cast(Topology, network.topology)
     for name, parameter in network.named_parameters():
-        piece = parameter._hp_mapping
+        piece = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed sets it
         if piece is None:
             continue
         shape, first = tuple(parameter.shape), 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffmoe.config import Config, ModelConfig, MoEConfig
+from diffmoe.config import ZERO_BUCKET, Config, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing import expert_capacity
@@ -25,7 +25,7 @@ class Zero:
     (allgather_bucket_size only splits a collective, it needs no memory.)
     """
 
-    bucket: int = 25_000_000  # the default of diffmoe.parallel.zero
+    bucket: int = ZERO_BUCKET
     buckets: int = 1
     offload: bool = False
     pinned: bool = False

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,14 +104,18 @@ def _samples(
         try:
             address = manifest.address(directory, shard)
             file = open_shard(address, shard, fetch, attempts=1)
-            opened = OpenShard(file, shard, manifest, address)
         except Unreadable as error:
             report.problems.append(unreadable(address, str(error)))
             continue
         except UserError as error:
             report.problems.append(str(error))
             continue
-        with closing(opened):
+        with file:
+            try:
+                opened = OpenShard(file, shard, manifest, address)
+            except UserError as error:
+                report.problems.append(str(error))
+                continue
             for index in range(len(opened)):
                 try:
                     sample = opened.sample(index)

@@ -1,6 +1,7 @@
 """Configurations by name, from the files beside this one, or from a file; then overrides."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,35 @@ from diffmoe.files import read_text
 
 _LIMIT = 64 << 10  # bytes of a file, and values in it; recipes have some two thousand bytes
 RECIPES = Path(__file__).parent
-# Recipes of one file each; the others are put together from parts.
+# Recipes of one file each; the others are rows of presets.yaml over imagenet.yaml.
 _WHOLE = ("mnist", "captioned_digits", "t2i_s_e8", "t2i_l_e16")
+_OBJECTIVES = ("flow", "ddpm")
 
 
 def recipe_names() -> list[str]:
     """All named runs, e.g. diffmoe_l_e16_flow."""
-    sizes = {"s": [16], "b": [16], "l": [8, 16], "xl": [8, 16]}
+    sizes, families = _presets()
     names = list(_WHOLE)
-    for objective in ("flow", "ddpm"):
-        names += [f"dense_{size}_{objective}" for size in sizes]
-        names += [
-            f"{family}_{size}_e{experts}_{objective}"
-            for family in ("diffmoe", "ec", "tc")
-            for size, counts in sizes.items()
-            for experts in counts
-        ]
+    for objective in _OBJECTIVES:
+        for family in families:
+            for size, row in sizes.items():
+                counts = [""] if family == "dense" else [f"_e{count}" for count in row["experts"]]
+                names += [f"{family}_{size}{count}_{objective}" for count in counts]
     return names
+
+
+@cache
+def _presets() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tables of sizes and of families."""
+    tables = read_yaml(RECIPES / "presets.yaml")
+    return tables["sizes"], tables["families"]
 
 
 def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a recipe by name or a YAML file, then apply overrides such as `model.depth=6`.
 
-    The name of an ImageNet recipe is what it holds, FAMILY_SIZE[_eEXPERTS]_OBJECTIVE, and each part
-    but the number of experts is a file in diffmoe/recipes/.
+    The name of an ImageNet recipe is what it holds, FAMILY_SIZE[_eEXPERTS]_OBJECTIVE, of the tables
+    in diffmoe/recipes/presets.yaml.
     Raises UserError naming the key, its value and the way out.
     """
     if name_or_path.endswith((".yaml", ".yml")):
@@ -77,17 +83,21 @@ def _refuse_code(values: dict[str, Any], source: str) -> None:
 def _recipe(name: str) -> dict[str, Any]:
     if name in _WHOLE:
         return read_yaml(RECIPES / f"{name}.yaml")
-    match = re.fullmatch(r"(dense|tc|ec|diffmoe)_(s|b|l|xl)(?:_e(\d+))?_(flow|ddpm)", name)
+    sizes, families = _presets()
+    parts = ("|".join(choices) for choices in (families, sizes, _OBJECTIVES))
+    match = re.fullmatch(r"({})_({})(?:_e(\d+))?_({})".format(*parts), name)
     if not match or (match[1] == "dense") != (match[3] is None):
         raise UserError(
             f"no recipe {name!r}; give a YAML file's path (ending in .yaml) or one of:\n  "
             + "\n  ".join(recipe_names())
         )
-    values: dict[str, Any] = {}
-    for part in ("imagenet", match[2], match[1], match[4]):
-        values = _merged(values, read_yaml(RECIPES / f"{part}.yaml"))
-    if match[3]:
-        set_value(values, "moe.experts", int(match[3]))
+    family, size, experts, objective = match.groups()
+    shape = {key: value for key, value in sizes[size].items() if key != "experts"}
+    values = _merged(read_yaml(RECIPES / "imagenet.yaml"), {"model": shape})
+    values = _merged(values, families[family])
+    set_value(values, "diffusion.objective", objective)
+    if experts:
+        set_value(values, "moe.experts", int(experts))
     return values
 
 

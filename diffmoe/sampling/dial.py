@@ -63,4 +63,4 @@ class Dial:
             start = self._thresholds[right - 1]
             end = torch.where(logits_LE > EVERY_TOKEN, logits_LE, start.clamp(max=_LEAST))
             logits_LE = torch.lerp(start, end, (capacity - low) / (high - low))
-        return RoutingMode(log_odds_LE=logits_LE)
+        return RoutingMode(calibrated_LE=logits_LE)

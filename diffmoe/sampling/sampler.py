@@ -143,7 +143,7 @@ class Sampler:
     def fitted(
         self, settings: SamplingSettings, say: Callable[[str], None] = lambda text: None
     ) -> SamplingSettings:
-        """With guidance where none was chosen: 1.5, or 1 where the model cannot be guided.
+        """With guidance where none was chosen: the default, or 1 where the model cannot be guided.
 
         say: is called with a note in the second case.
         """

@@ -1,4 +1,4 @@
-"""Before anything else the ranks compare what they were started with, and what they see.
+"""Before any work the ranks compare what they were started with, and the files that they see.
 
 Another seed or learning rate on one rank would train on in silence, another depth would hang, and
 a node whose view of a shared folder lags would take another checkpoint.

@@ -1,4 +1,4 @@
-"""Writes checkpoints behind the training: it waits for a copy of this rank's pieces, no longer."""
+"""Writes checkpoints in the background: training waits only for a copy of this rank's pieces."""
 
 import secrets
 import threading
@@ -107,7 +107,7 @@ class Saver:
         return self._problem is not None and self.config.training.save_failure == "stop"
 
     def wait(self) -> None:
-        """Until nothing is under way. Raises UserError, on every rank, if the last save failed."""
+        """Wait for the save under way. Raises UserError, on every rank, if the last save failed."""
         if self._thread is not None:
             with busy("waiting for a save"):
                 self._thread.join()
@@ -179,7 +179,7 @@ class Saver:
     def _on_first_rank(
         self, work: Callable[[Any], None], argument: Any, problem: str | None = None
     ) -> str | None:
-        """Do it on rank 0, unless there is a problem; tell every rank how it went."""
+        """Run it on rank 0, unless there is a problem; every rank learns the result."""
         if self.first and problem is None:
             try:
                 work(argument)

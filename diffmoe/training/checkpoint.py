@@ -6,7 +6,6 @@ rank writes the ranges that it owns and reads those that it will own, so world s
 parallelism and ZeRO stage may change.
 """
 
-import hashlib
 import platform
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def describe(
         # What the latents are, so that samples can be decoded without the data. A location may hold
         # passwords, and is of this machine.
         "latents": manifest.model_dump(mode="json", exclude={"shards", "location"}),
-        "shards_sha256": shards_sha256(manifest),
+        "shards_sha256": manifest.shards_sha256,
         "saved_by": SavedBy(
             world=network.topology.world,
             torch=str(torch.__version__),
@@ -54,12 +53,6 @@ def describe(
         ),
     }
     return RunFile.model_validate(fields if origin is None else fields | {"origin": origin})
-
-
-def shards_sha256(manifest: Manifest) -> str:
-    """Stands for the data: every shard's count and checksum, in order, wherever the files lie."""
-    shards = [(shard.samples, shard.sha256) for shard in manifest.shards]
-    return hashlib.sha256(repr(shards).encode()).hexdigest()
 
 
 def pieces(engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> dict[str, Tensor]:

@@ -27,13 +27,13 @@ from diffmoe.errors import UserError
 from diffmoe.files import read_bytes
 from diffmoe.parallel.agree import from_first_rank
 
-BEAT = 5.0  # seconds between two signs of life
+BEAT = 5.0  # seconds between two heartbeats
 STALE = 120.0  # without any, before the holder counts as dead
 _FILE = re.compile(r"lease-([1-9][0-9]*)\.json")
 
 
 def _now() -> float:
-    """Seconds that go on while the machine sleeps, where the system has such a clock."""
+    """Seconds of a clock that also runs while the machine sleeps, where there is one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -96,7 +96,7 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether another run holds the folder now. Looks only if this process was held up."""
+        """Whether another run holds the folder now. Checked only if this process was stopped."""
         if self.active and not self._lost and _now() - self._confirmed > STALE / 4:
             with contextlib.suppress(OSError):
                 self._confirm()
@@ -153,7 +153,7 @@ class Lease:
                 self._confirm()
 
     def _confirm(self) -> None:
-        """Give a sign of life, and see whether the file is still ours."""
+        """Send a heartbeat, and check that the file is still ours."""
         began = _now()
         try:
             # By the open file, not by its name: NFS then asks the server, not its cache.
@@ -192,7 +192,7 @@ def hold(output: Path) -> Iterator[Lease]:
 
 
 def lost_message(output: Path) -> str:
-    """What a run says that has lost its lease, on any rank."""
+    """The error of a run that has lost its lease, on any rank."""
     found = _leases(output)
     by = f"{_read(found[-1]) or 'another run'} took it over" if found else "its lease was removed"
     return (
@@ -242,11 +242,13 @@ def _leases(output: Path) -> list[Path]:
 
 
 def _number(path: Path) -> int:
-    return int(_FILE.fullmatch(path.name)[1])
+    match = _FILE.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _beats(path: Path) -> int | None:
-    """The time of the last sign of life, only to be compared with an earlier look."""
+    """The time of the last heartbeat, only to be compared with an earlier reading."""
     try:
         with open(path, "rb") as file:  # NFS asks the server when a file is opened
             return os.fstat(file.fileno()).st_mtime_ns

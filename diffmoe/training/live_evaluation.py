@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import deepspeed
 import numpy as np
@@ -13,7 +14,7 @@ from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.data.manifest import Manifest
-from diffmoe.diffusion.settings import SamplingSettings
+from diffmoe.diffusion.settings import SamplerName, SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation import results
 from diffmoe.evaluation.evaluator import Evaluator, Judges
@@ -23,7 +24,7 @@ from diffmoe.evaluation.judges import load_classifier
 from diffmoe.evaluation.models import check_judges
 from diffmoe.evaluation.references import check_reference
 from diffmoe.models.dit import DiT
-from diffmoe.sampling.images import grid
+from diffmoe.sampling.images import SampledImages, grid
 from diffmoe.sampling.latents import check_guidance
 from diffmoe.sampling.many_images import SampleRequest
 from diffmoe.sampling.sampler import Sampler
@@ -131,6 +132,7 @@ class LiveEvaluation:
             end = min(start + evaluation.batch * topology.world, self.order.number)
             mine = equal_share(range(start, end), topology.rank, topology.world)
             labels = [self.order.label(index, self.settings.seed) for index in mine]
+            told: SampledImages | UserError
             try:
                 told = self.sampler.images(
                     labels,
@@ -140,7 +142,7 @@ class LiveEvaluation:
                 )
             except UserError as error:
                 told = error
-            everyone: list | None = [None] * topology.world if topology.rank == 0 else None
+            everyone: list[Any] | None = [None] * topology.world if topology.rank == 0 else None
             dist.gather_object(told, everyone)
             failed = isinstance(told, UserError)
             ends = torch.tensor([float(self.stop.asked), float(failed)], device=self.device)
@@ -228,7 +230,7 @@ def _prompts(config: Config, device: str | torch.device = "cpu") -> Prompts | No
 def _settings(config: Config) -> SamplingSettings:
     evaluation = config.evaluation
     return SamplingSettings(
-        sampler=evaluation.sampler,
+        sampler=cast(SamplerName | None, evaluation.sampler),  # checked with the settings
         steps=evaluation.steps,
         guidance=evaluation.guidance,
         seed=evaluation.seed,

@@ -27,7 +27,7 @@ from diffmoe.training.resume import Resume
 from diffmoe.training.signals import StopRequest
 from diffmoe.training.step import TrainingStep, build
 from diffmoe.training.telemetry import Telemetry
-from diffmoe.training.validation import Validation
+from diffmoe.training.validation import Metrics, Validation
 
 # Steps in a row without a finite loss and gradient norm before the run gives up.
 PATIENCE = 10
@@ -51,6 +51,7 @@ def train(
     training, resume_from = config.training, resume.checkpoint
 
     # State: weights, optimizer, averages, thresholds and clock; new, or from a checkpoint.
+    assert config.data.path is not None  # refused by preflight
     manifest = Manifest.load(config.data.path)
     network, engine = build(config, ds_settings, topology, device)
     if training.init and resume_from is None:
@@ -110,6 +111,7 @@ def train(
         saver.begin(clock, "ema")
         saver.wait()
     if "evaluation" in resume.missed:
+        assert evaluation is not None
         with watchdog.busy("evaluating"):
             evaluation.run(clock)
 
@@ -156,11 +158,12 @@ def train(
                 "rate, set optimizer.gradient_clipping, or resume an older checkpoint"
             )
         telemetry.step(after, result.losses["loss"], result.gradient_norm)
-        held_out = {}
+        held_out: Metrics = {}
         if "validation" in now_due:
+            assert validation is not None
             with watchdog.busy("validating"):
                 began, held_out = time.monotonic(), validation.run()
-            telemetry.validated(held_out["validation_loss"], time.monotonic() - began)
+            telemetry.validated(held_out, time.monotonic() - began)
         if logging_now:
             for warning in health.warnings(result.routing):
                 telemetry.say(warning)
@@ -197,6 +200,7 @@ def train(
 
         # Evaluate.
         if "evaluation" in now_due:
+            assert evaluation is not None
             with watchdog.busy("evaluating"):
                 evaluation.run(clock)
 

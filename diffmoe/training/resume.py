@@ -14,7 +14,6 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.files import sha256_of, write_atomically
 from diffmoe.parallel.agree import from_first_rank
-from diffmoe.training.checkpoint import shards_sha256
 from diffmoe.training.due import missed
 
 # The network as a function: another one is another run.
@@ -175,7 +174,7 @@ def make_way(config: Config, resume: Resume) -> None:
 
 
 def _newest_whole(run: Path, found: list[str]) -> tuple[Path, list[str]]:
-    notes = []
+    notes: list[str] = []
     for name in reversed(found):
         problems = _verified_together(run / name)
         if not problems:
@@ -236,7 +235,7 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
             refused.append(line)
     if config.data.path is not None and record.shards_sha256 is not None:
         manifest = Manifest.load(config.data.path)
-        if shards_sha256(manifest) != record.shards_sha256:
+        if manifest.shards_sha256 != record.shards_sha256:
             line = f"data.path: {config.data.path} holds other shards than the run was trained on"
             (taken if "data.path" in allowed else refused).append(line)
     if shape:

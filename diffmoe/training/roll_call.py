@@ -1,4 +1,4 @@
-"""When no step ends any more: what every rank tells about itself, and who is waited for."""
+"""When steps stop ending: what every rank reports about itself, and which ranks are waited for."""
 
 import sys
 import threading
@@ -13,7 +13,7 @@ class State(NamedTuple):
     """One rank's answer."""
 
     doing: str  # such as "step 12"
-    excused: bool  # with something that may take long, and does not yet take too long
+    excused: bool  # busy with something that may take long, and not for too long yet
     place: str  # where its main thread is
     collectives: dict[str, int]  # how many this rank has begun, by the name of their group
 
@@ -23,7 +23,7 @@ def own_state(doing: str, excused: bool) -> State:
 
 
 def not_arrived(states: dict[int, State]) -> list[int]:
-    """Those for whom others wait, and who wait for nobody themselves.
+    """The ranks that others wait for, and that wait for nobody themselves.
 
     A rank waits for another if it has begun more collectives of a group of both.
     """
@@ -38,7 +38,7 @@ def not_arrived(states: dict[int, State]) -> list[int]:
 
 
 def verdict(states: dict[int, State], world: int, seconds: float) -> str:
-    """Who did not arrive, as a sentence. states: of the ranks that answered, which may be all."""
+    """Which ranks did not arrive, as a sentence. states: of the ranks that answered."""
     silent = [rank for rank in range(world) if rank not in states]
     missing = silent or not_arrived(states) or ([0] if world == 1 else [])
     if missing:
@@ -66,6 +66,6 @@ def _place() -> str:
 
 def _collectives() -> dict[str, int]:
     return {
-        str(c10d._world.pg_names[group]): group._get_sequence_number_for_group()
+        str(c10d._world.pg_names[group]): group._get_sequence_number_for_group()  # type: ignore[attr-defined]
         for group in list(c10d._world.pg_map)
     }

@@ -11,6 +11,12 @@ from diffmoe.models.dit import DiT
 from diffmoe.models.moe import LayerRouting
 
 
+def given(tensor: Tensor | None) -> Tensor:
+    """What every layer of a family tells in training."""
+    assert tensor is not None
+    return tensor
+
+
 class RoutingMetrics:
     """Collects one step's routing, the mean over micro-batches; the caller averages over ranks."""
 
@@ -34,17 +40,19 @@ class RoutingMetrics:
         loads_LE = selected_LES
         if self.network.has_thresholds:
             pairs = zip(self.network.thresholded_layers, routing, strict=True)
-            loads_LE = torch.stack([layer.wanted(r.capacity_logits_SE).t() for layer, r in pairs])
+            loads_LE = torch.stack(
+                [layer.wanted(given(r.capacity_logits_SE)).t() for layer, r in pairs]
+            )
         # C of Eq. 8: what each expert would process at the inference thresholds, 1 at balance.
         self._add("expert_load", loads_LE.double().mean(dim=2) * loads_LE.shape[1])
         # Health, see capacity/health.py.
-        self._add("gate_sum", torch.stack([layer.gate_sum for layer in routing]))
+        self._add("gate_sum", torch.stack([given(layer.gate_sum) for layer in routing]))
         shares = [health.time_share(layer.selected_ES, t_B) for layer in routing]
         self._add("time_share", torch.stack(shares))
         weights = [health.weight_similarity(layer.experts) for layer in layers]
         self._add("expert_weight_similarity", torch.stack(weights))
         outputs = [
-            health.output_similarity(layer.experts, seen.probe_ND)
+            health.output_similarity(layer.experts, given(seen.probe_ND))
             for layer, seen in zip(layers, routing, strict=True)
         ]
         self._add("expert_output_similarity", torch.stack(outputs))

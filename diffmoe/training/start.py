@@ -35,7 +35,7 @@ def start(
     settings = read_ds_config(ds_config) if ds_config else {}
     config = reconcile(config, settings, ds_config or "")
     if print_only:
-        print(config.to_yaml(), end="")
+        print(config.explained(), end="")
         return True
     # Before the checks: what machines find may differ, and joined ranks tell a failure once.
     chosen, peers = _connect(device, config.parallel.timeout_seconds)

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,11 @@ class Telemetry:
         if self.wandb is not None:
             self.wandb.log(samples, lambda _: _flattened(values))
 
-    def validated(self, loss: float, seconds: float) -> None:
+    def validated(self, metrics: Mapping[str, Any], seconds: float) -> None:
         """Show the held-out loss beside that of training. seconds do not count as training."""
         if self.active:
             self._since += seconds
-            self._validated = {"held_out": f"{loss:.4f}"}
+            self._validated = {"held_out": f"{metrics['validation_loss']:.4f}"}
 
     def evaluated(
         self, samples: int, values: dict[str, float], picture: Image.Image, seconds: float

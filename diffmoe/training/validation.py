@@ -7,11 +7,20 @@ from deepspeed import DeepSpeedEngine
 from diffmoe.config import Config
 from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
-from diffmoe.errors import UserError
-from diffmoe.evaluation.held_out import BATCH, HeldOut, HeldOutLoss, check_samples, training_routing
+from diffmoe.evaluation.held_out import (
+    BATCH,
+    HeldOut,
+    HeldOutLoss,
+    check_samples,
+    check_untrained,
+    training_routing,
+)
 from diffmoe.models.dit import DiT
 from diffmoe.sampling.sharing import equal_share
 from diffmoe.training.ema import EMA
+
+# By name: numbers, and lists of them by time.
+Metrics = dict[str, float | list[float]]
 
 
 def check(config: Config, manifest: Manifest) -> None:
@@ -26,13 +35,7 @@ def check(config: Config, manifest: Manifest) -> None:
     check_addresses(path, held_out, Fetch.of(config.data))
     held_out.check_model(config.model)
     check_samples(path, held_out, config.validation.samples)
-    trained = {shard.sha256 for shard in manifest.shards}
-    for shard in held_out.shards:
-        if shard.sha256 in trained:
-            raise UserError(
-                f"validation.path={path}: its shard {shard.name} is one of data.path="
-                f"{config.data.path}, so it would be trained on; hold samples out of the data first"
-            )
+    check_untrained(path, held_out, str(config.data.path), manifest)
 
 
 class Validation:
@@ -46,6 +49,7 @@ class Validation:
         self.network, self.engine, self.ema = network, engine, ema
         rank, world = network.topology.rank, network.topology.world
         settings = config.validation
+        assert settings.path is not None  # checked with the configuration
         batches = range(-(-settings.samples // BATCH))
         mine = equal_share(batches, rank, world)
         self.held_out = HeldOut(config, settings.path, settings.samples, mine)
@@ -55,9 +59,9 @@ class Validation:
         self.weights = {"_live": "live"} if ema.sampled != "live" else {}
         self.weights = {"": ema.sampled, **self.weights}
 
-    def run(self) -> dict[str, float | list[float]]:
+    def run(self) -> Metrics:
         """The metrics, the same on every rank: validation_loss is that of the averaged weights."""
-        found: dict[str, float | list[float]] = {}
+        found: Metrics = {}
         self.network.eval()
         for suffix, prefix in self.weights.items():
             with self.ema.in_place_of_weights(self.engine, prefix):

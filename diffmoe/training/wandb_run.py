@@ -59,7 +59,7 @@ class WandbRun:
             identity, self._lines, name = None, 0, f"{name}-from-{samples}"
         self._identity = identity or secrets.token_hex(4)
         self._count_lines(0)
-        arguments = {
+        arguments: dict[str, Any] = {
             "project": config.logging.project,
             "name": name,
             "group": self.folder.name,
@@ -73,7 +73,7 @@ class WandbRun:
                 finish_timeout_raises=True,
             ),
         }
-        mode = os.environ.get("WANDB_MODE")
+        mode: Any = os.environ.get("WANDB_MODE")
         if mode is None and not wandb.login(prompt=False, verify=False):
             mode = "offline"
         try:
@@ -89,7 +89,7 @@ class WandbRun:
         return run
 
     def log(self, samples: int, values: Values) -> None:
-        """Hand one line over; its fields are made by `values` of wandb's module."""
+        """Queue one line; `values` makes its fields, given wandb's module."""
         if self._thread is None:
             return
         try:
@@ -147,7 +147,7 @@ class WandbRun:
             wandb.teardown()
 
     def _read_identity(self, samples: int) -> tuple[str | None, int]:
-        """The page's id and its lines so far; older versions counted in samples."""
+        """The page's id and how many lines it has; older versions counted in samples."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             words = (self.folder / IDENTITY).read_text().split()
             return words[0], int(words[1]) if len(words) > 1 else samples

@@ -1,4 +1,4 @@
-"""Ranks watch each other: one that dies or hangs ends the others in bounded time, by name.
+"""Ranks watch each other: if one dies or hangs, the others exit soon and report which one it was.
 
 Every rank counts its signs of life in the store by which the ranks join, and watches the next
 rank's, so the store's load grows with the number of ranks only. A peer's death breaks gloo's
@@ -32,7 +32,7 @@ from diffmoe.training import roll_call
 from diffmoe.training.progress import LONG, Progress
 from diffmoe.training.roll_call import State
 
-INTERVAL = 1.0  # between two signs of life
+INTERVAL = 1.0  # seconds between two heartbeats
 SILENCE = 60.0  # without any, before a rank counts as dead
 GAP = 5.0  # by which a clock is late, before its process counts as having been stopped
 ROLL = 10.0  # for all ranks to answer a roll call
@@ -62,8 +62,9 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # `kill -USR2` shows the stacks
         store.set(f"process/{rank}", json.dumps(_process(os.getpid())))
         # Its own connection: a blocking call of the main thread must not delay it.
+        own = store.clone()  # type: ignore[attr-defined]  # every store of torchrun has it
         self._threads = [
-            threading.Thread(target=self._watch, args=(store.clone(),), daemon=True),
+            threading.Thread(target=self._watch, args=(own,), daemon=True),
             threading.Thread(target=self._tick, daemon=True),
         ]
         for thread in self._threads:
@@ -125,7 +126,7 @@ class Watchdog:
                 end_process(1)
 
     def _beat(self, store: dist.Store, watched: int) -> int:
-        """A sign of life, and what this process has to tell. Returns the watched rank's count."""
+        """Send a heartbeat and what there is to report. Returns the watched rank's count."""
         store.add(f"alive/{self.rank}", 1)
         beats = store.add(f"alive/{watched}", 0)
         if self._stopped_for is not None:
@@ -140,7 +141,7 @@ class Watchdog:
         return beats
 
     def _hear(self, store: dist.Store) -> None:
-        """What others have told since: a failure, a roll call, that they were stopped."""
+        """Read what others have reported: a failure, a roll call, that they were stopped."""
         if store.add("news", 0) == self._seen["news"]:
             return
         self._seen["news"] = store.add("news", 0)
@@ -160,7 +161,7 @@ class Watchdog:
         self.progress.excuse()
 
     def _call_roll(self, store: dist.Store) -> None:
-        """Work stands still here: hear from all ranks what they do, and judge."""
+        """No progress here: ask all ranks what they are doing, and decide which one hangs."""
         seconds, roll = self.progress.allowed, store.add("roll", 1)
         first = roll == self._seen["roll"] + 1
         store.add("news", 1)
@@ -196,7 +197,7 @@ class Watchdog:
         return state
 
     def _end_by(self, store: dist.Store, judged: dict[str, Any]) -> NoReturn:
-        """A rank hangs: show where this one is, and end when all have."""
+        """A rank hangs: print where this one is, and exit once all have."""
         faulthandler.dump_traceback(all_threads=True)
         with contextlib.suppress(RuntimeError):
             store.add("dumps", 1)
@@ -206,7 +207,7 @@ class Watchdog:
         end_process(1)
 
     def _show_stacks_of(self, store: dist.Store, rank: int) -> None:
-        """Ask a rank that gives no sign for its stacks: they come even if Python stands still."""
+        """Ask a rank without heartbeats for its stacks: they come even if Python is blocked."""
         with contextlib.suppress(RuntimeError, psutil.Error, OSError):
             if not store.check([f"process/{rank}"]):
                 return
@@ -216,7 +217,7 @@ class Watchdog:
                 time.sleep(INTERVAL)
 
     def _fail(self, store: dist.Store, message: str) -> None:
-        """Tell the run's failure, unless another rank has told one."""
+        """Report the run's failure, unless another rank already has."""
         first = store.add("failures", 1) == 1
         store.add("news", 1)
         if first:
@@ -284,20 +285,20 @@ def join(backend: str, timeout_seconds: float | None = None) -> Watchdog:
 
 
 def step_begins(number: int) -> None:
-    """Tell the watch that the work gets on."""
+    """Report progress to the watchdog."""
     if _joined is not None:
         _joined.progress.step(number)
 
 
 @contextlib.contextmanager
 def busy(doing: str) -> Iterator[None]:
-    """Around what may take long: it is no hang."""
+    """Around work that may take long without being a hang."""
     with contextlib.nullcontext() if _joined is None else _joined.progress.busy(doing):
         yield
 
 
 def leave(message: str, code: int, may_be_a_peer: bool) -> None:
-    """Tell a run's first failure, once, and end without waiting for the other ranks.
+    """Report a run's first failure, once, and exit without waiting for the other ranks.
 
     What fails on the others after that fails for want of the first one. Returns if the ranks have
     not joined.

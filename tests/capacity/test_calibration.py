@@ -162,10 +162,10 @@ def test_stored_thresholds_come_back_bit_for_bit_under_their_name(tmp_path):
     network = network_of(CONFIG)
     set_capacity(network, tmp_path, capacity=0.80)
     for layer, row in zip(network.moe_layers, ENTRY.log_odds, strict=True):
-        assert torch.equal(layer.log_odds, torch.tensor(row))
+        assert torch.equal(layer.calibrated_E, torch.tensor(row))
         assert not any(name.endswith("log_odds") for name in layer.state_dict())
     set_capacity(network, tmp_path)  # back to those of training
-    assert all(layer.log_odds is None for layer in network.moe_layers)
+    assert all(layer.calibrated_E is None for layer in network.moe_layers)
 
 
 def test_a_capacity_that_nobody_calibrated_names_the_command(tmp_path):

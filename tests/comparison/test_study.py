@@ -39,14 +39,15 @@ def test_an_interval_is_students_of_the_paired_differences():
 def test_the_table_compares_seeds_that_both_have():
     study = Study(config="mnist", variants=VARIANTS, reference="dense", seeds=[0, 1], output="x")
     found = {
-        ("dense", 0): Measured([Point(8, 1.0, 0.5)], 0.0, 0.1, {}),
-        ("dense", 1): Measured([Point(8, 1.0, 0.7)], 0.0, 0.1, {"FD": 3.0}),
-        ("identity", 0): Measured([Point(8, 1.0, 0.4)], 1.5, 0.2, {}),
+        ("dense", 0): Measured([Point(8, 1.0, 0.5)], 0.0, None, 0.1, {}),
+        ("dense", 1): Measured([Point(8, 1.0, 0.7)], 0.0, None, 0.1, {"FD": 3.0}),
+        ("identity", 0): Measured([Point(8, 1.0, 0.4)], 1.5, 0.41, 0.2, {}),
     }
     sizes = {name: Size(2_000_000, 1_000_000, 3e9) for name in VARIANTS}
     _, _, dense, identity = table(study, found, sizes).splitlines()
     assert dense.split(" | ")[1:4] == ["2", "0.60000", "-"]
     assert identity.split(" | ")[1:5] == ["1", "0.40000", "-0.10000 (-20.0%, one seed)", "1.500"]
+    assert identity.split(" | ")[5] == "0.41"
     assert dense.rstrip(" |").endswith("| 3.000 | 0.100 | 3")
 
 

@@ -122,7 +122,7 @@ def test_options_of_training_that_no_tensor_shows():
     there = dict(plain.named_parameters())
     for name, parameter in network.named_parameters():
         if ".experts." in name:
-            assert float(parameter.std()) == pytest.approx(0.006, rel=0.02), name
+            assert parameter.std().item() == pytest.approx(0.006, rel=0.02), name
         else:
             assert torch.equal(parameter, there[name]), name
     schedule = {"capacity_schedule": {"capacity_schedule_stage_I_iters": 10}}

@@ -9,11 +9,19 @@ import pytest
 from diffmoe.data.fetching import Fetch
 from diffmoe.data.lanes import lane_shards
 from diffmoe.errors import UserError
-from tests.helpers.shards import ROOT
-from tests.helpers.streams import LANES, SEED, N, damage, stream
+from tests.helpers.processes import ROOT
+from tests.helpers.shards import damage
+from tests.helpers.streams import RAGGED as COUNTS
+from tests.helpers.streams import open_stream
 
-COUNTS = [5, 7, 3, 6, 4, 8, 5]
+SEED, LANES, N = 3, 2, 2
 FIRST = [sum(COUNTS[:shard]) for shard in range(len(COUNTS))]
+
+
+def stream(directory, manifest, reported=None, my_lanes=range(LANES), **options):
+    options = {"max_bad_shards": 2, "lanes": LANES, "seed": SEED, **options}
+    report = (reported if reported is not None else []).append
+    return open_stream(directory, manifest, my_lanes, N, report=report, **options)
 
 
 def ids(batches):
@@ -132,10 +140,11 @@ def test_a_stream_that_ends_leaves_no_command_behind(tmp_path, pack, workers):
     remote = manifest.model_copy(update={"location": f"pipe:{command}"})
     script = (
         "import sys; from diffmoe.data.manifest import Manifest; "
-        "from tests.helpers.streams import stream; "
+        "from tests.helpers.streams import open_stream; "
         "from diffmoe.data.fetching import Fetch; "
-        "batches = iter(stream('/', Manifest.model_validate_json(sys.argv[1]), "
-        f"workers={workers}, fetch=Fetch(allow_commands=True))); next(batches)"
+        "manifest = Manifest.model_validate_json(sys.argv[1]); "
+        f"batches = iter(open_stream('/', manifest, range({LANES}), {N}, lanes={LANES}, "
+        f"seed={SEED}, workers={workers}, fetch=Fetch(allow_commands=True))); next(batches)"
     )
     arguments = [sys.executable, "-c", script, remote.model_dump_json()]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=50)

@@ -16,7 +16,7 @@ from tests.helpers.runs import (
     tensors,
     train,
 )
-from tests.helpers.streams import damage
+from tests.helpers.shards import damage
 
 pytestmark = pytest.mark.slow
 

@@ -180,7 +180,12 @@ def test_reading_ahead_gives_the_file_or_the_reason(tmp_path, shard):
 def test_what_hangs_where_no_pipe_can_tell_is_given_up_too(monkeypatch, shard):
     """As a file system that does not answer: the thread stays where it is."""
     answer = threading.Event()
-    monkeypatch.setattr(fetching, "_open_once", lambda *_: answer.wait(30))
+
+    def hang(*_):
+        answer.wait(30)
+        raise Unreadable("too late")
+
+    monkeypatch.setattr(fetching, "_open_once", hang)
     with pytest.raises(Unreadable, match="no progress for"):
         ReadAhead("/nfs/x", shard, Fetch(stall_seconds=0.05)).result()
     answer.set()

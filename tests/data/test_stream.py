@@ -10,7 +10,7 @@ from diffmoe.data.lanes import DataSource, lane_shards
 from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
 from diffmoe.tree import tree_cat
-from tests.helpers.ragged import LANES, RAGGED, STEPS, N, batches, equal
+from tests.helpers.streams import LANES, RAGGED, STEPS, N, batches, equal
 
 
 def ids(batch: Batch) -> list[int]:

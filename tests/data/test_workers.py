@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from diffmoe.data import workers as data_workers
 from diffmoe.data.captions import Captions
 from diffmoe.data.manifest import TextContent
 from diffmoe.training.telemetry import Telemetry
-from tests.helpers.ragged import RAGGED, batches, equal
 from tests.helpers.runs import run_config
+from tests.helpers.streams import RAGGED, batches, equal
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,11 +26,6 @@ def captioned(tmp_path_factory, pack):
     directory = tmp_path_factory.mktemp("captioned")
     text = TextContent(encoder="bytes", length=64)
     return directory, pack(directory, RAGGED, lambda index: Captions([f"image {index}"]), text=text)
-
-
-def same(ours, theirs) -> bool:
-    texts = all(torch.equal(a.text.tokens, b.text.tokens) for a, b in zip(ours, theirs))  # noqa: B905
-    return equal(ours, theirs) and texts
 
 
 @pytest.fixture(params=["spawn", "forkserver"])
@@ -56,7 +50,7 @@ def test_workers_may_be_started_without_a_fork(captioned, tmp_path, start_method
     capsys.readouterr()
     found = batches(directory, captioned[1], workers=1, report=telemetry.say, **options)
     telemetry.bar.close()
-    assert same(found, alone)
+    assert equal(found, alone)
     assert re.findall(r"(\d{6})\.tar cannot be read", capsys.readouterr().err) == ["000003"]
 
 
@@ -64,10 +58,10 @@ def test_without_room_batches_come_through_pipes_and_are_the_same(captioned, mon
     told = []
     options = {"captions": True, "report": told.append}
     whole = batches(*captioned, **options)
-    assert same(batches(*captioned, workers=2, **options), whole)
+    assert equal(batches(*captioned, workers=2, **options), whole)
     assert told == []
     monkeypatch.setattr(data_workers, "free_shared_memory", lambda: 4000)
-    assert same(batches(*captioned, workers=2, **options), whole)
+    assert equal(batches(*captioned, workers=2, **options), whole)
     (line,) = told
     assert "/dev/shm" in line
     assert "--shm-size" in line

@@ -43,7 +43,7 @@ def by_hand(folder, images: np.ndarray, captions: list[str]) -> list[float]:
         ids = torch.tensor([tokenizer(caption).input_ids[:12]])
         seen = model.visual_projection(model.vision_model(pixels.pixel_values).pooler_output)[0]
         read = model.text_projection(model.text_model(ids).pooler_output)[0]
-        cosine = float(seen @ read / (seen.norm() * read.norm()))
+        cosine = (seen @ read / (seen.norm() * read.norm())).item()
         scores.append(100 * max(cosine, 0))
     return scores
 

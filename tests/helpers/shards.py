@@ -1,10 +1,7 @@
 """Small real data: shards (sample i is an array whose first number is i, its label i modulo 7),
-photographs as files, an autoencoder with random weights.
+whole and damaged, photographs as files, an autoencoder with random weights.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffmoe.data.captions import Captions
-from diffmoe.data.manifest import Manifest
+from diffmoe.data.manifest import Manifest, TextContent
 from diffmoe.data.packing import ShardWriter
 from diffmoe.files import sha256_of
 
@@ -51,6 +48,35 @@ def pack(
     return writer.manifest
 
 
+NUMBERS = ["one", "two", "three"]
+
+
+def captions_of(index: int) -> list[str]:
+    """One to three captions of different lengths."""
+    line = f"a red {NUMBERS[index % 3]}"
+    return [line, f"{line} left of a blue one", NUMBERS[index % 3]][: 1 + index % 3]
+
+
+def pack_captioned(directory: Path) -> Manifest:
+    text = TextContent(encoder="bytes", length=40)
+    return pack(directory, [9, 8], lambda index: Captions(captions_of(index)), text=text)
+
+
+def damage(directory: Path, shard: int, how: str) -> None:
+    """how: missing, truncated, empty, or flipped: one bit."""
+    path = directory / f"{shard:06d}.tar"
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        content[600] ^= 1
+        path.write_bytes(content)
+
+
 def relist(directory: Path) -> Manifest:
     """Take the shards as they are now for those that the manifest means."""
     manifest = Manifest.load(directory)
@@ -81,21 +107,6 @@ def build_vae(width: int = 8, **config):
         latent_channels=4,
         norm_num_groups=4,
         **config,
-    )
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def tool(name: str, *arguments, **environment) -> subprocess.CompletedProcess:
-    """Run tools/NAME.py as a user does."""
-    return subprocess.run(
-        [sys.executable, f"tools/{name}.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
 
 

@@ -1,11 +1,18 @@
-"""Streams over small shards, whole and damaged."""
+"""Streams over shards of different lengths, which the lanes do not divide."""
 
 from dataclasses import fields
+from itertools import islice
+
+import torch
+from torch import Tensor
 
 from diffmoe.data.lanes import DataSource
-from diffmoe.data.stream import LatentStream
+from diffmoe.data.stream import Batch, LatentStream
+from diffmoe.tree import tree_map
 
-SEED, LANES, N = 3, 2, 2
+RAGGED = [5, 7, 3, 6, 4, 8, 5]  # 38 samples; 4 lanes do not divide the 7 shards
+LANES, N, SEED = 4, 3, 3
+STEPS = 14  # 42 samples a lane: at least its third epoch
 
 
 def open_stream(directory, manifest, my_lanes, samples_per_lane, **options):
@@ -15,21 +22,18 @@ def open_stream(directory, manifest, my_lanes, samples_per_lane, **options):
     return LatentStream(source, my_lanes, samples_per_lane, **options)
 
 
-def stream(directory, manifest, reported=None, my_lanes=range(LANES), **options):
-    options = {"max_bad_shards": 2, "lanes": LANES, "seed": SEED, **options}
-    report = (reported if reported is not None else []).append
-    return open_stream(directory, manifest, my_lanes, N, report=report, **options)
+def batches(directory, manifest, steps=STEPS, lanes=LANES, my_lanes=None, n=N, **options):
+    my_lanes = range(lanes) if my_lanes is None else my_lanes
+    stream = open_stream(directory, manifest, my_lanes, n, lanes=lanes, seed=SEED, **options)
+    return list(islice(stream, steps))
 
 
-def damage(directory, shard, how):
-    path = directory / f"{shard:06d}.tar"
-    content = bytearray(path.read_bytes())
-    if how == "missing":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    else:
-        content[600] ^= 1
-        path.write_bytes(content)
+def equal(ours: list[Batch], theirs: list[Batch]) -> bool:
+    """Bit for bit, captions included."""
+    tensors: tuple[list[Tensor], list[Tensor]] = [], []
+    for found, some in zip(tensors, (ours, theirs), strict=True):
+        for batch in some:
+            tree_map(found.append, batch)
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) for a, b in zip(*tensors, strict=True)
+    )

@@ -29,13 +29,23 @@ def told(*words: str | Path, launcher: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
+def tool(name: str, *words: str | Path | int, **environment: str) -> subprocess.CompletedProcess:
+    """Run tools/NAME.py."""
+    return forked(f"tools/{name}.py", *words, HF_HUB_OFFLINE="1", **environment)
+
+
 def forked(
-    tool: str, *words: str | Path, cwd: Path = ROOT, timeout: float = 120
+    script: str,
+    *words: str | Path | int,
+    cwd: Path = ROOT,
+    timeout: float = 300,
+    **environment: str,
 ) -> subprocess.CompletedProcess:
-    arguments = [tool, *map(str, words)]
+    """Run a script in `cwd`, with more in its environment."""
+    arguments = [script, *map(str, words)]
     with tempfile.TemporaryDirectory() as folder:
         process = _context.Process(
-            target=_tool_main, args=(arguments, cwd, dict(os.environ), folder)
+            target=_tool_main, args=(arguments, cwd, os.environ | environment, folder)
         )
         process.start()
         process.join(timeout)

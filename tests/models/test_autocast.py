@@ -70,8 +70,8 @@ def test_evaluation_is_close_to_fp32(variant: str, inference: str, dtype: torch.
     config = tiny_config(moe__inference=inference, moe__capacity=4.0, **VARIANTS[variant])
     network = randomize(DiT(config.model, config.moe)).eval()
     if inference != "static" and network.routing is not None:
-        log_odds = torch.full((len(network.moe_layers), 4), -1e9)
-        network.routing = RoutingMode(inference, log_odds_LE=log_odds)
+        calibrated = torch.full((len(network.moe_layers), 4), -1e9)
+        network.routing = RoutingMode(inference, calibrated_LE=calibrated)
     inputs = inputs_of(config)
     with torch.inference_mode():
         expected = network(*inputs).prediction

@@ -198,8 +198,8 @@ def test_static_routing_of_a_race_meets_its_capacity(capacity: float):
 
 def test_calibrated_thresholds_take_the_place_of_the_tracked_one():
     network = network_of("race").eval()
-    log_odds_LE = torch.tensor([[1e9, -1e9, 1e9, -1e9]] * 2)
-    with torch.no_grad(), network.routed(RoutingMode(log_odds_LE=log_odds_LE)):
+    calibrated_LE = torch.tensor([[1e9, -1e9, 1e9, -1e9]] * 2)
+    with torch.no_grad(), network.routed(RoutingMode(calibrated_LE=calibrated_LE)):
         for layer in network(*examples(2)).routing:
             assert layer.selected_ES.sum(dim=1).tolist() == [0, 32, 0, 32]
 
@@ -432,6 +432,12 @@ def test_a_family_brings_the_gate_of_its_paper():
     assert gates == {"diffmoe": "softmax", "race": "identity", "dsmoe": "sigmoid"}
     assert MoEConfig(type="race", gate="softmax").gate == "softmax"
     assert tiny_config(moe__type="promoe").moe.gate == "identity"
+
+
+def test_scores_that_may_sum_to_zero_are_not_divided_by_their_sum():
+    with pytest.raises((UserError, ValueError), match="divides a token's scores by their sum"):
+        MoEConfig(type="dsmoe", gate="identity", top_k=2)
+    assert MoEConfig(type="dsmoe", gate="identity").top_k == 1
 
 
 @pytest.mark.parametrize("family", ["promoe", "dsmoe"])

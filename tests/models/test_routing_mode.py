@@ -8,12 +8,12 @@ from diffmoe.models.routing_mode import RoutingMode
 from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.tiny import tiny_config
 
-LOG_ODDS = torch.arange(8.0).view(2, 4)
+CALIBRATED = torch.arange(8.0).view(2, 4)
 
 
 def held(network) -> list[tuple]:
     """What the layers go by."""
-    odds = [layer.log_odds for layer in network.moe_layers]
+    odds = [layer.calibrated_E for layer in network.moe_layers]
     return [
         (layer.inference, layer.capacity, None if own is None else own.tolist())
         for layer, own in zip(network.moe_layers, odds, strict=True)
@@ -26,8 +26,8 @@ def test_a_mode_reaches_every_layer_and_leaves_nothing_behind():
     assert (network.routing.kind, held(network)) == ("pooled", usual)
     with network.routed(RoutingMode("static", 0.5)):
         assert held(network) == [("static", 0.5, None)] * 2
-        with network.routed(RoutingMode(log_odds_LE=LOG_ODDS)):
-            assert held(network) == [("per_token", 2.0, row.tolist()) for row in LOG_ODDS]
+        with network.routed(RoutingMode(calibrated_LE=CALIBRATED)):
+            assert held(network) == [("per_token", 2.0, row.tolist()) for row in CALIBRATED]
         assert held(network) == [("static", 0.5, None)] * 2
     assert held(network) == usual
     with pytest.raises(ZeroDivisionError), network.routed(RoutingMode("static", 0.5)):
@@ -37,9 +37,9 @@ def test_a_mode_reaches_every_layer_and_leaves_nothing_behind():
 
 def test_route_by_keeps_the_thresholds():
     network = network_of(CONFIG)
-    network.routing = RoutingMode(log_odds_LE=LOG_ODDS)
+    network.routing = RoutingMode(calibrated_LE=CALIBRATED)
     network.route_by("static", 0.5)
-    assert held(network) == [("static", 0.5, row.tolist()) for row in LOG_ODDS]
+    assert held(network) == [("static", 0.5, row.tolist()) for row in CALIBRATED]
 
 
 @pytest.mark.parametrize("family", ["expert_choice", "token_choice", "dense"])

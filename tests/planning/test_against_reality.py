@@ -31,6 +31,10 @@ LAYOUTS = [
     (4, 4, 2, "bf16", 1, {"moe__every_block": True}),
     (4, 1, 1, "fp32", 1, {"moe__type": "dense"}),
     (2, 2, 1, "fp32", 1, {"model__text": BYTES}),
+    (2, 2, 1, "fp32", 1, {"moe__type": "race", "moe__token_pool": "global"}),
+    (2, 2, 2, "fp32", 2, {"moe__type": "race", "moe__capacity": 2.0, "moe__target_loss_weight": 1}),
+    (2, 2, 1, "fp32", 1, {"moe__type": "promoe", "training__label_dropout": 0.0}),
+    (2, 2, 1, "fp32", 1, {"moe__type": "dsmoe", "moe__top_k": 2, "moe__shared_expert_ratio": 1.0}),
 ]
 
 

@@ -12,8 +12,7 @@ from diffmoe.prepare.checking import check_data
 from diffmoe.prepare.resharding import hold_out, reshard
 from diffmoe.prepare.sharding import ShardOutput
 from tests.helpers.encoding import encode
-from tests.helpers.shards import FIELDS, members, relist
-from tests.helpers.streams import damage
+from tests.helpers.shards import FIELDS, damage, members, relist
 
 
 def test_good_data_has_no_problems_and_a_sheet(photos, tmp_path):

@@ -36,6 +36,86 @@ def pack(root: Path, out: Path, **options) -> Manifest:
     return encode(root, out, vae=None, size=8, shards=1, **options)
 
 
+def test_classes_and_files_come_in_imagefolders_order(photos):
+    items, classes = find_images(photos)
+    assert classes == ["Ant", "bee 2.0", "cat"]  # upper case first, as Python sorts
+    assert len(items) == 30
+    assert [item.label for item in items] == [0] * 10 + [1] * 10 + [2] * 10
+    first = [item.name for item in items[:10]]
+    assert first[:2] == ["Ant/photo 1.x.jpg", "Ant/photo 10.x.JPEG"]
+    assert first[-1] == "Ant/more/photo 4.x.JPEG"  # after the files of the folder above
+    assert [item.key for item in items] == [f"{number:08d}" for number in range(30)]
+
+
+def test_the_order_is_torchvisions_own(photos):
+    folder = pytest.importorskip("torchvision.datasets").ImageFolder(photos)
+    items, classes = find_images(photos)
+    assert folder.classes == classes
+    assert folder.samples == [(item.path, item.label) for item in items]
+
+
+def test_every_mode_becomes_rgb(photos):
+    for item in find_images(photos)[0]:
+        pixels = load_image(item, 16)
+        assert pixels.shape == (16, 16, 3)
+        assert pixels.dtype == np.uint8
+        assert pixels.std() > 5
+
+
+def tar_of(photos, path, kinds=("jpg",), label=b"1"):
+    with tarfile.open(path, "w") as tar:
+        for index, item in enumerate(find_images(photos)[0][:3]):
+            stream = io.BytesIO()
+            Image.fromarray(load_image(item, 16)).save(stream, "png")
+            members = [(kind, stream.getvalue()) for kind in kinds]
+            for kind, content in [*members, *([("cls", label)] if label else [])]:
+                info = tarfile.TarInfo(f"s{index}.{kind}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def test_tars_give_the_images_of_the_folder(photos, tmp_path):
+    tar_of(photos, tmp_path / "b.tar", kinds=("png",))
+    tar_of(photos, tmp_path / "a.tar", kinds=("png",), label=b"7")
+    items, classes = find_images(tmp_path)
+    assert classes is None
+    assert [item.name for item in items] == [f"{t}.tar/s{i}" for t in "ab" for i in range(3)]
+    assert [item.label for item in items] == [7, 7, 7, 1, 1, 1]
+    for item, file in zip(items[3:], find_images(photos)[0], strict=False):
+        assert np.array_equal(load_image(item, 16), load_image(file, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kinds": ()}, r"a\.tar/s0 has 0 images"),
+        ({"kinds": ("jpg", "png")}, r"a\.tar/s0 has 2 images"),
+        ({"label": None}, r"a\.tar/s0\.cls holds None, not a class number"),
+        ({"label": b"cat"}, r"holds b'cat'"),
+    ],
+)
+def test_tars_that_do_not_fit_are_named(photos, tmp_path, options, message):
+    tar_of(photos, tmp_path / "a.tar", **options)
+    with pytest.raises(UserError, match=message):
+        find_images(tmp_path)
+
+
+def test_folders_that_do_not_fit_are_named(photos, tmp_path):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        find_images(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds 0 subfolders and 0 \.tar files"):
+        find_images(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"class folder .*empty holds no image"):
+        find_images(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds 1 subfolders and 1 \.tar files"):
+        find_images(tmp_path)
+    (tmp_path / "empty").rmdir()
+    with pytest.raises(UserError, match=r"a\.tar cannot be read: not a tar, or cut off"):
+        find_images(tmp_path)
+
+
 def test_links_that_lead_out_are_followed_if_told_and_by_evaluation(root, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (root / "dog").rename(tmp_path / "elsewhere" / "dogs")

@@ -20,8 +20,8 @@ from diffmoe.prepare.checking import check_data
 from diffmoe.prepare.resharding import reshard
 from diffmoe.prepare.sharding import ShardOutput
 from tests.helpers.encoding import encode
-from tests.helpers.ragged import RAGGED, batches
 from tests.helpers.shards import FIELDS, members
+from tests.helpers.streams import RAGGED, batches
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (sum(RAGGED), 3, 8, 8), np.uint8)
 PIXELS = FIELDS | {"shape": (3, 8, 8), "flips": True}

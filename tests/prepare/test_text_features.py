@@ -19,9 +19,9 @@ from diffmoe.prepare.sharding import ShardOutput
 from diffmoe.prepare.text_features import encode_text
 from diffmoe.text.encoders import ByteTokenizer, TransformersEncoder
 from diffmoe.work import Ranks
-from tests.helpers.captioned import captions_of, pack
 from tests.helpers.processes import killed
-from tests.helpers.shards import FIELDS, array_of, members, tool
+from tests.helpers.shards import FIELDS, array_of, captions_of, members, pack_captioned
+from tests.helpers.tools import tool
 
 
 def captions_in(directory) -> dict[str, Captions]:
@@ -38,7 +38,7 @@ def captions_in(directory) -> dict[str, Captions]:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("packed")
-    pack(directory)
+    pack_captioned(directory)
     return directory
 
 

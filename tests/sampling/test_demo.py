@@ -58,9 +58,9 @@ def test_the_dial_takes_any_capacity_between_calibrated_ones(tmp_path):
         met.append(meter.read().average)
     assert met == sorted(met)
     assert met == pytest.approx([0.25, 0.25, 0.7, 1.0, 1.3, 2.0, 2.0], rel=0.1)
-    between = dial.at(0.75).log_odds_LE
+    between = dial.at(0.75).calibrated_LE
     for capacity, closer in ((0.5, torch.less), (1.0, torch.greater)):
-        assert closer(between, dial.at(capacity).log_odds_LE).all()
+        assert closer(between, dial.at(capacity).calibrated_LE).all()
 
 
 def entry(capacity: float, log_odds: float) -> Calibrated:
@@ -77,7 +77,7 @@ def test_every_stored_capacity_is_on_the_dial(tmp_path):
     assert dial.capacities == [0.5, 1.0, 4.0]
     found = []
     for capacity in (0.5, 0.75, 1.0, 2.5, 4.0):
-        found.append(float(dial.at(capacity).log_odds_LE[1, 3]))
+        found.append(float(dial.at(capacity).calibrated_LE[1, 3]))
     assert found == [1.0, 0.75, 0.5, (0.5 - 16) / 2, EVERY_TOKEN]
 
 
@@ -85,7 +85,7 @@ def test_stored_capacities_stay_when_others_are_calibrated(tmp_path):
     store(tmp_path, "0.5", entry(0.5, 3.25))
     dial = Dial.of(opened(tmp_path))
     assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
-    assert dial.at(0.5).log_odds_LE.unique().tolist() == [3.25]
+    assert dial.at(0.5).calibrated_LE.unique().tolist() == [3.25]
 
 
 def test_a_model_without_label_dropout_is_calibrated_without_guidance(tmp_path):

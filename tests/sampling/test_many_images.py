@@ -227,7 +227,8 @@ def test_gray_images_have_no_adm_format(tmp_path):
     with pytest.raises(UserError, match=r"RGB images, these have 1 channel"):
         write_adm(tmp_path / "gray", 11, (8, 8, 1))
     files = sorted(write_png(tmp_path / "gray").glob("*.png"))
-    assert Image.open(files[0]).mode == "L"
+    with Image.open(files[0]) as image:
+        assert image.mode == "L"
 
 
 def test_uint8_is_rounded_and_clamped():

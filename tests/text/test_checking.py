@@ -11,8 +11,7 @@ from diffmoe.prepare.checking import check_data
 from diffmoe.prepare.sharding import ShardOutput
 from diffmoe.prepare.text_features import encode_text
 from diffmoe.text.encoders import TransformersEncoder
-from tests.helpers.captioned import pack
-from tests.helpers.shards import relist
+from tests.helpers.shards import pack_captioned, relist
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -47,7 +46,7 @@ def with_nan(array):
 
 @pytest.fixture
 def encoded(folders, tmp_path):
-    pack(tmp_path / "plain")
+    pack_captioned(tmp_path / "plain")
     encode_text(
         tmp_path / "plain", ShardOutput(tmp_path / "data"), TransformersEncoder(folders / "clip", 8)
     )
@@ -64,7 +63,7 @@ def test_good_captions_are_told_of(encoded):
 
 
 def test_bytes_that_are_cut_off_are_counted(tmp_path):
-    pack(tmp_path)
+    pack_captioned(tmp_path)
     # Of 33 captions, the 11 long ones have 28 or 30 bytes.
     file = tmp_path / "manifest.json"
     file.write_text(file.read_text().replace('"length": 40', '"length": 28'))

@@ -105,6 +105,7 @@ def test_print_config_shows_the_resolved_settings_and_stops(tmp_path: Path):
     shown = yaml.safe_load(done.stdout)
     assert (shown["model"]["depth"], shown["seed"], shown["output"]) == (2, 7, "runs/mnist")
     assert shown["optimizer"]["eps"] == 1e-8  # a default
+    assert "# The DiT backbone.\nmodel:\n" in done.stdout
 
 
 def test_help_tells_the_ways_to_start(tmp_path: Path):

@@ -29,8 +29,8 @@ class DiffMoE(ThresholdedMoE):
 
     def wanted(self, logits_SE: Tensor) -> Tensor:
         """Eq. 14: a probability above the threshold."""
-        if self.log_odds is not None:
-            return logits_SE > self.log_odds
+        if self.calibrated_E is not None:
+            return logits_SE > self.calibrated_E
         return logits_SE.sigmoid() > self.tracked
 
     @classmethod

@@ -37,8 +37,8 @@ class ExpertRace(ThresholdedMoE):
 
     def wanted(self, logits_SE: Tensor) -> Tensor:
         """logits_SE: the scores to choose by."""
-        if self.log_odds is not None:
-            return logits_SE > self.log_odds
+        if self.calibrated_E is not None:
+            return logits_SE > self.calibrated_E
         return logits_SE >= self.thresholds
 
     def move(self, seen_X: Tensor) -> None:

@@ -14,10 +14,11 @@ from diffmoe.data.stream import Batch
 from diffmoe.errors import UserError
 from diffmoe.recipes import load_config
 from diffmoe.seeding import keyed_generator
-from diffmoe.tree import tree_cat, tree_map
-from tests.helpers.streams import open_stream
+from diffmoe.tree import tree_cat
+from tests.helpers import streams
+from tests.helpers.streams import LANES, SEED, N, equal
 
-COUNTS, LANES, N = [7, 5, 6, 8], 4, 3
+COUNTS = [7, 5, 6, 8]
 LENGTH, WIDTH, POOLED = 9, 3, 2
 CONTENTS = {
     BYTES: TextContent(encoder=BYTES, length=LENGTH),
@@ -52,19 +53,7 @@ def stored(request, tmp_path_factory, pack):
 
 
 def batches(stored, steps: int = 12, **changes) -> list[Batch]:
-    options = {"lanes": LANES, "seed": 1, "captions": True, "my_lanes": range(LANES)} | changes
-    given = iter(open_stream(*stored, samples_per_lane=N, **options))
-    try:
-        return [next(given) for _ in range(steps)]
-    finally:
-        given.close()
-
-
-def same(ours: list[Batch], theirs: list[Batch]) -> bool:
-    flat = [], []
-    for place, some in enumerate((ours, theirs)):
-        tree_map(lambda tensor, place=place: flat[place].append(tensor), tree_cat(some))
-    return all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
+    return streams.batches(*stored, steps, **{"captions": True, **changes})
 
 
 def test_each_sample_comes_with_one_of_its_captions_and_all_come_up(stored):
@@ -95,17 +84,17 @@ def test_each_sample_comes_with_one_of_its_captions_and_all_come_up(stored):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_and_workers_change_no_caption(stored, workers):
     halves = [batches(stored, my_lanes=lanes, workers=workers) for lanes in ([0, 1], [2, 3])]
-    assert same([tree_cat(step) for step in zip(*halves, strict=True)], batches(stored))
+    assert equal([tree_cat(step) for step in zip(*halves, strict=True)], batches(stored))
 
 
 def test_a_resumed_stream_draws_the_same_captions(stored):
-    assert same(batches(stored, steps=7, clock=5 * LANES * N), batches(stored)[5:])
+    assert equal(batches(stored, steps=7, clock=5 * LANES * N), batches(stored)[5:])
 
 
 def test_captions_move_no_other_draw(stored):
     without = batches(stored, captions=False)
     assert all(batch.text is None for batch in without)
-    assert same([batch._replace(text=None) for batch in batches(stored)], without)
+    assert equal([batch._replace(text=None) for batch in batches(stored)], without)
 
 
 def test_captions_move_no_other_draw_of_posteriors_either(tmp_path, pack):
@@ -116,13 +105,13 @@ def test_captions_move_no_other_draw_of_posteriors_either(tmp_path, pack):
         text=content, content="mean_logvar",
     )  # fmt: skip
     moments = torch.stack(
-        [torch.from_numpy(sample.array) for n in range(4)
+        [torch.tensor(sample.array) for n in range(4)
          for sample in read_shard(tmp_path / f"{n:06d}.tar", manifest)]
     )  # fmt: skip
     mean, log_variance = moments.chunk(2, dim=1)
     (batch,) = batches((tmp_path, manifest), steps=1)
     for lane, latents in enumerate(batch.latents.split(N)):
-        noise = torch.randn(N, 2, 4, 4, generator=keyed_generator(1, "latent", 0, lane))
+        noise = torch.randn(N, 2, 4, 4, generator=keyed_generator(SEED, "latent", 0, lane))
         for latent, eps in zip(latents, noise, strict=True):
             off = (mean + (log_variance / 2).exp() * eps - latent).abs().amax((1, 2, 3))
             assert off.min() < 1e-5
