@@ -243,7 +243,9 @@ def folder(given: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", filter(commands, PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page)], ids=lambda page: page.name
+)
 def test_commands_run(page: Path, folder: Path):
     """Those of README that are on another page as well, run there."""
     elsewhere = {command for other in PAGES[1:] for command in commands_of(other)}
@@ -255,7 +257,9 @@ def test_commands_run(page: Path, folder: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", filter(python_blocks, PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name
+)
 def test_python_blocks_run(page: Path, folder: Path):
     for block in python_blocks(page):
         (folder / "block.py").write_text(f"{block}\nprint([image.size for image in images])\n")
