@@ -18,6 +18,11 @@ class Text(NamedTuple):
     mask_BL: Tensor
     pooled: Tensor | None = None
 
+    @property
+    def null_B(self) -> Tensor:
+        """Which captions are the null caption."""
+        return ~self.mask_BL.any(dim=1)
+
 
 # Class labels (B,), where num_classes is the null label; or captions.
 Condition = Tensor | Text
@@ -26,7 +31,7 @@ Condition = Tensor | Text
 def is_unconditional(condition: Condition, num_classes: int) -> Tensor:
     """Which samples have the null label or caption, (B,)."""
     if isinstance(condition, Text):
-        return ~condition.mask_BL.any(dim=1)
+        return condition.null_B
     return condition == num_classes
 
 

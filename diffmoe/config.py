@@ -225,6 +225,11 @@ class MoEConfig(_Section):
                 "moe.gate=identity: moe.type=dsmoe divides a token's scores by their sum, which "
                 "could be 0; choose sigmoid or softmax"
             )
+        if self.target_loss_weight and self.type != "race":
+            raise ValueError(
+                f"moe.target_loss_weight={self.target_loss_weight} belongs to moe.type=race; "
+                f"moe.type={self.type} has no head that predicts the target, set it 0"
+            )
         if self.token_pool != "micro_batch" and self.type not in ("diffmoe", "race"):
             raise ValueError(
                 f"moe.token_pool={self.token_pool} belongs to moe.type=diffmoe and race; "

@@ -333,6 +333,11 @@ def test_replace_changes_validates_and_keeps_the_rest():
         ),
         (["moe.top_k=5"], "moe.top_k=5 is more than moe.experts=4"),
         (
+            ["moe.target_loss_weight=0.01"],
+            "moe.target_loss_weight=0.01 belongs to moe.type=race; moe.type=diffmoe has no head "
+            "that predicts the target, set it 0",
+        ),
+        (
             ["moe.type=token_choice", "moe.token_pool=global"],
             "moe.token_pool=global belongs to moe.type=diffmoe and race; moe.type=token_choice has "
             "no pool over ranks, leave token_pool at micro_batch",

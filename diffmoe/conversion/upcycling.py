@@ -110,7 +110,8 @@ def upcycle(
 def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Source:
     """A mixture with a multiple of its experts: each is copied.
 
-    With two of each, the softmax halves their gates (of other gates the scale is halved), and at
+    With two of each, the softmax halves their gates (as DSMoE's division by the sum does; otherwise
+    the scale is halved), and at
     twice the capacity both take the same tokens, so the output is unchanged up to rounding: with
     per-token and pooled routing because the predictor and its thresholds are copied, too; in
     training and with static routing at the capacity set here. noise: added to the copies, not the
@@ -130,13 +131,20 @@ def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Sou
         raise UserError(
             f"--experts {experts}: {source.where} has {old}; choose a multiple, such as {2 * old}"
         )
+    if metadata.moe.type == "dsmoe" and metadata.moe.top_k == 1:
+        raise UserError(
+            f"{source.where} takes one expert for a token (moe.top_k=1), whose score is its gate; "
+            "two copies would share it: a dsmoe model grows from moe.top_k=2 on"
+        )
     times = experts // old
+    # What divides gates by a sum over experts halves them by itself where each is there twice.
+    shared_out = metadata.moe.gate == "softmax" or metadata.moe.type == "dsmoe"
     moe = metadata.moe.model_dump() | {
         "experts": experts,
         "capacity": metadata.moe.capacity * times,
         "capacity_rounding": "exact",  # in floats, K could differ at the multiple
         "top_k": metadata.moe.top_k * times,
-        "gate_scale": metadata.moe.gate_factor / (1 if metadata.moe.gate == "softmax" else times),
+        "gate_scale": metadata.moe.gate_factor / (1 if shared_out else times),
     }
     step = f"grown from {old} to {experts} experts (noise {noise:g})"
     made = _changed(metadata, moe, step)

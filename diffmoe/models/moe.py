@@ -67,8 +67,6 @@ class Scored(NamedTuple):
 class MoEFeedForward(nn.Module):
     """What all families share; a family says in `_select` which expert takes which token."""
 
-    has_thresholds = False  # whether thresholds route at inference, so that capacity can be chosen
-
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
         super().__init__()
         self.moe = moe

@@ -35,7 +35,7 @@ class TextEmbedder(nn.Module):
     def forward(self, text: Text) -> tuple[Context, Tensor | float]:
         """-> what the blocks attend to, and what captions add to the condition (B, D)."""
         dtype = self.project.weight.dtype
-        null_B1 = ~text.mask_BL.any(dim=1, keepdim=True)
+        null_B1 = text.null_B[:, None]
         mask_BL = text.mask_BL | null_B1
         if self.encoder is None:
             features_BLD = text.tokens.to(dtype)

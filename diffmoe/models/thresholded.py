@@ -18,7 +18,6 @@ class ThresholdedMoE(MoEFeedForward):
     their logits do not.
     """
 
-    has_thresholds = True
     calibrated_E: Tensor | None
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:

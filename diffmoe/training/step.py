@@ -62,8 +62,8 @@ def losses_of(
     parts = {name: part.mean() for name, part in parts.items()}
     auxiliary = routing_loss(output.routing, config.moe)
     targets = [layer.target_prediction for layer in output.routing]
-    if config.moe.target_loss_weight:
-        errors = [objective.loss(one, *given)["mse"].mean() for one in targets if one is not None]
+    errors = [objective.loss(one, *given)["mse"].mean() for one in targets if one is not None]
+    if errors:
         parts["target_loss"] = torch.stack(errors).mean()
         auxiliary = auxiliary + config.moe.target_loss_weight * parts["target_loss"]
     loss = parts["loss"] + auxiliary

@@ -107,11 +107,14 @@ def test_noise_is_seeded_and_in_the_tensor_s_own_measure(dense: Source):
         ("diffmoe", [*ROUTINGS, "train"]),
         ("expert_choice", ["static", "train"]),
         ("token_choice", ["static", "train"]),
+        ("race", [*ROUTINGS, "train"]),
+        ("promoe", ["static", "train"]),
+        ("dsmoe", ["static", "train"]),
     ],
 )
 @pytest.mark.parametrize("times", [2, 3, 4])
 def test_a_grown_mixture_computes_the_same(family: str, routings: list[str], times: int):
-    source = source_of(tiny_config(moe__type=family))
+    source = source_of(tiny_config(moe__type=family, moe__top_k=2 if family == "dsmoe" else 1))
     grown, model = grow(source, 4 * times), network(source)
     assert (grown.metadata.moe.experts, grown.metadata.moe.capacity) == (4 * times, times)
     for routing in routings:
@@ -157,6 +160,7 @@ def test_growing_keeps_the_originals_and_moves_the_copies():
         (lambda dense, moe: grow(moe, 2), "Fewer are refused: neither dropping nor averaging"),
         (lambda dense, moe: grow(moe, 6), "has 4; choose a multiple, such as 8"),
         (lambda dense, moe: grow(moe, 4), "has 4; choose a multiple, such as 8"),
+        (lambda dense, moe: grow(source_of(tiny_config(moe__type="dsmoe")), 8), "from moe.top_k=2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_says_why(change, told: str, dense: Source):
