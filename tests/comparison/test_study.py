@@ -121,6 +121,8 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
         assert (line["variant"], line["seed"]) == (run.variant, run.seed)
         assert line["curve"][-1][0] == 48
         assert line["curve"][-1][2] == last["validation_loss"]
+        assert line["as_trained"] == last.get("validation_loss_training_routing")
+        assert (line["as_trained"] is None) == (run.variant == "dense")
     losses = {(line["variant"], line["seed"]): line["curve"][-1][2] for line in stored}
     mean = fmean(losses["identity", seed] - losses["dense", seed] for seed in (0, 1))
     assert f"{mean:+.5f} ± " in (study_file.parent / "study/table.md").read_text()

@@ -42,6 +42,12 @@ def test_trouble_that_lasts_is_said_once(metric: str):
     assert sum(map(len, said)) == 1
 
 
+def test_trouble_that_comes_back_is_not_said_again():
+    watch, bad = HealthWatch(), {**SOUND, "gate_sum": [0.01, 0.01]}
+    said = [watch.warnings(line) for line in ([bad] * PATIENCE + [SOUND]) * 3]
+    assert sum(map(len, said)) == 1
+
+
 def test_trouble_that_passes_is_not_mentioned():
     watch, bad = HealthWatch(), {**SOUND, "gate_sum": [0.01, 0.01]}
     lines = ([bad] * (PATIENCE - 1) + [SOUND]) * 3
