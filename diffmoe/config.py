@@ -336,6 +336,9 @@ class TrainingConfig(_Section):
         False, description="compute blocks twice instead of keeping their activations"
     )
     compile: bool = Field(False, description="torch.compile each block: a minute at the start")
+    deterministic: bool = Field(
+        False, description="on a GPU, too, the same run bit for bit, at some cost; a CPU always is"
+    )
     evaluate_every: int | None = Field(
         None, ge=1, description="samples between two evaluations (section evaluation); none: never"
     )

@@ -1,15 +1,29 @@
 """Fixtures that several rooms share: real data, tiny encoders, runs on real ranks."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffmoe.config import Config
 from diffmoe.data import fetching
+from tests.helpers.devices import DEVICES, fp32_products
 from tests.helpers.runs import pack as pack_run
 from tests.helpers.runs import run_config, train
 from tests.helpers.shards import FIELDS, build_vae, pack, photograph
 from tests.helpers.tools import tool
+
+# Else the question whether there is a GPU takes one, which ranks that are forked later cannot.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the numbers of an oracle are computed; on a GPU in full fp32."""
+    with fp32_products("highest"):
+        yield torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

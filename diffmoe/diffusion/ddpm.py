@@ -54,17 +54,37 @@ class GaussianDiffusion:
         self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
         # q(x_{t-1} | x_t, data): arXiv 2006.11239, Eq. 6 and 7.
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        # The variance is 0 at t = 0; there its logarithm is that of t = 1.
-        self.posterior_log_variance = self._first_from_second(self.posterior_variance).log()
-        self._posterior_data_weight = (
-            betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
-        )
-        self._posterior_x_weight = (
-            (1 - self.alphas_cumprod_prev) * alphas.sqrt() / (1 - self.alphas_cumprod)
-        )
+        # At t = 0 the posterior's variance is 0, which has no logarithm, and beta far larger: that
+        # of t = 1 stands for both.
+        first = self.posterior_variance[1:2]
+        fixed_variance = torch.cat([first, betas[1:]])
+        self._tables = {
+            "signal": self.alphas_cumprod.sqrt(),
+            "spread": (1 - self.alphas_cumprod).sqrt(),
+            "inverse signal": self.alphas_cumprod.rsqrt(),
+            "spread by signal": (1 / self.alphas_cumprod - 1).sqrt(),
+            "log beta": betas.log(),
+            "fixed variance": fixed_variance,
+            "fixed log variance": fixed_variance.log(),
+            "posterior variance": self.posterior_variance,
+            "posterior log variance": torch.cat([first, self.posterior_variance[1:]]).log(),
+            "posterior data weight": (
+                betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
+            ),
+            "posterior x weight": (
+                (1 - self.alphas_cumprod_prev) * alphas.sqrt() / (1 - self.alphas_cumprod)
+            ),
+        }
+        self._tables_on: dict[torch.device, dict[str, Tensor]] = {}
 
-    def _first_from_second(self, table: Tensor) -> Tensor:
-        return torch.cat([table[1:2], table[1:]])
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """table[t] as fp32 (n, 1, 1, 1) on `like`'s device, where the tables are copied once."""
+        device = like.device
+        if device not in self._tables_on:
+            tables = {key: table.float().to(device) for key, table in self._tables.items()}
+            self._tables_on[device] = tables
+        values = self._tables_on[device][name][t.to(device)]
+        return values.view(-1, *[1] * (like.ndim - 1))
 
     def respaced(self, steps: int | Sequence[int]) -> "GaussianDiffusion":
         """A diffusion of some of these steps, with the same noise level at each of them.
@@ -98,8 +118,8 @@ class GaussianDiffusion:
 
     def corrupt(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) data + sqrt(1 - abar_t) noise (arXiv 2006.11239, Eq. 4), fp32."""
-        signal = _at(self.alphas_cumprod.sqrt(), t, data)
-        spread = _at((1 - self.alphas_cumprod).sqrt(), t, data)
+        signal = self._at("signal", t, data)
+        spread = self._at("spread", t, data)
         return signal * data.float() + spread * noise.float()
 
     def loss(
@@ -137,11 +157,11 @@ class GaussianDiffusion:
         """q(x_{t-1} | x_t, data) (arXiv 2006.11239, Eq. 6 and 7)."""
         x_t = x_t.float()
         mean = (
-            _at(self._posterior_data_weight, t, x_t) * data.float()
-            + _at(self._posterior_x_weight, t, x_t) * x_t
+            self._at("posterior data weight", t, x_t) * data.float()
+            + self._at("posterior x weight", t, x_t) * x_t
         )
-        variance = _at(self.posterior_variance, t, x_t).expand_as(x_t)
-        log_variance = _at(self.posterior_log_variance, t, x_t).expand_as(x_t)
+        variance = self._at("posterior variance", t, x_t).expand_as(x_t)
+        log_variance = self._at("posterior log variance", t, x_t).expand_as(x_t)
         return Posterior(mean, variance, log_variance)
 
     def p_mean_variance(
@@ -157,16 +177,14 @@ class GaussianDiffusion:
         x_t = x_t.float()
         channels = x_t.shape[1]
         if self._has_variance(model_output, channels):
-            low = _at(self.posterior_log_variance, t, x_t)
-            high = _at(self.betas.log(), t, x_t)
+            low = self._at("posterior log variance", t, x_t)
+            high = self._at("log beta", t, x_t)
             weight = (model_output[:, channels:].float() + 1) / 2
             log_variance = weight * high + (1 - weight) * low
             variance = log_variance.exp()
         else:
-            # At t = 0 beta is far larger than the posterior's variance: take that of t = 1 there.
-            fixed = torch.cat([self.posterior_variance[1:2], self.betas[1:]])
-            variance = _at(fixed, t, x_t).expand_as(x_t)
-            log_variance = _at(fixed.log(), t, x_t).expand_as(x_t)
+            variance = self._at("fixed variance", t, x_t).expand_as(x_t)
+            log_variance = self._at("fixed log variance", t, x_t).expand_as(x_t)
         pred_data = self._data_from_epsilon(model_output[:, :channels].float(), x_t, t)
         if clip:
             pred_data = pred_data.clamp(-1, 1)
@@ -175,14 +193,14 @@ class GaussianDiffusion:
 
     def _data_from_epsilon(self, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """`corrupt` solved for data."""
-        x_weight = _at(self.alphas_cumprod.rsqrt(), t, x_t)
-        epsilon_weight = _at((1 / self.alphas_cumprod - 1).sqrt(), t, x_t)
+        x_weight = self._at("inverse signal", t, x_t)
+        epsilon_weight = self._at("spread by signal", t, x_t)
         return x_weight * x_t - epsilon_weight * epsilon
 
     def epsilon_from_data(self, data: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """`corrupt` solved for the noise, fp32 (n, C, H, W)."""
-        x_weight = _at(self.alphas_cumprod.rsqrt(), t, x_t)
-        epsilon_weight = _at((1 / self.alphas_cumprod - 1).sqrt(), t, x_t)
+        x_weight = self._at("inverse signal", t, x_t)
+        epsilon_weight = self._at("spread by signal", t, x_t)
         return (x_weight * x_t.float() - data.float()) / epsilon_weight
 
     def _has_variance(self, model_output: Tensor, channels: int) -> bool:
@@ -225,9 +243,3 @@ def discretized_log_likelihood(data: Tensor, mean: Tensor, log_scale: Tensor) ->
 
 def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """table[t] as fp32 (n, 1, 1, 1) on `like`'s device; does not wait for that device."""
-    values = table.float().to(like.device)[t.to(like.device)]
-    return values.view(-1, *[1] * (like.ndim - 1))

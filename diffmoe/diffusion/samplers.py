@@ -61,9 +61,11 @@ def sample_flow(
     x = noise.float()
 
     def slope(x: Tensor, t: float | Tensor) -> Tensor:
-        # t may be a scalar tensor on the device: expanding it does not wait for its value.
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
-        return velocity(x, t.expand(len(x)).contiguous()).float()
+        if isinstance(t, Tensor):  # dopri5's, on the device; expanding it waits for nothing
+            t_n = t.float().expand(len(x)).contiguous()
+        else:
+            t_n = torch.full((len(x),), t, device=x.device)
+        return velocity(x, t_n).float()
 
     if method == "dopri5":
         return _dopri5(slope, x, progress)

@@ -107,9 +107,14 @@ def static_assignment(selected_ES: Tensor, gates_SE: Tensor, k: int) -> Assignme
     return Assignment(index_EK, gates_SE.t().gather(1, index_EK))
 
 
-def ragged_assignment(selected_ES: Tensor, gates_SE: Tensor) -> Assignment:
-    """The pairs of any mask. Waits for the device: their number decides shapes."""
-    expert_N, token_N = selected_ES.nonzero(as_tuple=True)
+def ragged_assignment(
+    selected_ES: Tensor, gates_SE: Tensor, pairs: int | None = None
+) -> Assignment:
+    """The pairs of any mask. pairs: how many it holds; unknown, this waits for the device."""
+    if pairs is None:
+        expert_N, token_N = selected_ES.nonzero(as_tuple=True)
+    else:
+        expert_N, token_N = selected_ES.nonzero_static(size=pairs).unbind(1)
     return Assignment(token_N, gates_SE[token_N, expert_N], selected_ES.sum(dim=1))
 
 

@@ -39,6 +39,31 @@ def setup_device(device: str | None) -> torch.device:
     return chosen
 
 
+def backend_of(device: torch.device) -> str:
+    """The process group's: gloo beside NCCL, since checkpoints gather their plans on the CPU.
+
+    Ranks that share a GPU, which NCCL refuses, are joined by gloo alone: right, but slow.
+    """
+    if device.type != "cuda":
+        return "gloo"
+    # As torchrun, deepspeed and srun name it.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    local = next((os.environ[name] for name in names if os.environ.get(name)), "1")
+    return f"cpu:gloo,cuda:{'gloo' if int(local) > torch.cuda.device_count() else 'nccl'}"
+
+
+def use_deterministic_algorithms() -> None:
+    """From here on, the same inputs give the same bits on a GPU, too.
+
+    Call it before the first product there. An operation that has no such algorithm raises a
+    RuntimeError that names it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch demands for cuBLAS
+    torch.use_deterministic_algorithms(True)
+    # Filling new memory with NaN finds errors, but costs a pass over it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def _keep_freed_memory() -> None:
     """Tell glibc not to give freed memory back, and to map no large tensor on its own.
 

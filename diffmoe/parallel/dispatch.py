@@ -3,7 +3,7 @@
 Rank r of a group of P owns experts r*e ... (r+1)*e - 1. With P = 1 nothing is sent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -46,11 +46,13 @@ class Dispatch:
         sent_Pe = counts_E.view(self.size, -1)
         received_Pe = torch.empty_like(sent_Pe)
         dist.all_to_all_single(received_Pe, sent_Pe.contiguous(), group=self.group)
-        send, receive = sent_Pe.sum(1).tolist(), received_Pe.sum(1).tolist()
+        # The only wait for the device: sizes decide shapes.
+        sent, received = torch.stack([sent_Pe, received_Pe]).tolist()
+        send, receive = [sum(counts) for counts in sent], [sum(counts) for counts in received]
         rows = self._exchange(rows_ND, receive, send)
-        rows = _regroup(rows, received_Pe)
+        rows = _regroup(rows, received)
         rows = experts(rows, received_Pe.sum(0))
-        rows = _regroup(rows, received_Pe.t())
+        rows = _regroup(rows, list(zip(*received, strict=True)))
         return self._exchange(rows, send, receive)
 
     def _exchange(
@@ -60,8 +62,8 @@ class Dispatch:
         return all_to_all_single_autograd(rows.contiguous(), receive, send, self.group)
 
 
-def _regroup(rows: Tensor, counts_XY: Tensor) -> Tensor:
-    """Rows lie in chunks ordered (x, y); lay them in the order (y, x)."""
-    X, Y = counts_XY.shape
-    chunks = rows.split(counts_XY.flatten().tolist())
+def _regroup(rows: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:
+    """Rows lie in chunks ordered (x, y), of counts[x][y] each; lay them in the order (y, x)."""
+    X, Y = len(counts), len(counts[0])
+    chunks = rows.split([count for row in counts for count in row])
     return torch.cat([chunks[x * Y + y] for y in range(Y) for x in range(X)])

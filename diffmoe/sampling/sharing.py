@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe.errors import UserError
+from diffmoe.parallel.device import backend_of
 from diffmoe.parallel.rendezvous import meet
 from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.work import Ranks
@@ -35,11 +36,12 @@ def share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> T
         return Topology()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # srun uses other names.
     os.environ |= {"RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.world)}
     store, rank, world = meet()
     timeout = timedelta(hours=12)  # ranks wait while one of them judges the images of all
     store.set_timeout(timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(
+        backend_of(device), store=store, rank=rank, world_size=world, timeout=timeout
+    )
     return create_topology(expert_parallel)

@@ -44,6 +44,7 @@ _HARMLESS = (
     "training.save_failure",
     "training.activation_checkpointing",
     "training.compile",
+    "training.deterministic",
     "training.evaluate_every",
     "training.validate_every",
     "evaluation",

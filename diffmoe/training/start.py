@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe.config import Config
-from diffmoe.parallel.device import setup_device
+from diffmoe.parallel.device import backend_of, setup_device, use_deterministic_algorithms
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import read_ds_config, reconcile
 from diffmoe.training import agreement, preflight
@@ -39,6 +39,8 @@ def start(
         return True
     # Before the checks: what machines find may differ, and joined ranks tell a failure once.
     chosen, peers = _connect(device, config.parallel.timeout_seconds)
+    if config.training.deterministic:
+        use_deterministic_algorithms()
     options = {
         "--resume": resume,
         "--allow-changed": sorted(allow_changed or []),
@@ -67,8 +69,6 @@ def _connect(device: str | None, timeout_seconds: float | None) -> tuple[torch.d
     chosen = setup_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # gloo beside nccl: checkpoints gather their plans on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    peers = join(backend, timeout_seconds)
+    peers = join(backend_of(chosen), timeout_seconds)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return chosen, peers

@@ -44,6 +44,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }
@@ -123,6 +124,7 @@ class Ranks:
         """prepare: called on every rank before the command; can be sent to a process."""
         joined = {
             "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }

@@ -73,16 +73,23 @@ def train(
     resume: str = "auto",
     prepare: Callable[[int], None] | None = None,
     ds_config: str | None = None,
+    device: str = "cpu",
 ) -> list[bool]:
     """One run of `start` on real ranks; what it returned on each.
 
     prepare: called on every rank, with its number, before the start; can be sent to a process.
     """
-    return run_ranks(world, _start_on_rank, config, resume, prepare, ds_config, connect=False)
+    return run_ranks(
+        world, _start_on_rank, config, resume, prepare, ds_config, device, connect=False
+    )
 
 
 def _start_on_rank(
-    config: Config, resume: str, prepare: Callable[[int], None] | None, ds_config: str | None
+    config: Config,
+    resume: str,
+    prepare: Callable[[int], None] | None,
+    ds_config: str | None,
+    device: str,
 ) -> bool:
     from diffmoe.training.start import start
 
@@ -90,7 +97,7 @@ def _start_on_rank(
     multiprocessing.set_start_method("fork", force=True)
     if prepare is not None:
         prepare(int(os.environ["RANK"]))
-    return start(config, ds_config, resume, device="cpu")
+    return start(config, ds_config, resume, device)
 
 
 class SignalDuringStep:

@@ -18,12 +18,18 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
-def make_experts(activation: str, dtype: torch.dtype, width: int = 16, hidden: int = 24) -> Experts:
+def make_experts(
+    activation: str,
+    dtype: torch.dtype,
+    width: int = 16,
+    hidden: int = 24,
+    device: torch.device | None = None,
+) -> Experts:
     experts = Experts(4, width, hidden, activation)
     generator = torch.Generator().manual_seed(1)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
-    return experts.to(dtype)
+    return experts.to(device, dtype)
 
 
 class Loop(experts_module._GroupedLinear):
@@ -45,14 +51,19 @@ def rounding(dtype: torch.dtype) -> float:
 # 20 and 12 are lengths that the grouped kernel refuses in bf16, inside and outside.
 @pytest.mark.parametrize(("width", "hidden"), [(16, 24), (16, 20), (12, 16)])
 def test_grouped_experts_equal_each_expert_on_its_rows(
-    width: int, hidden: int, activation: str, dtype: torch.dtype, counts: list[int]
+    width: int,
+    hidden: int,
+    activation: str,
+    dtype: torch.dtype,
+    counts: list[int],
+    device: torch.device,
 ):
-    experts = make_experts(activation, dtype, width, hidden)
-    exact = make_experts(activation, dtype, width, hidden).double()
-    rows = torch.randn(sum(counts), width, dtype=dtype, requires_grad=True)
+    experts = make_experts(activation, dtype, width, hidden, device)
+    exact = make_experts(activation, dtype, width, hidden, device).double()
+    rows = torch.randn(sum(counts), width, dtype=dtype).to(device).requires_grad_()
     exact_rows = rows.detach().double().requires_grad_()
-    weights = torch.randn(sum(counts), width, dtype=dtype)
-    outputs = experts(rows, torch.tensor(counts))
+    weights = torch.randn(sum(counts), width, dtype=dtype).to(device)
+    outputs = experts(rows, torch.tensor(counts, device=device))
     expected = one_after_the_other(exact, exact_rows, counts)
     (outputs * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -66,22 +77,27 @@ def test_grouped_experts_equal_each_expert_on_its_rows(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_batched_kernel_and_loop_agree(activation: str, dtype: torch.dtype, monkeypatch):
-    rows_eND = torch.randn(4, 6, 16, dtype=dtype)
-    weights_eND = torch.randn(4, 6, 16, dtype=dtype)
+def test_batched_kernel_padding_and_loop_agree(
+    activation: str, dtype: torch.dtype, device: torch.device, monkeypatch
+):
+    rows_eND = torch.randn(4, 6, 16, dtype=dtype).to(device)
+    weights_eND = torch.randn(4, 6, 16, dtype=dtype).to(device)
+    counts = torch.full((4,), 6, device=device)
     told = {}
-    for path in ("batched", "grouped", "loop"):
-        experts = make_experts(activation, dtype)
+    for path in ("batched", "grouped", "padded", "loop"):
+        experts = make_experts(activation, dtype, device=device)
         rows = rows_eND.clone().requires_grad_()
         if path == "loop":
             monkeypatch.setattr(experts_module, "_GroupedLinear", Loop)
         if path == "batched":
             outputs = experts(rows, None)
+        elif path == "padded":
+            outputs = experts._padded(rows.flatten(0, 1), counts).view(4, 6, 16)
         else:
-            outputs = experts(rows.flatten(0, 1), torch.full((4,), 6)).view(4, 6, 16)
+            outputs = experts(rows.flatten(0, 1), counts).view(4, 6, 16)
         (outputs * weights_eND).sum().backward()
         told[path] = [outputs.detach(), rows.grad, *gradients(experts).values()]
-    for path in ("grouped", "loop"):
+    for path in ("grouped", "padded", "loop"):
         for actual, wanted in zip(told[path], told["batched"], strict=True):
             scale = max(1.0, wanted.abs().max().item())
             torch.testing.assert_close(actual, wanted, atol=rounding(dtype) * scale, rtol=0)
@@ -89,10 +105,31 @@ def test_batched_kernel_and_loop_agree(activation: str, dtype: torch.dtype, monk
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_experts_take_the_broadcast_gradient_of_a_plain_sum(activation: str, dtype: torch.dtype):
+def test_experts_take_the_broadcast_gradient_of_a_plain_sum(
+    activation: str, dtype: torch.dtype, device: torch.device
+):
     # torch's grouped product refuses it; the gradient must be laid out before it gets there.
-    experts = make_experts(activation, dtype)
-    experts(torch.randn(8, 16, dtype=dtype), torch.tensor([5, 0, 3, 0])).sum().backward()
+    experts = make_experts(activation, dtype, device=device)
+    rows, counts = torch.randn(8, 16, dtype=dtype).to(device), torch.tensor([5, 0, 3, 0])
+    experts(rows, counts.to(device)).sum().backward()
     for name, gradient in gradients(experts).items():
         assert gradient.isfinite().all(), name
         assert (gradient[[1, 3]] == 0).all(), name  # no rows, no gradient
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 3, 0], [0, 0, 0, 7], [1, 2, 3, 4], [0, 0, 0, 0]])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_padding_equals_each_expert_on_its_rows(
+    activation: str, counts: list[int], device: torch.device
+):
+    """What a GPU takes in fp32: rows of zeros fill the batch, and none comes back."""
+    experts = make_experts(activation, torch.float64, device=device)
+    rows = torch.randn(sum(counts), 16, dtype=torch.float64).to(device).requires_grad_()
+    outputs = experts._padded(rows, torch.tensor(counts, device=device))
+    expected = one_after_the_other(experts, rows, counts)
+    parameters = [rows, *experts.parameters()]
+    weights = torch.randn_like(expected)
+    found = torch.autograd.grad((outputs * weights).sum(), parameters)
+    wanted = torch.autograd.grad((expected * weights).sum(), parameters)
+    for actual, want in zip([outputs, *found], [expected, *wanted], strict=True):
+        torch.testing.assert_close(actual, want, atol=1e-12, rtol=0)  # float64 rounding

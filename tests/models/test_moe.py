@@ -41,9 +41,9 @@ def test_an_expert_filled_with_a_constant_comes_back_as_it_times_its_gate(
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_layer_equals_its_formula(way: tuple[str, str, bool]):
-    layer = tiny_layer(way, moe__shared_expert_ratio=2.0).double()
-    x = tokens(3, 10).double()
+def test_the_layer_equals_its_formula(way: tuple[str, str, bool], device: torch.device):
+    layer = tiny_layer(way, moe__shared_expert_ratio=2.0).double().to(device)
+    x = tokens(3, 10).double().to(device)
     y, layer_routing = layer(x)
     flat = x.flatten(0, 1)
     scores_SE = routing.router_logits(flat, layer.router).softmax(dim=-1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from diffmoe.config import Config
 from diffmoe.models.dit import DiT
@@ -65,15 +66,15 @@ def pools_of(config: Config, world: int) -> int:
     return counts[config.moe.token_pool]
 
 
-def layer_on_rank(configs: list[Config], x: Tensor) -> list[tuple[NUMBERS, NUMBERS]]:
+def layer_on_rank(configs: list[Config], x: Tensor, device: str) -> list[tuple[NUMBERS, NUMBERS]]:
     topology = create_topology(configs[0].parallel.expert_parallel)
     told = []
     for config in configs:
-        layer = make_layer(config, topology).double()
-        mine = x.chunk(topology.world)[topology.rank]
+        layer = make_layer(config, topology).double().to(device)
+        mine = x.chunk(topology.world)[topology.rank].to(device)
         share = pools_of(config, topology.world) / topology.world
         told.append((run_layer(layer, mine, share), summed_gradients(layer, topology)))
-    return told
+    return tree_map_only(Tensor, Tensor.cpu, told)
 
 
 def one_process(config: Config, pools: int) -> tuple[list[NUMBERS], NUMBERS]:
@@ -91,7 +92,10 @@ def close(actual: Tensor, expected: Tensor, name: str) -> None:
 
 
 @pytest.mark.parametrize(("world", "ranks"), LAYOUTS)
-def test_outputs_and_gradients_equal_one_process_in_every_pool(world: int, ranks: int):
+def test_outputs_and_gradients_equal_one_process_in_every_pool(
+    world: int, ranks: int, device: torch.device
+):
+    """On a GPU all ranks share it, joined by gloo; the one process computes on the CPU."""
     configs = [
         tiny_config(
             parallel__expert_parallel=ranks,
@@ -103,7 +107,7 @@ def test_outputs_and_gradients_equal_one_process_in_every_pool(world: int, ranks
         for scope in ("micro_batch", "expert_parallel", "global")
         for activation, shared, gate in (("gelu", 0.0, "identity"), ("swiglu", 2.0, "softmax"))
     ]
-    told = run_ranks(world, layer_on_rank, configs, all_tokens())
+    told = run_ranks(world, layer_on_rank, configs, all_tokens(), device.type)
     for config, *ranks_told in zip(configs, *told, strict=True):
         parts, gradients = one_process(config, pools_of(config, world))
         taken = torch.cat([numbers["taken"] for numbers, _ in ranks_told], dim=1)
@@ -232,22 +236,26 @@ def evaluated(layer: MoEFeedForward, x: Tensor) -> Tensor:
     return y.detach()
 
 
-def evaluate_on_rank(ranks: int) -> list[list[Tensor]]:
+def evaluate_on_rank(ranks: int, device: str) -> list[list[Tensor]]:
     topology = create_topology(ranks)
     return [
         [
             evaluated(
-                make_layer(tiny_config(parallel__expert_parallel=ranks, **changes), topology),
-                parts_of(split)[topology.rank],
-            )
+                make_layer(tiny_config(parallel__expert_parallel=ranks, **changes), topology).to(
+                    device
+                ),
+                parts_of(split)[topology.rank].to(device),
+            ).cpu()
             for split in SPLITS
         ]
         for changes in EVALUATIONS
     ]
 
 
-def test_evaluation_of_uneven_batches_equals_one_process_with_no_samples_on_a_rank_too():
-    told = run_ranks(2, evaluate_on_rank, 2, timeout=60)
+def test_evaluation_of_uneven_batches_equals_one_process_with_no_samples_on_a_rank_too(
+    device: torch.device,
+):
+    told = run_ranks(2, evaluate_on_rank, 2, device.type, timeout=60)
     for changes, *ranks_told in zip(EVALUATIONS, *told, strict=True):
         for split, *parts in zip(SPLITS, *ranks_told, strict=True):
             # Each rank's batch by itself, as one process evaluates it.

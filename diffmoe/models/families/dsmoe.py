@@ -39,7 +39,8 @@ class DSMoE(MoEFeedForward):
             chosen_SE = gates_SE * selected_ES.t()
             total_S1 = chosen_SE.sum(dim=1, keepdim=True) / self.moe.gate_factor
             gates_SE = chosen_SE / (total_S1 + 1e-20)
-        assignment = routing.ragged_assignment(selected_ES, gates_SE)
+        pairs = len(scored.tokens_SD) * self.moe.top_k
+        assignment = routing.ragged_assignment(selected_ES, gates_SE, pairs)
         if not self.training:
             return assignment, LayerRouting(selected_ES)
         loads_E = selected_ES.sum(dim=1).double()

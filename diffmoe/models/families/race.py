@@ -55,15 +55,16 @@ class ExpertRace(ThresholdedMoE):
         # Token by token, so that equal scores fall to the lower rank, then to the lower token.
         pairs_1N = ranked_SE.reshape(1, -1)
         if not self.training:
-            won_1N = routing.top_k_mask(pairs_1N, self._winners(tokens, self.capacity))
-            selected_ES = won_1N.view(tokens, experts).t()
-            assignment = routing.ragged_assignment(selected_ES, scored.gates_SE)
+            winners = self._winners(tokens, self.capacity)
+            selected_ES = routing.top_k_mask(pairs_1N, winners).view(tokens, experts).t()
+            assignment = routing.ragged_assignment(selected_ES, scored.gates_SE, winners)
             return assignment, LayerRouting(selected_ES, ranked_SE)
         winners = self._winners(tokens * self.pool.ranks, self.moe.capacity)
         kth_1 = self.pool.kth_largest(pairs_1N, winners)
         ties_1 = self.pool.ties(pairs_1N, kth_1, winners)
         selected_ES = routing.select_largest(pairs_1N, kth_1, ties_1).view(tokens, experts).t()
-        assignment = routing.ragged_assignment(selected_ES, scored.gates_SE)
+        known = winners if self.pool.ranks == 1 else None  # how many of a wider pool are here
+        assignment = routing.ragged_assignment(selected_ES, scored.gates_SE, known)
         losses = {}
         if self.moe.similarity_loss_weight:
             losses["similarity"] = router_similarity(scored.logits_SE, selected_ES, self.pool)

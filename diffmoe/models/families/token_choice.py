@@ -14,5 +14,6 @@ class TokenChoice(MoEFeedForward):
         if self.training:
             probabilities_SE = scored.logits_SE.softmax(dim=-1)
             losses["balance"] = routing.load_balancing_loss(probabilities_SE, selected_ES)
-        assignment = routing.ragged_assignment(selected_ES, scored.gates_SE)
+        pairs = len(scored.tokens_SD) * self.moe.top_k
+        assignment = routing.ragged_assignment(selected_ES, scored.gates_SE, pairs)
         return assignment, LayerRouting(selected_ES, losses=losses)
