@@ -8,10 +8,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from statistics import median
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
 from diffmoe.benchmarks.timing import forward_backward, seconds_of, synchronize, take_turns
 from diffmoe.config import Config
-from diffmoe.data.examples import micro_batches
+from diffmoe.data.examples import Examples
 from diffmoe.data.lanes import DataSource
 from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
@@ -41,6 +43,7 @@ from diffmoe.training.telemetry import Telemetry
 from diffmoe.tree import tree_map
 
 OURS = "diffmoe fp32"
+_READING = Lock()  # steps that take turns share one stream of batches
 
 
 def dense_twin(config: Config) -> Config:
@@ -73,19 +76,19 @@ class TimedStep:
         self.step = TrainingStep(config, self.network, engine, ema, device)
         self.step.phase = self._phase
         self.history: list[dict[str, float]] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead = self._thread.submit(self._prepare)
 
     def __call__(self) -> None:
         self.history.append(defaultdict(float))
         with self._phase("data wait"):
-            batch = next(self.batches)
-        self.step.run(batch)
+            examples = self._next()
+        self.step.run(examples)
 
     def forward(self) -> tuple[Tensor, list[LayerRouting], Tensor]:
         """The loss and routing of the next batch's first micro-batch."""
         step = self.step
-        batch = next(self.batches)
-        examples = micro_batches(batch, step.config, step.lanes, 0, step.objective)[0]
-        examples = tree_map(lambda tensor: tensor.to(self.device), examples)
+        examples = tree_map(lambda tensor: tensor.to(self.device), self._next()[0])
         loss, _, routing = losses_of(step.engine, step.objective, examples, step.config)
         return loss, routing, examples.t
 
@@ -95,6 +98,17 @@ class TimedStep:
         self()
         self.network.checkpoint_activations(False)
         self.history.pop()
+
+    def _prepare(self) -> list[Examples]:
+        with _READING:
+            batch = next(self.batches)
+        return self.step.prepare(batch, self.step.samples)
+
+    def _next(self) -> list[Examples]:
+        """Prepared ahead by a thread, as a run's stream does."""
+        examples = self._ahead.result()
+        self._ahead = self._thread.submit(self._prepare)
+        return examples
 
     def saved_bytes(self) -> int:
         """What a forward keeps for its backward."""

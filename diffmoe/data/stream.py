@@ -31,9 +31,9 @@ class Batch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A worker's part of a batch."""
+    """A worker's part of a batch, or what was made of a whole one."""
 
-    batch: Batch
+    batch: Any
     bad_shards: dict[str, str]  # address to reason, of all found so far
 
 
@@ -49,6 +49,8 @@ class LatentStream:
     clock: samples that the whole run has seen; each lane continues at its (clock / V)-th.
     captions: also yield one caption of each sample, drawn at random.
     workers: processes that read ahead, at most one per lane; 0 reads in this process.
+    prepare: makes what is yielded of each batch and its clock, ahead, in a thread; None yields the
+        batches.
     report: receives a message for every shard that is replaced; None prints them to stderr.
 
     bad_shards: address and reason of each shard replaced so far.
@@ -63,6 +65,7 @@ class LatentStream:
         clock: int = 0,
         captions: bool = False,
         workers: int = 0,
+        prepare: Callable[[Batch, int], Any] | None = None,
         report: Callable[[str], None] | None = None,
     ):
         lanes = source.lanes
@@ -80,22 +83,26 @@ class LatentStream:
         self.source, self.my_lanes, self.samples_per_lane = source, list(my_lanes), samples_per_lane
         self.clock, self.captions = clock, captions
         self.workers = min(workers, len(self.my_lanes))
-        self.report = report or _print
+        self.prepare, self.report = prepare, report or _print
         self.bad_shards: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are not forked. They do not report, and a report may hold files."""
-        return self.__dict__ | {"report": None}
+        return self.__dict__ | {"report": None, "prepare": None}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         if self.workers:
             chunks = items_from_workers(
                 self.worker_chunks, self.workers, self.batch_bytes(), self.report
             )
-            # Receiving what workers send takes time, too; the training loop need not wait for it.
-            steps = prefetched(_steps(chunks, self.workers))
+            steps = _steps(chunks, self.workers)
         else:
             steps = _steps(self.worker_chunks(0, 1), 1)
+        if self.prepare is not None:
+            steps = self._prepared(steps, self.prepare)
+        if self.workers or self.prepare is not None:
+            # Receiving what workers send takes time, too; the training loop need not wait for it.
+            steps = prefetched(steps)
         try:
             for step in steps:
                 yield self._received(step)
@@ -164,7 +171,22 @@ class LatentStream:
             sample += text.length * (token + 1) + 2 * text.pooled
         return len(self.my_lanes) * self.samples_per_lane * (sample + 8)
 
-    def _received(self, chunk: Chunk | UserError) -> Batch:
+    def _prepared(
+        self,
+        steps: Generator[Chunk | UserError, None, None],
+        prepare: Callable[[Batch, int], Any],
+    ) -> Generator[Chunk | UserError, None, None]:
+        clock = self.clock
+        try:
+            for step in steps:
+                if isinstance(step, Chunk):
+                    step = step._replace(batch=prepare(step.batch, clock))
+                yield step
+                clock += self.source.lanes * self.samples_per_lane
+        finally:
+            steps.close()
+
+    def _received(self, chunk: Chunk | UserError) -> Any:
         """The batch of a chunk, after its new bad shards were reported. Raises its error."""
         if isinstance(chunk, UserError):
             raise chunk

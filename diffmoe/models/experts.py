@@ -1,7 +1,5 @@
 """The experts of one rank: stacked weights and one batched MLP."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,35 +42,22 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts_e: Tensor | None) -> Tensor:
         """rows: (e, N, D) if every expert has N rows (counts_e None), else (N, D) by expert."""
-        multiply: Callable[..., Tensor] = _batched_linear
-        if counts_e is not None:
-            multiply = grouped = _GroupedLinear(rows, counts_e)
-            if not grouped.has_kernel and rows.device.type != "cpu":
-                return self._padded(rows, counts_e)
+        multiply = _batched_linear if counts_e is None else _GroupedLinear(rows, counts_e)
         if self.activation == "swiglu":
             hidden = F.silu(multiply(rows, self.w_gate)) * multiply(rows, self.w_up)
             return multiply(hidden, self.w_out)
         hidden = F.gelu(multiply(rows, self.w_in, self.b_in), approximate="tanh")
         return multiply(hidden, self.w_out, self.b_out)
 
-    def _padded(self, rows_ND: Tensor, counts_e: Tensor) -> Tensor:
-        """As many rows for every expert as the busiest has, in one batched product."""
-        most = int(counts_e.max())
-        expert_N = torch.arange(len(counts_e), device=rows_ND.device).repeat_interleave(
-            counts_e, output_size=len(rows_ND)
-        )
-        first_N = (counts_e.cumsum(0) - counts_e)[expert_N]
-        slot_N = expert_N * most + torch.arange(len(rows_ND), device=rows_ND.device) - first_N
-        width = rows_ND.shape[1]
-        padded = rows_ND.new_zeros(len(counts_e) * most, width).index_copy(0, slot_N, rows_ND)
-        outputs_eND = self(padded.view(len(counts_e), most, width), None)
-        return outputs_eND.flatten(0, 1).index_select(0, slot_N)
-
 
 def _batched_linear(rows_eND: Tensor, w_eDH: Tensor, b_eH: Tensor | None = None) -> Tensor:
     if b_eH is None:
         return torch.bmm(rows_eND, w_eDH)
     return torch.baddbmm(b_eH[:, None], rows_eND, w_eDH)
+
+
+# On a GPU as fast as a loop over the experts (docs/gpu.md), but the sizes stay in torch.
+_FP32_DEVICES = ("cpu", "cuda") if torch.__version__ >= "2.11" else ("cpu",)
 
 
 class _GroupedLinear:
@@ -90,7 +75,7 @@ class _GroupedLinear:
                 self.dtype == torch.bfloat16
                 or (
                     self.dtype == torch.float32
-                    and rows_ND.device.type == "cpu"
+                    and rows_ND.device.type in _FP32_DEVICES
                     and not torch.compiler.is_compiling()  # shape inference knows bf16 only
                 )
             )

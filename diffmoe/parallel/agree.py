@@ -11,26 +11,33 @@ from torch import Tensor
 
 
 def sum_over_ranks(
-    numbers: Mapping[str, float | Tensor], tensors: Mapping[str, Tensor], device: torch.device
+    numbers: Mapping[str, float], tensors: Mapping[str, Tensor], device: torch.device
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The sums of all values over the ranks, by the same names: one all-reduce, in double.
+    """The sums of all values over the ranks, by the same names, in double; waits for no device.
 
-    Every rank of the default process group calls it with the same names and shapes.
+    Every rank of the default process group calls it with the same names and shapes. One all-reduce
+    on the CPU; on another device one there for the tensors, and one on the CPU for the numbers.
 
-    numbers: Python numbers and tensors of shape (). Their sums come back as floats; reading them
-        is the only wait for the device.
+    numbers: their sums come back as floats.
     tensors: of any shape and type, also empty. Their sums stay on the device, in double.
     """
-    scalars = [torch.as_tensor(value).to(device, torch.double) for value in numbers.values()]
+    cpu = torch.device("cpu")
+    scalars = torch.tensor(list(numbers.values()), dtype=torch.double)
     flat = [tensor.flatten().to(device, torch.double) for tensor in tensors.values()]
-    packed = torch.cat([torch.stack(scalars), *flat] if scalars else flat)
-    dist.all_reduce(packed)
-    head, *parts = packed.split([len(scalars), *(tensor.numel() for tensor in tensors.values())])
+    if device == cpu:
+        packed = torch.cat([scalars, *flat])
+        dist.all_reduce(packed)
+        scalars, rest = packed.split([len(scalars), len(packed) - len(scalars)])
+    else:
+        dist.all_reduce(scalars)
+        rest = torch.cat(flat)
+        dist.all_reduce(rest)
+    parts = rest.split([tensor.numel() for tensor in tensors.values()])
     sums = {
         name: part.view(tensor.shape)
         for (name, tensor), part in zip(tensors.items(), parts, strict=True)
     }
-    return dict(zip(numbers, head.tolist(), strict=True)), sums
+    return dict(zip(numbers, scalars.tolist(), strict=True)), sums
 
 
 def disagreements(values: dict[str, Any]) -> list[str]:

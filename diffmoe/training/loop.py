@@ -25,7 +25,7 @@ from diffmoe.training.lease import Lease, lost_message
 from diffmoe.training.live_evaluation import LiveEvaluation
 from diffmoe.training.resume import Resume
 from diffmoe.training.signals import StopRequest
-from diffmoe.training.step import TrainingStep, build
+from diffmoe.training.step import StepResult, TrainingStep, build
 from diffmoe.training.telemetry import Telemetry
 from diffmoe.training.validation import Metrics, Validation
 
@@ -92,6 +92,7 @@ def train(
         clock=step.samples,
         captions=config.model.text is not None,
         workers=config.data.workers,
+        prepare=step.prepare,
         report=telemetry.say if topology.rank == 0 else None,
     )
     stream = iter(data)
@@ -125,6 +126,7 @@ def train(
         }
 
     skipped_in_a_row, health = 0, HealthWatch()
+    result: StepResult | None = None
     while step.samples < training.total_samples:
         # Step.
         watchdog.step_begins(step.number + 1)
@@ -133,9 +135,9 @@ def train(
         # The held-out loss is part of a line of metrics.
         logging_now = "validation" in now_due or crossed(config.logging.log_samples, before, after)
         waited = time.monotonic()
-        batch = next(stream)
+        examples = next(stream)
         waited = time.monotonic() - waited
-        result = step.run(batch, flags, measure_routing=logging_now)
+        last, result = result, step.run(examples, flags, measure_routing=logging_now)
         asked, save_failed = result.flags["stop"], result.flags["save_failed"]
         if result.flags["lease_lost"]:
             with contextlib.suppress(UserError):  # a save under way fails for the same reason
@@ -157,7 +159,10 @@ def train(
                 f"{Path(config.output) / 'metrics.jsonl'} for when they grew; lower the learning "
                 "rate, set optimizer.gradient_clipping, or resume an older checkpoint"
             )
-        telemetry.step(after, result.losses["loss"], result.gradient_norm)
+        # The bar shows the step before: looking at this one's loss would wait for the device.
+        done = after >= training.total_samples
+        shown = last if last is not None and not (logging_now or done) else result
+        telemetry.step(after, shown.losses["loss"], shown.gradient_norm)
         held_out: Metrics = {}
         if "validation" in now_due:
             assert validation is not None
@@ -183,7 +188,6 @@ def train(
             )
 
         # Save.
-        done = after >= training.total_samples
         clock = Clock(samples=after, step=step.number, skipped=step.skipped)
         if asked:
             now_due.add("step")

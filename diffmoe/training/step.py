@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -67,7 +69,7 @@ def losses_of(
         parts["target_loss"] = torch.stack(errors).mean()
         auxiliary = auxiliary + config.moe.target_loss_weight * parts["target_loss"]
     loss = parts["loss"] + auxiliary
-    parts["routing_loss"] = torch.as_tensor(auxiliary, device=loss.device)
+    parts["routing_loss"] = torch.zeros_like(loss) + auxiliary
     return loss, parts, output.routing
 
 
@@ -84,15 +86,35 @@ def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) 
     return rate
 
 
-class StepResult(NamedTuple):
-    """What one step did; the same on every rank."""
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; the same on every rank.
 
-    losses: dict[str, float]  # means over all samples, by name; `loss` is the objective's
-    gradient_norm: float
+    numbers: of the step, on the device; the first look at `losses` or `gradient_norm` waits for it.
+    """
+
+    numbers: dict[str, Tensor]
     learning_rate: float
     skipped: bool  # a loss or gradient was not finite: weights, EMA and thresholds stayed
     flags: dict[str, float]  # sums over the ranks of what `run` was given
     routing: dict[str, list]  # see RoutingMetrics.summary; empty unless asked for
+
+    @cached_property
+    def losses(self) -> dict[str, float]:
+        """Means over all samples, by name; `loss` is the objective's."""
+        return {name: value for name, value in self._read.items() if name != _NORM}
+
+    @property
+    def gradient_norm(self) -> float:
+        return self._read[_NORM]
+
+    @cached_property
+    def _read(self) -> dict[str, float]:
+        values = torch.stack(list(self.numbers.values())).tolist()
+        return dict(zip(self.numbers, values, strict=True))
+
+
+_NORM = "gradient_norm"
 
 
 class TrainingStep:
@@ -120,13 +142,24 @@ class TrainingStep:
         self.samples = self.number = self.skipped = 0
         self.phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
 
+    def prepare(self, batch: Batch, clock: int) -> list[Examples]:
+        """Draw what training adds to a batch; a stream calls it ahead, in its thread.
+
+        clock: samples trained on before it. For a GPU the examples lie in pinned memory, so that
+        copying them there is nothing to wait for.
+        """
+        examples = micro_batches(batch, self.config, self.lanes, clock, self.objective)
+        if self.device.type == "cuda":
+            examples = [tree_map(Tensor.pin_memory, one) for one in examples]
+        return examples
+
     def run(
         self,
-        batch: Batch,
+        examples: list[Examples],
         read_flags: Callable[[], Mapping[str, float]] = dict,
         measure_routing: bool = False,
     ) -> StepResult:
-        """Train on this rank's part of a batch; every rank calls it.
+        """Train on this rank's part of a batch, as `prepare` made it; every rank calls it.
 
         read_flags: called after the backward; numbers of this rank, to be summed over all ranks
             in the step's one collective.
@@ -141,10 +174,8 @@ class TrainingStep:
         # Forward and backward. The engine acts at the last micro-batch only.
         metrics = RoutingMetrics(self.network) if measure_routing else None
         losses: dict[str, Tensor] = {}
-        with self.phase("examples"):
-            examples = micro_batches(batch, config, self.lanes, self.samples, self.objective)
         for one in examples:
-            one = tree_map(lambda tensor: tensor.to(self.device), one)
+            one = tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), one)
             with self.phase("forward and backward"):
                 loss, parts, routing = losses_of(self.engine, self.objective, one, config)
                 # A loss can overflow while its gradient is finite. NaN makes all gradients NaN, so
@@ -161,18 +192,20 @@ class TrainingStep:
                 losses[name] = losses[name] + part if name in losses else part
 
         # The one collective of the step beside the engine's and the experts'.
-        seen_LX, flags = self.routing_state.seen(), read_flags()
-        with self.phase("losses read"):
-            numbers, tensors = sum_over_ranks(
+        seen_LX = self.routing_state.seen()
+        with self.phase("sums over ranks"):
+            flags, tensors = sum_over_ranks(
+                read_flags(),
                 {f"loss: {name}": loss for name, loss in losses.items()}
-                | {f"flag: {name}": flag for name, flag in flags.items()},
-                {
+                | {
                     "routing state": seen_LX,
                     "routing": metrics.flat() if metrics is not None else torch.empty(0),
                 },
                 self.device,
             )
-            gradient_norm = float(self.engine.get_global_grad_norm())
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.double)
+        numbers = {name: tensors[f"loss: {name}"] / world for name in losses}
+        numbers[_NORM] = norm.to(self.device)
 
         skipped = bool(self.engine.optimizer.overflow)
         self.samples, self.number, self.skipped = samples, self.number + 1, self.skipped + skipped
@@ -184,11 +217,10 @@ class TrainingStep:
             with self.phase("EMA"):
                 self.ema.update(self.number - self.skipped)
         return StepResult(
-            losses={name: numbers[f"loss: {name}"] / world for name in losses},
-            gradient_norm=gradient_norm,
+            numbers=numbers,
             learning_rate=rate,
             skipped=skipped,
-            flags={name: numbers[f"flag: {name}"] for name in flags},
+            flags=flags,
             routing={} if metrics is None else metrics.summary(tensors["routing"] / world),
         )
 

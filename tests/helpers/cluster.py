@@ -16,17 +16,17 @@ NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 TRAIN = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import diffmoe.training.step as step
-batches = step.micro_batches
-def slow(batch, config, lanes, samples, objective):
+from diffmoe.training.step import TrainingStep
+run = TrainingStep.run
+def slow(step, *arguments, **options):
     time.sleep(float(os.environ.get("TEST_SECONDS_A_STEP", 0)))
-    if os.environ.get("TEST_CRASH") == f"{{os.environ['RANK']}} at {{samples}}":
+    if os.environ.get("TEST_CRASH") == f"{{os.environ['RANK']}} at {{step.samples}}":
         raise ZeroDivisionError("a bug")
     if os.environ.get("TEST_PROBE"):
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GLOO_SOCKET_IFNAME")
         print("probe", *(os.environ.get(name) for name in names), flush=True)
-    return batches(batch, config, lanes, samples, objective)
-step.micro_batches = slow
+    return run(step, *arguments, **options)
+TrainingStep.run = slow
 del sys.path[0]
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("real_train", {str(ROOT / "train.py")!r})

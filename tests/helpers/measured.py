@@ -53,7 +53,7 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
 
     zero.setup_buckets = counting
     with Collectives() as sent:
-        result = step.run(random_batch(config, 0, step.lanes))
+        result = step.run(step.prepare(random_batch(config, 0, step.lanes), 0))
     if topology.world > 1:  # the losses travel beside the thresholds, and nobody counts them
         sent.bytes["all_reduce"] -= 8 * len(result.losses)
     moments = [

@@ -107,16 +107,16 @@ class SignalDuringStep:
         self.step, self.number, self.rank = step, number, rank
 
     def __call__(self, rank: int) -> None:
-        from diffmoe.training import step
+        from diffmoe.training.step import TrainingStep
 
-        micro_batches = step.micro_batches
+        run = TrainingStep.run
 
-        def interrupted(batch, config, lanes, samples, objective):
-            if rank == self.rank and samples == (self.step - 1) * config.training.batch_size:
+        def interrupted(step, *arguments, **options):
+            if rank == self.rank and step.number == self.step - 1:
                 os.kill(os.getpid(), self.number)
-            return micro_batches(batch, config, lanes, samples, objective)
+            return run(step, *arguments, **options)
 
-        step.micro_batches = interrupted
+        TrainingStep.run = interrupted
 
 
 def newest(config: Config) -> Path:

@@ -77,27 +77,25 @@ def test_grouped_experts_equal_each_expert_on_its_rows(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_batched_kernel_padding_and_loop_agree(
+def test_batched_kernel_and_loop_agree(
     activation: str, dtype: torch.dtype, device: torch.device, monkeypatch
 ):
     rows_eND = torch.randn(4, 6, 16, dtype=dtype).to(device)
     weights_eND = torch.randn(4, 6, 16, dtype=dtype).to(device)
     counts = torch.full((4,), 6, device=device)
     told = {}
-    for path in ("batched", "grouped", "padded", "loop"):
+    for path in ("batched", "grouped", "loop"):
         experts = make_experts(activation, dtype, device=device)
         rows = rows_eND.clone().requires_grad_()
         if path == "loop":
             monkeypatch.setattr(experts_module, "_GroupedLinear", Loop)
         if path == "batched":
             outputs = experts(rows, None)
-        elif path == "padded":
-            outputs = experts._padded(rows.flatten(0, 1), counts).view(4, 6, 16)
         else:
             outputs = experts(rows.flatten(0, 1), counts).view(4, 6, 16)
         (outputs * weights_eND).sum().backward()
         told[path] = [outputs.detach(), rows.grad, *gradients(experts).values()]
-    for path in ("grouped", "padded", "loop"):
+    for path in ("grouped", "loop"):
         for actual, wanted in zip(told[path], told["batched"], strict=True):
             scale = max(1.0, wanted.abs().max().item())
             torch.testing.assert_close(actual, wanted, atol=rounding(dtype) * scale, rtol=0)
@@ -115,21 +113,3 @@ def test_experts_take_the_broadcast_gradient_of_a_plain_sum(
     for name, gradient in gradients(experts).items():
         assert gradient.isfinite().all(), name
         assert (gradient[[1, 3]] == 0).all(), name  # no rows, no gradient
-
-
-@pytest.mark.parametrize("counts", [[5, 0, 3, 0], [0, 0, 0, 7], [1, 2, 3, 4], [0, 0, 0, 0]])
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_padding_equals_each_expert_on_its_rows(
-    activation: str, counts: list[int], device: torch.device
-):
-    """What a GPU takes in fp32: rows of zeros fill the batch, and none comes back."""
-    experts = make_experts(activation, torch.float64, device=device)
-    rows = torch.randn(sum(counts), 16, dtype=torch.float64).to(device).requires_grad_()
-    outputs = experts._padded(rows, torch.tensor(counts, device=device))
-    expected = one_after_the_other(experts, rows, counts)
-    parameters = [rows, *experts.parameters()]
-    weights = torch.randn_like(expected)
-    found = torch.autograd.grad((outputs * weights).sum(), parameters)
-    wanted = torch.autograd.grad((expected * weights).sum(), parameters)
-    for actual, want in zip([outputs, *found], [expected, *wanted], strict=True):
-        torch.testing.assert_close(actual, want, atol=1e-12, rtol=0)  # float64 rounding

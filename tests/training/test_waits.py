@@ -83,5 +83,6 @@ def test_the_loop_reads_from_the_device_only_where_it_reads_metrics(tmp_path: Pa
         reads = {name: step.get(name, 0) for name in READS}
         if number == STEPS:  # the only one with metrics: nine of routing, and the thresholds
             reads["tolist"] -= 10
-        # The losses and flags, in one, and the gradient norm; nothing in model, EMA, thresholds.
-        assert reads == {**dict.fromkeys(READS, 0), "tolist": 1, "__float__": 1}
+        # The flags, and the losses with the gradient norm: of the step before, which are there. The
+        # first step shows its own, and the second shows those again.
+        assert reads == {**dict.fromkeys(READS, 0), "tolist": 1 if number == 2 else 2}, number

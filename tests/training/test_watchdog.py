@@ -65,21 +65,21 @@ class Hanging:
         self.holds_python = holds_python
 
     def __call__(self, rank: int) -> None:
-        from diffmoe.training import step
+        from diffmoe.training.step import TrainingStep
 
         impatient(rank)
-        micro_batches = step.micro_batches
+        run = TrainingStep.run
 
-        def hang_in_the_fourth_step(batch, config, lanes, samples, objective):
-            if rank == 1 and samples == 3 * config.training.batch_size:
+        def hang_in_the_fourth_step(step, *arguments, **options):
+            if rank == 1 and step.number == 3:
                 # PyDLL keeps the interpreter's lock: no other thread of Python runs meanwhile.
                 library = ctypes.PyDLL(None) if self.holds_python else ctypes.CDLL(None)
                 mutex = ctypes.create_string_buffer(64)
                 library.pthread_mutex_lock(mutex)
                 library.pthread_mutex_lock(mutex)  # waits for itself
-            return micro_batches(batch, config, lanes, samples, objective)
+            return run(step, *arguments, **options)
 
-        step.micro_batches = hang_in_the_fourth_step
+        TrainingStep.run = hang_in_the_fourth_step
 
 
 @pytest.mark.parametrize("holds_python", [False, True], ids=["its work", "all of it"])
