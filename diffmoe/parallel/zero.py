@@ -10,12 +10,14 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
 from diffmoe.config import ZERO_BUCKET, Config
 from diffmoe.errors import UserError
 from diffmoe.files import read_text
+from diffmoe.parallel.gradient_types import gradient_types
 from diffmoe.parallel.topology import Topology
 
 # Only DeepSpeed's inference uses this extension; building it needs a compiler and over a minute.
@@ -121,13 +123,11 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
             f"training.batch_size={training.batch_size} over {world} ranks times "
             f"training.accumulation={training.accumulation} is {micro_batch}; leave it out"
         )
-    accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
-    stage = config.parallel.zero_stage
-    if training.precision == "bf16" and accumulated == "fp32" and stage == 1:
-        # DeepSpeed takes its BF16_Optimizer then, whose masters lie otherwise.
+    accumulated, reduced = gradient_types(settings)
+    if accumulated == "bf16" and training.precision != "bf16":
         raise UserError(
-            "data_types.grad_accum_dtype=fp32 in the DeepSpeed JSON is supported with "
-            f"parallel.zero_stage=2 alone, it is {stage}; set it 2, or leave the option out"
+            "data_types.grad_accum_dtype=bf16 in the DeepSpeed JSON, but training.precision="
+            f"{training.precision}; leave it out"
         )
     zero = {"reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
     zero |= settings.get("zero_optimization", {}) | {"stage": config.parallel.zero_stage}
@@ -137,12 +137,26 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "bf16": settings.get("bf16", {}) | {"enabled": training.precision == "bf16"},
+        "data_types": settings.get("data_types", {}) | {"grad_accum_dtype": accumulated},
+        "communication_data_type": reduced,
         "zero_optimization": zero,
         # torch's own AdamW, on flat partitions.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
     return {"steps_per_print": 1 << 62} | settings | overlapping
+
+
+class Engine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed's engine with the same ZeRO optimizer whatever type gradients accumulate in.
+
+    For bf16 beside fp32 gradients at stage 1 DeepSpeed would take its BF16_Optimizer, whose masters
+    lie otherwise; the ZeRO optimizer does it as well.
+    """
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        super()._do_optimizer_sanity_check(basic_optimizer)
+        return ZERO_OPTIMIZATION
 
 
 class ExpertParallelRoot(MoE):
@@ -205,12 +219,15 @@ def create_engine(
         parameter_groups.append({"params": list(experts.values()), "moe": True, "name": name})
         root = ExpertParallelRoot(network, num_experts, topology)
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    engine, *_ = deepspeed.initialize(
+    engine = Engine(  # what deepspeed.initialize does with a plain configuration
+        args=None,
         model=root,
         optimizer=optimizer(parameter_groups, **optimizer_options),
         config=settings,
+        config_class=deepspeed.DeepSpeedConfig(settings),
         dist_init_required=False,
     )
+    engine._configure_python_gc()
     # The engine turns everything to bf16; thresholds and positions stay in fp32.
     for name, buffer in network.named_buffers():
         buffer.data = buffers[name].to(buffer.device)

@@ -68,7 +68,8 @@ def _offloaded(layout: Layout) -> int:
     own, element = partition_size(layout), layout.element
     # Masters, their gradients, and a buffer for returning weights; the largest gradient in transit.
     pinned = own * (2 * MASTER + element) + layout.sizes.largest * element
-    if layout.accumulation > 1:  # gradients of earlier micro-batches
+    # Gradients of earlier micro-batches; sums in fp32 stay on the GPU (memory.py).
+    if layout.accumulation > 1 and layout.zero.accumulated == element:
         pinned += own * element
     unpinned = own * (2 + average_count(layout)) * MASTER
     return int(pinned * (PINNED if layout.zero.pinned else 1)) + unpinned

@@ -63,20 +63,26 @@ def memory(layout: Layout) -> Memory:
         flat += padded(sizes.experts, layout.expert_replicas)
     # Stage 1 keeps all gradients until the step. Stage 2 frees those of other ranks' partitions,
     # bucket by bucket. Both copy their own partition for the optimizer.
-    whole = 0 if layout.config.parallel.zero_stage == 2 else sizes.dense + sizes.experts
+    stage_2 = layout.config.parallel.zero_stage == 2
+    whole = 0 if stage_2 else sizes.dense + sizes.experts
+    accumulated = layout.zero.accumulated
     sent = layout.rows * layout.config.model.width * element
-    # With offload the optimizer's share is in host memory (host.py); gradients leave one by one.
+    # With offload the optimizer's share is in host memory (host.py); gradients leave one by one,
+    # unless they are summed in fp32 first.
     here = 0 if layout.zero.offload else own
     passing = sizes.largest * element if layout.zero.offload else 0
+    if layout.zero.offload and accumulated != element:
+        passing += own * accumulated
     return Memory(
         parameters=flat * element,
-        gradients=whole * element
-        + here * (MASTER if element == MASTER else MASTER + element)
+        gradients=whole * accumulated
+        + here * (MASTER if accumulated == MASTER else MASTER + accumulated)
         + passing,
         masters=here * MASTER,
         moments=2 * here * MASTER,
         ema=average_count(layout) * here * MASTER,
         activations=activation_bytes(layout),
         all_to_all=2 * sent if layout.expert_parallel > 1 else 0,
-        buckets=layout.zero.buckets * layout.zero.bucket * element,
+        # Stage 1 reduces sums of micro-batches, stage 2 each as it comes from the backward.
+        buckets=layout.zero.buckets * layout.zero.bucket * (element if stage_2 else accumulated),
     )

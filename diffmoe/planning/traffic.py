@@ -29,15 +29,16 @@ def traffic(layout: Layout) -> list[Collective]:
     sizes, element, steps = layout.sizes, layout.element, layout.accumulation
     # Stage 2 does not keep all gradients, so it reduces those of each micro-batch.
     reductions = steps if layout.config.parallel.zero_stage == 2 else 1
+    reduced = layout.zero.reduced * reductions
     found = [
         _all_to_all(layout),
-        _ring(layout, "dense gradients", 1, layout.world, sizes.dense * element * reductions, 2),
+        _ring(layout, "dense gradients", 1, layout.world, sizes.dense * reduced, 2),
         _ring(
             layout,
             "expert gradients",
             layout.expert_parallel,
             layout.expert_replicas,
-            sizes.experts * element * reductions,
+            sizes.experts * reduced,
             2,
         ),
         _ring(
