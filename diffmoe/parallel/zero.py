@@ -148,15 +148,18 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
 
 
 class Engine(deepspeed.DeepSpeedEngine):
-    """DeepSpeed's engine with the same ZeRO optimizer whatever type gradients accumulate in.
+    """DeepSpeed's engine without two decisions of its own.
 
-    For bf16 beside fp32 gradients at stage 1 DeepSpeed would take its BF16_Optimizer, whose masters
-    lie otherwise; the ZeRO optimizer does it as well.
+    For bf16 beside fp32 gradients at stage 1 it would take its BF16_Optimizer, whose masters lie
+    otherwise; the ZeRO optimizer does it as well. And it would cast every parameter to bf16.
     """
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         super()._do_optimizer_sanity_check(basic_optimizer)
         return ZERO_OPTIMIZATION
+
+    def _cast_module_mixed_precision(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 class ExpertParallelRoot(MoE):
@@ -204,12 +207,17 @@ def create_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap the network in a ZeRO engine.
 
-    experts: by name, the parameters of which every expert-parallel rank holds its own.
+    network: in the types that it computes in, see `DiT.to_bf16`. experts: by name, the parameters
+    of which every expert-parallel rank holds its own.
     """
     expert_ids = {id(parameter) for parameter in experts.values()}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     dense = [parameter for parameter in parameters if id(parameter) not in expert_ids]
-    parameter_groups: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
+    # ZeRO flattens a group. Its first one's type is what DeepSpeed takes for the network's.
+    by_dtype = {dtype: [p for p in dense if p.dtype == dtype] for dtype in (p.dtype for p in dense)}
+    parameter_groups: list[dict[str, Any]] = [
+        {"params": parameters, "name": f"dense {dtype}"} for dtype, parameters in by_dtype.items()
+    ]
     root: nn.Module = network
     if experts:
         name = expert_group_name(topology)
@@ -218,7 +226,6 @@ def create_engine(
             parameter.group_name = name  # type: ignore[attr-defined]
         parameter_groups.append({"params": list(experts.values()), "moe": True, "name": name})
         root = ExpertParallelRoot(network, num_experts, topology)
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     engine = Engine(  # what deepspeed.initialize does with a plain configuration
         args=None,
         model=root,
@@ -228,9 +235,6 @@ def create_engine(
         dist_init_required=False,
     )
     engine._configure_python_gc()
-    # The engine turns everything to bf16; thresholds and positions stay in fp32.
-    for name, buffer in network.named_buffers():
-        buffer.data = buffers[name].to(buffer.device)
     return engine
 
 

@@ -52,12 +52,13 @@ class Zero:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Trainable elements of one rank: dense ones, and those of its experts.
+    """Trainable elements of one rank: dense ones, those that route, and those of its experts.
 
     largest: elements of the largest parameter.
     """
 
     dense: int
+    routing: int
     experts: int
     largest: int
 
@@ -72,8 +73,9 @@ def sizes_of(model_json: str, moe_json: str, expert_parallel: int) -> Sizes:
             topology,
         )
     experts = sum(parameter.numel() for parameter in network.expert_parameters().values())
+    routing = sum(parameter.numel() for parameter in network.routing_parameters().values())
     every = [parameter.numel() for parameter in network.parameters()]
-    return Sizes(sum(every) - experts, experts, max(every))
+    return Sizes(sum(every) - experts - routing, routing, experts, max(every))
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Layout:
 
     @property
     def element(self) -> int:
-        """Bytes of one element of parameters, gradients and activations."""
+        """Bytes of one element of parameters and activations, but for those that route: fp32."""
         return BYTES[self.config.training.precision]
 
     @property

@@ -109,7 +109,7 @@ def saved_bytes(config: Config) -> int:
     network = randomize(DiT(config.model, config.moe)).train()
     network.checkpoint_activations(config.training.activation_checkpointing)
     if config.training.precision == "bf16":
-        network.bfloat16()
+        network.to_bf16()
     lanes = range(config.data.lanes)
     examples = next(
         iter(micro_batches(random_batch(config, 0, lanes), config, lanes, 0, objective))
