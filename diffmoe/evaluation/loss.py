@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffmoe.checkpoints.checksums import wrong_sizes
 from diffmoe.checkpoints.folder import checkpoints_of, step_of
 from diffmoe.checkpoints.run_file import read_run_file
@@ -23,7 +21,6 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation import curves, held_out, results
 from diffmoe.evaluation.held_out import HeldOut, HeldOutLoss, check_untrained
 from diffmoe.export.exported_model import is_exported
-from diffmoe.export.tensors import cast_parameters
 from diffmoe.sampling.sampler import Sampler
 
 METRIC = "validation_loss"
@@ -85,7 +82,7 @@ def measure_once(
 def _measured(sampler: Sampler, config: Config, path: str) -> HeldOutLoss:
     of = HeldOut(config, path, config.validation.samples)
     if config.training.precision == "bf16":  # computes as it did in training
-        cast_parameters(sampler.network, torch.bfloat16)
+        sampler.network.to_bf16()
     with sampler.routed():
         return of.summary(of.measure(sampler.network))
 

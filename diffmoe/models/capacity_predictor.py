@@ -23,7 +23,7 @@ class CapacityPredictor(nn.Module):
 
     def forward(self, tokens_SD: Tensor) -> Tensor:
         """Logits (S, E), in fp32 at least. No gradient reaches the tokens."""
-        hidden_SD = F.silu(self.hidden(tokens_SD.detach()))
+        hidden_SD = F.silu(self.hidden(tokens_SD.detach().to(self.hidden.weight.dtype)))
         dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
         weight, bias = self.out.weight.to(dtype), self.out.bias.to(dtype)
         with outside_autocast(hidden_SD):

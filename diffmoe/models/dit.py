@@ -241,6 +241,24 @@ class DiT(nn.Module):
             for name, parameter in module.named_parameters()
         }
 
+    def routing_parameters(self) -> dict[str, nn.Parameter]:
+        """Those that decide which expert takes which token."""
+        return {
+            f"{prefix}.{name}": parameter
+            for prefix, module in self.named_modules()
+            if isinstance(module, MoEFeedForward)
+            for name, parameter in module.named_parameters()
+            if name.split(".")[0] in module.routing_parts
+        }
+
+    def to_bf16(self) -> "DiT":
+        """Cast the parameters to the types of a bf16 run: what routes is fp32, as buffers are."""
+        routing = {id(parameter) for parameter in self.routing_parameters().values()}
+        for parameter in self.parameters():
+            if id(parameter) not in routing:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return self
+
     @torch.no_grad()
     def initialize(self, seed: int) -> "DiT":
         """DiT's initialization; the router's as in the paper's release.

@@ -65,7 +65,13 @@ class Scored(NamedTuple):
 
 
 class MoEFeedForward(nn.Module):
-    """What all families share; a family says in `_select` which expert takes which token."""
+    """What all families share; a family says in `_select` which expert takes which token.
+
+    routing_parts: names of the parameters and modules that decide it; a bf16 run keeps them in
+    fp32, where steps far smaller than their values are not lost.
+    """
+
+    routing_parts: tuple[str, ...] = ("router", "router_time")
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
         super().__init__()
@@ -153,6 +159,9 @@ class MoEFeedForward(nn.Module):
         time_BD: Tensor | None = None,
         null_B: Tensor | None = None,
     ) -> tuple[Assignment, LayerRouting]:
+        probe_ND = tokens_SD.detach()[:_PROBE]
+        # Once for all that routes: a bf16 run's router is fp32.
+        tokens_SD = tokens_SD.to(self.router.dtype)
         if self.moe.router_input == "modulated":
             hidden_SD = self._hidden(tokens_SD)
         else:
@@ -178,7 +187,7 @@ class MoEFeedForward(nn.Module):
         return assignment, layer_routing._replace(
             losses=losses,
             gate_sum=(assignment.gates.detach().abs().sum() + apart) / len(tokens_SD),
-            probe_ND=tokens_SD.detach()[:_PROBE],
+            probe_ND=probe_ND,
         )
 
     def _capacity(self, tokens: int, capacity: float) -> int:

@@ -10,12 +10,14 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
 from diffmoe.config import ZERO_BUCKET, Config
 from diffmoe.errors import UserError
 from diffmoe.files import read_text
+from diffmoe.parallel.gradient_types import gradient_types
 from diffmoe.parallel.topology import Topology
 
 # Only DeepSpeed's inference uses this extension; building it needs a compiler and over a minute.
@@ -121,13 +123,11 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
             f"training.batch_size={training.batch_size} over {world} ranks times "
             f"training.accumulation={training.accumulation} is {micro_batch}; leave it out"
         )
-    accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
-    stage = config.parallel.zero_stage
-    if training.precision == "bf16" and accumulated == "fp32" and stage == 1:
-        # DeepSpeed takes its BF16_Optimizer then, whose masters lie otherwise.
+    accumulated, reduced = gradient_types(settings)
+    if accumulated == "bf16" and training.precision != "bf16":
         raise UserError(
-            "data_types.grad_accum_dtype=fp32 in the DeepSpeed JSON is supported with "
-            f"parallel.zero_stage=2 alone, it is {stage}; set it 2, or leave the option out"
+            "data_types.grad_accum_dtype=bf16 in the DeepSpeed JSON, but training.precision="
+            f"{training.precision}; leave it out"
         )
     zero = {"reduce_bucket_size": ZERO_BUCKET, "allgather_bucket_size": ZERO_BUCKET}
     zero |= settings.get("zero_optimization", {}) | {"stage": config.parallel.zero_stage}
@@ -137,12 +137,29 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "bf16": settings.get("bf16", {}) | {"enabled": training.precision == "bf16"},
+        "data_types": settings.get("data_types", {}) | {"grad_accum_dtype": accumulated},
+        "communication_data_type": reduced,
         "zero_optimization": zero,
         # torch's own AdamW, on flat partitions.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
     return {"steps_per_print": 1 << 62} | settings | overlapping
+
+
+class Engine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed's engine without two decisions of its own.
+
+    For bf16 beside fp32 gradients at stage 1 it would take its BF16_Optimizer, whose masters lie
+    otherwise; the ZeRO optimizer does it as well. And it would cast every parameter to bf16.
+    """
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        super()._do_optimizer_sanity_check(basic_optimizer)
+        return ZERO_OPTIMIZATION
+
+    def _cast_module_mixed_precision(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 class ExpertParallelRoot(MoE):
@@ -190,12 +207,17 @@ def create_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap the network in a ZeRO engine.
 
-    experts: by name, the parameters of which every expert-parallel rank holds its own.
+    network: in the types that it computes in, see `DiT.to_bf16`. experts: by name, the parameters
+    of which every expert-parallel rank holds its own.
     """
     expert_ids = {id(parameter) for parameter in experts.values()}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     dense = [parameter for parameter in parameters if id(parameter) not in expert_ids]
-    parameter_groups: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
+    # ZeRO flattens a group. Its first one's type is what DeepSpeed takes for the network's.
+    by_dtype = {dtype: [p for p in dense if p.dtype == dtype] for dtype in (p.dtype for p in dense)}
+    parameter_groups: list[dict[str, Any]] = [
+        {"params": parameters, "name": f"dense {dtype}"} for dtype, parameters in by_dtype.items()
+    ]
     root: nn.Module = network
     if experts:
         name = expert_group_name(topology)
@@ -204,16 +226,15 @@ def create_engine(
             parameter.group_name = name  # type: ignore[attr-defined]
         parameter_groups.append({"params": list(experts.values()), "moe": True, "name": name})
         root = ExpertParallelRoot(network, num_experts, topology)
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    engine, *_ = deepspeed.initialize(
+    engine = Engine(  # what deepspeed.initialize does with a plain configuration
+        args=None,
         model=root,
         optimizer=optimizer(parameter_groups, **optimizer_options),
         config=settings,
+        config_class=deepspeed.DeepSpeedConfig(settings),
         dist_init_required=False,
     )
-    # The engine turns everything to bf16; thresholds and positions stay in fp32.
-    for name, buffer in network.named_buffers():
-        buffer.data = buffers[name].to(buffer.device)
+    engine._configure_python_gc()
     return engine
 
 

@@ -94,11 +94,11 @@ def _routing(layout: Layout) -> int:
     E = config.moe.experts
     saved = S * E * F32 + N * (INT64 + F32)  # scores; token indices and gates
     if a != F32:
-        saved += S * D * F32  # tokens, for the router
+        saved += S * D * F32  # tokens, for all that routes
     if config.moe.type == "race":
-        saved += 2 * S * D * a  # its hidden layer, before and after the activation
+        saved += 2 * S * D * F32  # its hidden layer, before and after the activation
+        if a != F32 and config.moe.target_loss_weight:
+            saved += S * D * a  # that layer, for the head
     if config.moe.type == "diffmoe":
-        saved += 2 * S * D * a + 2 * S * E * F32  # hidden layer, logits and their target
-        if a != F32:
-            saved += S * D * F32
+        saved += 2 * S * D * F32 + 2 * S * E * F32  # hidden layer, logits and their target
     return saved

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from diffmoe.config import BYTES
 from diffmoe.planning.layouts import BYTES as ELEMENT
 from diffmoe.planning.layouts import Layout
-from diffmoe.planning.memory import MASTER, average_count, partition_size
+from diffmoe.planning.memory import MASTER, average_count, parameter_groups, partition_size
 
 # Of a rank: Python, torch, and the host side of CUDA and NCCL. Of a data worker.
 RANK_BYTES = 4 * 2**30
@@ -47,7 +47,7 @@ def host_memory(layout: Layout) -> HostMemory:
     readers = min(config.data.workers, config.data.lanes // layout.world)
     return HostMemory(
         processes=ranks * (RANK_BYTES + readers * READER_BYTES),
-        network=ranks * (sizes.dense + sizes.experts) * MASTER,
+        network=ranks * (sizes.dense + sizes.routing + sizes.experts) * MASTER,
         states=ranks * _offloaded(layout),
         saves=int(ranks * own * _saved(layout) * (1 if layout.zero.offload else PINNED)),
         loader=ranks * BATCHES * (config.training.batch_size // layout.world) * _sample(layout),
@@ -67,9 +67,11 @@ def _offloaded(layout: Layout) -> int:
         return 0
     own, element = partition_size(layout), layout.element
     # Masters, their gradients, and a buffer for returning weights; the largest gradient in transit.
-    pinned = own * (2 * MASTER + element) + layout.sizes.largest * element
-    if layout.accumulation > 1:  # gradients of earlier micro-batches
-        pinned += own * element
+    returning = sum(group.own * group.element for group in parameter_groups(layout))
+    pinned = own * 2 * MASTER + returning + layout.sizes.largest * element
+    # Gradients of earlier micro-batches; sums in fp32 stay on the GPU (memory.py).
+    if layout.accumulation > 1 and layout.zero.accumulated == element:
+        pinned += returning
     unpinned = own * (2 + average_count(layout)) * MASTER
     return int(pinned * (PINNED if layout.zero.pinned else 1)) + unpinned
 

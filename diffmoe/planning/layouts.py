@@ -11,6 +11,7 @@ from diffmoe.config import ZERO_BUCKET, Config, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing import expert_capacity
+from diffmoe.parallel.gradient_types import gradient_types
 from diffmoe.parallel.topology import Topology
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -22,6 +23,7 @@ class Zero:
 
     bucket: elements of a reduce bucket. buckets: how many exist at once. offload: masters, moments,
     averages and their gradients are in host memory. pinned: that memory is page-locked.
+    accumulated, reduced: bytes of an element of gradients over micro-batches, and between ranks.
     (allgather_bucket_size only splits a collective, it needs no memory.)
     """
 
@@ -29,28 +31,34 @@ class Zero:
     buckets: int = 1
     offload: bool = False
     pinned: bool = False
+    accumulated: int = BYTES["fp32"]
+    reduced: int = BYTES["fp32"]
 
     @classmethod
     def of(cls, ds_settings: Mapping[str, Any]) -> "Zero":
         """ds_settings: the JSON as diffmoe.parallel.zero.read_ds_config returns it."""
         zero = ds_settings.get("zero_optimization", {})
         offload = zero.get("offload_optimizer") or {}
+        accumulated, reduced = gradient_types(ds_settings)
         return cls(
             bucket=int(zero.get("reduce_bucket_size", cls.bucket)),
             buckets=2 if zero.get("overlap_comm") else 1,
             offload=offload.get("device", "none") != "none",
             pinned=bool(offload.get("pin_memory")),
+            accumulated=BYTES[accumulated],
+            reduced=BYTES[reduced],
         )
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Trainable elements of one rank: dense ones, and those of its experts.
+    """Trainable elements of one rank: dense ones, those that route, and those of its experts.
 
     largest: elements of the largest parameter.
     """
 
     dense: int
+    routing: int
     experts: int
     largest: int
 
@@ -65,8 +73,9 @@ def sizes_of(model_json: str, moe_json: str, expert_parallel: int) -> Sizes:
             topology,
         )
     experts = sum(parameter.numel() for parameter in network.expert_parameters().values())
+    routing = sum(parameter.numel() for parameter in network.routing_parameters().values())
     every = [parameter.numel() for parameter in network.parameters()]
-    return Sizes(sum(every) - experts, experts, max(every))
+    return Sizes(sum(every) - experts - routing, routing, experts, max(every))
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Layout:
 
     @property
     def element(self) -> int:
-        """Bytes of one element of parameters, gradients and activations."""
+        """Bytes of one element of parameters and activations, but for those that route: fp32."""
         return BYTES[self.config.training.precision]
 
     @property

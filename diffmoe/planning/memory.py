@@ -40,13 +40,44 @@ def padded(elements: int, ranks: int) -> int:
     return -(-elements // step) * step
 
 
+@dataclass(frozen=True)
+class Group:
+    """Parameters that DeepSpeed flattens together: of one type, shared out to the same ranks."""
+
+    elements: int
+    ranks: int
+    element: int
+
+    @property
+    def flat(self) -> int:
+        """Elements with padding."""
+        return padded(self.elements, self.ranks)
+
+    @property
+    def own(self) -> int:
+        """Elements of one rank's partition."""
+        return self.flat // self.ranks
+
+
+def dense_groups(layout: Layout) -> list[Group]:
+    sizes, world, element = layout.sizes, layout.world, layout.element
+    if element == MASTER or not sizes.routing:
+        return [Group(sizes.dense + sizes.routing, world, element)]
+    return [Group(sizes.dense, world, element), Group(sizes.routing, world, MASTER)]
+
+
+def expert_groups(layout: Layout) -> list[Group]:
+    experts = layout.sizes.experts
+    return [Group(experts, layout.expert_replicas, layout.element)] if experts else []
+
+
+def parameter_groups(layout: Layout) -> list[Group]:
+    return dense_groups(layout) + expert_groups(layout)
+
+
 def partition_size(layout: Layout) -> int:
     """Elements whose masters and moments one rank holds, over all parameter groups."""
-    sizes = layout.sizes
-    own = padded(sizes.dense, layout.world) // layout.world
-    if sizes.experts:
-        own += padded(sizes.experts, layout.expert_replicas) // layout.expert_replicas
-    return own
+    return sum(group.own for group in parameter_groups(layout))
 
 
 def average_count(layout: Layout) -> int:
@@ -58,25 +89,29 @@ def average_count(layout: Layout) -> int:
 def memory(layout: Layout) -> Memory:
     """What one GPU needs at the peak of a step."""
     sizes, element, own = layout.sizes, layout.element, partition_size(layout)
-    flat = padded(sizes.dense, layout.world)
-    if sizes.experts:
-        flat += padded(sizes.experts, layout.expert_replicas)
+    groups = parameter_groups(layout)
     # Stage 1 keeps all gradients until the step. Stage 2 frees those of other ranks' partitions,
     # bucket by bucket. Both copy their own partition for the optimizer.
-    whole = 0 if layout.config.parallel.zero_stage == 2 else sizes.dense + sizes.experts
+    stage_2 = layout.config.parallel.zero_stage == 2
+    accumulated = layout.zero.accumulated
+    kept = sum(group.elements * max(accumulated, group.element) for group in groups)
     sent = layout.rows * layout.config.model.width * element
-    # With offload the optimizer's share is in host memory (host.py); gradients leave one by one.
+    # With offload the optimizer's share is in host memory (host.py); gradients leave one by one,
+    # unless they are summed in fp32 first.
     here = 0 if layout.zero.offload else own
     passing = sizes.largest * element if layout.zero.offload else 0
+    if layout.zero.offload and accumulated != element:
+        passing += own * accumulated
     return Memory(
-        parameters=flat * element,
-        gradients=whole * element
-        + here * (MASTER if element == MASTER else MASTER + element)
+        parameters=sum(group.flat * group.element for group in groups),
+        gradients=(0 if stage_2 else kept)
+        + here * (MASTER if accumulated == MASTER else MASTER + accumulated)
         + passing,
         masters=here * MASTER,
         moments=2 * here * MASTER,
         ema=average_count(layout) * here * MASTER,
         activations=activation_bytes(layout),
         all_to_all=2 * sent if layout.expert_parallel > 1 else 0,
-        buckets=layout.zero.buckets * layout.zero.bucket * element,
+        # Stage 1 reduces sums of micro-batches, stage 2 each as it comes from the backward.
+        buckets=layout.zero.buckets * layout.zero.bucket * (element if stage_2 else accumulated),
     )

@@ -50,7 +50,7 @@ def check_submission(
 def checkpoint_bytes(layout: Layout) -> int:
     """Size of one checkpoint: masters, two moments and the averages of every parameter."""
     sizes = layout.sizes
-    elements = sizes.dense + sizes.experts * layout.expert_parallel
+    elements = sizes.dense + sizes.routing + sizes.experts * layout.expert_parallel
     return elements * MASTER * (3 + average_count(layout))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from diffmoe.planning.layouts import Layout
-from diffmoe.planning.memory import padded
+from diffmoe.planning.memory import dense_groups, expert_groups, parameter_groups
 
 F32, F64, INT64 = 4, 8, 8
 
@@ -26,18 +26,26 @@ class Collective:
 
 def traffic(layout: Layout) -> list[Collective]:
     """The collectives whose size grows with the model or the batch, and those of routing."""
-    sizes, element, steps = layout.sizes, layout.element, layout.accumulation
+    sizes, steps = layout.sizes, layout.accumulation
     # Stage 2 does not keep all gradients, so it reduces those of each micro-batch.
     reductions = steps if layout.config.parallel.zero_stage == 2 else 1
+    reduced = layout.zero.reduced * reductions
     found = [
         _all_to_all(layout),
-        _ring(layout, "dense gradients", 1, layout.world, sizes.dense * element * reductions, 2),
+        _ring(
+            layout,
+            "dense gradients",
+            1,
+            layout.world,
+            (sizes.dense + sizes.routing) * reduced,
+            2,
+        ),
         _ring(
             layout,
             "expert gradients",
             layout.expert_parallel,
             layout.expert_replicas,
-            sizes.experts * element * reductions,
+            sizes.experts * reduced,
             2,
         ),
         _ring(
@@ -45,7 +53,7 @@ def traffic(layout: Layout) -> list[Collective]:
             "dense parameters",
             1,
             layout.world,
-            padded(sizes.dense, layout.world) * element,
+            sum(group.flat * group.element for group in dense_groups(layout)),
             1,
         ),
         _ring(
@@ -53,7 +61,7 @@ def traffic(layout: Layout) -> list[Collective]:
             "expert parameters",
             layout.expert_parallel,
             layout.expert_replicas,
-            padded(sizes.experts, layout.expert_replicas) * element,
+            sum(group.flat * group.element for group in expert_groups(layout)),
             1,
         ),
         *_routing(layout),
@@ -101,8 +109,9 @@ def _ring(layout: Layout, name: str, stride: int, ranks: int, size: int, passes:
 def _routing(layout: Layout) -> list[Collective]:
     """Collectives of the gradient norm, routing state and wide pools; small beside the others."""
     moe, L = layout.config.moe, layout.moe_layers
-    # Squared norms of dense and expert gradients, the experts' mean; in bf16 an overflow flag.
-    norms = F32 * (1 + (L > 0) + (L > 0 and layout.expert_replicas > 1))
+    # Squared norms of each group's gradients, the experts' mean; in bf16 an overflow flag.
+    groups = len(parameter_groups(layout))
+    norms = F32 * (groups + (L > 0 and layout.expert_replicas > 1))
     found = [_ring(layout, "gradient norm", 1, layout.world, norms + (layout.element == 2), 2)]
     state = {"diffmoe": moe.experts, "race": 1, "dsmoe": moe.experts}.get(moe.type, 0) * L
     if not state:

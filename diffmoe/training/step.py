@@ -33,6 +33,8 @@ def build(
     network = DiT(config.model, config.moe, topology).initialize(config.seed).to(device)
     network.checkpoint_activations(config.training.activation_checkpointing)
     network.train()
+    if config.training.precision == "bf16":
+        network.to_bf16()
     if config.training.compile:
         for block in network.blocks:
             block.compile()

@@ -43,6 +43,24 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
         work(group)
 
     zero._optimizer_step = noting
+    # What is kept of all gradients before stage 1 reduces them, and of this rank's own after that.
+    kept: list[int] = [0]
+    reduce, finish = zero.reduce_gradients, zero.step
+
+    def keeping(**options: Any) -> None:
+        parameters = [parameter for group in zero.bit16_groups for parameter in group]
+        gradients = [zero.get_gradient_for_reduction(parameter) for parameter in parameters]
+        kept.append(size(gradient for gradient in gradients if gradient is not None))
+        reduce(**options)
+
+    summed: list[int] = []
+
+    def finishing() -> None:
+        parts = [part for group in zero.averaged_gradients.values() for part in group]
+        summed.append(size(parts))
+        finish()
+
+    zero.reduce_gradients, zero.step = keeping, finishing
     buckets: list[int] = []
     set_up = zero.setup_buckets
 
@@ -63,6 +81,8 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
     ]
     return {
         "parameters": size(zero.bit16_groups_flat),
+        "gradients_kept": max(kept),
+        "gradients_summed": max(summed),
         "gradient_partition": size(gradients),
         "masters": size(zero.single_partition_of_fp32_groups),
         "moments": size(moments),
@@ -89,7 +109,7 @@ def saved_bytes(config: Config) -> int:
     network = randomize(DiT(config.model, config.moe)).train()
     network.checkpoint_activations(config.training.activation_checkpointing)
     if config.training.precision == "bf16":
-        network.bfloat16()
+        network.to_bf16()
     lanes = range(config.data.lanes)
     examples = next(
         iter(micro_batches(random_batch(config, 0, lanes), config, lanes, 0, objective))

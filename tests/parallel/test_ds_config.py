@@ -211,14 +211,44 @@ def test_a_micro_batch_in_the_json_that_does_not_follow_is_refused():
     )
 
 
-def test_gradients_that_accumulate_in_fp32_beside_bf16_need_stage_2():
+@pytest.mark.parametrize(
+    ("given", "accumulated", "reduced"),
+    [
+        ({}, "fp32", "fp32"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "bf16", "bf16"),
+        ({"communication_data_type": "bf16"}, "fp32", "bf16"),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "fp32"},
+            "bf16",
+            "fp32",
+        ),
+    ],
+)
+def test_gradients_are_fp32_unless_the_json_says_otherwise(given, accumulated, reduced):
+    for stage in (1, 2):
+        config = Config().replace({"training.precision": "bf16", "parallel.zero_stage": stage})
+        settings = engine_settings(config, given, world=1)
+        assert settings["data_types"] == {"grad_accum_dtype": accumulated}
+        assert settings["communication_data_type"] == reduced
+
+
+def test_gradients_of_an_fp32_run_do_not_accumulate_in_bf16():
+    given = {"data_types": {"grad_accum_dtype": "bf16"}}
+    with pytest.raises(UserError, match=r"grad_accum_dtype=bf16.*training.precision=fp32; leave"):
+        engine_settings(Config(), given, world=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, "data_types.grad_accum_dtype='fp16'"),
+        ({"communication_data_type": ["fp32"]}, r"communication_data_type=\['fp32'\]"),
+    ],
+)
+def test_other_types_of_gradients_are_refused(given: dict, told: str):
     config = Config.model_validate({"training": {"precision": "bf16"}})
-    given = {"data_types": {"grad_accum_dtype": "fp32"}}
-    with pytest.raises(UserError, match=r"grad_accum_dtype=fp32.*zero_stage=2 alone, it is 1"):
+    with pytest.raises(UserError, match=told + " in the DeepSpeed JSON: choose fp32 or bf16"):
         engine_settings(config, given, world=1)
-    for allowed in ({"parallel.zero_stage": 2}, {"training.precision": "fp32"}):
-        settings = engine_settings(config.replace(allowed), given, world=1)
-        assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ EVERYTHING = {
         (2, {"parallel__zero_stage": 2}, None, (2, 4)),
         (1, EVERYTHING, None, (2, 4)),
         (2, EVERYTHING, None, (2, 4)),
+        (2, {**EVERYTHING, "parallel__zero_stage": 2}, None, (2, 4)),
         # Lanes of 8 samples, 2 a step: an epoch is 4 steps.
         (2, EVERYTHING, [8] * 4, (4, 5)),
     ],
@@ -42,6 +43,7 @@ EVERYTHING = {
         "two ranks, stage 2",
         "one rank, everything",
         "two ranks, everything",
+        "two ranks, everything, stage 2",
         "at an epoch's end and a step later",
     ],
 )
@@ -67,11 +69,12 @@ def test_resuming_twice_equals_not_stopping(
 
 
 @pytest.mark.slow
-def test_gradients_that_accumulate_in_fp32_beside_bf16_resume_as_well(tmp_path: Path):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_that_accumulate_in_bf16_resume_as_well(tmp_path: Path, stage: int):
     pack(tmp_path / "data")
     ds_config = tmp_path / "ds.json"
-    ds_config.write_text('{"data_types": {"grad_accum_dtype": "fp32"}}')
-    changes = {**EVERYTHING, "parallel__zero_stage": 2, "parallel__expert_parallel": 2}
+    ds_config.write_text('{"data_types": {"grad_accum_dtype": "bf16"}}')
+    changes = {**EVERYTHING, "parallel__zero_stage": stage, "parallel__expert_parallel": 2}
     whole = run_config(tmp_path, 4, **changes)
     parts = whole.replace({"output": str(tmp_path / "parts")})
     assert train(whole, 2, ds_config=str(ds_config)) == [True] * 2

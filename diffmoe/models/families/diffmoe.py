@@ -17,6 +17,7 @@ from diffmoe.parallel.topology import Topology
 class DiffMoE(ThresholdedMoE):
     """Every expert takes its K best tokens of the pool; a predictor learns which (Eq. 6, 10-14)."""
 
+    routing_parts = (*ThresholdedMoE.routing_parts, "capacity_predictor")
     capacity_predictor: CapacityPredictor
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:

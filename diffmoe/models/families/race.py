@@ -21,6 +21,7 @@ class ExpertRace(ThresholdedMoE):
     moe.target_loss_weight, a head predicts the objective's target, too (per-layer regularization).
     """
 
+    routing_parts = (*ThresholdedMoE.routing_parts, "router_hidden")
     thresholds: Tensor
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
@@ -45,6 +46,7 @@ class ExpertRace(ThresholdedMoE):
         self.thresholds.lerp_(seen_X.to(self.thresholds.dtype), 1 - self.moe.threshold_ema)
 
     def _hidden(self, tokens_SD: Tensor) -> Tensor:
+        tokens_SD = tokens_SD.to(self.router_hidden.weight.dtype)
         return F.gelu(self.router_hidden(tokens_SD), approximate="tanh")
 
     def _select(self, scored: Scored) -> tuple[Assignment, LayerRouting]:
@@ -70,7 +72,7 @@ class ExpertRace(ThresholdedMoE):
             losses["similarity"] = router_similarity(scored.logits_SE, selected_ES, self.pool)
         target_BTP = None
         if self.target_head is not None:
-            target_SP = self.target_head(scored.hidden_SD)
+            target_SP = self.target_head(scored.hidden_SD.to(self.target_head.weight.dtype))
             target_BTP = target_SP.unflatten(0, (-1, scored.tokens_per_sample))
         return assignment, LayerRouting(selected_ES, ranked_SE, losses, kth_1, target_BTP)
 
