@@ -148,10 +148,11 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
 
 
 class Engine(deepspeed.DeepSpeedEngine):
-    """DeepSpeed's engine without two decisions of its own.
+    """DeepSpeed's engine without three decisions of its own.
 
     For bf16 beside fp32 gradients at stage 1 it would take its BF16_Optimizer, whose masters lie
-    otherwise; the ZeRO optimizer does it as well. And it would cast every parameter to bf16.
+    otherwise; the ZeRO optimizer does it as well. It would cast every parameter to bf16. And with
+    offload it would add the next step's gradients to the fp32 sums of one that it skipped.
     """
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
@@ -160,6 +161,12 @@ class Engine(deepspeed.DeepSpeedEngine):
 
     def _cast_module_mixed_precision(self, *_: Any, **__: Any) -> None:
         pass
+
+    def _take_model_step(self, *arguments: Any, **options: Any) -> None:
+        super()._take_model_step(*arguments, **options)
+        if self.optimizer.overflow:
+            sums = self.optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))
 
 
 class ExpertParallelRoot(MoE):
