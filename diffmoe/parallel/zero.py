@@ -4,20 +4,19 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
 from diffmoe.config import ZERO_BUCKET, Config
 from diffmoe.errors import UserError
 from diffmoe.files import read_text
+from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.gradient_types import gradient_types
 from diffmoe.parallel.topology import Topology
 
@@ -146,44 +145,6 @@ def engine_settings(config: Config, settings: dict[str, Any], world: int) -> dic
         "zero_force_ds_cpu_optimizer": False,
     }
     return {"steps_per_print": 1 << 62} | settings | overlapping
-
-
-class Engine(deepspeed.DeepSpeedEngine):
-    """DeepSpeed's engine without three decisions of its own.
-
-    For bf16 beside fp32 gradients at stage 1 it would take its BF16_Optimizer, whose masters lie
-    otherwise; the ZeRO optimizer does it as well. It would cast every parameter to bf16. And before
-    a step it would look at each gradient a dozen times, more launches than a backward pass has:
-    their norm tells as well whether all are finite.
-    """
-
-    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
-        super()._do_optimizer_sanity_check(basic_optimizer)
-        return ZERO_OPTIMIZATION
-
-    def _cast_module_mixed_precision(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
-        zero = super()._configure_zero_optimizer(optimizer)
-        if not zero.cpu_offload:
-            zero.check_overflow = lambda partition_gradients=True: None
-            zero.get_grad_norm_direct = partial(gradient_norm, zero)
-        return zero
-
-
-def gradient_norm(zero: Any, gradients: list[Tensor], *_: Any, **__: Any) -> Tensor:
-    """What ZeRO's `get_grad_norm_direct` computes, a few launches for all gradients of a group.
-
-    Their L2 norm over all ranks, summed in fp64; -1 where it is not finite, as ZeRO wants it.
-    """
-    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    total = torch.zeros((), device=zero.device)
-    if own:
-        total = torch.stack(torch._foreach_norm(own, 2, torch.float64)).pow(2).sum().float()
-    deepspeed.comm.all_reduce(total, group=zero.dp_process_group)
-    norm = total.sqrt()
-    return torch.where(norm.isfinite(), norm, -1.0)
 
 
 class ExpertParallelRoot(MoE):

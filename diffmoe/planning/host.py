@@ -69,8 +69,9 @@ def _offloaded(layout: Layout) -> int:
     # Masters, their gradients, and a buffer for returning weights; the largest gradient in transit.
     returning = sum(group.own * group.element for group in parameter_groups(layout))
     pinned = own * 2 * MASTER + returning + layout.sizes.largest * element
-    # Gradients of earlier micro-batches; sums in fp32 stay on the GPU (memory.py).
-    if layout.accumulation > 1 and layout.zero.accumulated == element:
+    # Gradients of earlier micro-batches: stage 1's, and sums in fp32, stay on the GPU (memory.py).
+    stage_2 = layout.config.parallel.zero_stage == 2
+    if layout.accumulation > 1 and stage_2 and layout.zero.accumulated == element:
         pinned += returning
     unpinned = own * (2 + average_count(layout)) * MASTER
     return int(pinned * (PINNED if layout.zero.pinned else 1)) + unpinned

@@ -42,7 +42,7 @@ def test_compiled_bf16_gradients_are_those_of_bf16():
         data__lanes=4,
         training__batch_size=32,
     )
-    network = randomize(DiT(config.model, config.moe)).bfloat16().train()
+    network = randomize(DiT(config.model, config.moe)).to_bf16().train()
     batch = random_batch(config, 0, range(config.data.lanes))
     inputs = batch.latents, torch.rand(len(batch.latents)), batch.labels
     parameters = [one for one in network.parameters() if one.requires_grad]
