@@ -25,6 +25,7 @@ from diffmoe.models.families import create_moe
 from diffmoe.models.initialization import initializers_of, normal, starting, zero_linear
 from diffmoe.models.inputs import check_inputs
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
+from diffmoe.models.precision import autocast_to
 from diffmoe.models.routing_mode import Kind, RoutingMode, check_capacity
 from diffmoe.models.text_embedding import TextEmbedder
 from diffmoe.models.thresholded import ThresholdedMoE
@@ -48,8 +49,11 @@ class DiT(nn.Module):
     """A diffusion transformer; every second (or every) feed-forward is a mixture of experts.
 
     topology: of the ranks that share the experts; None: this process has all of them.
+    autocast: the type that a forward's products are computed in, by torch.autocast; routing and
+    sums stay in fp32. None: the parameters' own, or what a surrounding autocast says.
     """
 
+    autocast: torch.dtype | None = None
     positions: Tensor
     rotation: Tensor | None
 
@@ -108,6 +112,10 @@ class DiT(nn.Module):
         Raises ValueError for inputs of other shapes or types.
         """
         check_inputs(self.config, x, t, condition)
+        with autocast_to(self.autocast, x):
+            return self._forward(x, t, condition)
+
+    def _forward(self, x: Tensor, t: Tensor, condition: Condition) -> DiTOutput:
         x_BDT = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2)
         # A sum has its first term's memory layout: without a copy, that of the patches in all
         # blocks.
@@ -143,6 +151,19 @@ class DiT(nn.Module):
         image = patches.view(B, g, g, p, p, channels).permute(0, 5, 1, 3, 2, 4)
         dtype = torch.promote_types(patches.dtype, torch.float32)
         return image.reshape(B, channels, g * p, g * p).to(dtype)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Set `autocast`, and keep the weights of the blocks' products in that type.
+
+        It changes no number beside `autocast` alone, which would cast them in every forward. For
+        evaluation: a trained network is left with rounded weights.
+        """
+        self.autocast = dtype
+        for name, module in self.blocks.named_modules():
+            # The predictor's last layer decides, in fp32.
+            decides = name.endswith("capacity_predictor.out")
+            if isinstance(module, nn.Linear | Experts) and not decides:
+                module.to(dtype)
 
     @property
     def feed_forwards(self) -> list[nn.Module]:

@@ -131,6 +131,15 @@ def test_curves_split_by_what_is_not_their_axis(tmp_path):
     assert list(drawn.values()) == [[(1.5, 4), (2, 6)]]
 
 
+def test_curves_split_by_type_and_older_results_are_of_fp32(tmp_path):
+    fp32, bf16 = result("FD-x", 4, 20), result("FD-x", 5, 20)
+    fp32["images"]["dtype"], bf16["images"]["dtype"] = "fp32", "bf16"
+    file = write(tmp_path / "results.jsonl", result("FD-x", 3, 10), fp32, bf16)
+    _, drawn = curve_points([file], "FD", "samples")
+    assert list(drawn.values()) == [[(10, 3), (20, 4)], [(20, 5)]]
+    assert [label.endswith(", bf16") for label in drawn] == [False, True]
+
+
 def test_figures_that_do_not_compare_are_not_drawn(tmp_path):
     a = write(tmp_path / "a.jsonl", result("FD-x", 3), result("FD-y", 4))
     with pytest.raises(UserError, match=r"different extractors do not compare; .* FD-x, FD-y"):
