@@ -63,6 +63,7 @@ def test_from_a_run_to_figures_that_repeat(run, reference, tmp_path):
     assert first["images"]["steps"] == 3
     assert first["images"]["guidance"] == 1.5
     assert first["images"]["seed"] == 0
+    assert first["images"]["dtype"] == "fp32"
     assert first["images"]["model"]["weights"] == "ema"
     assert first["images"]["model"]["routing"] == "per_token"
     assert len(first["images"]["model"]["sha256"]) == 64
