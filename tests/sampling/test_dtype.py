@@ -53,8 +53,8 @@ def test_the_default_follows_the_device(device, expected: str):
     assert default_dtype(device) == expected
 
 
-def test_images_are_close_to_those_of_fp32(model: Path):
-    fp32, bf16 = (Sampler.open(model, dtype=dtype) for dtype in ("fp32", "bf16"))
+def test_images_are_close_to_those_of_fp32(model: Path, device: torch.device):
+    fp32, bf16 = (Sampler.open(model, device=device, dtype=dtype) for dtype in ("fp32", "bf16"))
     expected, found = (one.images(LABELS, SETTINGS).images.float() for one in (fp32, bf16))
     difference = (found - expected).abs()
     assert 0 < difference.mean() < 1  # of 255 levels; 0.3 was seen
@@ -109,8 +109,9 @@ def chosen(network: DiT, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_nearly_all_tokens_are_routed_as_in_fp32(family: str):
-    network, inputs = network_of(tiny_config(moe__type=family)), examples(32)
+def test_nearly_all_tokens_are_routed_as_in_fp32(family: str, device: torch.device):
+    network = network_of(tiny_config(moe__type=family)).to(device)
+    inputs = tuple(tensor.to(device) for tensor in examples(32))
     expected_LES = chosen(network, inputs)
     found_LES = chosen(in_bf16(network), inputs)
     same = (found_LES == expected_LES).float().mean((1, 2))
