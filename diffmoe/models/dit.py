@@ -1,6 +1,6 @@
 """The backbone: patchify, embed, blocks, unpatchify."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -152,19 +152,6 @@ class DiT(nn.Module):
         dtype = torch.promote_types(patches.dtype, torch.float32)
         return image.reshape(B, channels, g * p, g * p).to(dtype)
 
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Set `autocast`, and keep the weights of the blocks' products in that type.
-
-        It changes no number beside `autocast` alone, which would cast them in every forward. For
-        evaluation: a trained network is left with rounded weights.
-        """
-        self.autocast = dtype
-        for name, module in self.blocks.named_modules():
-            # The predictor's last layer decides, in fp32.
-            decides = name.endswith("capacity_predictor.out")
-            if isinstance(module, nn.Linear | Experts) and not decides:
-                module.to(dtype)
-
     @property
     def feed_forwards(self) -> list[nn.Module]:
         """Of all blocks, dense and MoE."""
@@ -274,11 +261,25 @@ class DiT(nn.Module):
 
     def to_bf16(self) -> "DiT":
         """Cast the parameters to the types of a bf16 run: what routes is fp32, as buffers are."""
-        routing = {id(parameter) for parameter in self.routing_parameters().values()}
-        for parameter in self.parameters():
-            if id(parameter) not in routing:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        self._cast(self.parameters(), torch.bfloat16)
         return self
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Set `autocast`, and keep the weights of the blocks' products in that type.
+
+        It changes no number beside `autocast` alone, which would cast them in every forward. For
+        evaluation: a trained network is left with rounded weights.
+        """
+        self.autocast = dtype
+        products = [m for m in self.blocks.modules() if isinstance(m, nn.Linear | Experts)]
+        self._cast((parameter for m in products for parameter in m.parameters()), dtype)
+
+    def _cast(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+        """All but those that decide the routing."""
+        routing = {id(parameter) for parameter in self.routing_parameters().values()}
+        for parameter in parameters:
+            if id(parameter) not in routing:
+                parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "DiT":
