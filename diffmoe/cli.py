@@ -47,6 +47,16 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
 
 
+def add_dtype(parser: argparse._ActionsContainer) -> None:
+    """--dtype, for `open_sampler`."""
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="of the network's products; routing, sampler and decoder stay in fp32; default bf16 "
+        "on a GPU, fp32 on a CPU",
+    )
+
+
 def add_batch(parser: argparse._ActionsContainer, default: int = 50) -> None:
     """--batch, of images that are sampled."""
     parser.add_argument(
@@ -239,17 +249,21 @@ def open_sampler(
     with_autoencoder: bool = True,
     with_prompts: bool = True,
 ) -> Sampler:
-    """The model RUN with its prompts. A tool without --weights takes those of the EMA.
+    """The model RUN with its prompts. A tool without --weights takes those of the EMA, and one
+    without --dtype fp32.
 
     with_autoencoder, with_prompts: False where neither images nor captions are needed.
     """
+    from diffmoe.parallel.device import default_dtype
     from diffmoe.sampling.sampler import Sampler
 
+    dtype = (options.dtype or default_dtype(device)) if "dtype" in options else "fp32"
     sampler = Sampler.open(
         options.run,
         getattr(options, "weights", "ema"),
         topology=topology,
         device=device,
+        dtype=dtype,
         with_autoencoder=with_autoencoder,
     )
     if with_prompts:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffmoe.diffusion.settings import PREVIEW_STEPS, SamplingSettings
 from diffmoe.errors import UserError
-from diffmoe.parallel.device import default_device
+from diffmoe.parallel.device import default_device, default_dtype
 from diffmoe.sampling.classes import label_numbers
 from diffmoe.sampling.sampler import Sampler
 from diffmoe.text.prompts import create_prompts, encoder_of
@@ -24,20 +24,22 @@ class Pipeline:
         self,
         path: str | Path,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
         weights: str = "ema",
         text_encoder: str | Path | None = None,
         verify: bool = True,
     ) -> None:
         """path: an exported folder, a run's folder or a checkpoint.
 
-        device: default the GPU where there is one. dtype: of the network's parameters, as in
+        device: default the GPU where there is one. dtype: fp32 or bf16, of the network's products;
+        default bf16 on a GPU, fp32 elsewhere; also float16 or float64, of its parameters, as in
         `load`. weights: ema or live, of a run or checkpoint. text_encoder: the folder of the frozen
         encoder that a text model was trained with; a model that reads bytes needs none. verify:
         compare the files with their checksums; each is read once per machine, and again when it has
         changed.
         """
         device = torch.device(device or default_device())
+        dtype = dtype or default_dtype(device)
         self.sampler = Sampler.open(path, weights, device=device, dtype=dtype, verify=verify)
         self.network, self.config = self.sampler.network, self.sampler.config
         self.autoencoder = self.sampler.autoencoder

@@ -43,8 +43,12 @@ class Records:
     def begun(self) -> bool:
         return (self.folder / "plan.json").exists()
 
-    def begin(self, plan: dict[str, Any], way_out: str) -> None:
+    def begin(
+        self, plan: dict[str, Any], way_out: str, absent: dict[str, Any] | None = None
+    ) -> None:
         """Store the plan, or compare it with the stored one.
+
+        absent: what the keys stand for that an older plan does not have.
 
         Raises UserError naming what differs, and `way_out`, what to do then.
         """
@@ -52,7 +56,7 @@ class Records:
         if not stored.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(stored, plan)
-        before = read_json(stored)
+        before = (absent or {}) | read_json(stored)
         plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         differing = [
             f"{key}: {before.get(key)} there, {plan.get(key)} now"

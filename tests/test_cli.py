@@ -44,6 +44,26 @@ def test_every_tool_samples_by_the_same_words(tool, monkeypatch):
         parsed(tool, ["--guidance-interval", "a,b"], monkeypatch)
 
 
+DTYPE_TOOLS = {**TOOLS, "demo": ["run"]}
+
+
+@pytest.mark.parametrize("tool", DTYPE_TOOLS)
+def test_every_tool_that_runs_a_network_takes_its_type(tool, monkeypatch):
+    monkeypatch.setitem(TOOLS, tool, DTYPE_TOOLS[tool])
+    assert parsed(tool, ["--dtype", "bf16"], monkeypatch).dtype == "bf16"
+    assert parsed(tool, [], monkeypatch).dtype is None  # by device
+    with pytest.raises(SystemExit):
+        parsed(tool, ["--dtype", "fp8"], monkeypatch)
+
+
+def test_a_loss_takes_the_type_by_its_older_name_too(monkeypatch):
+    monkeypatch.setitem(TOOLS, "evaluate", ["loss", "run"])
+    for flag in ("--dtype", "--precision"):
+        options = parsed("evaluate", [flag, "bf16"], monkeypatch)
+        assert options.precision == "bf16"
+        assert "dtype" not in options  # the network is opened as training has it
+
+
 def test_the_interval_that_evaluate_once_took_is_still_read(monkeypatch):
     for words in (["0.2", "0.9"], ["0.2", "0.9", "--steps", "3"], ["0.2,0.9", "--steps", "3"]):
         options = parsed("evaluate", ["--guidance-interval", *words], monkeypatch)

@@ -16,6 +16,7 @@ from diffmoe.cli import (
     add_batch,
     add_data,
     add_device,
+    add_dtype,
     add_labels,
     add_prompts,
     add_run,
@@ -55,6 +56,7 @@ def parse() -> argparse.Namespace:
     add_labels(parser)
     add_sampling(parser, PREVIEW_STEPS, "how the trajectory is sampled")
     add_device(parser)
+    add_dtype(parser)
     add_data(parser, "for --over noise")
     add_prompts(parser)
     return parser.parse_args()
@@ -93,6 +95,7 @@ def main() -> None:
             samples=options.samples,
             sampling=settings,
             labels=options.labels,
+            dtype=sampler.dtype,
             log_odds=thresholds_LE.tolist(),
         )
         store(folder, name_of(capacity), entry)

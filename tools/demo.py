@@ -11,7 +11,7 @@ tools/calibrate.py has stored; without any, a few are calibrated at the start (f
 import argparse
 import os
 
-from diffmoe.cli import add_device, add_prompts, add_run, open_sampler
+from diffmoe.cli import add_device, add_dtype, add_prompts, add_run, open_sampler
 from diffmoe.errors import UserError, run_command
 
 
@@ -23,6 +23,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1, only this machine")
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
     add_device(parser)
+    add_dtype(parser)
     add_prompts(parser)
     return parser.parse_args()
 

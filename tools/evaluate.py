@@ -41,6 +41,7 @@ from diffmoe.cli import (
     add_capacity,
     add_data,
     add_device,
+    add_dtype,
     add_expert_parallel,
     add_labels,
     add_num_samples,
@@ -85,6 +86,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add_capacity(how)
     add_routing(how)
     add_batch(how)
+    add_dtype(how)
     add_expert_parallel(how)
     add_prompts(model)
     loss = commands.add_parser("loss", help="measure the held-out loss of a model")
@@ -109,9 +111,12 @@ def parse(words: list[str]) -> argparse.Namespace:
         help="of the noise and of which samples; default: the run's, 0 of a converted model",
     )
     loss.add_argument(
+        "--dtype",
         "--precision",
+        dest="precision",
         choices=["fp32", "bf16"],
-        help="of the weights; default: the run's, fp32 of a converted model",
+        help="of weights and products, as in training; default: the run's, so that the loss is the "
+        "one that training recorded; of a converted model bf16 on a GPU, fp32 on a CPU",
     )
     add_weights(loss)
     add_capacity(loss)
@@ -221,17 +226,21 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 def evaluate_loss(options: argparse.Namespace) -> None:
     from diffmoe.evaluation import loss, results
-    from diffmoe.parallel.device import setup_device
+    from diffmoe.export.exported_model import is_exported
+    from diffmoe.parallel.device import default_dtype, setup_device
     from diffmoe.work import ensure_writable
 
     device, run = setup_device(options.device), Path(options.run)
     out = Path(options.out or Path("evaluation") / run.resolve().name)
     ensure_writable(out)
+    precision = options.precision
+    if precision is None and is_exported(run):  # which does not tell that of its training
+        precision = default_dtype(device)
     asked = {
         "validation.path": options.data,
         "validation.samples": options.samples,
         "seed": options.seed,
-        "training.precision": options.precision,
+        "training.precision": precision,
     }
     changes = {key: value for key, value in asked.items() if value is not None}
     changes["data.allow_commands"] = options.allow_commands

@@ -17,6 +17,7 @@ from diffmoe.cli import (
     add_capacity,
     add_data,
     add_device,
+    add_dtype,
     add_labels,
     add_prompts,
     add_run,
@@ -52,6 +53,7 @@ def parse() -> argparse.Namespace:
     add_data(parser, "to compare the capacity predictor with training on")
     add_batch(parser)
     add_device(parser)
+    add_dtype(parser)
     add_prompts(parser)
     return parser.parse_args()
 

@@ -25,6 +25,7 @@ from diffmoe.cli import (
     add_batch,
     add_capacity,
     add_device,
+    add_dtype,
     add_expert_parallel,
     add_labels,
     add_num_samples,
@@ -96,6 +97,7 @@ def parse() -> argparse.Namespace:
     where = parser.add_argument_group("where")
     add_batch(where)
     add_device(where)
+    add_dtype(where)
     add_expert_parallel(where)
     parser.add_argument(
         "--check-digits",

@@ -18,12 +18,11 @@ from diffmoe.benchmarks.timing import Rounds, forward_backward, take_turns
 from diffmoe.config import Config
 from diffmoe.models.blocks import MLP
 from diffmoe.models.families.diffmoe import DiffMoE
+from diffmoe.models.precision import DTYPES
 from diffmoe.models.routing import expert_capacity
 from diffmoe.parallel.topology import Topology
 from diffmoe.planning.flops import mixture_flops, router_products
 from diffmoe.planning.layouts import Layout
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Candidate(NamedTuple):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from diffmoe.benchmarks.ceiling import products
-from diffmoe.benchmarks.layer import DTYPES
 from diffmoe.benchmarks.memory import Saved, peak_bytes
 from diffmoe.benchmarks.reading import LANES, write_moments
 from diffmoe.benchmarks.report import Report
@@ -33,6 +32,7 @@ from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.families.diffmoe import DiffMoE
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
+from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.planning.flops import step_flops
 from diffmoe.planning.layouts import Layout

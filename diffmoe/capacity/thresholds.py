@@ -30,7 +30,7 @@ class Calibrated(BaseModel):
     weights: ema or live, for which they hold. capacity, measured: C requested and C met.
     common: one threshold for all experts, or one for each. over: "noise" levels as training draws
     them, or the "trajectory" of sampling with the settings `sampling` and with `labels` "balanced"
-    or "random". samples: how many it was measured on.
+    or "random". samples: how many it was measured on. dtype: what the network computed in.
     log_odds: the calibrated thresholds (L, E), as logits.
     """
 
@@ -44,6 +44,7 @@ class Calibrated(BaseModel):
     samples: int
     sampling: SamplingSettings | None = None
     labels: str = "balanced"
+    dtype: str = "fp32"
     log_odds: list[list[float]]
 
     @model_validator(mode="before")

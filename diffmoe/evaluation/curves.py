@@ -116,6 +116,8 @@ def _label(path: Path, result: dict[str, Any], axis: str) -> str:
     parts = [f"{k} {settings[k]}" for k in chosen if k != axis and settings[k] is not None]
     if settings.get("labels", "balanced") != "balanced":
         parts.append(f"{settings['labels']} labels")
+    if settings.get("dtype", "fp32") != "fp32":
+        parts.append(settings["dtype"])
     if axis != "samples":
         parts.append(f"{result['clock']['samples']} samples")
     return f"{path.parent.name if path.suffix else path.name}: {', '.join(parts)}"

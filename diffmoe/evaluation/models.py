@@ -86,6 +86,8 @@ def _folder_name(sampler: Sampler, request: SampleRequest, settings: SamplingSet
         plan += [sampler.prompts.captions, sampler.prompts.negative]
     if request.labels != "balanced":
         plan.append(request.labels)
+    if sampler.dtype != "fp32":
+        plan.append(sampler.dtype)
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     return f"{sampler.model.path.name}-{digest[:12]}"
 

@@ -19,6 +19,7 @@ from diffmoe.errors import UserError
 from diffmoe.models.blocks import grid_positions, rotary_angles
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import ROUTING_STATE
+from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.topology import Topology
 
 Shapes = dict[str, tuple[int, ...]]
@@ -62,7 +63,7 @@ def meta_network(model: ModelConfig, moe: MoEConfig) -> DiT:
 
 def parameter_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """The type of parameters by its name. Raises UserError for one that they cannot have."""
-    name = str(dtype).removeprefix("torch.")
+    name = str(DTYPES.get(str(dtype), dtype)).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16", "float64"):
         raise UserError(f"dtype {name}: choose float32, bfloat16, float16 or float64")
     return getattr(torch, name)

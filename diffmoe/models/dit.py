@@ -1,6 +1,6 @@
 """The backbone: patchify, embed, blocks, unpatchify."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from diffmoe.models.families import create_moe
 from diffmoe.models.initialization import initializers_of, normal, starting, zero_linear
 from diffmoe.models.inputs import check_inputs
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
+from diffmoe.models.precision import autocast_to
 from diffmoe.models.routing_mode import Kind, RoutingMode, check_capacity
 from diffmoe.models.text_embedding import TextEmbedder
 from diffmoe.models.thresholded import ThresholdedMoE
@@ -48,8 +49,11 @@ class DiT(nn.Module):
     """A diffusion transformer; every second (or every) feed-forward is a mixture of experts.
 
     topology: of the ranks that share the experts; None: this process has all of them.
+    autocast: the type that a forward's products are computed in, by torch.autocast; routing and
+    sums stay in fp32. None: the parameters' own, or what a surrounding autocast says.
     """
 
+    autocast: torch.dtype | None = None
     positions: Tensor
     rotation: Tensor | None
 
@@ -108,6 +112,10 @@ class DiT(nn.Module):
         Raises ValueError for inputs of other shapes or types.
         """
         check_inputs(self.config, x, t, condition)
+        with autocast_to(self.autocast, x):
+            return self._forward(x, t, condition)
+
+    def _forward(self, x: Tensor, t: Tensor, condition: Condition) -> DiTOutput:
         x_BDT = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2)
         # A sum has its first term's memory layout: without a copy, that of the patches in all
         # blocks.
@@ -253,11 +261,25 @@ class DiT(nn.Module):
 
     def to_bf16(self) -> "DiT":
         """Cast the parameters to the types of a bf16 run: what routes is fp32, as buffers are."""
-        routing = {id(parameter) for parameter in self.routing_parameters().values()}
-        for parameter in self.parameters():
-            if id(parameter) not in routing:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        self._cast(self.parameters(), torch.bfloat16)
         return self
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Set `autocast`, and keep the weights of the blocks' products in that type.
+
+        It changes no number beside `autocast` alone, which would cast them in every forward. For
+        evaluation: a trained network is left with rounded weights.
+        """
+        self.autocast = dtype
+        products = [m for m in self.blocks.modules() if isinstance(m, nn.Linear | Experts)]
+        self._cast((parameter for m in products for parameter in m.parameters()), dtype)
+
+    def _cast(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+        """All but those that decide the routing."""
+        routing = {id(parameter) for parameter in self.routing_parameters().values()}
+        for parameter in parameters:
+            if id(parameter) not in routing:
+                parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "DiT":

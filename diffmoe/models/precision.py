@@ -1,9 +1,26 @@
-"""Which type a surrounding torch.autocast computes in, and how to turn it off."""
+"""Which type products are computed in: torch.autocast on, seen from inside, and off."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+# By the names that options and records have for them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32 or bf16; of another type torch's name for it."""
+    names = {value: name for name, value in DTYPES.items()}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def autocast_to(dtype: torch.dtype | None, tensor: Tensor) -> AbstractContextManager:
+    """Inside, products on the tensor's device are computed in `dtype`; None leaves them alone."""
+    if dtype is None:
+        return nullcontext()
+    # Every weight is used once in a forward: a cache would only hold copies of all of them.
+    return torch.autocast(tensor.device.type, dtype, cache_enabled=False)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -12,6 +12,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default_dtype(device: str | torch.device) -> str:
+    """What a trained network computes in where nobody chose: bf16 on a GPU, elsewhere fp32."""
+    return "bf16" if torch.device(device).type == "cuda" else "fp32"
+
+
 def setup_device(device: str | None) -> torch.device:
     """A device by name; `cuda` alone is this rank's GPU, by torchrun's or srun's local rank.
 

@@ -50,7 +50,8 @@ def write_report(
         "capacity C": f"{average:.3f}",
         "parameters at work": f"{activated_parameters(network, average) / 1e6:.2f} million",
         "of all": f"{network.parameter_count() / 1e6:.2f} million",
-        "sampled": f"{len(labels)} images, {settings.steps} steps, guidance {settings.guidance}",
+        "sampled": f"{len(labels)} images, {settings.steps} steps, guidance {settings.guidance}, "
+        f"in {sampler.dtype}",
     }
     captions = None if sampler.prompts is None else sampler.prompts.captions
     write_page(file, title, facts, routing, accuracy, captions)

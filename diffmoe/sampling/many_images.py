@@ -125,7 +125,8 @@ def _begin(folder: Path, records: Records, plan: dict[str, Any]) -> None:
             f"{folder} holds files, but was not begun by this command; choose an empty --out"
         )
     ensure_writable(folder)
-    records.begin(plan, "use the same, or choose another folder (--out)")
+    way_out = "use the same, or choose another folder (--out)"
+    records.begin(plan, way_out, absent={"dtype": "fp32"})  # folders of before have none
     remove_stale_files(folder)
     remove_stale_files(records.folder)
 

@@ -20,9 +20,11 @@ from diffmoe.diffusion.samplers import Progress
 from diffmoe.diffusion.settings import GUIDANCE, SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import locate, open_network, weights_of
+from diffmoe.export.tensors import parameter_dtype
 from diffmoe.files import read_bytes
 from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
+from diffmoe.models.precision import dtype_name
 from diffmoe.models.routing_mode import Kind
 from diffmoe.parallel.topology import Topology
 from diffmoe.sampling.images import SampledImages
@@ -82,11 +84,16 @@ class Sampler:
     ) -> "Sampler":
         """path: a run's folder (its newest checkpoint), a checkpoint or an exported model.
 
-        weights, topology, device, dtype, verify: as of export.open.open_network.
+        weights, topology, device, verify: as of export.open.open_network, and dtype, too, but
+        in bf16 only the network's products are computed (DiT.compute_in).
         """
-        path = locate(path)
+        path, dtype = locate(path), parameter_dtype(dtype)
         weights = weights_of(path, weights)
-        opened = open_network(path, weights, topology, device, dtype, verify)
+        in_bf16 = dtype == torch.bfloat16
+        stored = torch.float32 if in_bf16 else dtype
+        opened = open_network(path, weights, topology, device, stored, verify)
+        if in_bf16:
+            opened.network.compute_in(dtype)
         return cls(
             opened.network,
             opened.config,
@@ -100,6 +107,11 @@ class Sampler:
         if self.origin is None:
             raise ValueError("this sampler has a live network, which was not opened from a path")
         return self.origin
+
+    @property
+    def dtype(self) -> str:
+        """What the network computes in: fp32, bf16, or torch's name of another type."""
+        return dtype_name(self.network.autocast or next(self.network.parameters()).dtype)
 
     @property
     def choices(self) -> int:
@@ -229,6 +241,7 @@ class Sampler:
             **asdict(request),
             **asdict(settings),
             "shard_size": shard_size,
+            "dtype": self.dtype,
             "model": self.identity(),
         }
         if self.prompts is not None:

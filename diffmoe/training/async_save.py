@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.files import write_atomically
 from diffmoe.models.dit import DiT
+from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.agree import from_first_rank
 from diffmoe.training.checkpoint import all_finite, describe, for_sampling, pieces
 from diffmoe.training.ema import EMA
@@ -56,10 +56,9 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=COLLECTIVES)
         # A run that was taken over may still be writing when it wakes.
         self._writer = from_first_rank(secrets.token_hex(4))
-        snapshot_precision = {"fp32": torch.float32, "bf16": torch.bfloat16}
         self._copies = {
             "step": HostCopy(),
-            "ema": HostCopy(snapshot_precision[config.training.snapshot_precision]),
+            "ema": HostCopy(DTYPES[config.training.snapshot_precision]),
         }
         # Fresh pages cost more than copying: touched here, they do not hold up the first save.
         state = pieces(engine, network, ema)

@@ -63,6 +63,7 @@ def test_from_a_run_to_figures_that_repeat(run, reference, tmp_path):
     assert first["images"]["steps"] == 3
     assert first["images"]["guidance"] == 1.5
     assert first["images"]["seed"] == 0
+    assert first["images"]["dtype"] == "fp32"
     assert first["images"]["model"]["weights"] == "ema"
     assert first["images"]["model"]["routing"] == "per_token"
     assert len(first["images"]["model"]["sha256"]) == 64
@@ -129,6 +130,15 @@ def test_curves_split_by_what_is_not_their_axis(tmp_path):
     assert list(curve_points([tmp_path], "FD", "guidance")[1].values())[-1] == [(1.5, 4), (2, 6)]
     _, drawn = curve_points([b], "FD", "guidance")
     assert list(drawn.values()) == [[(1.5, 4), (2, 6)]]
+
+
+def test_curves_split_by_type_and_older_results_are_of_fp32(tmp_path):
+    fp32, bf16 = result("FD-x", 4, 20), result("FD-x", 5, 20)
+    fp32["images"]["dtype"], bf16["images"]["dtype"] = "fp32", "bf16"
+    file = write(tmp_path / "results.jsonl", result("FD-x", 3, 10), fp32, bf16)
+    _, drawn = curve_points([file], "FD", "samples")
+    assert list(drawn.values()) == [[(10, 3), (20, 4)], [(20, 5)]]
+    assert [label.endswith(", bf16") for label in drawn] == [False, True]
 
 
 def test_figures_that_do_not_compare_are_not_drawn(tmp_path):

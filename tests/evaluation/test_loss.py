@@ -157,6 +157,21 @@ def test_every_snapshot_makes_a_table_and_a_curve(trained, tmp_path: Path, capsy
     assert [y for _, y in points] == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_type_is_the_run_s_unless_another_is_chosen(trained, folder: Path, tmp_path: Path):
+    config, other = trained("bf16"), ["--dtype", "fp32"]
+    with checkpoint_source(Path(config.output), "ema") as source:
+        write_exported(source, tmp_path / "model")
+    data = ["--data", folder / "held-out", "--samples", SAMPLES, "--seed", SEED]
+    for words in ([config.output], [config.output, *other], [tmp_path / "model", *data]):
+        evaluate("loss", *words, "--out", tmp_path)
+    found = read(tmp_path)
+    assert [one["held_out"]["precision"] for one in found] == ["bf16", "fp32", "fp32"]
+    values = [one["metrics"]["validation_loss"] for one in found]
+    assert values[0] == pytest.approx(metrics(config)[-1]["validation_loss"], rel=1e-6)
+    assert values[1] != values[0]
+    assert values[2] == pytest.approx(values[1], rel=1e-6)  # a converted model's on a CPU
+
+
 def test_live_weights_are_of_checkpoints_alone(trained, tmp_path: Path, capsys):
     config = trained()
     words = ["--every-snapshot", "--out", tmp_path, "--weights", "live", "--routing", "static"]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diffmoe.data.manifest import TextContent
+from diffmoe.sampling.many_images import read_manifest, shard_arrays
 from tests.helpers.runs import pack, run_config, train
 from tests.helpers.tiny import BYTES
 from tests.helpers.tools import command, told
@@ -101,6 +102,38 @@ def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
     refused = command(*words, "--out", tmp_path / "one", "--guidance", "3")
     assert refused.returncode == 2
     assert "guidance: 1.5 there, 3.0 now" in refused.stderr
+
+
+def test_all_that_samples_takes_bf16_and_says_so(run, tmp_path):
+    model = tmp_path / "model"  # with thresholds of its own
+    shutil.copytree(run / (run / "latest").read_text(), model)
+    bf16, quick = ["--dtype", "bf16"], ["--steps", "3", "--samples", "8"]
+    over = ["--over", "noise", "--data", run.parent / "data"]
+    told("tools/calibrate.py", model, "--capacity", "2", *bf16, *quick, *over)
+    told("tools/calibrate.py", model, "--capacity", "1", *quick)
+    entries = json.loads((model / "thresholds.json").read_text())
+    assert (entries["1"]["dtype"], entries["2"]["dtype"]) == ("fp32", "bf16")
+
+    page = tmp_path / "routing.html"
+    told("tools/report_routing.py", model, *bf16, *quick, "--out", page)
+    assert "in bf16<" in page.read_text()
+
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    words = ["tools/sample.py", model, "--num-samples", "6", "--shard-size", "3", "--steps", "3"]
+    told(*words, *bf16, "--out", tmp_path / "two", "--expert-parallel", "2", launcher=launcher)
+    told(*words, *bf16, "--out", tmp_path / "one")
+    told(*words, "--out", tmp_path / "fp32")
+    images = {
+        name: np.concatenate([images for images, _ in shard_arrays(tmp_path / name)]).astype(int)
+        for name in ("two", "one", "fp32")
+    }
+    assert np.abs(images["two"] - images["one"]).mean() < 1
+    assert 0 < np.abs(images["fp32"] - images["one"]).mean() < 1
+    assert read_manifest(tmp_path / "two")["dtype"] == "bf16"
+    assert read_manifest(tmp_path / "fp32")["dtype"] == "fp32"
+    refused = command(*words, "--out", tmp_path / "one")
+    assert refused.returncode == 2
+    assert "dtype: bf16 there, fp32 now" in refused.stderr
 
 
 @pytest.mark.parametrize(
