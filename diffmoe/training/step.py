@@ -36,6 +36,9 @@ def build(
     if config.training.precision == "bf16":
         network.to_bf16()
     if config.training.compile:
+        for layer in network.moe_layers:
+            # On a GPU the compiler of torch 2.11 fails on a running count over a whole pool.
+            layer._route = torch.compiler.disable(layer._route)  # type: ignore[method-assign]
         for block in network.blocks:
             block.compile()
     engine = create_engine(
