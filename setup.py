@@ -33,7 +33,9 @@ setup(
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["diffmoe", "diffmoe.*"]),
-    package_data={"diffmoe": ["recipes/*.yaml", "comparison/studies/*.yaml"]},
+    package_data={
+        "diffmoe": ["recipes/*.yaml", "comparison/studies/*.yaml", "benchmarks/aims/*.yaml"]
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.9,<2.15",

@@ -1,10 +1,14 @@
 """Measure parts of the system on this machine. Compare figures of one run only.
 
   python tools/benchmark.py train --recipe diffmoe_s_e16_flow --json step.json
+  python tools/benchmark.py step --recipe diffmoe_l_e16_flow --batch 64 training.precision=bf16
   python tools/benchmark.py layer [--growth [--plot growth.png]]
   python tools/benchmark.py sample | ep | data
 
 train: whole steps through the engine beside the dense model of equal activated size; by part.
+step: steps back to back, as in training, in the recipe's precision, beside the dense model: share
+of the matrix products' and of the memory's rate; on a GPU also kernels, waits for the device, and
+peak memory beside the plan's. training.compile=true compiles both; --trace FILE draws one step.
 layer: one MoE layer beside a plain loop over experts, DeepSpeed's MoE and a dense MLP; or
 --growth: its time and memory against experts, tokens and width.
 sample: images at half the capacity beside the full one.
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 
 WHAT = {
+    "step": "whole steps back to back, beside the dense model: how much of the device they use",
     "train": "whole steps beside the dense model of equal activated size, and their parts",
     "layer": "one MoE layer beside a loop over experts, DeepSpeed's and a dense MLP",
     "sample": "images at half the capacity beside the full one",
@@ -47,7 +52,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    for name in ("train", "layer", "sample", "ep"):
+    for name in ("train", "step", "layer", "sample", "ep"):
         part = parts.add_parser(name, help=WHAT[name], description=WHAT[name])
         part.add_argument(
             "--recipe",
@@ -72,6 +77,9 @@ def parse() -> argparse.Namespace:
         "--largest", type=positive, default=16384, help="most tokens of --growth; default 16384"
     )
     parts.choices["layer"].add_argument("--plot", type=Path, metavar="PNG", help="of --growth")
+    parts.choices["step"].add_argument(
+        "--trace", type=Path, metavar="JSON", help="one step as a trace for Chrome or Perfetto"
+    )
     parts.choices["sample"].add_argument("--steps", type=positive, default=4, help="default 4")
     data = parts.add_parser("data", help=WHAT["data"], description=WHAT["data"])
     data.add_argument(
@@ -82,6 +90,13 @@ def parse() -> argparse.Namespace:
     data.add_argument("--rate", type=float, default=5000, help="samples/s; default 5000")
     for part in parts.choices.values():
         part.add_argument("--json", type=Path, metavar="OUT", help="figures and machine, for tools")
+        part.add_argument(
+            "--expect",
+            type=Path,
+            metavar="YAML",
+            help="targets in place of the usual ones: a figure's name, at_least or at_most, and a "
+            "number; see diffmoe/benchmarks/aims",
+        )
     return parser.parse_args()
 
 
@@ -109,6 +124,7 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raise UserError for what could not be written after minutes of measuring."""
+    from diffmoe.benchmarks.report import read_aims
     from diffmoe.work import ensure_writable
 
     plot = getattr(options, "plot", None)
@@ -119,7 +135,9 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise UserError(f"--plot {plot}: the name must end in .png")
         if find_spec("matplotlib") is None:
             raise UserError('--plot needs matplotlib: pip install -e ".[eval]"')
-    for file in (plot, options.json):
+    if options.expect is not None:
+        read_aims(options.expect)
+    for file in (plot, options.json, getattr(options, "trace", None)):
         if file is not None:
             ensure_writable(file.parent)
 
@@ -152,6 +170,7 @@ def main() -> None:
     from diffmoe.benchmarks.ranks import alone
     from diffmoe.benchmarks.report import Report
     from diffmoe.benchmarks.sampling import benchmark_sampling
+    from diffmoe.benchmarks.steps import benchmark_steps
     from diffmoe.benchmarks.training import benchmark_training
     from diffmoe.parallel.device import default_device, setup_device
 
@@ -161,7 +180,9 @@ def main() -> None:
     threads = 1 if options.part in ("data", "ep") else options.threads or os.cpu_count()
     torch.set_num_threads(threads)
     told = {
-        key: value for key, value in vars(options).items() if key not in ("json", "plot", "threads")
+        key: value
+        for key, value in vars(options).items()
+        if key not in ("json", "plot", "threads", "expect", "trace")
     }
     report = Report(f"benchmark {options.part}", told)
     if options.part == "data":
@@ -175,12 +196,17 @@ def main() -> None:
         elif options.part == "train":
             with alone(device):
                 benchmark_training(config, options.rounds, device, report)
+        elif options.part == "step":
+            with alone(device):
+                benchmark_steps(config, options.rounds, device, report, options.trace)
         elif options.growth:
             benchmark_growth(config, options.largest, options.rounds, device, report)
         else:
             with alone(device):
                 benchmark_layer(config, options.rounds, device, report)
                 benchmark_layer(config.replace(NARROW), options.rounds, device, report)
+    if options.expect:
+        report.expect(options.expect)
     print(report.table())
     if options.json:
         report.write(options.json)

@@ -1,4 +1,4 @@
-"""What this machine's own matrix products take: what the model is held against."""
+"""What this machine's own matrix products and copies take: what the model is held against."""
 
 from collections.abc import Callable
 
@@ -17,6 +17,13 @@ def products(
         return x @ weight.t(), gradient @ weight, gradient.t() @ x
 
     return work, 3 * 2 * tokens * width * hidden
+
+
+def copying(size: int, device: torch.device) -> tuple[Callable[[], object], int]:
+    """A copy of `size` bytes within the device's memory, and how many it reads and writes."""
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * size
 
 
 def expert_products(

@@ -4,14 +4,16 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import yaml
 
 from diffmoe.errors import UserError
+from diffmoe.files import read_text
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,24 @@ class Report:
         """The fields of a Figure."""
         self.figures.append(Figure(*figure, **fields))
 
+    def expect(self, path: Path) -> None:
+        """Replace targets by those of a YAML file: a figure's name, at_least or at_most, a number.
+
+        Raises UserError for a figure that is not there, and for anything else than a number.
+        """
+        aims = read_aims(path)
+        names = {figure.name for figure in self.figures}
+        unknown = sorted(aims.keys() - names)
+        if unknown:
+            raise UserError(
+                f"--expect {path}: no figure is called {', '.join(unknown)}; there are "
+                + ", ".join(sorted(names))
+            )
+        for place, figure in enumerate(self.figures):
+            if figure.name in aims:
+                least, most = (aims[figure.name].get(key) for key in ("at_least", "at_most"))
+                self.figures[place] = replace(figure, at_least=least, at_most=most)
+
     def table(self) -> str:
         rows = [["figure", "value", "ratio", "target", ""], *(one.row() for one in self.figures)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -86,6 +106,25 @@ class Report:
             path.write_text(json.dumps(asdict(self) | {"figures": figures}, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"cannot write --json {path}: {error.strerror}") from None
+
+
+def read_aims(path: Path) -> dict[str, dict[str, float]]:
+    """Targets by the figures' names. Raises UserError naming the file and what is wrong in it."""
+    try:
+        aims = yaml.safe_load(read_text(path))
+    except OSError as error:
+        raise UserError(f"cannot read --expect {path}: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--expect {path} is not valid YAML: {error}") from None
+    if not isinstance(aims, dict):
+        raise UserError(f"--expect {path} must hold figures' names, it holds {aims!r}")
+    for name, aim in aims.items():
+        one = list(aim.items()) if isinstance(aim, dict) else []
+        if len(one) != 1 or one[0][0] not in ("at_least", "at_most"):
+            raise UserError(f"--expect {path}: {name}: write at_least: NUMBER or at_most: NUMBER")
+        if not isinstance(one[0][1], int | float):
+            raise UserError(f"--expect {path}: {name}: {one[0][1]!r} is no number")
+    return aims
 
 
 def _processor() -> str:

@@ -23,7 +23,7 @@ def benchmark_sampling(
 ) -> None:
     """A batch of the recipe's network with random weights, at its capacity and at the half.
 
-    Thresholds are calibrated for each.
+    Thresholds are calibrated for each. In bf16 where the recipe trains so.
     """
     capacities = (config.moe.capacity, config.moe.capacity / 2)
     images = config.training.batch_size
@@ -32,6 +32,10 @@ def benchmark_sampling(
     network = DiT(config.model, config.moe).initialize(config.seed).to(device).eval()
     twin = dense_twin(config)
     dense = DiT(twin.model, twin.moe).initialize(config.seed).to(device).eval()
+
+    if config.training.precision == "bf16":
+        for one in (network, dense):
+            one.compute_in(torch.bfloat16)
 
     def draw(observe: Observer | None = None) -> None:
         Sampler(network, config).latents(labels, settings, observe=observe)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import command
+from diffmoe.benchmarks.report import Report, read_aims
+from diffmoe.errors import UserError
+from tests.helpers.processes import ROOT, command
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tools import forked
 
+AIMS = ROOT / "diffmoe/benchmarks/aims"
 COMMANDS = {
     "train": (
         ("--rounds", "1"),
@@ -26,6 +29,10 @@ COMMANDS = {
             "part of the step: attention x 4",
             "logging, a step's share",
         ],
+    ),
+    "step": (
+        ("--rounds", "1", "training.precision=bf16"),
+        ["diffmoe: MFU, of the GEMM's rate", "dense: memory's share", "diffmoe to dense"],
     ),
     "layer": (
         ("--rounds", "1"),
@@ -80,6 +87,8 @@ def test_every_part_writes_its_figures(part: str, tmp_path: Path):
         (["layer", "--growth", "--plot", "x.txt"], "must end in .png"),
         (["layer", "--json", "/proc/nowhere/x.json"], "/proc/nowhere cannot be written"),
         (["ep", "--batch", "7"], "--batch 7 must be a multiple"),
+        (["step", "--expect", "/nowhere.yaml"], "cannot read --expect /nowhere.yaml"),
+        (["step", "--expect", "README.md"], "--expect README.md"),
     ],
 )
 def test_what_cannot_be_measured_or_written_is_refused_at_once(words: list[str], message: str):
@@ -103,3 +112,29 @@ def test_growth_writes_points_slopes_and_a_picture(tmp_path: Path):
     assert -1 < slopes["weight_bytes against P, slope on log axes"] < 0
     assert "seconds against E, slope on log axes" in slopes
     assert picture.stat().st_size > 10_000
+
+
+def test_aims_of_a_file_take_the_place_of_targets_and_unknown_ones_are_named(tmp_path: Path):
+    aims = tmp_path / "aims.yaml"
+    report = Report("benchmark", {})
+    report.add("speed", 3.0, "images/s", at_most=1.0)
+    report.add("share", 8.0, "ms", 0.4)
+    aims.write_text("speed: {at_least: 2}\nshare: {at_least: 0.5}\n")
+    report.expect(aims)
+    assert [figure.met for figure in report.figures] == [True, False]
+    assert [figure.at_most for figure in report.figures] == [None, None]
+    assert "NOT met" in report.table()
+    for text, message in (
+        ("sped: {at_least: 2}", "no figure is called sped; there are share, speed"),
+        ("speed: 2", "speed: write at_least: NUMBER or at_most: NUMBER"),
+        ("speed: {at_least: fast}", "'fast' is no number"),
+        ("- speed", "must hold figures' names"),
+    ):
+        aims.write_text(text)
+        with pytest.raises(UserError, match=message):
+            report.expect(aims)
+
+
+@pytest.mark.parametrize("aims", sorted(AIMS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_aims_that_come_along_can_be_read(aims: Path):
+    assert read_aims(aims)

@@ -1,0 +1,141 @@
+"""Whole steps as trained, back to back, beside the dense model: how much of the device they use."""
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from diffmoe.benchmarks.ceiling import copying, products
+from diffmoe.benchmarks.report import Report
+from diffmoe.benchmarks.timing import Rounds, seconds_of, take_turns
+from diffmoe.benchmarks.training import TimedStep, dense_twin, random_batches
+from diffmoe.config import Config
+from diffmoe.models.precision import DTYPES
+from diffmoe.parallel.topology import create_topology
+from diffmoe.planning.flops import step_flops
+from diffmoe.planning.layouts import Layout
+from diffmoe.planning.memory import MASTER, average_count, memory
+
+STEPS = 4  # of a turn: each finds the device busy with the one before, as in training
+_REPEATED = 10  # of the products and copies that are held against
+_COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes, far more than any cache
+
+
+def benchmark_steps(
+    config: Config, rounds: int, device: torch.device, report: Report, trace: Path | None = None
+) -> None:
+    """Figures of the recipe's step and of its dense twin's, in the recipe's precision.
+
+    Of one process, which must have a process group. training.compile=true compiles both. trace:
+    gets one step as a Chrome trace.
+    """
+    topology, layout = create_topology(1), Layout(config, 1, 1)
+    twin = Layout(dense_twin(config), 1, 1)
+    dtype = DTYPES[config.training.precision]
+    model = config.model
+    hidden = int(model.width * model.mlp_ratio)
+    gemm, gemm_flops = products(layout.tokens, model.width, hidden, dtype, device)
+    copy, copied = copying(_COPIED[device.type], device)
+    works: dict[str, Callable[[], object]] = {
+        "GEMM": partial(_times, _REPEATED, gemm),
+        "copy": partial(_times, _REPEATED, copy),
+    }
+
+    with random_batches(config, topology) as batches:
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        ours = TimedStep(config, topology, device, batches)
+        ours.step.phase = lambda name: contextlib.nullcontext()  # nothing waits for the device
+        first = seconds_of(ours, device)
+        if device.type == "cuda":
+            _add_device_figures(report, ours, layout, held, trace)
+        elif trace is not None:
+            _profiled(ours, trace)
+        dense = TimedStep(twin.config, topology, device, batches)
+        dense.step.phase = ours.step.phase
+        works |= {"diffmoe": partial(_times, STEPS, ours), "dense": partial(_times, STEPS, dense)}
+        timed = take_turns(works, rounds, device)
+        del ours, dense, works
+        gc.collect()
+
+    flops = gemm_flops * _REPEATED / timed.median("GEMM")
+    bandwidth = copied * _REPEATED / timed.median("copy")
+    report.add("first step, with compilation if asked for", first, "s")
+    report.add("GEMM", flops / 1e12, "TFLOP/s")
+    report.add("copy, read and written", bandwidth / 1e9, "GB/s")
+    for name, of in (("diffmoe", layout), ("dense", twin)):
+        _add_step(report, name, of, timed)
+        moved = least_traffic(of) * STEPS / (copied * _REPEATED)
+        report.add(f"{name}: memory's share", moved * timed.ratio("copy", name), "")
+    report.add(
+        "diffmoe to dense", timed.median("diffmoe") / STEPS, "s", timed.ratio("diffmoe", "dense")
+    )
+    ratio = step_flops(layout) / step_flops(twin)
+    report.add("diffmoe to dense, their FLOPs", ratio, "")
+
+
+def least_traffic(layout: Layout) -> int:
+    """Bytes that a step moves at least: weights, gradients and optimizer state, no activations."""
+    sizes = layout.sizes
+    parameters = sizes.dense + sizes.routing + sizes.experts
+    weights = 3 * layout.element  # read forward and backward, written by the optimizer
+    gradients = 2 * layout.zero.accumulated
+    state = 2 * 3 * MASTER + 2 * average_count(layout) * MASTER
+    return parameters * (weights + gradients + state)
+
+
+def _add_step(report: Report, name: str, layout: Layout, timed: Rounds) -> None:
+    seconds = timed.median(name) / STEPS
+    images = layout.config.training.batch_size / seconds
+    report.add(f"{name}: step", seconds, "s")
+    report.add(f"{name}: speed", images, "images/s")
+    report.add(f"{name}: speed", images * layout.tokens_per_sample, "tokens/s")
+    model = layout.config.model
+    gemm = 6 * layout.tokens * model.width * int(model.width * model.mlp_ratio) * _REPEATED
+    share = step_flops(layout) * STEPS / gemm * timed.ratio("GEMM", name)
+    report.add(f"{name}: MFU, of the GEMM's rate", share, "")
+
+
+def _add_device_figures(
+    report: Report, step: TimedStep, layout: Layout, held: int, trace: Path | None
+) -> None:
+    torch.cuda.reset_peak_memory_stats(step.device)
+    seconds_of(step, step.device)
+    peak = torch.cuda.max_memory_allocated(step.device) - held
+    planned = memory(layout).tensors
+    report.add("peak memory of tensors (ratio: to the plan's)", peak / 2**30, "GiB", peak / planned)
+    events = [e for e in _profiled(step, trace) if e.device_type == DeviceType.CUDA]
+    report.add("kernels and copies of a step", len(events), "")
+    report.add("the device is at work", sum(e.device_time for e in events) / 1e3, "ms")
+    report.add("waits for the device in a step", _waits(step), "")
+
+
+def _profiled(step: TimedStep, trace: Path | None) -> list:
+    activities = [ProfilerActivity.CPU]
+    if step.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as seen:
+        seconds_of(step, step.device)
+    if trace is not None:
+        seen.export_chrome_trace(str(trace))
+    return list(seen.events())
+
+
+def _waits(step: TimedStep) -> int:
+    """How often the host waits for a value or a copy in one step, as torch notices."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(one.message) for one in seen)
+
+
+def _times(count: int, work: Callable[[], object]) -> None:
+    for _ in range(count):
+        work()
