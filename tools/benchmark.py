@@ -172,7 +172,11 @@ def main() -> None:
     from diffmoe.benchmarks.sampling import benchmark_sampling
     from diffmoe.benchmarks.steps import benchmark_steps
     from diffmoe.benchmarks.training import benchmark_training
-    from diffmoe.parallel.device import default_device, setup_device
+    from diffmoe.parallel.device import (
+        default_device,
+        setup_device,
+        use_deterministic_algorithms,
+    )
 
     check_outputs(options)
     if options.part != "data":
@@ -191,6 +195,8 @@ def main() -> None:
         benchmark_expert_parallel(read_config(options), options.rounds, report)
     else:
         config, device = read_config(options), setup_device(options.device)
+        if config.training.deterministic:
+            use_deterministic_algorithms()
         if options.part == "sample":
             benchmark_sampling(config, options.steps, options.rounds, device, report)
         elif options.part == "train":
