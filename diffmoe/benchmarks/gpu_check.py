@@ -261,6 +261,9 @@ def parse() -> argparse.Namespace:
         default=Path("gpu_check"),
         help="folder of the report; default gpu_check",
     )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="checks whose names begin so; default all"
+    )
     return parser.parse_args()
 
 
@@ -273,9 +276,12 @@ def main() -> None:
     about = machine()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.device, Path(folder))
-        right, alone = bench.checks()
+        right, alone = (
+            [check for check in some if check.name.startswith(tuple(options.only or [""]))]
+            for some in bench.checks()
+        )
         bench.data()
-        with ThreadPoolExecutor(1 if bench.small else len(right)) as side_by_side:
+        with ThreadPoolExecutor(1 if bench.small else 4) as side_by_side:
             checks = list(side_by_side.map(Check.run, right))
         checks += [check.run() for check in alone]
         for log in Path(folder).glob("*.log"):

@@ -5,12 +5,19 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from torch import Tensor
 
 
 class Engine(deepspeed.DeepSpeedEngine):
     """The engine with bf16 beside fp32 parameters, and a short way from gradients to a step."""
+
+    def _configure_with_arguments(self, args: Any, mpu: Any) -> None:
+        super()._configure_with_arguments(args, mpu)
+        if get_accelerator().device_name() == "cuda":
+            # It would take the GPU of the local rank's number, but ranks may share one.
+            self.local_rank = torch.cuda.current_device()
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         # For bf16 beside fp32 gradients at stage 1 it would take its BF16_Optimizer, whose masters

@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -59,25 +60,30 @@ def run_ranks(
             sender.close()
             receivers.append(receiver)
             processes.append(process)
-        results = []
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
         try:
-            for rank, receiver in enumerate(receivers):
-                if not receiver.poll(timeout):
-                    raise TimeoutError(
-                        f"rank {rank} of {world} gave nothing in {timeout} s: a hang?"
-                    )
-                try:
-                    ok, value = pickle.loads(receiver.recv_bytes())
-                except EOFError:
-                    raise RuntimeError(f"rank {rank} of {world} died") from None
-                if not ok:
-                    raise AssertionError(f"rank {rank} of {world}:\n{value}")
-                results.append(value)
+            while len(results) < world:
+                waiting = [one for rank, one in enumerate(receivers) if rank not in results]
+                # The first that fails says why the others wait for it.
+                ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    ranks = [rank for rank in range(world) if rank not in results]
+                    raise TimeoutError(f"ranks {ranks} gave nothing in {timeout} s: a hang?")
+                for receiver in ready:
+                    rank = receivers.index(receiver)
+                    try:
+                        ok, value = pickle.loads(receiver.recv_bytes())
+                    except EOFError:
+                        raise RuntimeError(f"rank {rank} of {world} died") from None
+                    if not ok:
+                        raise AssertionError(f"rank {rank} of {world}:\n{value}")
+                    results[rank] = value
         finally:
             for process in processes:
                 process.join(5 if len(results) == world else 0)
                 process.kill()
-    return results
+    return [results[rank] for rank in range(world)]
 
 
 def _rank_main(
