@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from diffmoe.benchmarks.gpu_check import Bench, Check, markdown
 from diffmoe.benchmarks.report import Report, read_aims
 from diffmoe.errors import UserError
 from tests.helpers.processes import ROOT, command
@@ -96,6 +98,49 @@ def test_what_cannot_be_measured_or_written_is_refused_at_once(words: list[str],
     assert told.returncode == 2
     assert message in told.stderr
     assert "Traceback" not in told.stderr
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_is_rehearsed_line_by_line(tmp_path: Path):
+    """In small sizes on a CPU: tests, runs, a resume bit for bit, and every benchmark."""
+    done = command(
+        "bash", "tools/gpu_check.sh", *("--device", "cpu", "--out"), str(tmp_path), timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    checks = {check["name"]: check for check in report["checks"]}
+    assert {check["error"] for check in checks.values()} == {None}
+    assert checks["tests"]["figures"]["passed"] > 40
+    losses = checks["training, bf16"]["figures"]
+    assert losses["and the last"] < losses["loss of the first line"]
+    assert checks["resume, deterministic"]["figures"] == {
+        "files of the last checkpoint that are equal": 2
+    }
+    assert checks["step of L-E16"]["figures"]["diffmoe to dense"]["ratio"] > 0
+    assert len(checks) == len(only)
+    page = (tmp_path / "report.md").read_text()
+    assert all(f"## {name}" in page for name in checks)
+
+
+def test_a_check_that_fails_is_told_and_does_not_end_the_others(tmp_path: Path):
+    bench = Bench("cpu", tmp_path)
+    failing = Check("one", lambda: {"said": bench.call("one", "-c", "print('why'); exit(3)")})
+    fine = Check("two", lambda: {"said": bench.call("two", "-c", "print('fine')").strip()})
+    checks = [failing.run(), fine.run()]
+    assert "exit code 3" in checks[0].error
+    assert "why" in checks[0].error
+    assert (checks[1].error, checks[1].figures) == (None, {"said": "fine"})
+    page = markdown({"gpu": "none"}, checks)
+    assert "| one | FAILED |" in page
+    assert "| said | fine" in page
+
+
+def test_a_gpu_that_is_not_there_is_told():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = command("bash", "tools/gpu_check.sh", timeout=60)
+    assert done.returncode == 2
+    assert "torch sees no GPU; --device cpu rehearses the check" in done.stderr
 
 
 @pytest.mark.slow
