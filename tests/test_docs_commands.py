@@ -105,6 +105,9 @@ RUNS = [
 NOT_RUN = {
     "bash tools/quickstart.sh": "installs, and takes minutes",
     "bash tools/test.sh.*": "installs, and is this test suite",
+    "bash tools/gpu_check.sh": "needs a GPU; tests/benchmarks/test_command.py rehearses it",
+    "bash tools/gpu_pack.sh .*": "asks a package registry",
+    "SITE=site bash tools/gpu_check.sh": "needs a GPU",
     "source .venv/bin/activate": "belongs to the installation",
     "ruff check .*": "checks the code, as continuous integration does",
     "python tools/evaluate.py loss .*": "needs a validated run, as tests/evaluation/test_loss.py",
