@@ -113,6 +113,7 @@ NOT_RUN = {
     "python tools/evaluate.py loss .*": "needs a validated run, as tests/evaluation/test_loss.py",
     ".* sbatch .*": "needs Slurm; tests/slurm runs these scripts",
     "python tools/demo.py runs/mnist": "serves until stopped; tests/sampling/test_demo.py opens it",
+    "python tools/benchmark.py .*": "takes minutes; tests/benchmarks runs it in small sizes",
 }
 # What pages take as given is made by these, once.
 FIRST = [

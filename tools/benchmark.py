@@ -7,16 +7,27 @@
 
 train: whole steps through the engine beside the dense model of equal activated size; by part.
 step: steps back to back, as in training, in the recipe's precision, beside the dense model: share
-of the matrix products' and of the memory's rate; on a GPU also kernels, waits for the device, and
-peak memory beside the plan's. training.compile=true compiles both; --trace FILE draws one step.
+of the matrix products' and of the memory's rate, and on a GPU peak memory beside the plan's.
+training.compile=true compiles both.
 layer: one MoE layer beside a plain loop over experts, DeepSpeed's MoE and a dense MLP; or
 --growth: its time and memory against experts, tokens and width.
-sample: images at half the capacity beside the full one.
-ep: experts shared by two ranks beside none shared, collectives counted, wide pools.
+sample: images at half the capacity beside the full one, and beside the dense model.
+ep: experts shared by two ranks beside none shared, collectives counted, wide pools. The ranks take
+GPUs where each has its own, else the CPU.
 data: how fast moments of 4x32x32 latents come from warm files, beside a bare tarfile + np.load loop
 and webdataset's own pipeline; and how long a loop that does --rate samples a second would wait.
 
-What is compared takes turns: figures are medians over rounds, ratios medians of rounds' ratios.
+What is compared takes turns: figures are medians over rounds, ratios medians of rounds' ratios; a
+first round, with compilation and loading, does not count. On a GPU events of the device keep the
+time, and short work is repeated back to back.
+GEMM: plain products of the dense MLP's shapes (layer: an expert's), in the same precision on the
+same device; MFU and "share of the ceiling": the model's FLOPs over what these would do meanwhile.
+memory's share: the bytes that a step moves at least (weights read twice and written, gradients
+written and read, optimizer state and averages read and written; no activations), over what a plain
+copy moves meanwhile.
+On a GPU step, layer and sample also count kernels, copies and waits for the device, as torch
+notices them; --trace FILE draws one call, on a CPU, too.
+--expect judges figures by a file such as diffmoe/benchmarks/aims/h100_l_e16.yaml: met or NOT met.
 """
 
 from __future__ import annotations
@@ -77,9 +88,15 @@ def parse() -> argparse.Namespace:
         "--largest", type=positive, default=16384, help="most tokens of --growth; default 16384"
     )
     parts.choices["layer"].add_argument("--plot", type=Path, metavar="PNG", help="of --growth")
-    parts.choices["step"].add_argument(
-        "--trace", type=Path, metavar="JSON", help="one step as a trace for Chrome or Perfetto"
-    )
+    for name, drawn in (("step", "one step"), ("layer", "our layer"), ("sample", "one batch")):
+        parts.choices[name].add_argument(
+            "--trace", type=Path, metavar="JSON", help=f"{drawn}, for chrome://tracing or Perfetto"
+        )
+        parts.choices[name].add_argument(
+            "--dtype",
+            choices=["fp32", "bf16"],
+            help="training.precision in short; default the recipe's. fp32 on a GPU means TF32",
+        )
     parts.choices["sample"].add_argument("--steps", type=positive, default=4, help="default 4")
     data = parts.add_parser("data", help=WHAT["data"], description=WHAT["data"])
     data.add_argument(
@@ -106,7 +123,9 @@ def read_config(options: argparse.Namespace) -> Config:
 
     if options.batch % LANES:
         raise UserError(f"--batch {options.batch} must be a multiple of {LANES} (lanes of data)")
-    config = load_config(options.recipe, options.overrides)
+    chosen = getattr(options, "dtype", None)
+    dtype = [f"training.precision={chosen}"] if chosen else []
+    config = load_config(options.recipe, [*options.overrides, *dtype])
     if config.model.text is not None:
         raise UserError(f"--recipe {options.recipe}: the benchmark's data has classes, no captions")
     if config.moe.type != "diffmoe":
@@ -137,7 +156,10 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise UserError('--plot needs matplotlib: pip install -e ".[eval]"')
     if options.expect is not None:
         read_aims(options.expect)
-    for file in (plot, options.json, getattr(options, "trace", None)):
+    trace = getattr(options, "trace", None)
+    if trace is not None and getattr(options, "growth", False):
+        raise UserError(f"--trace {trace} draws the layer, not --growth; give one of them")
+    for file in (plot, options.json, trace):
         if file is not None:
             ensure_writable(file.parent)
 
@@ -160,14 +182,24 @@ def measure_reading(options: argparse.Namespace, report: Report) -> None:
             )
 
 
+def tell(options: argparse.Namespace, report: Report) -> None:
+    try:
+        if options.expect:
+            report.expect(options.expect)
+    finally:  # what was measured is told even if an aim has a wrong name
+        print(report.table())
+        if options.json:
+            report.write(options.json)
+
+
 def main() -> None:
     options = parse()
     import torch
 
-    from diffmoe.benchmarks.expert_parallel import benchmark_expert_parallel
+    from diffmoe.benchmarks.expert_parallel import WORLD, benchmark_expert_parallel
     from diffmoe.benchmarks.growth import benchmark_growth, draw
     from diffmoe.benchmarks.layer import benchmark_layer
-    from diffmoe.benchmarks.ranks import alone
+    from diffmoe.benchmarks.ranks import alone, device_of_ranks
     from diffmoe.benchmarks.report import Report
     from diffmoe.benchmarks.sampling import benchmark_sampling
     from diffmoe.benchmarks.steps import benchmark_steps
@@ -179,7 +211,9 @@ def main() -> None:
     )
 
     check_outputs(options)
-    if options.part != "data":
+    if options.part == "ep":
+        options.device = device_of_ranks(WORLD)
+    elif options.part != "data":
         options.device = options.device or default_device()  # the report names it
     threads = 1 if options.part in ("data", "ep") else options.threads or os.cpu_count()
     torch.set_num_threads(threads)
@@ -198,7 +232,7 @@ def main() -> None:
         if config.training.deterministic:
             use_deterministic_algorithms()
         if options.part == "sample":
-            benchmark_sampling(config, options.steps, options.rounds, device, report)
+            benchmark_sampling(config, options.steps, options.rounds, device, report, options.trace)
         elif options.part == "train":
             with alone(device):
                 benchmark_training(config, options.rounds, device, report)
@@ -209,13 +243,9 @@ def main() -> None:
             benchmark_growth(config, options.largest, options.rounds, device, report)
         else:
             with alone(device):
-                benchmark_layer(config, options.rounds, device, report)
+                benchmark_layer(config, options.rounds, device, report, options.trace)
                 benchmark_layer(config.replace(NARROW), options.rounds, device, report)
-    if options.expect:
-        report.expect(options.expect)
-    print(report.table())
-    if options.json:
-        report.write(options.json)
+    tell(options, report)
     if getattr(options, "plot", None):
         draw(report.points, options.plot)
 

@@ -84,6 +84,7 @@ def _point(
     work = work_of(candidate, tokens)
     return {
         **shape,
+        "device": device.type,
         "seconds": take_turns({"layer": work}, rounds, device).median("layer"),
         "saved_bytes": saved_bytes(candidate, tokens),
         "weight_bytes": sum(one.nbytes for one in parameters),

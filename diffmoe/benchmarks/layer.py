@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from diffmoe.benchmarks.ceiling import expert_products, products
 from diffmoe.benchmarks.memory import Saved, peak_growth
 from diffmoe.benchmarks.naive import NaiveMoE
+from diffmoe.benchmarks.profiling import add_use
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
 from diffmoe.benchmarks.timing import Rounds, forward_backward, take_turns
@@ -113,9 +115,16 @@ def saved_bytes(candidate: Candidate, tokens: Tensor) -> int:
     return saved.bytes
 
 
-def benchmark_layer(config: Config, rounds: int, device: torch.device, report: Report) -> None:
-    """Figures of one shape of the layer."""
-    name = f"E{config.moe.experts} ratio {config.moe.expert_ratio:g}"
+def shape_of(config: Config) -> str:
+    """As the figures' names begin."""
+    return f"E{config.moe.experts} ratio {config.moe.expert_ratio:g}"
+
+
+def benchmark_layer(
+    config: Config, rounds: int, device: torch.device, report: Report, trace: Path | None = None
+) -> None:
+    """Figures of one shape of the layer. trace: gets one forward and backward of ours."""
+    name = shape_of(config)
     layout = Layout(config, 1, 1)
     tokens = random_tokens(config, device)
     compared = candidates(config, device)
@@ -150,6 +159,7 @@ def benchmark_layer(config: Config, rounds: int, device: torch.device, report: R
         peak = peak_growth(works[one], device)
         if peak is not None:
             report.add(f"{name}: {one}, peak growth, gradients too", peak / 2**20, "MiB")
+        add_use(report, f"{name}: {one}", works[one], device, trace if one == "ours" else None)
 
 
 def _add_parts(

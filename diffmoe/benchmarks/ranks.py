@@ -5,7 +5,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -19,6 +19,8 @@ from diffmoe.parallel.device import setup_device
 @contextmanager
 def alone(device: torch.device) -> Iterator[None]:
     """This process as a world of one, as DeepSpeed wants it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # DeepSpeed's engine takes the current one
     _join(dist.HashStore(), 0, 1, device)
     try:
         yield
@@ -29,7 +31,8 @@ def alone(device: torch.device) -> Iterator[None]:
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
     """Call function(*args) on `world` new processes with one thread each; what rank 0 returned.
 
-    function: of a module, for the processes import it. A rank that fails raises here.
+    function: of a module, for the processes import it. A rank that fails raises here. With fewer
+    GPUs than ranks they compute on the CPU and see no GPU, as DeepSpeed would take one that it saw.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -39,8 +42,9 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
             context.Process(target=_rank, args=(rank, world, place, sender, function, args))
             for rank in range(world)
         ]
-        for rank in ranks:
-            rank.start()
+        with _hidden_gpus() if device_of_ranks(world) == "cpu" else nullcontext():
+            for rank in ranks:
+                rank.start()
         sender.close()
         try:
             ok, value = receiver.recv()
@@ -55,11 +59,30 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
     return value
 
 
+def device_of_ranks(world: int) -> str:
+    """cuda where each rank has a GPU of its own, else cpu."""
+    return "cuda" if torch.cuda.device_count() >= world else "cpu"
+
+
 def rank_device() -> torch.device:
-    """A GPU of its own where there are enough, else the CPU."""
-    if torch.cuda.device_count() >= dist.get_world_size():
+    """This rank's, of those of `on_ranks`."""
+    if device_of_ranks(dist.get_world_size()) == "cuda":
         return setup_device(f"cuda:{dist.get_rank()}")
     return setup_device("cpu")
+
+
+@contextmanager
+def _hidden_gpus() -> Iterator[None]:
+    """From processes that start meanwhile."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def forget_groups() -> None:
@@ -81,10 +104,10 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        on_gpus = torch.cuda.device_count() >= world
-        if on_gpus:
+        device = device_of_ranks(world)
+        if device == "cuda":
             torch.cuda.set_device(rank)
-        _join(dist.FileStore(place, world), rank, world, torch.device("cuda" if on_gpus else "cpu"))
+        _join(dist.FileStore(place, world), rank, world, torch.device(device))
         value = function(*args)
         if rank == 0:
             sender.send((True, value))

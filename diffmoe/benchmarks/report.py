@@ -66,24 +66,34 @@ class Report:
     machine: dict[str, Any] = field(default_factory=machine)
     figures: list[Figure] = field(default_factory=list)
     points: list[dict[str, Any]] = field(default_factory=list)  # of --growth
+    notes: list[str] = field(default_factory=list)
 
     def add(self, *figure: Any, **fields: Any) -> None:
         """The fields of a Figure."""
         self.figures.append(Figure(*figure, **fields))
 
+    def note(self, text: str) -> None:
+        """What is not in the figures, and why; once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def expect(self, path: Path) -> None:
         """Replace targets by those of a YAML file: a figure's name, at_least or at_most, a number.
 
-        Raises UserError for a figure that is not there, and for anything else than a number.
+        Raises UserError for a figure that is not there or not the only one of its name, and for
+        anything else than a number.
         """
         aims = read_aims(path)
-        names = {figure.name for figure in self.figures}
-        unknown = sorted(aims.keys() - names)
+        names = [figure.name for figure in self.figures]
+        unknown = sorted(aims.keys() - set(names))
         if unknown:
             raise UserError(
                 f"--expect {path}: no figure is called {', '.join(unknown)}; there are "
-                + ", ".join(sorted(names))
+                + ", ".join(sorted(set(names)))
             )
+        for name in aims:
+            if names.count(name) > 1:
+                raise UserError(f"--expect {path}: {names.count(name)} figures are called {name}")
         for place, figure in enumerate(self.figures):
             if figure.name in aims:
                 least, most = (aims[figure.name].get(key) for key in ("at_least", "at_most"))
@@ -97,10 +107,10 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        return "\n".join([f"{self.command} ({', '.join(told)})", *lines])
+        return "\n".join([f"{self.command} ({', '.join(told)})", *lines, *self.notes])
 
     def write(self, path: Path) -> None:
-        """JSON: command, settings, machine, figures (each with met: true, false or null)."""
+        """JSON: command, settings, machine, figures (each with met: true, false or null), notes."""
         figures = [asdict(one) | {"met": one.met} for one in self.figures]
         try:
             path.write_text(json.dumps(asdict(self) | {"figures": figures}, indent=1) + "\n")

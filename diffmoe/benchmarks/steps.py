@@ -2,18 +2,16 @@
 
 import contextlib
 import gc
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from diffmoe.benchmarks.ceiling import copying, products
+from diffmoe.benchmarks.profiling import add_use
 from diffmoe.benchmarks.report import Report
-from diffmoe.benchmarks.timing import Rounds, seconds_of, take_turns
+from diffmoe.benchmarks.timing import Rounds, repeat, seconds_of, take_turns
 from diffmoe.benchmarks.training import TimedStep, dense_twin, random_batches
 from diffmoe.config import Config
 from diffmoe.models.precision import DTYPES
@@ -43,8 +41,8 @@ def benchmark_steps(
     gemm, gemm_flops = products(layout.tokens, model.width, hidden, dtype, device)
     copy, copied = copying(_COPIED[device.type], device)
     works: dict[str, Callable[[], object]] = {
-        "GEMM": partial(_times, _REPEATED, gemm),
-        "copy": partial(_times, _REPEATED, copy),
+        "GEMM": partial(repeat, _REPEATED, gemm),
+        "copy": partial(repeat, _REPEATED, copy),
     }
 
     with random_batches(config, topology) as batches:
@@ -53,13 +51,13 @@ def benchmark_steps(
         ours.step.phase = lambda name: contextlib.nullcontext()  # nothing waits for the device
         first = seconds_of(ours, device)
         if device.type == "cuda":
-            _add_device_figures(report, ours, layout, held, trace)
-        elif trace is not None:
-            _profiled(ours, trace)
+            _add_peak(report, ours, layout, held)
         dense = TimedStep(twin.config, topology, device, batches)
         dense.step.phase = ours.step.phase
-        works |= {"diffmoe": partial(_times, STEPS, ours), "dense": partial(_times, STEPS, dense)}
+        works |= {"diffmoe": partial(repeat, STEPS, ours), "dense": partial(repeat, STEPS, dense)}
         timed = take_turns(works, rounds, device)
+        add_use(report, "diffmoe", ours, device, trace)
+        add_use(report, "dense", dense, device)
         del ours, dense, works
         gc.collect()
 
@@ -101,41 +99,12 @@ def _add_step(report: Report, name: str, layout: Layout, timed: Rounds) -> None:
     report.add(f"{name}: MFU, of the GEMM's rate", share, "")
 
 
-def _add_device_figures(
-    report: Report, step: TimedStep, layout: Layout, held: int, trace: Path | None
-) -> None:
+def _add_peak(report: Report, step: TimedStep, layout: Layout, held: int) -> None:
+    """held: bytes that were there before the step's own."""
     torch.cuda.reset_peak_memory_stats(step.device)
-    seconds_of(step, step.device)
+    step()
+    torch.cuda.synchronize(step.device)
     peak = torch.cuda.max_memory_allocated(step.device) - held
     planned = memory(layout).tensors
     report.add("peak memory of tensors (ratio: to the plan's)", peak / 2**30, "GiB", peak / planned)
-    events = [e for e in _profiled(step, trace) if e.device_type == DeviceType.CUDA]
-    report.add("kernels and copies of a step", len(events), "")
-    report.add("the device is at work", sum(e.device_time for e in events) / 1e3, "ms")
-    report.add("waits for the device in a step", _waits(step), "")
-
-
-def _profiled(step: TimedStep, trace: Path | None) -> list:
-    activities = [ProfilerActivity.CPU]
-    if step.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as seen:
-        seconds_of(step, step.device)
-    if trace is not None:
-        seen.export_chrome_trace(str(trace))
-    return list(seen.events())
-
-
-def _waits(step: TimedStep) -> int:
-    """How often the host waits for a value or a copy in one step, as torch notices."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing CUDA operation" in str(one.message) for one in seen)
-
-
-def _times(count: int, work: Callable[[], object]) -> None:
-    for _ in range(count):
-        work()
+    report.add("peak memory of tensors, the plan's", planned / 2**30, "GiB")

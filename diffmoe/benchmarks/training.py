@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,13 @@ from diffmoe.benchmarks.memory import Saved, peak_bytes
 from diffmoe.benchmarks.reading import LANES, write_moments
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
-from diffmoe.benchmarks.timing import forward_backward, seconds_of, synchronize, take_turns
+from diffmoe.benchmarks.timing import (
+    forward_backward,
+    repeat,
+    seconds_of,
+    synchronize,
+    take_turns,
+)
 from diffmoe.config import Config
 from diffmoe.data.examples import Examples
 from diffmoe.data.lanes import DataSource
@@ -160,7 +167,7 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
     steps_between_logs = config.logging.log_samples // config.training.batch_size
     topology = create_topology(1)
     layout, dense = Layout(config, 1, 1), Layout(dense_twin(config), 1, 1)
-    gemms = {precision: _gemm(layout, dtype, device) for precision, dtype in DTYPES.items()}
+    gemms = {precision: gemm_of(layout, dtype, device) for precision, dtype in DTYPES.items()}
     rivals = {
         "dense fp32": dense,
         "diffmoe bf16": layout.changed({"training.precision": "bf16"}),
@@ -171,7 +178,8 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         ours = TimedStep(config, topology, device, batches)
 
         def meet(name: str, work: Callable[[], object], precision: str) -> None:
-            works = {"GEMM": gemms[precision][0], OURS: ours, name: work}
+            gemm = gemms[precision][0]
+            works: dict[str, Callable[[], object]] = {"GEMM": gemm, OURS: ours, name: work}
             timed[name] = take_turns(works, rounds, device, calls=2)
 
         meet("checkpointing", ours.checkpointed, "fp32")
@@ -242,9 +250,15 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         report.add(f"peak memory, {kind}, all of the above", size / 2**30, "GiB")
 
 
-def _gemm(layout: Layout, dtype: torch.dtype, device: torch.device):
+def gemm_of(
+    layout: Layout, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], object], int]:
+    """The products that a model is held against, of its dense MLP's shapes, and their FLOPs."""
     model = layout.config.model
-    return products(layout.tokens, model.width, int(model.width * model.mlp_ratio), dtype, device)
+    hidden = int(model.width * model.mlp_ratio)
+    work, flops = products(layout.tokens, model.width, hidden, dtype, device)
+    count = 10 if device.type == "cuda" else 1  # alone a GPU's would partly be its launch
+    return partial(repeat, count, work), count * flops
 
 
 def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], object]]:

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from diffmoe.benchmarks.gpu_check import Bench, Check, markdown
+from diffmoe.benchmarks.layer import shape_of
 from diffmoe.benchmarks.report import Report, read_aims
 from diffmoe.errors import UserError
+from diffmoe.recipes import load_config
+from tests.helpers.devices import DEVICES
 from tests.helpers.processes import ROOT, command
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tools import forked
@@ -33,7 +36,7 @@ COMMANDS = {
         ],
     ),
     "step": (
-        ("--rounds", "1", "training.precision=bf16"),
+        ("--rounds", "1", "--dtype", "bf16", "--expect", str(AIMS / "h100_l_e16.yaml")),
         ["diffmoe: MFU, of the GEMM's rate", "dense: memory's share", "diffmoe to dense"],
     ),
     "layer": (
@@ -45,7 +48,10 @@ COMMANDS = {
             "E4 ratio 4: ours, saved for backward",
         ],
     ),
-    "sample": (("--rounds", "1", "--steps", "2"), ["capacity 0.5 to capacity 1"]),
+    "sample": (
+        ("--rounds", "1", "--steps", "2"),
+        ["capacity 0.5 to capacity 1", "capacity 1: MFU, of the GEMM's rate"],
+    ),
     "ep": (("--rounds", "1"), ["P=2: step (ratio: to P=1)", "P=2: all_to_all, a step and rank"]),
     "data": (("--samples", "160", "--rounds", "1", "--workers", "0"), []),
 }
@@ -71,7 +77,7 @@ def run(part: str, folder: Path, *options: str) -> dict:
 def test_every_part_writes_its_figures(part: str, tmp_path: Path):
     options, names = COMMANDS[part]
     written = run(part, tmp_path, *options)
-    assert {"command", "settings", "machine", "figures", "points"} == written.keys()
+    assert {"command", "settings", "machine", "figures", "points", "notes"} == written.keys()
     assert {"threads", "load_average", "torch", "processor"} <= written["machine"].keys()
     figures = {figure["name"]: figure for figure in written["figures"]}
     assert set(names) <= figures.keys()
@@ -87,6 +93,7 @@ def test_every_part_writes_its_figures(part: str, tmp_path: Path):
         (["train", "--recipe", "captioned_digits"], "has classes, no captions"),
         (["layer", "--plot", "x.png"], "draws --growth; give both"),
         (["layer", "--growth", "--plot", "x.txt"], "must end in .png"),
+        (["layer", "--growth", "--trace", "x.json"], "draws the layer, not --growth"),
         (["layer", "--json", "/proc/nowhere/x.json"], "/proc/nowhere cannot be written"),
         (["ep", "--batch", "7"], "--batch 7 must be a multiple"),
         (["step", "--expect", "/nowhere.yaml"], "cannot read --expect /nowhere.yaml"),
@@ -167,15 +174,18 @@ def test_aims_of_a_file_take_the_place_of_targets_and_unknown_ones_are_named(tmp
     report = Report("benchmark", {})
     report.add("speed", 3.0, "images/s", at_most=1.0)
     report.add("share", 8.0, "ms", 0.4)
+    report.add("twice", 1.0, "calls")
+    report.add("twice", 1.0, "MiB")
     aims.write_text("speed: {at_least: 2}\nshare: {at_least: 0.5}\n")
     report.expect(aims)
-    assert [figure.met for figure in report.figures] == [True, False]
-    assert [figure.at_most for figure in report.figures] == [None, None]
+    assert [figure.met for figure in report.figures] == [True, False, None, None]
+    assert {figure.at_most for figure in report.figures} == {None}
     assert "NOT met" in report.table()
     for text, message in (
-        ("sped: {at_least: 2}", "no figure is called sped; there are share, speed"),
+        ("sped: {at_least: 2}", "no figure is called sped; there are share, speed, twice"),
         ("speed: 2", "speed: write at_least: NUMBER or at_most: NUMBER"),
         ("speed: {at_least: fast}", "'fast' is no number"),
+        ("twice: {at_least: 2}", "2 figures are called twice"),
         ("- speed", "must hold figures' names"),
     ):
         aims.write_text(text)
@@ -186,3 +196,37 @@ def test_aims_of_a_file_take_the_place_of_targets_and_unknown_ones_are_named(tmp
 @pytest.mark.parametrize("aims", sorted(AIMS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_aims_that_come_along_can_be_read(aims: Path):
     assert read_aims(aims)
+
+
+def test_the_layers_aim_names_the_layer_of_the_default_recipe():
+    name = f"{shape_of(load_config('diffmoe_s_e16_flow'))}: naive (ratio: ours to it)"
+    assert read_aims(AIMS / "h100_layer.yaml") == {name: {"at_most": 0.5}}
+
+
+@pytest.mark.parametrize(("part", "events"), [("step", "aten::_fused"), ("layer", "aten::bmm")])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
+def test_a_trace_shows_one_call_and_a_gpus_use_is_counted(
+    part: str, events: str, device: str, tmp_path: Path
+):
+    trace = tmp_path / "trace.json"
+    written = run(part, tmp_path, "--device", device, "--rounds", "1", "--trace", str(trace))
+    drawn = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    assert any(name.startswith(events) for name in drawn)
+    kernels = [one["value"] for one in written["figures"] if one["name"].endswith(": kernels")]
+    assert all(kernels)
+    assert bool(kernels) == (device == "cuda")
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_told_even_if_an_aim_has_a_wrong_name(tmp_path: Path):
+    aims, out = tmp_path / "aims.yaml", tmp_path / "out.json"
+    aims.write_text("sped: {at_least: 2}\n")
+    told = forked(
+        *("tools/benchmark.py", "data", "--samples", "160", "--rounds", "1", "--workers", "0"),
+        *("--expect", aims, "--json", out),
+    )
+    assert told.returncode == 2
+    assert "no figure is called sped; there are" in told.stderr
+    assert "bare loop" in told.stdout
+    assert json.loads(out.read_text())["figures"]
