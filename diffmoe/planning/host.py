@@ -16,8 +16,8 @@ RANK_BYTES = 4 * 2**30
 READER_BYTES = 2**29
 # torch rounds pinned memory up to a power of two: on average 1.44 times the size.
 PINNED = 1.5
-# Batches per rank: prefetched by the workers; and, of data, noise and their mixture each, those that
-# are ready, the next one, and the one in use.
+# Batches per rank: prefetched by the workers; and, of data, noise and their mixture each, those
+# that are ready, the next one, and the one in use.
 BATCHES = 4 + 3 * (2 + 1 + 1)
 
 

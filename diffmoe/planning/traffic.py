@@ -109,7 +109,7 @@ def _ring(layout: Layout, name: str, stride: int, ranks: int, size: int, passes:
 def _routing(layout: Layout) -> list[Collective]:
     """Collectives of the gradient norm, routing state and wide pools; small beside the others."""
     moe, L = layout.config.moe, layout.moe_layers
-    # Squared norms of each group's gradients, the experts' mean; of offloaded bf16 an overflow flag.
+    # Squared norms of each group's gradients, the experts' mean; with offload a flag of overflow.
     groups = len(parameter_groups(layout))
     norms = F32 * (groups + (L > 0 and layout.expert_replicas > 1))
     flag = layout.element == 2 and layout.zero.offload
