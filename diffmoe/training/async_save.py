@@ -192,6 +192,7 @@ class Saver:
         """`latest` and retention: the checkpoint is complete whether these succeed or not."""
         training = self.config.training
         try:
+            self.lease.check()
             write_atomically(self.folder / "latest", newest.name)
             lifecycle.prune(self.folder, training.keep_last, training.keep_samples)
         except (OSError, UserError) as error:
