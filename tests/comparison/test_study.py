@@ -102,10 +102,15 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
         ("dense", 0), ("identity", 0), ("dense", 1), ("identity", 1),
     ]  # fmt: skip
     started = subprocess.Popen(
-        tool, cwd=ROOT, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True,
+        tool,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
         # A shell's background job, as these tests may be, has its children ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     while measured(runs[0]) is None:
         assert started.poll() is None, started.stderr.read()
         time.sleep(0.2)
