@@ -31,7 +31,7 @@ from diffmoe.work import ensure_writable
 
 ROOT = Path(__file__).parents[2]
 # Where tests take a device; on a CPU some of them are rehearsal enough.
-ROOMS = ("models", "parallel", "sampling", "training")
+ROOMS = ("benchmarks", "models", "parallel", "sampling", "training")
 TESTED = {
     "cuda": ["-m", "gpu", *(f"tests/{room}" for room in ROOMS)],
     "cpu": ["-k", "cpu", "tests/models/test_release.py", "tests/sampling/test_dtype.py"],
@@ -45,7 +45,7 @@ class CheckFailed(Exception):
 
 @dataclass
 class Check:
-    """seconds: the most that its commands may take. figures: what it found, by name."""
+    """seconds: that it took. figures: what it found, by name. error: why it failed."""
 
     name: str
     work: Callable[[], dict[str, Any]] = field(repr=False)

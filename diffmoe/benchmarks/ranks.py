@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import diffmoe.parallel.zero  # noqa: F401  it keeps DeepSpeed from compiling an extension
+from diffmoe.parallel.backend import ON_GPUS
 from diffmoe.parallel.device import setup_device
 
 
@@ -94,7 +95,7 @@ def forget_groups() -> None:
 
 def _join(store: dist.Store, rank: int, world: int, device: torch.device) -> None:
     os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = ON_GPUS if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 

@@ -64,7 +64,7 @@ def sample_flow(
         if isinstance(t, Tensor):  # dopri5's, on the device; expanding it waits for nothing
             t_n = t.float().expand(len(x)).contiguous()
         else:
-            t_n = torch.full((len(x),), t, device=x.device)
+            t_n = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         return velocity(x, t_n).float()
 
     if method == "dopri5":

@@ -21,10 +21,9 @@ def sum_over_ranks(
     numbers: their sums come back as floats.
     tensors: of any shape and type, also empty. Their sums stay on the device, in double.
     """
-    cpu = torch.device("cpu")
     scalars = torch.tensor(list(numbers.values()), dtype=torch.double)
     flat = [tensor.flatten().to(device, torch.double) for tensor in tensors.values()]
-    if device == cpu:
+    if device.type == "cpu":
         packed = torch.cat([scalars, *flat])
         dist.all_reduce(packed)
         scalars, rest = packed.split([len(scalars), len(packed) - len(scalars)])

@@ -44,19 +44,6 @@ def setup_device(device: str | None) -> torch.device:
     return chosen
 
 
-def backend_of(device: torch.device) -> str:
-    """The process group's: gloo beside NCCL, since checkpoints gather their plans on the CPU.
-
-    Ranks that share a GPU, which NCCL refuses, are joined by gloo alone: right, but slow.
-    """
-    if device.type != "cuda":
-        return "gloo"
-    # As torchrun, deepspeed and srun name it.
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-    local = next((os.environ[name] for name in names if os.environ.get(name)), "1")
-    return f"cpu:gloo,cuda:{'gloo' if int(local) > torch.cuda.device_count() else 'nccl'}"
-
-
 def use_deterministic_algorithms() -> None:
     """From here on, the same inputs give the same bits on a GPU, too.
 

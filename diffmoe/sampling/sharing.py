@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe.errors import UserError
-from diffmoe.parallel.device import backend_of
+from diffmoe.parallel.backend import choose_backend
 from diffmoe.parallel.rendezvous import meet
 from diffmoe.parallel.topology import Topology, create_topology
 from diffmoe.work import Ranks
@@ -41,7 +41,6 @@ def share_experts(expert_parallel: int, ranks: Ranks, device: torch.device) -> T
     store, rank, world = meet()
     timeout = timedelta(hours=12)  # ranks wait while one of them judges the images of all
     store.set_timeout(timeout)
-    dist.init_process_group(
-        backend_of(device), store=store, rank=rank, world_size=world, timeout=timeout
-    )
+    backend = choose_backend(device, store, world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return create_topology(expert_parallel)

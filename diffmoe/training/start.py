@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe.config import Config
-from diffmoe.parallel.device import backend_of, setup_device, use_deterministic_algorithms
+from diffmoe.parallel.device import setup_device, use_deterministic_algorithms
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import read_ds_config, reconcile
 from diffmoe.training import agreement, preflight
@@ -69,6 +69,6 @@ def _connect(device: str | None, timeout_seconds: float | None) -> tuple[torch.d
     chosen = setup_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    peers = join(backend_of(chosen), timeout_seconds)
+    peers = join(chosen, timeout_seconds)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return chosen, peers

@@ -36,8 +36,8 @@ def build(
     if config.training.precision == "bf16":
         network.to_bf16()
     if config.training.compile:
-        for layer in network.moe_layers:
-            # On a GPU the compiler of torch 2.11 fails on a running count over a whole pool.
+        for layer in network.moe_layers if device.type == "cuda" else ():
+            # The compiler of torch 2.11 fails there on a running count over a whole pool.
             layer._route = torch.compiler.disable(layer._route)  # type: ignore[method-assign]
         for block in network.blocks:
             block.compile()
@@ -91,6 +91,9 @@ def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) 
     return rate
 
 
+_NORM = "gradient_norm"  # among the numbers of a step
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step did; the same on every rank.
@@ -119,11 +122,8 @@ class StepResult:
         return dict(zip(self.numbers, values, strict=True))
 
 
-_NORM = "gradient_norm"
-
-
 class TrainingStep:
-    """The optimizer step, with its clock: `run(batch)` trains on one batch of all ranks.
+    """The optimizer step, with its clock: `run(prepare(batch, clock))` trains on one.
 
     samples, number, skipped: how many samples were trained on, in how many steps, and how many of
         these steps were skipped. Set them when a run resumes.
@@ -196,7 +196,7 @@ class TrainingStep:
                 part = part.detach().double() / config.training.accumulation
                 losses[name] = losses[name] + part if name in losses else part
 
-        # The one collective of the step beside the engine's and the experts'.
+        # Beside the engine's and the experts', the one collective of the step, on a GPU two.
         seen_LX = self.routing_state.seen()
         with self.phase("sums over ranks"):
             flags, tensors = sum_over_ranks(

@@ -23,8 +23,10 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 import psutil
+import torch
 import torch.distributed as dist
 
+from diffmoe.parallel.backend import choose_backend
 from diffmoe.parallel.rendezvous import meet
 from diffmoe.process import launcher
 from diffmoe.process.exit import end_process
@@ -271,14 +273,15 @@ class Watchdog:
         ]
 
 
-def join(backend: str, timeout_seconds: float | None = None) -> Watchdog:
+def join(device: torch.device, timeout_seconds: float | None = None) -> Watchdog:
     """Make the launcher's process group, or one of a single process; watch from then on.
 
-    timeout_seconds: of a step, see Progress.
+    device: of this rank. timeout_seconds: of a step, see Progress.
     """
     global _joined
     store, rank, world = meet()
     store.set_timeout(COLLECTIVES)
+    backend = choose_backend(device, store, world)
     _joined = Watchdog(store, rank, world, timeout_seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVES)
     return _joined

@@ -45,7 +45,6 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }
@@ -130,7 +129,6 @@ class Ranks:
         """prepare: called on every rank before the command; can be sent to a process."""
         joined = {
             "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }

@@ -1,11 +1,13 @@
 """The planner's figures against what the real model and engine do."""
 
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
+from diffmoe.benchmarks.memory import Saved
 from diffmoe.config import Config
 from diffmoe.data.examples import micro_batches
 from diffmoe.diffusion import create_objective
@@ -15,7 +17,7 @@ from diffmoe.planning.activations import kept_bytes
 from diffmoe.planning.flops import forward_flops, step_flops
 from diffmoe.planning.host import PINNED, host_memory
 from diffmoe.planning.layouts import Layout, Zero
-from diffmoe.planning.memory import memory, partition_size
+from diffmoe.planning.memory import memory, padded, partition_size
 from diffmoe.planning.traffic import traffic
 from tests.helpers.measured import saved_bytes, step_in_pretence, step_on_rank
 from tests.helpers.ranks import run_ranks
@@ -126,8 +128,10 @@ def test_offloaded_states_equal_a_real_step(stage: int, steps: int, accumulated:
         assert planned.buckets == told["buckets"]
         kinds = ("masters", "gradient_partition", "moments", "ema", "accumulated")
         states += sum(told[kind] for kind in kinds) + returning + leaving
-    # A parameter that two ranks share is accumulated whole in bf16 by both.
-    assert host.states == pytest.approx(states, rel=0.0 if accumulated == "fp32" else 0.005)
+    # The planner does not know which parameter the two ranks share; in stage 2 both accumulate it
+    # whole.
+    twice = stage == 2 and steps > 1 and accumulated == "bf16"
+    assert host.states == states - (2 * shared_by_two_ranks(config) if twice else 0)
     assert host.saves == pytest.approx(2 * 4 * 4 * partition_size(layout))  # not pinned once more
 
 
@@ -143,6 +147,22 @@ def test_traffic_of_a_large_world(world: int, ranks: int):
     layout = Layout(config, world // 8, 8)
     assert told["sent"] == predicted_bytes(layout)
     assert told["masters"] == memory(layout).masters
+
+
+def shared_by_two_ranks(config: Config) -> int:
+    """Elements of the dense bf16 parameter that ends on the second rank's partition; 0: none."""
+    network = DiT(config.model, config.moe).to_bf16()
+    apart = {id(p) for p in network.expert_parameters().values()}
+    sizes = [
+        p.numel()
+        for p in network.parameters()
+        if p.requires_grad and p.dtype == torch.bfloat16 and id(p) not in apart
+    ]
+    ends = list(itertools.accumulate(sizes))
+    boundary = padded(ends[-1], 2) // 2
+    return next(
+        (size for size, end in zip(sizes, ends, strict=True) if end - size < boundary < end), 0
+    )
 
 
 def latents(**changes) -> Config:
@@ -198,9 +218,23 @@ def test_activations_are_within_15_percent(family: str, precision: str, checkpoi
         training__activation_checkpointing=checkpointing,
         **FAMILIES[family],
     )
-    # On a CPU torch's RMS norm of bf16 keeps its steps in fp32; the planner is for GPUs.
-    tolerance = 0.17 if family == "rich" and precision == "bf16" else 0.15
-    assert kept_bytes(Layout(config, 1, 1)) == pytest.approx(saved_bytes(config), rel=tolerance)
+    saved = saved_bytes(config)
+    if precision == "bf16" and config.model.qk_norm and not checkpointing:
+        saved -= kept_by_norms_on_a_cpu(config)
+    assert kept_bytes(Layout(config, 1, 1)) == pytest.approx(saved, rel=0.15)
+
+
+def kept_by_norms_on_a_cpu(config: Config) -> int:
+    """What torch's RMS norms of queries and keys keep there beyond their input: steps in fp32."""
+    model = config.model
+    width, tokens = model.width_of_head, (model.input_size // model.patch_size) ** 2
+    x = torch.randn(config.training.batch_size, model.heads, tokens, width, dtype=torch.bfloat16)
+    x.requires_grad_()
+    norm = torch.nn.RMSNorm(width, dtype=torch.bfloat16)
+    with Saved([*norm.parameters(), x]) as saved:
+        kept = norm(x)  # held, so that nothing is freed
+    del kept
+    return 2 * model.depth * saved.bytes
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -58,9 +58,10 @@ def golden_run(folder: Path, family: str, world: int, device: str) -> dict[str, 
 def test_losses_are_those_of_before(tmp_path: Path, family: str, world: int, device: torch.device):
     """On a CPU when they were written down: a GPU, or a refactoring, changes none."""
     found = golden_run(tmp_path, family, world, device.type)
-    # ProMoE's first gradient, of norm 21, moves its prototypes so far that roundings of it show:
-    # 7e-5 was the most seen, on a GPU.
-    tolerance = {"loss": 1e-5, "gradient_norm": 2e-4 if family == "promoe" else 1e-5}
+    # ProMoE's first gradient, of norm 21, moves its prototypes so far that a GPU's other roundings
+    # of it show: 7e-5 was the most seen.
+    amplified = family == "promoe" and device.type == "cuda"
+    tolerance = {"loss": 1e-5, "gradient_norm": 2e-4 if amplified else 1e-5}
     for key, expected in json.loads(GOLDEN.read_text())[f"{family}, {world}"].items():
         assert found[key] == pytest.approx(expected, rel=tolerance[key]), key
 
