@@ -359,7 +359,7 @@ class TrainingConfig(_Section):
     def _lengths(self) -> "TrainingConfig":
         if len(set(self.ema_stds)) < len(self.ema_stds):
             raise ValueError(
-                f"training.ema_stds={list(self.ema_stds)} names a length twice; [0.05, 0.1] lets "
+                f"training.ema_stds={list(self.ema_stds)} lists a length twice; [0.05, 0.1] lets "
                 "tools/checkpoint.py reconstruct any other"
             )
         return self

@@ -63,7 +63,7 @@ def curve_points(
             drawn.setdefault(_label(path, result, axis), {})[x] = result["metrics"][name]
     if len(references) > 1:
         listed = "; ".join(sorted(references))
-        raise UserError(f"metrics against different references do not compare: {listed}")
+        raise UserError(f"metrics against different references cannot be compared: {listed}")
     if not drawn:
         raise UserError(f"no result of a model has {name}; evaluate one first")
     return name, {label: sorted(points.items()) for label, points in drawn.items()}

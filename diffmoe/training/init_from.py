@@ -25,7 +25,7 @@ def check(config: Config) -> None:
     path = Path(config.training.init)
     if not is_exported(path):
         raise UserError(
-            f"training.init={path} is no exported model; make one: python "
+            f"training.init={path} is not an exported model; make one: python "
             "tools/convert_checkpoint.py FROM TO"
         )
     model = ExportedModel(path)
@@ -33,7 +33,9 @@ def check(config: Config) -> None:
     differing = [f"model.{key}: {there[key]} there, {now[key]} now" for key in now]
     differing = [line for key, line in zip(now, differing, strict=True) if there[key] != now[key]]
     if differing:
-        raise UserError(f"training.init={path} is another network: {'; '.join(differing)}")
+        raise UserError(
+            f"training.init={path} does not fit this run's network: {'; '.join(differing)}"
+        )
     check_state_dict(model.shapes, config.model, config.moe, f"training.init={path}")
 
 

@@ -188,8 +188,8 @@ def test_class_accuracy_of_real_digits(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num", "9"], "holds 8 images, 9 were asked for"),
-        (["--reference", "absent.npz"], "--reference absent.npz does not exist"),
+        (["--num", "9"], "holds 8 images, but exactly 9 were requested"),
+        (["--reference", "absent.npz"], "reference absent.npz does not exist"),
         (["--extractor", "absent.pt"], "absent.pt is missing"),
     ],
 )

@@ -38,7 +38,9 @@ def test_a_second_job_refuses_and_the_requeued_first_goes_on_at_once(
     assert first.end() == "COMPLETED", first.log
     assert newest(run) == f"step-{STEPS:08d}"
     assert steps(run) == STEPS
-    assert f"{run} is taken over: process 1 on n17, Slurm job {first.number}" in first.log
+    assert (
+        f"taking over {run}: it was held by process 1 on n17, Slurm job {first.number}" in first.log
+    )
     assert "this is the same Slurm job, requeued" in first.log
     assert not list(run.glob("lease-*.json"))
     log = (next(run.glob(f"logs/job-{first.number}.1/rank-0000.log"))).read_text()

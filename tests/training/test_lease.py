@@ -113,7 +113,7 @@ def test_the_same_slurm_job_requeued_takes_over_at_once(tmp_path: Path, monkeypa
     left(tmp_path, **ELSEWHERE, job="77", restart=0)
     assert seconds_to_take(tmp_path) < lease.BEAT / 2
     told = capsys.readouterr().err
-    assert f"{tmp_path} is taken over: process 4321 on n17, Slurm job 77" in told
+    assert f"taking over {tmp_path}: it was held by process 4321 on n17, Slurm job 77" in told
     assert "this is the same Slurm job, requeued" in told
 
 
