@@ -73,6 +73,7 @@ setup(
             "torchdiffeq>=0.2.4,<0.3",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.9,<0.18",
             "mypy>=1.13,<2",
             "types-PyYAML",
