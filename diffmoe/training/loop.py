@@ -170,7 +170,7 @@ def train(
             with watchdog.busy("validating"):
                 began, held_out = time.monotonic(), validation.run()
             telemetry.validated(held_out, time.monotonic() - began)
-        if logging_now:
+        if logging_now and not lease.lost:  # as after a sleep since the step's flags
             for warning in health.warnings(result.routing):
                 telemetry.say(warning)
             telemetry.metrics(
