@@ -85,9 +85,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--shard-size",
         type=positive,
-        default=1000,
         metavar="N",
-        help="images a shard; default 1000",
+        help="images a shard, made again together after a stop; default 50",
     )
     add_prompts(parser)
     add_weights(add_sampling(parser, STEPS))

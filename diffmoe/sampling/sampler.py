@@ -30,7 +30,7 @@ from diffmoe.models.routing_mode import Kind
 from diffmoe.parallel.topology import Topology
 from diffmoe.sampling.images import SampledImages
 from diffmoe.sampling.latents import can_guide, check_sampling, sample_latents
-from diffmoe.sampling.many_images import SampleRequest, SampleResult, fill_folder
+from diffmoe.sampling.many_images import SampleRequest, SampleResult, fill_folder, shard_size_of
 from diffmoe.text.prompts import Prompts
 from diffmoe.work import Ranks
 
@@ -244,16 +244,21 @@ class Sampler:
         settings: SamplingSettings,
         *,
         batch: int = 50,
-        shard_size: int = 1000,
+        shard_size: int | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
     ) -> SampleResult | None:
         """Make the images of a folder that are missing. Returns None while other ranks still work.
+
+        shard_size: images that are stored, and on a restart made again, together; None: that of a
+        folder that was begun, else 50.
 
         A folder of another model, request, settings, prompts or shard size is refused. batch and
         ranks may change, unless an image depends on its batch (routing pooled or static, sampler
         dopri5).
         """
         check_sampling(self.network, self.config, request.classes, settings, self.prompts)
+        if shard_size is None:
+            shard_size = shard_size_of(folder)
         if request.number < 1 or batch < 1 or shard_size < 1:
             raise UserError(
                 f"{request.number} images in shards of {shard_size}, {batch} at a time: all must "
