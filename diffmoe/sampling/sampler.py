@@ -15,7 +15,7 @@ from diffmoe.capacity.meter import CapacityByTime, CapacityMeter
 from diffmoe.capacity.thresholds import CapacityChoice, choose_capacity, hash_of
 from diffmoe.clock import Clock
 from diffmoe.config import Config
-from diffmoe.data.autoencoders import KLAutoencoder, PixelAutoencoder, autoencoder_of
+from diffmoe.data.autoencoders import DiffusersAutoencoder, PixelAutoencoder, autoencoder_of
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.diffusion.settings import GUIDANCE, SamplingSettings
 from diffmoe.errors import UserError
@@ -67,7 +67,7 @@ class Sampler:
 
     network: DiT
     config: Config
-    autoencoder: PixelAutoencoder | KLAutoencoder | None = None
+    autoencoder: PixelAutoencoder | DiffusersAutoencoder | None = None
     prompts: Prompts | None = None
     choice: CapacityChoice = field(default_factory=CapacityChoice)
     origin: Origin | None = None

@@ -9,6 +9,7 @@ import torch
 
 from diffmoe.clock import Clock
 from diffmoe.config import Config
+from diffmoe.data.autoencoders import why_missing
 from diffmoe.data.fetching import Fetch
 from diffmoe.data.lanes import DataSource
 from diffmoe.data.manifest import Manifest
@@ -75,6 +76,12 @@ def train(
     elif training.init:
         start = f"starts from the weights of {training.init}; clock, optimizer and averages are new"
         telemetry.say("\n  ".join((start, *adapted)))
+    missing = why_missing(manifest.autoencoder)
+    if missing:
+        telemetry.say(
+            f"warning: the autoencoder of the data, {manifest.autoencoder}, cannot be opened "
+            f"({missing}). Training does not need it; samples and evaluations of this run will"
+        )
     if training.compile:
         telemetry.say("compiling the blocks: the first step takes a minute or more")
     saver = Saver(engine, network, ema, config, manifest, telemetry.say, lease, resume.origin)

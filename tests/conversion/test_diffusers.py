@@ -18,7 +18,7 @@ from PIL import Image
 import diffmoe
 from diffmoe.conversion import hugging_face
 from diffmoe.conversion.foreign import Options, foreign_source, write_foreign
-from diffmoe.data.autoencoders import KLAutoencoder
+from diffmoe.data.autoencoders import DiffusersAutoencoder
 from diffmoe.errors import UserError
 from diffmoe.export.exported_model import ExportedModel
 from diffmoe.export.sources import Source
@@ -70,7 +70,7 @@ def test_a_pipelines_own_autoencoder_and_names_are_used(pipeline: Path, tmp_path
     assert metadata.class_names == tuple(f"name {i}" for i in range(10))
     assert metadata.diffusion.objective == "ddpm"
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = KLAutoencoder(str(pipeline / "vae"), 0.3).decode(latents)
+    expected = DiffusersAutoencoder(str(pipeline / "vae"), 0.3).decode(latents)
     opened = diffmoe.Pipeline(tmp_path / "out", device="cpu")
     assert torch.equal(opened.autoencoder.decode(latents), expected)
     assert len(opened(labels=["name 7"], steps=2)) == 1
