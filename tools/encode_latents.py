@@ -38,7 +38,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", required=True, metavar="DIR", help="class folders or tars")
     parser.add_argument("--out", required=True, metavar="DIR", help="the data folder to write")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--vae", metavar="PATH_OR_ID", help="AutoencoderKL: folder or hub id")
+    kind.add_argument(
+        "--vae", metavar="PATH_OR_ID", help="of diffusers: folder, hub id, or ID/SUBFOLDER"
+    )
     kind.add_argument("--pixels", action="store_true", help="store pixels, no autoencoder")
     parser.add_argument("--size", type=int, default=256, help="side of the crop; default 256")
     parser.add_argument(

@@ -16,7 +16,7 @@ The formats, and the flags for what their files do not say:
   webdataset    *.tar of KEY.npy and KEY.cls.
                 --content --scaled yes|no --scale (--shift) --classes --vae
 
---vae is only recorded, for decoding samples later: a hub id or folder of a diffusers AutoencoderKL,
+--vae is only recorded, for decoding samples later: a hub id or folder of a diffusers autoencoder,
 or any name if it is another autoencoder. The model is trained on (z - shift) * scale. --classes is
 the model's number of classes, including those that no label mentions.
 

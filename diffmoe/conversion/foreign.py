@@ -323,6 +323,11 @@ def _write_diffusers(source: Source, target: Path) -> tuple[str, ...]:
         if vae is not None:
             copy_autoencoder(vae, temporary)
             config = read_autoencoder_config(vae) | {"scaling_factor": metadata.latents.scale}
+            if config.get("_class_name", hugging_face.VAE) != hugging_face.VAE:
+                raise UserError(
+                    f"{vae} is an {config['_class_name']}: {hugging_face.PIPELINE} supports only "
+                    f"an {hugging_face.VAE}"
+                )
             (temporary / "vae/config.json").write_text(json.dumps(config, indent=2))
         if is_pipeline:
             for name, content in hugging_face.pipeline_files(metadata, vae is not None).items():

@@ -13,6 +13,7 @@ from diffmoe.files import contained, read_json
 
 CLASS = "DiTTransformer2DModel"
 PIPELINE = "DiTPipeline"
+VAE = "AutoencoderKL"
 NULL_LABEL = 1000  # a constant of that class, however many classes the transformer has
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In a pipeline's folder, which has the model's in a subfolder.
@@ -171,7 +172,7 @@ def pipeline_files(metadata: Metadata, with_vae: bool) -> dict[str, Any]:
         "transformer": ["diffusers", CLASS],
     }
     if with_vae:
-        index["vae"] = ["diffusers", "AutoencoderKL"]
+        index["vae"] = ["diffusers", VAE]
     noise = {key: value for key, value in _NOISE.items() if key != "use_flow_sigmas"}
     # Steps at equal distances that end at 0, each of which leads to the next one.
     scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True}

@@ -32,7 +32,7 @@ class Encoding:
     """What is stored of each image.
 
     size: side of the square crop, in pixels.
-    vae: folder or hub id of an AutoencoderKL; None stores the pixels, -1..1.
+    vae: folder or hub id of an autoencoder of diffusers; None stores the pixels, -1..1.
     dtype: of the stored numbers; None: uint8 for pixels, float16 for moments.
     flips: half of the samples are to be mirrored in training. For that the moments of the mirrored
         images are stored, too; pixels are mirrored on reading.
