@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="DIR", help="the data folder to write")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(
-        "--vae", metavar="PATH_OR_ID", help="of diffusers: folder, hub id, or ID/SUBFOLDER"
+        "--vae", metavar="PATH_OR_ID", help="folder or hub id of an autoencoder of diffusers"
     )
     kind.add_argument("--pixels", action="store_true", help="store pixels, no autoencoder")
     parser.add_argument("--size", type=int, default=256, help="side of the crop; default 256")

@@ -50,9 +50,7 @@ def autoencoder_files(folder: Path) -> list[str]:
             raise UserError(f"{index} holds no weight_map of names to files beside it")
         if (folder / weights).exists():
             return [_CONFIG, weights]
-    raise UserError(
-        f"{folder} holds no weights of an autoencoder of diffusers ({' or '.join(_WEIGHTS)})"
-    )
+    raise UserError(f"{folder} holds no weights of an autoencoder ({' or '.join(_WEIGHTS)})")
 
 
 def copy_autoencoder(folder: Path, exported: Path) -> dict[str, dict[str, Any]]:

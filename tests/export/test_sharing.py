@@ -122,7 +122,7 @@ def test_an_autoencoder_that_is_not_here_is_said(tmp_path: Path):
 
 def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path: Path):
     (tmp_path / "vae").mkdir()
-    with pytest.raises(UserError, match="vae holds no weights of an AutoencoderKL"):
+    with pytest.raises(UserError, match="vae holds no weights of an autoencoder"):
         with_autoencoder(tmp_path / "out", str(tmp_path / "vae"))
     assert not (tmp_path / "out").exists()
 
