@@ -9,7 +9,8 @@ of a seed has its own noise, and experts decide on each token by itself, so the 
 neither on --batch nor on the number of ranks. --capacity C uses the thresholds that
 tools/calibrate.py found for C: less is faster, more is better up to a point.
 
-With --num-samples, DIR gets shards samples-*.npz (uint8 images, labels, indices) and samples.json,
+With --num-samples, DIR gets shards samples-*.npz (uint8 images, labels, indices; with --format
+latents fp32 latents for an autoencoder that is elsewhere) and samples.json,
 which lists them with everything that determines the images, captions included. The command can be
 interrupted at any time; running it again makes the images that are missing.
 """
@@ -77,10 +78,10 @@ def parse() -> argparse.Namespace:
     add_labels(parser)
     parser.add_argument(
         "--format",
-        choices=["npz", "png", "adm"],
+        choices=["npz", "png", "adm", "latents"],
         default="npz",
         help="with --num-samples: default npz; png adds PNG files, adm the one npz of ADM's "
-        "evaluator",
+        "evaluator; latents: fp32, as the autoencoder's decoder takes them, in place of images",
     )
     parser.add_argument(
         "--shard-size",
@@ -121,7 +122,12 @@ def main() -> None:
         raise UserError(
             "one process makes a picture; several ranks make a folder, with --num-samples"
         )
-    sampler = open_sampler(options, device, topology)
+    to_latents = options.format == "latents"
+    if to_latents and options.num_samples is None:
+        raise UserError("--format latents fills a folder: give --num-samples N")
+    sampler = open_sampler(options, device, topology, with_autoencoder=not to_latents)
+    if to_latents:
+        sampler = sampler.without_decoder()
     sampler = sampler.with_capacity(options.capacity, options.routing)
     if sampler.prompts is not None and (options.classes or options.check_digits):
         raise UserError(

@@ -22,6 +22,17 @@ class PixelAutoencoder:
         return to_uint8(unscaled(latents, self.scale, self.shift).clamp(-1, 1))
 
 
+class NoDecoder:
+    """Leaves latents as the autoencoder's decoder takes them: for one that lies elsewhere."""
+
+    def __init__(self, scale: Numbers = 1.0, shift: Numbers = 0.0):
+        self.scale, self.shift = scale, shift
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The model's (N,C,H,W) to the autoencoder's z, (N,C,H,W) fp32."""
+        return unscaled(latents, self.scale, self.shift).float()
+
+
 class DiffusersAutoencoder:
     """Any autoencoder of images of diffusers, by the class that its configuration names.
 
@@ -147,7 +158,7 @@ def _load(path_or_id: str) -> Any:
         ) from error
 
 
-Autoencoder = PixelAutoencoder | DiffusersAutoencoder
+Autoencoder = PixelAutoencoder | DiffusersAutoencoder | NoDecoder
 
 
 def load_autoencoder(

@@ -31,6 +31,7 @@ from diffmoe.work import Ranks, Records, ensure_writable, remove_stale_files, wr
 
 MANIFEST = "samples.json"
 RECORDS = ".sampling"  # folder of what is done
+LATENTS = "latents"  # content of shards for a decoder that lies elsewhere
 SHARD_SIZE = 50  # images that a stop may cost
 # Numbers of images and a callback for those done -> the images.
 Make = Callable[[Sequence[int], Progress], SampledImages]
@@ -184,7 +185,8 @@ def _save(
     """Write a shard atomically. Returns its record."""
     file = _file(folder, part)
     images = made.images.numpy()
-    arrays = {"images": images, "labels": np.array(labels), "indices": np.array(indices)}
+    content = "images" if images.dtype == np.uint8 else LATENTS
+    arrays = {content: images, "labels": np.array(labels), "indices": np.array(indices)}
     if made.capacity is not None:
         arrays |= {name: tensor.numpy() for name, tensor in made.capacity._asdict().items()}
     write_npz(file, arrays)
@@ -206,7 +208,7 @@ def _finish(
     seen = []
     for shard in shards:
         arrays = read_npz(folder / shard["file"])
-        shape = arrays["images"].shape[1:]
+        shape = arrays[plan.get("content", "images")].shape[1:]
         if "capacity" in arrays:
             tensors = (torch.from_numpy(arrays[name].copy()) for name in CapacityByTime._fields)
             seen.append(CapacityByTime(*tensors))
@@ -214,7 +216,7 @@ def _finish(
     manifest = {
         **json.loads(json.dumps(plan)),  # tuples become lists, as in the file
         "image_shape": list(shape),
-        "uint8": "round(127.5 x + 127.5), clamped to 0..255",
+        **({} if "content" in plan else {"uint8": "round(127.5 x + 127.5), clamped to 0..255"}),
         "capacity_average": capacity and capacity.average,
         "shards": shards,
     }
@@ -251,7 +253,13 @@ def shard_arrays(folder: Path, check: bool = False) -> Iterator[tuple[np.ndarray
     check: compare each file with its checksum. Raises UserError if the folder is not finished, or
     a shard is missing or damaged.
     """
-    for shard in read_manifest(folder)["shards"]:
+    manifest = read_manifest(folder)
+    if manifest.get("content") == LATENTS:
+        raise UserError(
+            f"{folder} holds latents of {manifest.get('autoencoder')}, not images; decode "
+            "them, and give the folder of the images"
+        )
+    for shard in manifest["shards"]:
         path = folder / shard["file"]
         if not path.is_file() or (check and sha256_of(path) != shard["sha256"]):
             raise UserError(f"{path} is missing or damaged; remove it and sample again")

@@ -15,7 +15,7 @@ from diffmoe.capacity.meter import CapacityByTime, CapacityMeter
 from diffmoe.capacity.thresholds import CapacityChoice, choose_capacity, hash_of
 from diffmoe.clock import Clock
 from diffmoe.config import Config
-from diffmoe.data.autoencoders import DiffusersAutoencoder, PixelAutoencoder, autoencoder_of
+from diffmoe.data.autoencoders import Autoencoder, NoDecoder, autoencoder_of
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.diffusion.settings import GUIDANCE, SamplingSettings
 from diffmoe.errors import UserError
@@ -30,7 +30,13 @@ from diffmoe.models.routing_mode import Kind
 from diffmoe.parallel.topology import Topology
 from diffmoe.sampling.images import SampledImages
 from diffmoe.sampling.latents import can_guide, check_sampling, sample_latents
-from diffmoe.sampling.many_images import SampleRequest, SampleResult, fill_folder, shard_size_of
+from diffmoe.sampling.many_images import (
+    LATENTS,
+    SampleRequest,
+    SampleResult,
+    fill_folder,
+    shard_size_of,
+)
 from diffmoe.text.prompts import Prompts
 from diffmoe.work import Ranks
 
@@ -67,7 +73,7 @@ class Sampler:
 
     network: DiT
     config: Config
-    autoencoder: PixelAutoencoder | DiffusersAutoencoder | None = None
+    autoencoder: Autoencoder | None = None
     prompts: Prompts | None = None
     choice: CapacityChoice = field(default_factory=CapacityChoice)
     origin: Origin | None = None
@@ -125,6 +131,11 @@ class Sampler:
         path, weights = self.model.path, self.model.weights
         choice = choose_capacity(self.network, path, routing, capacity, weights)
         return replace(self, choice=choice)
+
+    def without_decoder(self) -> "Sampler":
+        """The same model; its "images" are latents, as its autoencoder's decoder takes them."""
+        latents = self.model.latents
+        return replace(self, autoencoder=NoDecoder(latents.scale, latents.shift))
 
     def routed(self) -> AbstractContextManager[None]:
         """While it lasts, the network routes as this sampler's images are made."""
@@ -271,6 +282,9 @@ class Sampler:
             "dtype": self.dtype,
             "model": self.identity(),
         }
+        if isinstance(self.autoencoder, NoDecoder):
+            latents = self.model.latents
+            plan |= {"content": LATENTS, "autoencoder": latents.autoencoder}
         if self.prompts is not None:
             plan["captions"] = self.prompts.captions
             plan["negative_prompt"] = self.prompts.negative

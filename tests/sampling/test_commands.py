@@ -9,10 +9,13 @@ import pytest
 from PIL import Image
 
 from diffmoe.data.manifest import TextContent
+from diffmoe.diffusion.settings import SamplingSettings
+from diffmoe.errors import UserError
 from diffmoe.sampling.many_images import read_manifest, shard_arrays
 from diffmoe.sampling.sampler import Sampler
+from tests.helpers.models import exported
 from tests.helpers.runs import pack, run_config, train
-from tests.helpers.tiny import BYTES
+from tests.helpers.tiny import BYTES, tiny_config
 from tests.helpers.tools import command, told
 
 pytestmark = pytest.mark.slow
@@ -82,6 +85,26 @@ def test_an_average_that_is_mostly_initial_weights_is_told(run):
     assert "after 4 steps the EMA (training.ema_decay=0.8) still is 41% initial" in done.stderr
     assert "--weights live takes the trained ones" in done.stderr
     assert Sampler.open(run, "live").average_note() is None
+
+
+def test_latents_for_a_decoder_elsewhere_are_those_of_the_images(tmp_path):
+    config = tiny_config(model__in_channels=4)
+    latents = {"shape": (4, 8, 8), "scale": 0.5, "shift": 0.25, "autoencoder": "some/vae"}
+    model = exported(tmp_path / "model", config, latents=latents)
+    out = tmp_path / "latents"
+    words = ["tools/sample.py", model, "--steps", "2", "--guidance", "1", "--seed", "3"]
+    told(*words, "--num-samples", "6", "--format", "latents", "--out", out)
+    manifest = json.loads((out / "samples.json").read_text())
+    assert (manifest["content"], manifest["autoencoder"]) == ("latents", "some/vae")
+    found = np.load(out / "samples-000000.npz")
+    sampler = Sampler.open(model, with_autoencoder=False)
+    settings = SamplingSettings(steps=2, guidance=1.0, seed=3)
+    expected = sampler.latents(found["labels"].tolist(), settings) / 0.5 + 0.25
+    assert np.abs(found["latents"] - expected.numpy()).max() < 1e-5
+    with pytest.raises(UserError, match="holds latents of some/vae, not images; decode them"):
+        list(shard_arrays(out))
+    refused = command(*words, "--format", "latents")
+    assert "--format latents fills a folder: give --num-samples N" in refused.stderr
 
 
 def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
