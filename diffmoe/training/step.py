@@ -16,8 +16,11 @@ from diffmoe.data.examples import Examples, micro_batches
 from diffmoe.data.stream import Batch
 from diffmoe.diffusion import Objective, create_objective
 from diffmoe.models.dit import DiT
+from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.moe import LayerRouting, routing_loss
+from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.agree import sum_over_ranks
+from diffmoe.parallel.muon import Muon
 from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training.ema import EMA
@@ -41,20 +44,27 @@ def build(
             layer._route = torch.compiler.disable(layer._route)  # type: ignore[method-assign]
         for block in network.blocks:
             block.compile()
+    optimizer = config.optimizer
+    options: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "fused": True,
+    }
+    matrices = {}
+    if optimizer.type == "muon":
+        options |= {"muon": optimizer.muon, "dtype": DTYPES[config.training.precision]}
+        matrices = hidden_matrices(network)
     engine = create_engine(
         network,
         experts=network.expert_parameters(),
         num_experts=config.moe.experts,
-        optimizer=torch.optim.AdamW,
-        optimizer_options={
-            "lr": config.optimizer.learning_rate,
-            "betas": config.optimizer.betas,
-            "eps": config.optimizer.eps,
-            "weight_decay": config.optimizer.weight_decay,
-            "fused": True,
-        },
+        optimizer=Muon if optimizer.type == "muon" else torch.optim.AdamW,
+        optimizer_options=options,
         settings=engine_settings(config, ds_settings, topology.world),
         topology=topology,
+        matrices=matrices,
     )
     return network, engine
 
@@ -78,9 +88,15 @@ def losses_of(
     return loss, parts, output.routing
 
 
-def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) -> float:
-    """The rate at a clock: linear warm-up, then constant or a half cosine down to zero."""
-    rate = optimizer.learning_rate
+def learning_rate(
+    optimizer: OptimizerConfig, samples: int, total_samples: int, peak: float | None = None
+) -> float:
+    """The rate at a clock: linear warm-up, then constant, or down to zero at the end.
+
+    Down by half a cosine, or over the last decay_samples as 1 - sqrt (arXiv 2405.18392, section 3).
+    peak: the rate after the warm-up; default optimizer.learning_rate.
+    """
+    rate = optimizer.learning_rate if peak is None else peak
     if samples < optimizer.warmup_samples:
         return rate * samples / optimizer.warmup_samples
     if optimizer.schedule == "cosine":
@@ -88,7 +104,19 @@ def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) 
         # The last batch may reach past the end.
         done = min(1.0, (samples - optimizer.warmup_samples) / span)
         rate *= 0.5 * (1 + math.cos(math.pi * done))
+    elif optimizer.schedule == "warmup_stable_decay":
+        left = min(optimizer.decay_samples, max(0, total_samples - samples))
+        rate *= 1 - math.sqrt(1 - left / optimizer.decay_samples)
     return rate
+
+
+def learning_rates(config: Config, samples: int) -> tuple[float, float | None]:
+    """Of AdamW, and of Muon if the run has it."""
+    optimizer, total = config.optimizer, config.training.total_samples
+    rate = learning_rate(optimizer, samples, total)
+    if optimizer.type != "muon":
+        return rate, None
+    return rate, learning_rate(optimizer, samples, total, optimizer.muon.learning_rate)
 
 
 _NORM = "gradient_norm"  # among the numbers of a step
@@ -103,6 +131,7 @@ class StepResult:
 
     numbers: dict[str, Tensor]
     learning_rate: float
+    more_rates: dict[str, float]  # muon_learning_rate, of a run with Muon
     skipped: bool  # a loss or gradient was not finite: weights, EMA and thresholds stayed
     flags: dict[str, float]  # sums over the ranks of what `run` was given
     routing: dict[str, list]  # see RoutingMetrics.summary; empty unless asked for
@@ -172,9 +201,9 @@ class TrainingStep:
         """
         config, world = self.config, self.network.topology.world
         samples = self.samples + config.training.batch_size
-        rate = learning_rate(config.optimizer, samples, config.training.total_samples)
+        rate, muon_rate = learning_rates(config, samples)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = muon_rate if "matrices" in group else rate
 
         # Forward and backward. The engine acts at the last micro-batch only.
         metrics = RoutingMetrics(self.network) if measure_routing else None
@@ -224,6 +253,7 @@ class TrainingStep:
         return StepResult(
             numbers=numbers,
             learning_rate=rate,
+            more_rates={} if muon_rate is None else {"muon_learning_rate": muon_rate},
             skipped=skipped,
             flags=flags,
             routing={} if metrics is None else metrics.summary(tensors["routing"] / world),
