@@ -142,6 +142,7 @@ class Case(NamedTuple):
             "model__depth": 2,
             "model__mlp_ratio": 3.0,
             "moe__experts": 2,
+            "moe__shared_expert_ratio": 1.0,
             "moe__activation": "swiglu",
             "moe__token_pool": "global",
             "optimizer__type": "muon",
@@ -167,8 +168,8 @@ ORIGINAL = {
 BF16 = {"training__precision": "bf16"}
 CASES = {
     1: [Case(1, 1), Case(1, 2, BF16)],
-    2: [Case(1, 1), Case(2, 1, ORIGINAL), Case(2, 2, ACCUMULATED), Case(1, 2, BF16 | ACCUMULATED)],
-    4: [Case(1, 1, ORIGINAL), Case(2, 2), Case(4, 1), Case(2, 1, BF16)],
+    2: [Case(1, 1, {"moe__experts": 3}), Case(2, 1, ORIGINAL), Case(2, 2, ACCUMULATED), Case(1, 2, BF16 | ACCUMULATED)],
+    4: [Case(1, 1, ORIGINAL), Case(2, 2), Case(4, 1, {"moe__experts": 4}), Case(2, 1, BF16)],
 }
 
 
@@ -263,17 +264,12 @@ def split(name: str, tensor: Tensor) -> list[Tensor] | None:
 
 
 @torch.no_grad()
-def muon_update(
-    weight: Tensor, gradient: Tensor, momentum: Tensor, muon: MuonConfig, dtype: torch.dtype
-) -> None:
+def muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, muon: MuonConfig) -> None:
     """The definition, of one matrix (out, in), in place."""
     assert muon.learning_rate is not None
     momentum.mul_(muon.momentum).add_((1 - muon.momentum) * gradient)
     update = muon.momentum * momentum + (1 - muon.momentum) * gradient
-    if dtype == torch.bfloat16:
-        x = orthogonalize(update.float()[None], muon.steps, "standard", dtype)[0].to(update)
-    else:
-        x = newton_schulz(update, muon.steps)
+    x = newton_schulz(update, muon.steps)
     out, into = weight.shape
     scale = 0.2 * max(out, into) ** 0.5
     if muon.scale == "original":
@@ -285,6 +281,7 @@ def test_each_step_is_the_definition_of_what_it_was_given(runs):
     """Whole matrices, whoever holds which part; the gradients are those after clipping."""
     for config, ranks in runs:
         momenta: dict[str, Tensor] = {}
+        muon = config.optimizer.muon
         bf16 = config.training.precision == "bf16"
         for step in range(STEPS):
             before, given = whole(ranks, step, "before"), whole(ranks, step, "gradient")
@@ -299,13 +296,28 @@ def test_each_step_is_the_definition_of_what_it_was_given(runs):
                 momentum = momenta.setdefault(name, torch.zeros_like(gradient))
                 parts = [split(name, one) for one in (weight, gradient, momentum)]
                 for one in zip(*parts, strict=True):
-                    muon_update(*one, config.optimizer.muon, torch.bfloat16 if bf16 else torch.double)
+                    muon_update(*one, muon)
                 torch.testing.assert_close(kept[name].double(), momentum, atol=1e-7, rtol=1e-5)
-                # Elements move by about 6e-3; Newton-Schulz grows rounding of the smallest values.
-                error = (after[name] - weight).abs().max().item()
-                assert error < (5e-4 if bf16 else 2e-6), (name, error)
                 if bf16:
-                    assert kept[name].dtype == torch.float32
+                    weight = in_bf16(before[name], given[name], kept[name], name, muon)
+                # Elements move by about 6e-3; Newton-Schulz amplifies what is smallest.
+                error = (after[name] - weight).abs().max().item()
+                assert error < 2e-6, (name, error)
+
+
+def in_bf16(
+    weight: Tensor, gradient: Tensor, momentum: Tensor, name: str, muon: MuonConfig
+) -> Tensor:
+    """The definition from fp32 momentum on, Newton-Schulz in bf16: its rounding is large and ours.
+
+    Directions in which a gradient has nothing but rounding are moved by about as much as others.
+    """
+    weight, update = weight.clone(), gradient.lerp(momentum, muon.momentum)
+    for one, matrix in zip(split(name, weight), split(name, update), strict=True):
+        x = orthogonalize(matrix[None], muon.steps, "standard", torch.bfloat16)[0].float()
+        scale = muon.learning_rate * 0.2 * max(one.shape) ** 0.5
+        one.mul_(1 - muon.learning_rate * muon.weight_decay).sub_(scale * x)
+    return weight
 
 
 def one_process(config: Config) -> dict[str, Any]:
@@ -345,7 +357,7 @@ def one_process(config: Config) -> dict[str, Any]:
                 continue
             three = (weight.detach(), weight.grad, momenta[name])
             for one in zip(*(split(name, tensor) for tensor in three), strict=True):
-                muon_update(*one, optimizer.muon, torch.double)
+                muon_update(*one, optimizer.muon)
     told["weights"] = {name: weight.detach() for name, weight in weights.items()}
     return told
 
@@ -373,4 +385,5 @@ def test_partitions_cut_matrices_and_nothing_is_compiled(runs):
     for _, ranks in runs:
         assert all(rank["compiled"] == {} for rank in ranks)
     if len(ranks) > 1:
-        assert any(all(rank["cuts"]) for _, ranks in runs for rank in ranks)
+        for kind in (0, 1):  # dense matrices, experts
+            assert any(ranks[0]["cuts"][kind] for _, ranks in runs)
