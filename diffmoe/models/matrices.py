@@ -28,5 +28,6 @@ def hidden_matrices(network: DiT) -> dict[str, Matrices]:
         if isinstance(module, Experts):
             for name, parameter in module.named_parameters():
                 if parameter.dim() == 3:
-                    found[f"{prefix}.{name}"] = Matrices(*parameter.shape, inputs_first=True)
+                    experts, width, hidden = parameter.shape
+                    found[f"{prefix}.{name}"] = Matrices(experts, width, hidden, True)
     return found

@@ -4,7 +4,7 @@ Partition r holds elements [r n, (r + 1) n) of the group's flattened parameters,
 a matrix. The rank where such a matrix begins owns it: that is at most one per rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.parallel.orthogonalize import Matrices
+
+
+class CutMatrix(NamedTuple):
+    """A matrix that begins on rank `first`, with `parts` elements on that and the next ranks."""
+
+    first: int
+    parts: list[int]
+    matrix: Matrices
+
+
+def cut_matrices(spans: Iterable[tuple[int, Matrices]], partition: int) -> Iterator[CutMatrix]:
+    """spans: where in the flattened group each matrix begins. partition: elements of a rank's."""
+    for start, one in spans:
+        end = start + one.size
+        first, last = start // partition, (end - 1) // partition
+        if first < last:
+            inner = [partition] * (last - first - 1)
+            parts = [(first + 1) * partition - start, *inner, end - last * partition]
+            yield CutMatrix(first, parts, one)
+
+
+def spans_of(stack: Matrices, start: int) -> list[tuple[int, Matrices]]:
+    """Where each matrix of a stack begins. start: where the first one does."""
+    return [(start + number * stack.size, stack) for number in range(stack.number)]
 
 
 class Cut(NamedTuple):
@@ -34,15 +58,10 @@ class Cut(NamedTuple):
         """spans: where each matrix begins, and it. None where no rank's partition cuts one."""
         heads, owners, tails = [0] * ranks, [0] * ranks, [0] * ranks
         owned: dict[int, Matrices] = {}
-        for start, one in spans:
-            end = start + one.size
-            first, last = start // partition, (end - 1) // partition
-            if first == last:
-                continue
-            owned[first], tails[first] = one, (first + 1) * partition - start
-            for other in range(first + 1, last + 1):
-                owners[other] = first
-                heads[other] = min(end, (other + 1) * partition) - other * partition
+        for one in cut_matrices(spans, partition):
+            owned[one.first], tails[one.first] = one.matrix, one.parts[0]
+            for other, part in enumerate(one.parts[1:], one.first + 1):
+                owners[other], heads[other] = one.first, part
         if not owned:
             return None
         sends = [0] * ranks
@@ -89,10 +108,11 @@ class MatrixLayout(NamedTuple):
         begin, end = rank * partition, (rank + 1) * partition
         whole, spans = [], []
         for parameter, stack in zip(zero.bit16_groups[index], stacks, strict=True):
-            start, size = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size(), stack.size
-            spans += [(start + number * size, stack) for number in range(stack.count)]
-            inside = [at for at, _ in spans[-stack.count :] if begin <= at and at + size <= end]
+            start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+            places = spans_of(stack, start)
+            spans += places
+            inside = [at for at, _ in places if begin <= at and at + stack.size <= end]
             if inside:
-                whole.append((inside[0] - begin, stack._replace(count=len(inside))))
+                whole.append((inside[0] - begin, stack._replace(number=len(inside))))
         cut = Cut.of(spans, partition, dist.get_world_size(group), rank)
         return cls(whole, cut, group, flat.device)

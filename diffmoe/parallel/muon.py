@@ -46,15 +46,16 @@ class Muon(torch.optim.AdamW):
                 self.layouts[group["params"][0]] = layout
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """DeepSpeed calls it with one group at a time, on every rank."""
         groups = self.param_groups
         for group in groups:
             if "matrices" in group:
                 self._muon_step(group)
         self.param_groups = [group for group in groups if "matrices" not in group]
-        super().step(closure)
+        loss = super().step(closure)
         self.param_groups = groups
+        return loss
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         (master,) = group["params"]
@@ -65,7 +66,7 @@ class Muon(torch.optim.AdamW):
         update = master.grad.lerp_(momentum, self.muon.momentum)
         master.mul_(1 - rate * group["weight_decay"])
         for start, stack in layout.whole:
-            part = slice(start, start + stack.count * stack.size)
+            part = slice(start, start + stack.number * stack.size)
             found = self._orthogonal(update[part].to(layout.device), stack)
             master[part].sub_(found.to(master), alpha=rate)
         if layout.cut is not None:

@@ -17,12 +17,13 @@ Scale = Literal["match_rms_adamw", "original"]
 
 
 class Matrices(NamedTuple):
-    """A parameter seen as `count` matrices that lie one after the other.
+    """A parameter seen as `number` matrices that lie one after the other.
 
-    rows, columns: of each, as stored. inputs_first: stored (in, out), as experts are; else (out, in).
+    rows, columns: of each, as stored. inputs_first: stored (in, out), as experts are, and not
+    (out, in), as torch's linear layers are.
     """
 
-    count: int
+    number: int
     rows: int
     columns: int
     inputs_first: bool
@@ -75,12 +76,12 @@ def _gram(x: Tensor, steps: int) -> Tensor:
     A step is x -> P x with P a polynomial of x x^T, so several steps can do without x.
     """
     for run in _runs(steps):
-        gram, product = x @ x.mT, None
-        for number in range(run):
+        gram = product = x @ x.mT
+        for step in range(run):
             factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
             factor.diagonal(dim1=-2, dim2=-1).add_(A)
-            product = factor if product is None else factor @ product
-            if number < run - 1:
+            product = factor @ product if step else factor
+            if step < run - 1:
                 gram = factor @ (factor @ gram)
         x = product @ x
     return x
@@ -99,5 +100,5 @@ def flops(matrices: Matrices, steps: int, method: Method) -> int:
     small, large = sorted((matrices.rows, matrices.columns))
     whole, inner = 2 * small**2 * large, 2 * small**3
     if method == "standard" or small == large:
-        return matrices.count * steps * (2 * whole + inner)
-    return matrices.count * sum(2 * whole + (4 * run - 3) * inner for run in _runs(steps))
+        return matrices.number * steps * (2 * whole + inner)
+    return matrices.number * sum(2 * whole + (4 * run - 3) * inner for run in _runs(steps))

@@ -101,9 +101,7 @@ def all_finite(ema: EMA) -> bool:
     return not bad.item()
 
 
-def restored(
-    checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA
-) -> str:
+def restored(checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> str:
     """One line on what `load` has restored, and from which layout."""
     record = read_run_file(checkpoint)
     state = _stored(record, engine, pieces(engine, network, ema))
@@ -111,7 +109,9 @@ def restored(
     kinds = sorted({name.split("/")[0] for name in state} - {"buffers"})
     buffers = sum(name.startswith("buffers/") for name in state)
     before, now = record.settings.optimizer.type, _optimizer_type(engine)
-    anew = "" if before == now else f"; the state of {before} is left out, that of {now} starts at 0"
+    anew = (
+        "" if before == now else f"; the state of {before} is left out, that of {now} starts at 0"
+    )
     return (
         f"resumed {checkpoint} at {clock.samples} samples (step {clock.step}, "
         f"{clock.skipped} skipped, {record.optimizer_steps} of the optimizer), saved by "

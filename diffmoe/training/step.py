@@ -1,6 +1,5 @@
 """One optimizer step, and the engine that it runs on."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from diffmoe.config import Config, OptimizerConfig
+from diffmoe.config import Config
 from diffmoe.data.examples import Examples, micro_batches
 from diffmoe.data.stream import Batch
 from diffmoe.diffusion import Objective, create_objective
@@ -26,6 +25,7 @@ from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training.ema import EMA
 from diffmoe.training.routing_metrics import RoutingMetrics
 from diffmoe.training.routing_state import RoutingState
+from diffmoe.training.schedule import learning_rates
 from diffmoe.tree import tree_map
 
 
@@ -86,37 +86,6 @@ def losses_of(
     loss = parts["loss"] + auxiliary
     parts["routing_loss"] = torch.zeros_like(loss) + auxiliary
     return loss, parts, output.routing
-
-
-def learning_rate(
-    optimizer: OptimizerConfig, samples: int, total_samples: int, peak: float | None = None
-) -> float:
-    """The rate at a clock: linear warm-up, then constant, or down to zero at the end.
-
-    Down by half a cosine, or over the last decay_samples as 1 - sqrt (arXiv 2405.18392, section 3).
-    peak: the rate after the warm-up; default optimizer.learning_rate.
-    """
-    rate = optimizer.learning_rate if peak is None else peak
-    if samples < optimizer.warmup_samples:
-        return rate * samples / optimizer.warmup_samples
-    if optimizer.schedule == "cosine":
-        span = max(1, total_samples - optimizer.warmup_samples)
-        # The last batch may reach past the end.
-        done = min(1.0, (samples - optimizer.warmup_samples) / span)
-        rate *= 0.5 * (1 + math.cos(math.pi * done))
-    elif optimizer.schedule == "warmup_stable_decay":
-        left = min(optimizer.decay_samples, max(0, total_samples - samples))
-        rate *= 1 - math.sqrt(1 - left / optimizer.decay_samples)
-    return rate
-
-
-def learning_rates(config: Config, samples: int) -> tuple[float, float | None]:
-    """Of AdamW, and of Muon if the run has it."""
-    optimizer, total = config.optimizer, config.training.total_samples
-    rate = learning_rate(optimizer, samples, total)
-    if optimizer.type != "muon":
-        return rate, None
-    return rate, learning_rate(optimizer, samples, total, optimizer.muon.learning_rate)
 
 
 _NORM = "gradient_norm"  # among the numbers of a step

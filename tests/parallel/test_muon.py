@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe.config import Config, MuonConfig
@@ -168,7 +167,12 @@ ORIGINAL = {
 BF16 = {"training__precision": "bf16"}
 CASES = {
     1: [Case(1, 1), Case(1, 2, BF16)],
-    2: [Case(1, 1, {"moe__experts": 3}), Case(2, 1, ORIGINAL), Case(2, 2, ACCUMULATED), Case(1, 2, BF16 | ACCUMULATED)],
+    2: [
+        Case(1, 1, {"moe__experts": 3}),
+        Case(2, 1, ORIGINAL),
+        Case(2, 2, ACCUMULATED),
+        Case(1, 2, BF16 | ACCUMULATED),
+    ],
     4: [Case(1, 1, ORIGINAL), Case(2, 2), Case(4, 1, {"moe__experts": 4}), Case(2, 1, BF16)],
 }
 
@@ -219,9 +223,7 @@ def steps_on_rank(config: Config, topology: Any) -> dict[str, Any]:
                     "start": one.start,
                     "before": before[one.name],
                     "after": one.master.detach().clone(),
-                    "gradient": gradients[id(one.partition)].narrow(
-                        0, one.offset, len(one.master)
-                    ),
+                    "gradient": gradients[id(one.partition)].narrow(0, one.offset, len(one.master)),
                     **{k: t.clone() for k, t in one.state(zero.optimizer).items()},
                 }
                 for one in owned

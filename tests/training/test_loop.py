@@ -10,7 +10,7 @@ import torch
 from diffmoe.config import OptimizerConfig
 from diffmoe.training.due import crossed
 from diffmoe.training.loop import PATIENCE
-from diffmoe.training.step import learning_rate
+from diffmoe.training.schedule import learning_rate
 from tests.helpers.runs import (
     assert_identical,
     clock,
