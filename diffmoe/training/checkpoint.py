@@ -109,9 +109,7 @@ def restored(checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, 
     kinds = sorted({name.split("/")[0] for name in state} - {"buffers"})
     buffers = sum(name.startswith("buffers/") for name in state)
     before, now = record.settings.optimizer.type, _optimizer_type(engine)
-    anew = (
-        "" if before == now else f"; the state of {before} is left out, that of {now} starts at 0"
-    )
+    anew = "" if before == now else f"; the state of {before} stays behind, {now}'s starts at 0"
     return (
         f"resumed {checkpoint} at {clock.samples} samples (step {clock.step}, "
         f"{clock.skipped} skipped, {record.optimizer_steps} of the optimizer), saved by "
