@@ -29,7 +29,9 @@ def parameter_table(config: Config) -> str:
         shape = "x".join(map(str, parameter.shape))
         lines.append(f"{name:<48} {shape:>14}  {kind:<5}  {rate:<8g} {decay:<8g} {more}".rstrip())
     head = f"{'parameter':<48} {'shape':>14}  {'by':<5}  {'rate':<8} {'decay':<8} matrices"
-    total = ", ".join(f"{count / 1e6:.1f} million by {kind}" for kind, count in elements.items())
+    total = ", ".join(
+        f"{count / 1e6:.1f} million by {kind}" for kind, count in elements.items() if count
+    )
     return "\n".join([head if matrices else head.removesuffix(" matrices"), *lines, total])
 
 
