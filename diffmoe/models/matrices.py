@@ -17,8 +17,8 @@ _STACKED: dict[type, dict[str, int]] = {
 def hidden_matrices(network: DiT) -> dict[str, Matrices]:
     """By name: attention, feed-forwards and this rank's experts, of the encoder of bytes, too.
 
-    Queries, keys and values are three matrices, and each expert's are its own. Not embeddings, the
-    first and the last layer, modulations, routers, biases (Jordan et al.; arXiv 2608.02502).
+    Queries, keys and values are three matrices (arXiv 2608.02502), and each expert's are its own.
+    Not embeddings, the first and the last layer, modulations, routers, biases (Jordan et al.).
     """
     found = {}
     for prefix, module in network.named_modules():
