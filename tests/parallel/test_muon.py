@@ -234,7 +234,7 @@ def steps_on_rank(config: Config, topology: Any) -> dict[str, Any]:
     return told
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def runs(request) -> list[tuple[Config, list[dict[str, Any]]]]:
     """Of a world, what its ranks told of each case."""
     cases = CASES[request.param]
