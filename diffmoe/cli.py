@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -272,5 +273,6 @@ def open_sampler(
 
 
 def say(text: str) -> None:
-    """Print a note on stderr; stdout is for a tool's result."""
-    print(text, file=sys.stderr)
+    """Print a note on stderr, on the first rank; stdout is for a tool's result."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)

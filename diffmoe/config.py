@@ -373,7 +373,7 @@ class TrainingConfig(_Section):
         (), description="power-function averages, as 0.05, 0.1; other lengths come from them later"
     )
     init: str | None = Field(
-        None, description="exported model whose weights a fresh run starts from; none: random ones"
+        None, description="model whose weights a fresh run starts from, adapted; none: random ones"
     )
     label_dropout: float = Field(
         0.1, ge=0, le=1, description="share of labels or captions left out, for guidance; 0: none"
@@ -408,7 +408,7 @@ class TrainingConfig(_Section):
     def _lengths(self) -> "TrainingConfig":
         if len(set(self.ema_stds)) < len(self.ema_stds):
             raise ValueError(
-                f"training.ema_stds={list(self.ema_stds)} names a length twice; [0.05, 0.1] lets "
+                f"training.ema_stds={list(self.ema_stds)} lists a length twice; [0.05, 0.1] lets "
                 "tools/checkpoint.py reconstruct any other"
             )
         return self

@@ -12,20 +12,19 @@ T = TypeVar("T")
 def tree_map(function: Callable[[Tensor], Tensor], value: T) -> T:
     """The same tuple (or tensor) with every tensor replaced by `function` of it."""
     tree: Any = value
-    if isinstance(tree, Tensor):
-        return function(tree)  # type: ignore[return-value]
-    if tree is None:
-        return tree  # type: ignore[return-value]
-    return type(tree)(*(tree_map(function, part) for part in tree))
+    if tree is not None:
+        is_leaf = isinstance(tree, Tensor)
+        tree = function(tree) if is_leaf else type(tree)(*(tree_map(function, x) for x in tree))
+    return tree
 
 
 def tree_cat(values: Sequence[T]) -> T:
     """Several tuples (or tensors) of one structure as one: tensors concatenated along axis 0."""
     trees: Sequence[Any] = values
-    first = trees[0]
-    if isinstance(first, Tensor):
-        joined = first if len(trees) == 1 else torch.cat(tuple(trees))
-        return joined  # type: ignore[return-value]
-    if first is None:
-        return first  # type: ignore[return-value]
-    return type(first)(*(tree_cat(column) for column in zip(*trees, strict=True)))
+    joined = trees[0]
+    if len(trees) > 1 and joined is not None:
+        if isinstance(joined, Tensor):
+            joined = torch.cat(tuple(trees))
+        else:
+            joined = type(joined)(*(tree_cat(column) for column in zip(*trees, strict=True)))
+    return joined

@@ -43,6 +43,10 @@ class Records:
     def begun(self) -> bool:
         return (self.folder / "plan.json").exists()
 
+    def plan(self) -> dict[str, Any]:
+        """As it was begun; empty if it was not."""
+        return read_json(self.folder / "plan.json") if self.begun else {}
+
     def begin(
         self, plan: dict[str, Any], way_out: str, absent: dict[str, Any] | None = None
     ) -> None:
@@ -52,11 +56,10 @@ class Records:
 
         Raises UserError naming what differs, and `way_out`, what to do then.
         """
-        stored = self.folder / "plan.json"
-        if not stored.exists():
+        if not self.begun:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(stored, plan)
-        before = (absent or {}) | read_json(stored)
+            write_json(self.folder / "plan.json", plan)
+        before = (absent or {}) | self.plan()
         plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         differing = [
             f"{key}: {before.get(key)} there, {plan.get(key)} now"

@@ -4,12 +4,13 @@
 
 Shows the image, the capacity from noise to data, and how many experts worked on each token. The
 page is served on this machine only and loads nothing from elsewhere. It uses the capacities that
-tools/calibrate.py has stored; without any, a few are calibrated at the start (for a text model on
---prompts, which should then be some dozens).
+tools/calibrate.py has stored; without any, a few are calibrated at the start, which is kept (for a
+text model on --prompts, which should then be some dozens).
 """
 
 import argparse
 import os
+import socket
 
 from diffmoe.cli import add_device, add_dtype, add_prompts, add_run, open_sampler
 from diffmoe.errors import UserError, run_command
@@ -37,6 +38,14 @@ def main() -> None:
         import gradio  # noqa: F401 (the page needs it, and opening a model takes longer)
     except ImportError:
         raise UserError('the page needs gradio: pip install "diffmoe[demo]"') from None
+    refused = UserError(
+        f"cannot listen at {options.host}:{options.port}; choose another --port or --host"
+    )
+    try:  # before the model is opened and calibrated
+        with socket.create_server((options.host, options.port)):
+            pass
+    except OSError:
+        raise refused from None
     from diffmoe.parallel.device import setup_device
     from diffmoe.routing_report.demo import build_page
     from diffmoe.sampling.dial import Dial
@@ -51,9 +60,7 @@ def main() -> None:
     try:
         page.launch(server_name=options.host, server_port=options.port, quiet=False)
     except OSError:
-        raise UserError(
-            f"cannot listen at {options.host}:{options.port}; choose another --port or --host"
-        ) from None
+        raise refused from None
 
 
 if __name__ == "__main__":

@@ -85,9 +85,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--shard-size",
         type=positive,
-        default=1000,
         metavar="N",
-        help="images a shard; default 1000",
+        help="images a shard, made again together after a stop; default 50",
     )
     add_prompts(parser)
     add_weights(add_sampling(parser, STEPS))
@@ -226,7 +225,8 @@ def print_result(
     from diffmoe.capacity.meter import capacity_text
     from diffmoe.sampling.images import dopri5_note
 
-    print(f"{number} samples at {sampler.model.clock.samples} training samples: {out}")
+    model = sampler.model
+    print(f"{number} samples at {model.clock.samples} training samples ({model.weights}): {out}")
     if capacity is not None:
         print(capacity_text(sampler.network, capacity))
     if evaluations is not None:

@@ -50,7 +50,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
         try:
             ok, value = receiver.recv()
         except EOFError:
-            raise RuntimeError("the ranks died without a word") from None
+            raise RuntimeError("a rank died without reporting an error") from None
         finally:
             for rank in ranks:
                 rank.join(10)

@@ -133,7 +133,7 @@ def read_aims(path: Path) -> dict[str, dict[str, float]]:
         if len(one) != 1 or one[0][0] not in ("at_least", "at_most"):
             raise UserError(f"--expect {path}: {name}: write at_least: NUMBER or at_most: NUMBER")
         if not isinstance(one[0][1], int | float):
-            raise UserError(f"--expect {path}: {name}: {one[0][1]!r} is no number")
+            raise UserError(f"--expect {path}: {name}: {one[0][1]!r} is not a number")
     return aims
 
 

@@ -72,9 +72,9 @@ def benchmark_sampling(
         name = f"capacity {capacity:g}"
         report.add(f"{name}: measured", measured[capacity], "")
         report.add(f"{name}: {steps} steps", timed.median(name), "s")
-        report.add(f"{name}: speed", images / timed.median(name), "images/s")
+        report.add(f"{name}: images", images / timed.median(name), "images/s")
         tokens = images * steps * layout.tokens_per_sample
-        report.add(f"{name}: speed", tokens / timed.median(name), "tokens/s")
+        report.add(f"{name}: tokens", tokens / timed.median(name), "tokens/s")
         add_mfu(name, layout.changed({"moe.capacity": capacity}))
     add_mfu("dense", Layout(twin, 1, 1))
     full, half = (f"capacity {c:g}" for c in capacities)

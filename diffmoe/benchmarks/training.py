@@ -206,8 +206,8 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         report.add(f"{name}: GEMM ceiling", rate / 1e9, "GFLOP/s")
         report.add(f"{name}: step", turns.median(name), "s")
         images = config.training.batch_size / turns.median(name)
-        report.add(f"{name}: speed", images, "images/s")
-        report.add(f"{name}: speed", images * layout.tokens_per_sample, "tokens/s")
+        report.add(f"{name}: images", images, "images/s")
+        report.add(f"{name}: tokens", images * layout.tokens_per_sample, "tokens/s")
         used = step_flops(of) / gemms[precision][1] * turns.ratio("GEMM", name)
         target = 0.82 if name == OURS else None
         report.add(f"{name}: share of the ceiling", used, "", at_least=target)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffmoe.capacity.forward import Forward, Observer
 from diffmoe.capacity.meter import CapacityMeter
@@ -61,11 +62,15 @@ def calibrate(
     for turn in range(ROUNDS + 1):
         meter, kept = CapacityMeter(), _Logits(max(1, BUDGET // passes.count))
 
-        def observe(forward: Forward, meter=meter, kept=kept) -> None:
+        bar = tqdm(total=passes.count, desc=f"round {turn}", unit="pass", leave=False, disable=None)
+
+        def observe(forward: Forward, meter=meter, kept=kept, bar=bar) -> None:
             meter(forward)
             kept(forward)
+            bar.update()
 
-        passes.run(observe)
+        with bar:
+            passes.run(observe)
         seen = meter.read()
         assert seen is not None  # a network with thresholds has MoE layers
         measured = seen.average

@@ -37,7 +37,7 @@ class Study(BaseModel):
                 f"reference={self.reference} is none of the variants {', '.join(self.variants)}"
             )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds} names one twice")
+            raise ValueError(f"seeds={self.seeds} lists one twice")
         wrong = next((name for name in self.variants if Path(name).name != name), None)
         if wrong is not None:
             raise ValueError(f"the variant {wrong!r} cannot name a folder")

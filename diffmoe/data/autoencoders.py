@@ -1,6 +1,8 @@
 """Images to latents and back. Pixels are latents of the identity autoencoder."""
 
 import os
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +22,12 @@ class PixelAutoencoder:
         return to_uint8(unscaled(latents, self.scale, self.shift).clamp(-1, 1))
 
 
-class KLAutoencoder:
-    """diffusers' AutoencoderKL, from a local folder or a hub id.
+class DiffusersAutoencoder:
+    """Any autoencoder of images of diffusers, by the class that its configuration names.
 
+    Those of videos (Wan, Qwen-Image, ...) take an image as a video of one frame.
+
+    path_or_id: a local folder, a hub id OWNER/NAME, or OWNER/NAME/SUBFOLDER.
     scale, shift: the diffusion model works on (z - shift) * scale of the autoencoder's latents z.
     pixel_range: the numbers that are black and white for the autoencoder.
     batch: images per pass.
@@ -39,32 +44,23 @@ class KLAutoencoder:
         batch: int = 16,
         pixel_range: tuple[float, float] = (-1.0, 1.0),
     ):
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError:
-            raise UserError(
-                f"the autoencoder {path_or_id} needs diffusers, which is not installed; run: "
-                'pip install "diffmoe[vae]"'
-            ) from None
-        try:
-            model = AutoencoderKL.from_pretrained(path_or_id, low_cpu_mem_usage=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the autoencoder {path_or_id} cannot be loaded ({error}); give a folder or hub id "
-                "of a diffusers AutoencoderKL"
-            ) from error
+        model: Any = _load(path_or_id)
         self.model = model.to(device).eval().requires_grad_(False)
         self.scale, self.shift, self.device, self.batch = scale, shift, device, batch
-        self.black, self.white = pixel_range
+        self.pixel_range = pixel_range
+        self._of_videos = any(isinstance(part, torch.nn.Conv3d) for part in model.modules())
 
     @classmethod
     def with_own_scale(
         cls, path_or_id: str, device: str | torch.device = "cpu", batch: int = 16
-    ) -> "KLAutoencoder":
-        """With the scale and shift of the autoencoder's own configuration."""
+    ) -> "DiffusersAutoencoder":
+        """With scale, shift and pixel range of the autoencoder's own configuration."""
         autoencoder = cls(path_or_id, device=device, batch=batch)
         config = autoencoder.model.config
-        scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        if type(autoencoder.model).__name__ == "AutoencoderRAE":
+            autoencoder.pixel_range = (0.0, 1.0)
+            return autoencoder  # it normalizes latents itself
+        scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
         # Some have per-channel statistics: (z - latents_mean) * scaling_factor / latents_std.
         if config.get("latents_mean") is not None:
             shift = list(config.latents_mean)
@@ -73,40 +69,85 @@ class KLAutoencoder:
         autoencoder.scale, autoencoder.shift = scale, shift
         return autoencoder
 
-    def latent_shape(self, size: int) -> tuple[int, int, int]:
-        """(C,h,w) of the latent of a square image of `size` pixels."""
-        config = self.model.config
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        if size % factor:
+    def describe(self, size: int) -> tuple[tuple[int, int, int], bool]:
+        """Of a square image of `size` pixels the latent's (C,h,w), and whether it is drawn from a
+        distribution, or computed. Raises UserError for a size that it cannot take.
+        """
+        try:
+            values, draws = self._encode(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"--size {size} does not fit the autoencoder ({error})") from None
+        channels, height = values.shape[1] // (1 + draws), values.shape[2]
+        if size % height:
             raise UserError(
-                f"--size {size} is not a multiple of {factor}, by which the autoencoder downsamples"
+                f"--size {size} is not a multiple of {size // height}, by which the autoencoder "
+                "downsamples"
             )
-        return (config.latent_channels, size // factor, size // factor)
+        return (channels, height, values.shape[3]), draws
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (N,H,W,3) to fp32 latents (N,C,h,w), unscaled.
+
+        Where latents are drawn, to moments (N,2C,h,w): mean and log-variance, which is clamped to
+        -30..20, as diffusers does before drawing.
+        """
+        return torch.cat([self._encode(part)[0] for part in images.split(self.batch)])
 
     @torch.inference_mode()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images (N,H,W,3) to moments (N,2C,h,w): mean and log-variance, fp32, unscaled.
-
-        The log-variance is clamped to -30..20, as diffusers does before drawing.
-        """
-        moments = []
-        for part in images.split(self.batch):
-            pixels = part.to(self.device).permute(0, 3, 1, 2).float() / 255
-            posterior = self.model.encode(
-                pixels * (self.white - self.black) + self.black
-            ).latent_dist
-            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu())
-        return torch.cat(moments)
+    def _encode(self, images: Tensor) -> tuple[Tensor, bool]:
+        """What `encode` gives, and whether these are moments."""
+        black, white = self.pixel_range
+        pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 255
+        pixels = pixels * (white - black) + black
+        encoded = self.model.encode(pixels[:, :, None] if self._of_videos else pixels)
+        draws = hasattr(encoded, "latent_dist")
+        if draws:
+            posterior = encoded.latent_dist
+            values = torch.cat([posterior.mean, posterior.logvar], dim=1)
+        else:
+            values = next(iter(encoded.values()))
+        return (values[:, :, 0] if self._of_videos else values).float().cpu(), draws
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """The model's (N,C,h,w) to uint8 images (N,H,W,3), rounded and clamped."""
-        images = [
-            self.model.decode(unscaled(part.to(self.device), self.scale, self.shift)).sample
-            for part in latents.split(self.batch)
-        ]
-        share = (torch.cat(images).float() - self.black) / (self.white - self.black)
+        images = []
+        for part in latents.split(self.batch):
+            z = unscaled(part.to(self.device), self.scale, self.shift)
+            decoded = self.model.decode(z[:, :, None] if self._of_videos else z).sample
+            images.append(decoded[:, :, 0] if self._of_videos else decoded)
+        black, white = self.pixel_range
+        share = (torch.cat(images).float() - black) / (white - black)
         return to_uint8(share * 2 - 1).cpu()
+
+
+def _load(path_or_id: str) -> Any:
+    """Raises UserError naming what is missing."""
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError(
+            f"the autoencoder {path_or_id} needs diffusers, which is not installed; run: "
+            'pip install "diffmoe[vae]"'
+        ) from None
+    where: dict[str, str] = {}
+    name = path_or_id
+    if not os.path.isdir(path_or_id) and path_or_id.count("/") == 2 and path_or_id[0] != "/":
+        name, _, where["subfolder"] = path_or_id.rpartition("/")
+    try:
+        config = diffusers.AutoencoderKL.load_config(name, **where)
+        kind = config.get("_class_name", "AutoencoderKL")
+        if not hasattr(diffusers, kind) or "Autoencoder" not in kind:
+            raise ValueError(f"diffusers {diffusers.__version__} has no autoencoder {kind}")
+        return getattr(diffusers, kind).from_pretrained(name, low_cpu_mem_usage=False, **where)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the autoencoder {path_or_id} cannot be loaded ({error}); give a folder or hub id of "
+            "an autoencoder of diffusers"
+        ) from error
+
+
+Autoencoder = PixelAutoencoder | DiffusersAutoencoder
 
 
 def load_autoencoder(
@@ -115,21 +156,32 @@ def load_autoencoder(
     shift: Numbers = 0.0,
     device: str | torch.device = "cpu",
     pixel_range: tuple[float, float] = (-1.0, 1.0),
-) -> PixelAutoencoder | KLAutoencoder:
+) -> Autoencoder:
     """The autoencoder for the values of a manifest's fields of the same names."""
     if autoencoder == "identity":
         return PixelAutoencoder(scale, shift)
-    black, white = pixel_range
-    return KLAutoencoder(autoencoder, scale, shift, device, pixel_range=(black, white))
+    return DiffusersAutoencoder(autoencoder, scale, shift, device, pixel_range=pixel_range)
 
 
-def autoencoder_of(
-    latents: LatentSpec, device: str | torch.device = "cpu"
-) -> PixelAutoencoder | KLAutoencoder:
+def autoencoder_of(latents: LatentSpec, device: str | torch.device = "cpu") -> Autoencoder:
     """The autoencoder that decodes such latents."""
     return load_autoencoder(
         latents.autoencoder, latents.scale, latents.shift, device, latents.pixel_range
     )
+
+
+def why_missing(name: str) -> str | None:
+    """Why the autoencoder of this name cannot be opened here; None if nothing speaks against it.
+
+    A short look: nothing is loaded or downloaded.
+    """
+    if name == "identity":
+        return None
+    if find_spec("diffusers") is None:
+        return 'diffusers is not installed: pip install "diffmoe[vae]"'
+    if os.path.isabs(name) and not os.path.isdir(name):
+        return "the folder is not on this machine"
+    return None
 
 
 def canonical_name(path_or_id: str) -> str:

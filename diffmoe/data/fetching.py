@@ -198,6 +198,7 @@ def _opened(path: str | Path, shard: Shard, beat: Callable[[], None]) -> BinaryI
         _compare_sizes(os.fstat(file.fileno()).st_size, shard)
         digest, size = hashlib.sha256(), 0
         buffer = memoryview(bytearray(_BLOCK))
+        # The protocol of binary files lacks readinto.
         while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
             size += count

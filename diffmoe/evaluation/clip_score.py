@@ -21,7 +21,7 @@ class Clip:
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
         if model_kind(folder) != "clip":
-            raise UserError(f"{folder} is not a CLIP; give a folder of transformers' CLIPModel")
+            raise UserError(f"{folder} is not a CLIP model; give one of transformers")
         self._model = load_model(folder, "CLIPModel", device)
         self._tokenizer = load_processor(folder, "AutoTokenizer")
         self._images = load_processor(folder, "CLIPImageProcessor")

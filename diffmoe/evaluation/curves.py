@@ -29,7 +29,7 @@ def metric_name(results: list[dict[str, Any]], metric: str) -> str:
     if len(fitting) != 1:
         there = ", ".join(fitting or sorted(names))
         raise UserError(
-            f"--metric {metric}: metrics of different extractors do not compare; choose one of "
+            f"--metric {metric}: metrics of different extractors cannot be compared; choose one of "
             f"{there}"
             if fitting
             else f"--metric {metric} is not in these results, which have {there}"
@@ -63,7 +63,7 @@ def curve_points(
             drawn.setdefault(_label(path, result, axis), {})[x] = result["metrics"][name]
     if len(references) > 1:
         listed = "; ".join(sorted(references))
-        raise UserError(f"metrics against different references do not compare: {listed}")
+        raise UserError(f"metrics against different references cannot be compared: {listed}")
     if not drawn:
         raise UserError(f"no result of a model has {name}; evaluate one first")
     return name, {label: sorted(points.items()) for label, points in drawn.items()}

@@ -46,7 +46,7 @@ class Evaluator:
         self._reference: Reference | None = None
         if judges.reference:
             if not Path(judges.reference).exists():
-                raise UserError(f"--reference {judges.reference} does not exist")
+                raise UserError(f"reference {judges.reference} does not exist")
             self._extractor = load_extractor(judges.extractor, device)
             check_reference(judges.reference, self._extractor)
         self._classifier = load_classifier(judges.classifier, device) if judges.classifier else None

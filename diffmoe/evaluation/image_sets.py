@@ -53,8 +53,7 @@ class ImageSet(NamedTuple):
         """The same images; raises UserError unless there are exactly `number` (None: any)."""
         if number is not None and number != self.number:
             raise UserError(
-                f"{self.path} holds {self.number} images, {number} were asked for; "
-                "figures need the exact number"
+                f"{self.path} holds {self.number} images, but exactly {number} were requested"
             )
         return self
 
@@ -62,7 +61,7 @@ class ImageSet(NamedTuple):
         """The caption of each label. Raises UserError unless they were sampled from captions."""
         if "captions" not in self.about:
             raise UserError(
-                f"{self.path} tells of no captions; give a folder that tools/sample.py "
+                f"{self.path} has no captions; give a folder that tools/sample.py "
                 "filled from --prompts"
             )
         return self.about["captions"]

@@ -42,7 +42,7 @@ def measure_once(
     path, model = config.validation.path, sampler.model
     if path is None or not Path(path).is_dir():
         raise UserError(
-            f"{model.path}: validation.path={path} is no folder; give --data, shards of samples "
+            f"{model.path}: validation.path={path} is not a folder; give --data, shards of samples "
             "that were not trained on"
         )
     manifest = Manifest.load(path)

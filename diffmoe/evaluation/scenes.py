@@ -79,7 +79,7 @@ def scene_accuracy(
     wanted, shown = [], []
     for part in batches(images, batch):
         if part.images.shape[1:] != (SIZE, SIZE, 3):
-            raise UserError(f"{images.path}: {part.images.shape[1:]} is no canvas")
+            raise UserError(f"{images.path}: {part.images.shape[1:]} is not a canvas of the scenes")
         scenes = [truth[captions[label]] for label in part.known_labels]
         wanted += scenes
         shown += read(part.images, [scene.relation for scene in scenes])

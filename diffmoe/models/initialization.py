@@ -55,7 +55,7 @@ def starting(module: Module, **initializers: Initializer) -> Module:
 
     Set by a parent for parts whose place in the network decides how they start.
     """
-    module.initializers = dict(initializers)  # type: ignore[assignment]
+    module.initializers = dict(initializers)  # type: ignore[assignment]  # not a module
     return module
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from typing import Any
 
 import torch
 
@@ -53,7 +54,8 @@ def use_deterministic_algorithms() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch demands for cuBLAS
     torch.use_deterministic_algorithms(True)
     # Filling new memory with NaN finds errors, but costs a pass over it.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    deterministic: Any = torch.utils.deterministic  # its module has no annotations
+    deterministic.fill_uninitialized_memory = False
 
 
 def _keep_freed_memory() -> None:

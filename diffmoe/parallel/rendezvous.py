@@ -83,13 +83,13 @@ def _reach(address: str, port: int, rank: int, holds: bool) -> None:
             # What refuses is a machine on which rank 0 may still be starting.
             patience = JOIN if isinstance(error, ConnectionRefusedError) else REACH
             problem = (
-                f"rank {rank} on {socket.gethostname()} does not reach rank 0 at "
+                f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at "
                 f"{address}:{port}: {error.strerror or error}"
             )
         if waited > patience:
             raise UserError(f"{problem}. {_WAY_OUT}")
         if waited > min(TELL, patience / 2) and not told:
-            _say(f"{problem}. It tries for {patience - waited:.0f} s more. {_WAY_OUT}")
+            _say(f"{problem}. Retrying for another {patience - waited:.0f} s. {_WAY_OUT}")
             told = True
         time.sleep(0.2)
 
@@ -125,12 +125,12 @@ def _open(address: str, port: int, rank: int, world: int, holds: bool) -> dist.S
     reason = str(opened[0]).splitlines()[0] if opened else f"no answer in {ANSWER:g} s"
     if "failed to listen" in reason:
         raise UserError(
-            f"rank 0 on {socket.gethostname()} cannot listen at {where}, another process does "
+            f"rank 0 on {socket.gethostname()} cannot listen at {where}: another process does "
             f"({reason}); set another MASTER_PORT (slurm/: DIFFMOE_PORT, deepspeed: --master_port)"
         )
     if holds:
         raise UserError(
-            f"rank 0 on {socket.gethostname()} does not reach itself at {where} ({reason}); is "
+            f"rank 0 on {socket.gethostname()} cannot reach itself at {where} ({reason}); is "
             f"MASTER_ADDR the address of this machine? {_WAY_OUT}"
         )
     raise UserError(

@@ -214,7 +214,7 @@ def create_engine(
         name = expert_group_name(topology)
         for parameter in experts.values():
             parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed reads both
-            parameter.group_name = name  # type: ignore[attr-defined]
+            parameter.group_name = name  # type: ignore[attr-defined]  # as above
         parameter_groups += _split(list(experts.values()), stacks, moe=True, name=name)
         root = ExpertParallelRoot(network, num_experts, topology)
     client = optimizer(parameter_groups, **optimizer_options)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from diffmoe.config import BYTES
-from diffmoe.data.autoencoders import KLAutoencoder, canonical_name
+from diffmoe.data.autoencoders import DiffusersAutoencoder, canonical_name
 from diffmoe.data.captions import Captions
 from diffmoe.data.latents import Sample, to_stored
 from diffmoe.data.manifest import CAPTION_BYTES, Manifest, TextContent
@@ -82,18 +82,20 @@ def encode_images(
     if vae is not None:
         # A resumed command must give the same bytes for the same images.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        autoencoder = KLAutoencoder.with_own_scale(vae, device, batch)
+        autoencoder = DiffusersAutoencoder.with_own_scale(vae, device, batch)
+    shape, draws = autoencoder.describe(size) if autoencoder else ((3, size, size), False)
     fields = {
-        "content": "mean_logvar" if autoencoder else "sample",
+        "content": "mean_logvar" if draws else "sample",
         "scaled": autoencoder is None,
         "scale": autoencoder.scale if autoencoder else 1.0,
         "shift": autoencoder.shift if autoencoder else 0.0,
-        "shape": autoencoder.latent_shape(size) if autoencoder else (3, size, size),
+        "shape": shape,
         "flips": encoding.flips,
         "mirrored": "stored" if autoencoder else "on_reading",
         "classes": classes,
         "class_names": class_names,
         "autoencoder": canonical_name(vae) if vae is not None else "identity",
+        "pixel_range": autoencoder.pixel_range if autoencoder else (-1.0, 1.0),
         "source": f"images of {printable(str(Path(images.folder).resolve()))}, {size}x{size}",
         "dtype": dtype,
         "text": TextContent(encoder=BYTES, length=CAPTION_BYTES) if images.captioned else None,
@@ -140,8 +142,8 @@ def _number_of_classes(images: ImageSource, class_names: list[str] | None) -> in
     return len(class_names)
 
 
-def _arrays(pixels: np.ndarray, autoencoder: KLAutoencoder | None) -> np.ndarray:
-    """uint8 (N,H,W,3) to fp32 pixels (N,3,H,W) in -1..1, or moments (N,2C,h,w)."""
+def _arrays(pixels: np.ndarray, autoencoder: DiffusersAutoencoder | None) -> np.ndarray:
+    """uint8 (N,H,W,3) to fp32 pixels (N,3,H,W) in -1..1, or what `encode` gives."""
     if autoencoder is None:
         return pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
     return autoencoder.encode(torch.from_numpy(pixels)).numpy()

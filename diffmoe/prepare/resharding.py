@@ -75,7 +75,7 @@ def rewrite(
     """
     manifest, out = Manifest.load(directory), output.directory
     if Path(out).resolve() == Path(directory).resolve():
-        raise UserError(f"--out {out} is the folder that is read; choose another")
+        raise UserError(f"--out {out} is also the input; choose another folder")
     items: list[PackedItem] = []
     for shard in manifest.shards:
         address = manifest.address(directory, shard)

@@ -75,8 +75,8 @@ def _refuse_code(values: dict[str, Any], source: str) -> None:
             given.append(f"evaluation.{key}={value}")
     if given:
         raise UserError(
-            f"{source}: {given[0]} runs code of this machine's choosing, and is taken from the "
-            f"command line alone: take it out of the file and give {given[0]}"
+            f"{source}: {given[0]} can run code on this machine, so it is accepted on the "
+            f"command line only: remove it from the file and give {given[0]}"
         )
 
 

@@ -2,12 +2,13 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from diffmoe.capacity.calibration import EVERY_TOKEN, calibrate
-from diffmoe.capacity.thresholds import stored
+from diffmoe.capacity.thresholds import Calibrated, name_of, store, stored
 from diffmoe.diffusion.settings import DIAL_STEPS, SamplingSettings
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.sampling.passes import trajectory_passes
@@ -34,7 +35,10 @@ class Dial:
 
     @classmethod
     def of(cls, sampler: Sampler, report: Callable[[str], None] = lambda text: None) -> "Dial":
-        """From the capacities stored beside the model, else calibrated now, in memory."""
+        """From the capacities stored beside the model, else calibrated now, and stored if possible.
+
+        Under names of their own, as they are coarser than those of tools/calibrate.py.
+        """
         found = {
             entry.capacity: torch.tensor(entry.log_odds)
             for entry in stored(sampler.model.path).values()
@@ -48,9 +52,22 @@ class Dial:
             for capacity in CAPACITIES:
                 if capacity < sampler.config.moe.experts and capacity not in found:
                     report(f"calibrating capacity {capacity:g}")
-                    found[capacity], _ = calibrate(
+                    found[capacity], measured = calibrate(
                         sampler.network, capacity, passes, tolerance=0.03
                     )
+                    entry = Calibrated(
+                        weights=sampler.model.weights,
+                        capacity=capacity,
+                        measured=measured,
+                        common=False,
+                        over="trajectory",
+                        samples=len(labels),
+                        sampling=settings,
+                        dtype=sampler.dtype,
+                        log_odds=found[capacity].tolist(),
+                    )
+                    with suppress(OSError):  # as in a folder of somebody else's
+                        store(sampler.model.path, f"dial {name_of(capacity)}", entry)
         return cls(found)
 
     def at(self, capacity: float) -> RoutingMode:

@@ -32,7 +32,7 @@ def check_guidance(config: Config, settings: SamplingSettings, prompts: Prompts 
         way_out = "" if prompts is None else ", or give a negative prompt"
         raise UserError(
             f"guidance {settings.guidance:g}: the model was trained with training.label_dropout=0 "
-            f"and knows nothing that guidance could lead away from; take guidance 1{way_out}"
+            f"and has no unconditional prediction to guide away from; use guidance 1{way_out}"
         )
 
 

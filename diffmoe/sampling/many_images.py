@@ -30,6 +30,8 @@ from diffmoe.seeding import keyed_generator
 from diffmoe.work import Ranks, Records, ensure_writable, remove_stale_files, write_json_once
 
 MANIFEST = "samples.json"
+RECORDS = ".sampling"  # folder of what is done
+SHARD_SIZE = 50  # images that a stop may cost
 # Numbers of images and a callback for those done -> the images.
 Make = Callable[[Sequence[int], Progress], SampledImages]
 
@@ -86,7 +88,7 @@ def fill_folder(
     team, teams = ranks.rank // sharing, ranks.world // sharing
     starts = range(0, number, shard_size)
     was_finished = (folder / MANIFEST).exists()
-    records = Records(folder, ".sampling")
+    records = Records(folder, RECORDS)
     _begin(folder, records, plan)
     mine = range(team, len(starts), teams)
     done = {part for part in range(len(starts)) if _is_there(records, part)}
@@ -115,6 +117,11 @@ def fill_folder(
     if result is not None and was_finished:
         return result._replace(closes=ranks.rank == 0)
     return result
+
+
+def shard_size_of(folder: Path) -> int:
+    """As the folder was begun with, else the default."""
+    return Records(folder, RECORDS).plan().get("shard_size", SHARD_SIZE)
 
 
 def _begin(folder: Path, records: Records, plan: dict[str, Any]) -> None:

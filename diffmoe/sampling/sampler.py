@@ -15,10 +15,11 @@ from diffmoe.capacity.meter import CapacityByTime, CapacityMeter
 from diffmoe.capacity.thresholds import CapacityChoice, choose_capacity, hash_of
 from diffmoe.clock import Clock
 from diffmoe.config import Config
-from diffmoe.data.autoencoders import KLAutoencoder, PixelAutoencoder, autoencoder_of
+from diffmoe.data.autoencoders import DiffusersAutoencoder, PixelAutoencoder, autoencoder_of
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.diffusion.settings import GUIDANCE, SamplingSettings
 from diffmoe.errors import UserError
+from diffmoe.export.exported_model import is_exported
 from diffmoe.export.open import locate, open_network, weights_of
 from diffmoe.export.tensors import parameter_dtype
 from diffmoe.files import read_bytes
@@ -29,10 +30,11 @@ from diffmoe.models.routing_mode import Kind
 from diffmoe.parallel.topology import Topology
 from diffmoe.sampling.images import SampledImages
 from diffmoe.sampling.latents import can_guide, check_sampling, sample_latents
-from diffmoe.sampling.many_images import SampleRequest, SampleResult, fill_folder
+from diffmoe.sampling.many_images import SampleRequest, SampleResult, fill_folder, shard_size_of
 from diffmoe.text.prompts import Prompts
 from diffmoe.work import Ranks
 
+_STALE = 0.1  # share of initial weights in an average that is reported
 # Called with the size of each batch, gives an observer of its evaluations.
 Watch = Callable[[int], Observer]
 
@@ -65,7 +67,7 @@ class Sampler:
 
     network: DiT
     config: Config
-    autoencoder: PixelAutoencoder | KLAutoencoder | None = None
+    autoencoder: PixelAutoencoder | DiffusersAutoencoder | None = None
     prompts: Prompts | None = None
     choice: CapacityChoice = field(default_factory=CapacityChoice)
     origin: Origin | None = None
@@ -157,14 +159,34 @@ class Sampler:
     ) -> SamplingSettings:
         """With guidance where none was chosen: the default, or 1 where the model cannot be guided.
 
-        say: is called with a note in the second case.
+        say: is called with a note in the second case, and with `average_note`.
         """
+        stale = None if self.origin is None else self.average_note()
+        if stale:
+            say(stale)
         if settings.guidance is not None:
             return settings
         if can_guide(self.config, self.prompts):
             return replace(settings, guidance=GUIDANCE)
         say("guidance 1: the model was trained without label dropout, so it cannot be guided")
         return replace(settings, guidance=1.0)
+
+    def average_note(self) -> str | None:
+        """A note where the EMA still holds much of the weights that training began with.
+
+        None also for an exported model, whose decay is not known.
+        """
+        path, weights, clock = self.model.path, self.model.weights, self.model.clock
+        decay = self.config.training.ema_decay
+        if weights != "ema" or decay is None or not clock.step or is_exported(path):
+            return None
+        share = decay**clock.step
+        if share < _STALE:
+            return None
+        return (
+            f"after {clock.step} steps the EMA (training.ema_decay={decay:g}) still is {share:.0%} "
+            "initial weights, which draw noise; --weights live takes the trained ones"
+        )
 
     def calibration_note(
         self, settings: SamplingSettings, met: CapacityByTime | None
@@ -222,16 +244,21 @@ class Sampler:
         settings: SamplingSettings,
         *,
         batch: int = 50,
-        shard_size: int = 1000,
+        shard_size: int | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 (a tuple)
     ) -> SampleResult | None:
         """Make the images of a folder that are missing. Returns None while other ranks still work.
+
+        shard_size: images that are stored, and on a restart made again, together; None: that of a
+        folder that was begun, else 50.
 
         A folder of another model, request, settings, prompts or shard size is refused. batch and
         ranks may change, unless an image depends on its batch (routing pooled or static, sampler
         dopri5).
         """
         check_sampling(self.network, self.config, request.classes, settings, self.prompts)
+        if shard_size is None:
+            shard_size = shard_size_of(folder)
         if request.number < 1 or batch < 1 or shard_size < 1:
             raise UserError(
                 f"{request.number} images in shards of {shard_size}, {batch} at a time: all must "

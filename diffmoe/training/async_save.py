@@ -134,7 +134,7 @@ class Saver:
         found = folder.names(self.folder)
         self._problem = (
             f"{path} was not saved: {problem}. "
-            + (f"{self.folder / found[-1]} stays the newest. " if found else "")
+            + (f"{self.folder / found[-1]} remains the newest checkpoint. " if found else "")
             + "On a full disk, free space, or remove older checkpoints and set "
             "training.keep_last lower"
         )

@@ -142,7 +142,7 @@ class Lease:
             path.unlink()
             time.sleep(random.uniform(0.1, 1))
         if found:
-            print(f"{self.output} is taken over: {ended}", file=sys.stderr, flush=True)
+            print(f"taking over {self.output}: {ended}", file=sys.stderr, flush=True)
         for old in found:
             old.unlink(missing_ok=True)
         return path
@@ -194,7 +194,11 @@ def hold(output: Path) -> Iterator[Lease]:
 def lost_message(output: Path) -> str:
     """The error of a run that has lost its lease, on any rank."""
     found = _leases(output)
-    by = f"{_read(found[-1]) or 'another run'} took it over" if found else "its lease was removed"
+    by = (
+        f"{_read(found[-1]) or 'another run'} has taken it over"
+        if found
+        else "its lease was removed"
+    )
     return (
         f"output={output} is no longer held by this run: {by} while this one gave no sign of life, "
         "as when it is suspended; it ends without writing anything more"
@@ -207,11 +211,11 @@ def _wait_for_the_end(path: Path, me: Holder) -> str | None:
     Raises UserError, which names the holder, once it gives a sign of life.
     """
     holder = _read(path)
-    ended = holder and holder.ended(me)
-    if ended:
-        return f"{holder} left it; {ended}"
     first, began, told = _beats(path), time.monotonic(), False
     while (waited := time.monotonic() - began) < STALE:
+        ended = holder and holder.ended(me)  # a large process takes a while to die
+        if ended:
+            return f"it was held by {holder}, and {ended}"
         beats = _beats(path)
         if beats is None:
             return None
@@ -223,8 +227,8 @@ def _wait_for_the_end(path: Path, me: Holder) -> str | None:
         if waited > 2 * BEAT and not told:
             told = True
             print(
-                f"{path.parent} was left by {holder or 'another run'}: waiting until it has given "
-                f"no sign of life for {STALE:g} s",
+                f"{path.parent} is held by {holder or 'another run'}, which may have died: waiting "
+                f"until it has shown no sign of life for {STALE:g} s",
                 file=sys.stderr,
                 flush=True,
             )

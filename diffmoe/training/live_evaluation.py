@@ -18,11 +18,9 @@ from diffmoe.diffusion.settings import SamplerName, SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.evaluation import results
 from diffmoe.evaluation.evaluator import Evaluator, Judges
-from diffmoe.evaluation.extractors import DEFAULT, load_extractor
+from diffmoe.evaluation.extractors import DEFAULT
 from diffmoe.evaluation.image_sets import ImageSet, Part
-from diffmoe.evaluation.judges import load_classifier
 from diffmoe.evaluation.models import check_judges
-from diffmoe.evaluation.references import check_reference
 from diffmoe.models.dit import DiT
 from diffmoe.sampling.images import SampledImages, grid
 from diffmoe.sampling.latents import check_guidance
@@ -51,18 +49,12 @@ def check(config: Config, manifest: Manifest) -> None:
     _settings(config).check(config)
     check_guidance(config, _settings(config), prompts)
     autoencoder_of(manifest.latent_spec)
-    if evaluation.classifier:
-        load_classifier(evaluation.classifier)
-    if not evaluation.reference:
-        return
-    if manifest.latent_spec.makes_gray:
+    if evaluation.reference and manifest.latent_spec.makes_gray:
         raise UserError(
             f"evaluation.reference={evaluation.reference}: the data is gray, and extractors take "
             "RGB; set evaluation.classifier instead, such as digits"
         )
-    if not Path(evaluation.reference).exists():
-        raise UserError(f"evaluation.reference={evaluation.reference} does not exist")
-    check_reference(evaluation.reference, load_extractor(evaluation.extractor or DEFAULT))
+    Evaluator(_judges(config))
 
 
 class LiveEvaluation:
@@ -112,7 +104,7 @@ class LiveEvaluation:
             made = self._sample()
             self.network.train()
         if made is None:
-            self.telemetry.say("asked to stop: the evaluation under way is given up")
+            self.telemetry.say("asked to stop: the current evaluation is abandoned")
         elif isinstance(made, UserError):
             self.telemetry.say(f"warning: no evaluation at {clock.samples} samples: {made}")
         elif self.network.topology.rank == 0:
@@ -166,7 +158,7 @@ class LiveEvaluation:
         capacity: CapacityByTime | None,
         began: float,
     ) -> None:
-        evaluation, network = self.config.evaluation, self.network
+        network = self.network
         labels = np.array([self.order.label(k, self.settings.seed) for k in range(len(images))])
         source = ImageSet(
             len(images),
@@ -191,7 +183,7 @@ class LiveEvaluation:
             "sampler": self.settings.chosen_sampler(self.config),
             "capacity_measured": capacity and capacity.average,
             "sampling": {
-                "batch": evaluation.batch,
+                "batch": self.config.evaluation.batch,
                 "device": str(self.device),
                 "ranks": network.topology.world,
             },
@@ -201,14 +193,7 @@ class LiveEvaluation:
         self.folder.mkdir(exist_ok=True)
         picture.save(self.folder / f"samples-{clock.step:08d}.png")
         if self._evaluator is None:
-            judges = Judges(
-                reference=evaluation.reference,
-                extractor=evaluation.extractor or DEFAULT,
-                classifier=evaluation.classifier,
-                truth=evaluation.truth,
-                batch=50,
-            )
-            self._evaluator = Evaluator(judges, self.device)
+            self._evaluator = Evaluator(_judges(self.config), self.device)
         found = [result | about for result in self._evaluator.measure(source)]
         results.append(self.folder / results.FILE_NAME, *found)
         values = {name: value for result in found for name, value in result["metrics"].items()}
@@ -225,6 +210,17 @@ def _prompts(config: Config, device: str | torch.device = "cpu") -> Prompts | No
             f"text file, one prompt per line (it is {evaluation.prompts})"
         )
     return create_prompts(config, encoder_of(config, evaluation.text_encoder, device), captions)
+
+
+def _judges(config: Config) -> Judges:
+    evaluation = config.evaluation
+    return Judges(
+        reference=evaluation.reference,
+        extractor=evaluation.extractor or DEFAULT,
+        classifier=evaluation.classifier,
+        truth=evaluation.truth,
+        batch=50,
+    )
 
 
 def _settings(config: Config) -> SamplingSettings:

@@ -9,6 +9,7 @@ import torch
 
 from diffmoe.clock import Clock
 from diffmoe.config import Config
+from diffmoe.data.autoencoders import why_missing
 from diffmoe.data.fetching import Fetch
 from diffmoe.data.lanes import DataSource
 from diffmoe.data.manifest import Manifest
@@ -55,7 +56,7 @@ def train(
     manifest = Manifest.load(config.data.path)
     network, engine = build(config, ds_settings, topology, device)
     if training.init and resume_from is None:
-        init_from.load(Path(training.init), engine, network)
+        adapted = init_from.load(config, manifest, engine, network)
     ema = EMA(engine, training.ema_decay, training.ema_stds)
     step = TrainingStep(config, network, engine, ema, device)
     if resume_from is not None:
@@ -72,7 +73,14 @@ def train(
     if resume_from is not None:
         telemetry.say(checkpoint.restored(resume_from, engine, network, ema))
     elif training.init:
-        telemetry.say(f"starts from the weights of {training.init}")
+        start = f"starts from the weights of {training.init}; clock, optimizer and averages are new"
+        telemetry.say("\n  ".join((start, *adapted)))
+    missing = why_missing(manifest.autoencoder)
+    if missing:
+        telemetry.say(
+            f"warning: the autoencoder of the data, {manifest.autoencoder}, cannot be opened "
+            f"({missing}). Training does not need it; samples and evaluations of this run will"
+        )
     if training.compile:
         telemetry.say("compiling the blocks: the first step takes a minute or more")
     saver = Saver(engine, network, ema, config, manifest, telemetry.say, lease, resume.origin)
@@ -168,7 +176,7 @@ def train(
             with watchdog.busy("validating"):
                 began, held_out = time.monotonic(), validation.run()
             telemetry.validated(held_out, time.monotonic() - began)
-        if logging_now:
+        if logging_now and not lease.lost:  # as after a sleep since the step's flags
             for warning in health.warnings(result.routing):
                 telemetry.say(warning)
             telemetry.metrics(

@@ -48,11 +48,11 @@ def verdict(states: dict[int, State], world: int, seconds: float) -> str:
     lines = [
         f"  rank {rank}, {states[rank].doing}: {states[rank].place}"
         if rank in states
-        else f"  rank {rank}: gives no answer"
+        else f"  rank {rank}: does not answer"
         for rank in (missing or list(range(world)))[:8]
     ]
     return (
-        f"{first}nothing got on for {seconds:g} s (parallel.timeout_seconds)\n"
+        f"{first}no progress for {seconds:g} s (parallel.timeout_seconds)\n"
         + "\n".join(lines)
         + "\nthe stacks of all threads of every rank are in its log"
     )
@@ -65,7 +65,5 @@ def _place() -> str:
 
 
 def _collectives() -> dict[str, int]:
-    return {
-        str(c10d._world.pg_names[group]): group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        for group in list(c10d._world.pg_map)
-    }
+    groups: list[Any] = list(c10d._world.pg_map)
+    return {str(c10d._world.pg_names[one]): one._get_sequence_number_for_group() for one in groups}

@@ -41,7 +41,8 @@ def build(
     if config.training.compile:
         for layer in network.moe_layers if device.type == "cuda" else ():
             # The compiler of torch 2.11 fails there on a running count over a whole pool.
-            layer._route = torch.compiler.disable(layer._route)  # type: ignore[method-assign]
+            routed = torch.compiler.disable(layer._route)
+            layer._route = routed  # type: ignore[method-assign]  # of this object alone
         for block in network.blocks:
             block.compile()
     optimizer = config.optimizer

@@ -95,7 +95,9 @@ class WandbRun:
         try:
             self._waiting.put_nowait(lambda wandb: {"samples": samples, **values(wandb)})
         except queue.Full:
-            self.say(f"wandb has taken none of the last {LINES} lines and is off from here on")
+            self.say(
+                f"wandb has taken none of the last {LINES} lines and is off for the rest of the run"
+            )
             self._stop(self._thread)
 
     def finish(self) -> None:
@@ -117,7 +119,7 @@ class WandbRun:
                 self._count_lines(1)
                 self._run.log(values(wandb), step=self._lines)
         except Exception as error:
-            self.say(f"wandb failed and is off from here on: {error}")
+            self.say(f"wandb failed and is off for the rest of the run: {error}")
             return
         try:
             self._run.finish()

@@ -133,8 +133,8 @@ class Watchdog:
         beats = store.add(f"alive/{watched}", 0)
         if self._stopped_for is not None:
             _say(
-                f"rank {self.rank} was stopped for {self._stopped_for:.0f} s; all ranks get new "
-                "patience"
+                f"rank {self.rank} was stopped for {self._stopped_for:.0f} s; the timeout "
+                "of every rank starts anew"
             )
             self._stopped_for = None
             self._seen["woken"] = store.add("woken", 1)
@@ -234,7 +234,7 @@ class Watchdog:
                 self.store.add("news", 1)
                 dead = self._silent() if may_be_a_peer else []
                 named = ", ".join(f"rank {rank}" for rank in dead)
-                _say(f"{named} has died; what broke here:\n{message}" if dead else message)
+                _say(f"{named} has died. The error here:\n{message}" if dead else message)
                 self.store.add("told", 1)
             elif self.store.check(["verdict"]):
                 time.sleep(GRACE)  # the watch shows the stacks, and ends this process

@@ -186,7 +186,7 @@ def test_aims_of_a_file_take_the_place_of_targets_and_unknown_ones_are_named(tmp
     for text, message in (
         ("sped: {at_least: 2}", "no figure is called sped; there are share, speed, twice"),
         ("speed: 2", "speed: write at_least: NUMBER or at_most: NUMBER"),
-        ("speed: {at_least: fast}", "'fast' is no number"),
+        ("speed: {at_least: fast}", "'fast' is not a number"),
         ("twice: {at_least: 2}", "2 figures are called twice"),
         ("- speed", "must hold figures' names"),
     ):

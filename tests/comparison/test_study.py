@@ -162,7 +162,7 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
     ("changes", "told"),
     [
         ({"reference": "tc"}, "reference=tc is none of the variants dense, identity"),
-        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] names one twice"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] lists one twice"),
         ({"varients": {}}, "varients"),
         ({"variants": {"dense": [], "a/b": []}}, "'a/b' cannot name a folder"),
         ({"variants": {"dense": [], "more": ["training.batch_size=16"]}}, "the same samples"),

@@ -241,9 +241,9 @@ def test_a_run_begins_with_the_weights_in_masters_averages_and_thresholds(dense_
 @pytest.mark.parametrize(
     ("init", "changes", "told"),
     [
-        ("data", {}, "training.init=.*data is no exported model"),
-        ("dense", {"moe__type": "dense", "model__heads": 4}, "model.heads: 2 there, 4 now"),
-        ("dense", {}, "does not fit the network: blocks.1.feed_forward.router is missing"),
+        ("data", {}, "training.init=.*data is not a complete checkpoint"),
+        ("dense", {"moe__type": "dense", "model__heads": 4}, "set model.heads=2"),
+        ("dense", {"moe__expert_ratio": 2.0}, "its MLPs do not fit these experts"),
     ],
 )
 def test_weights_of_another_network_are_refused_before_work(

@@ -1,11 +1,23 @@
+import subprocess
 import sys
-from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 
-from diffmoe.data.autoencoders import load_autoencoder, to_uint8
+from diffmoe.data import autoencoders
+from diffmoe.data.autoencoders import (
+    DiffusersAutoencoder,
+    load_autoencoder,
+    to_uint8,
+    why_missing,
+)
 from diffmoe.errors import UserError
+from tests.helpers.autoencoders import autoencoder
+from tests.helpers.hub import COMMIT
+from tests.helpers.processes import environment
+from tests.helpers.ranks import ranks_of
+from tests.helpers.runs import pack, run_config
 
 
 def test_uint8_rounds_to_the_nearest_level_and_clamps():
@@ -45,22 +57,126 @@ def test_missing_diffusers_is_named_with_the_command(monkeypatch):
         load_autoencoder("stabilityai/sd-vae-ft-ema")
 
 
-def test_latents_are_decoded_in_batches(monkeypatch):
-    seen = []
-
-    class Stub(torch.nn.Module):
-        @classmethod
-        def from_pretrained(cls, path, **options):
-            assert path == "folder"
-            return cls()
-
-        def decode(self, z):
-            seen.append(len(z))
-            return SimpleNamespace(sample=z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
-
-    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=Stub))
-    latents = torch.full((35, 4, 2, 2), 0.18215)
-    images = load_autoencoder("folder", scale=0.18215).decode(latents)
+def test_latents_are_decoded_in_batches(tmp_path, monkeypatch):
+    model = load_autoencoder(str(autoencoder(tmp_path / "vae")), scale=0.5)
+    seen, decode = [], model.model.decode
+    monkeypatch.setattr(model.model, "decode", lambda z: seen.append(len(z)) or decode(z))
+    latents = torch.randn(35, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = model.decode(latents)
     assert seen == [16, 16, 3]
-    assert images.shape == (35, 16, 16, 3)
-    assert images.unique().tolist() == [255]  # 0.18215 / 0.18215 = 1
+    expected = decode(latents / 0.5).sample.clamp(-1, 1).permute(0, 2, 3, 1)
+    assert (images / 127.5 - 1 - expected).abs().max() <= 0.51 / 127.5
+
+
+def tiny(name: str) -> torch.nn.Module:
+    """A class of diffusers, small and random, and the side of its images."""
+    torch.manual_seed(0)
+    return {
+        "AutoencoderDC": lambda: diffusers.AutoencoderDC(
+            latent_channels=4, attention_head_dim=4,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
+            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+            scaling_factor=0.41,
+        ),
+        "AutoencoderTiny": lambda: diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+        ),
+        "AutoencoderRAE": lambda: diffusers.AutoencoderRAE(
+            encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_patch_size=14,
+            decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+            decoder_intermediate_size=32, patch_size=8, encoder_input_size=56, image_size=32,
+            latents_mean=torch.full((64, 1, 1), 0.3), latents_std=torch.full((64, 1, 1), 2.0),
+        ),
+        "AutoencoderKLQwenImage": lambda: diffusers.AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 4.0, 8.0],
+        ),
+    }[name]()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "shift", "draws"),
+    [
+        ("AutoencoderDC", 0.41, 0.0, False),
+        ("AutoencoderTiny", 1.0, 0.0, False),
+        ("AutoencoderRAE", 1.0, 0.0, False),
+        ("AutoencoderKLQwenImage", [1.0, 0.5, 0.25, 0.125], [0.1, 0.2, 0.3, 0.4], True),
+    ],
+)
+@torch.no_grad()
+def test_any_autoencoder_of_diffusers_is_opened_by_its_class(
+    name: str, scale, shift, draws: bool, tmp_path
+):
+    model = tiny(name).eval()
+    model.save_pretrained(tmp_path / "ae")
+    opened = DiffusersAutoencoder.with_own_scale(str(tmp_path / "ae"))
+    assert (opened.scale, opened.shift) == (scale, shift)
+    images = torch.randint(0, 256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(1))
+    pixels = images.permute(0, 3, 1, 2) / 255
+    if name != "AutoencoderRAE":  # which takes 0 to 1
+        pixels = pixels * 2 - 1
+    video = name == "AutoencoderKLQwenImage"
+    encoded = model.encode(pixels[:, :, None] if video else pixels)
+    latents = encoded.latent_dist.mean[:, :, 0] if draws else next(iter(encoded.values()))
+    found = opened.encode(images.to(torch.uint8))
+    torch.testing.assert_close(found[:, : latents.shape[1]], latents)
+    assert opened.describe(32) == (tuple(latents.shape[1:]), draws)
+    # What the diffusion model would work on gives the autoencoder's own image of it.
+    by, plus = (torch.as_tensor(value).reshape(-1, 1, 1) for value in (scale, shift))
+    again = load_autoencoder(
+        str(tmp_path / "ae"), opened.scale, opened.shift, pixel_range=opened.pixel_range
+    )
+    decoded = model.decode(latents[:, :, None] if video else latents).sample
+    decoded = decoded[:, :, 0] if video else decoded
+    levels = decoded if name == "AutoencoderRAE" else (decoded + 1) / 2
+    expected = levels.clamp(0, 1).permute(0, 2, 3, 1) * 255
+    assert (again.decode((latents - plus) * by) - expected).abs().max() <= 0.51
+
+
+def test_a_subfolder_of_a_hub_id_is_found(tmp_path, monkeypatch):
+    """In the hub's cache, as after a download."""
+    snapshot = tmp_path / f"hub/models--some--pipeline/snapshots/{COMMIT}"
+    autoencoder(snapshot / "vae", scale=0.7)
+    (tmp_path / "hub/models--some--pipeline/refs").mkdir()
+    (tmp_path / "hub/models--some--pipeline/refs/main").write_text(COMMIT)
+    script = (
+        "from diffmoe.data.autoencoders import DiffusersAutoencoder as A\n"
+        "print(A.with_own_scale('some/pipeline/vae').scale)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["0.7"], done.stderr
+
+
+def test_what_is_no_autoencoder_of_diffusers_is_named(tmp_path):
+    diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ).save_pretrained(tmp_path / "unet")  # fmt: skip
+    with pytest.raises(UserError, match="has no autoencoder UNet2DModel"):
+        load_autoencoder(str(tmp_path / "unet"))
+
+
+@pytest.mark.slow
+def test_a_run_tells_at_its_start_that_its_images_cannot_be_decoded(tmp_path):
+    data = pack(tmp_path / "data", shape=(4, 8, 8), autoencoder=str(tmp_path / "gone"))
+    config = run_config(tmp_path, 1, data__path=str(data), model__in_channels=4)
+    with ranks_of(config, 1) as ranks:
+        assert ranks.wait() == [0], ranks.told()
+        told = f"the autoencoder of the data, {tmp_path}/gone, cannot be opened (the folder is not"
+        assert ranks.told().count(told) == 1
+
+
+def test_a_short_look_says_what_is_missing(tmp_path, monkeypatch):
+    assert why_missing("identity") is None
+    assert why_missing(str(tmp_path)) is None
+    assert why_missing("stabilityai/sd-vae-ft-ema") is None
+    monkeypatch.setattr(autoencoders, "find_spec", lambda name: None)
+    assert "pip install" in why_missing("stabilityai/sd-vae-ft-ema")

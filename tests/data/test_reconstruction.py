@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe.data.autoencoders import KLAutoencoder, autoencoder_of
+from diffmoe.data.autoencoders import DiffusersAutoencoder, autoencoder_of
 from diffmoe.data.latents import model_latents
 from diffmoe.data.reading import read_shard
 from diffmoe.prepare.image_folders import find_images, load_image
@@ -64,7 +64,7 @@ def test_images_come_back_through_shards_and_draws(photos, pixels, trained, tmp_
     assert error(manifest, plain, wanted=wanted[..., ::-1]) > 1.7 * right  # BGR
     assert error(manifest, plain, wanted=wanted[:, :, ::-1]) > 1.7 * right  # mirrored
     assert error(manifest, plain, wanted=wanted.swapaxes(1, 2)) > 1.7 * right  # transposed
-    halves = KLAutoencoder(trained, manifest.scale, manifest.shift, pixel_range=(0.0, 1.0))
+    halves = DiffusersAutoencoder(trained, manifest.scale, manifest.shift, pixel_range=(0.0, 1.0))
     assert error(manifest, plain, halves) > 1.7 * right
     # The latents that the model sees are whitened.
     latents = model_latents(plain, manifest, keyed_generator(0))

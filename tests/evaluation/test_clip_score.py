@@ -79,7 +79,7 @@ def test_the_command_names_the_extractor(folder, samples, tmp_path):
 
 def test_what_has_no_captions_or_is_no_clip_is_refused(folder, tmp_path):
     plain = open_images(write_samples(tmp_path / "samples", pictures(3)))
-    with pytest.raises(UserError, match="tells of no captions"):
+    with pytest.raises(UserError, match="has no captions"):
         clip_score(plain, Clip(folder))
     save_t5(tmp_path / "t5")
     with pytest.raises(UserError, match="is not a CLIP"):

@@ -143,11 +143,11 @@ def test_curves_split_by_type_and_older_results_are_of_fp32(tmp_path):
 
 def test_figures_that_do_not_compare_are_not_drawn(tmp_path):
     a = write(tmp_path / "a.jsonl", result("FD-x", 3), result("FD-y", 4))
-    with pytest.raises(UserError, match=r"different extractors do not compare; .* FD-x, FD-y"):
+    with pytest.raises(UserError, match=r"different extractors cannot be compared; .* FD-x, FD-y"):
         curve_points([a], "FD", "samples")
     assert curve_points([a], "FD-y", "samples")[0] == "FD-y"
     b = write(tmp_path / "b.jsonl", result("FD-x", 3), result("FD-x", 4, ref="other"))
-    with pytest.raises(UserError, match="different references do not compare"):
+    with pytest.raises(UserError, match="different references cannot be compared"):
         curve_points([b], "FD", "samples")
     with pytest.raises(UserError, match="precision is not in these results, which have FD-x"):
         curve_points([b], "precision", "samples")
@@ -188,8 +188,8 @@ def test_class_accuracy_of_real_digits(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num", "9"], "holds 8 images, 9 were asked for"),
-        (["--reference", "absent.npz"], "--reference absent.npz does not exist"),
+        (["--num", "9"], "holds 8 images, but exactly 9 were requested"),
+        (["--reference", "absent.npz"], "reference absent.npz does not exist"),
         (["--extractor", "absent.pt"], "absent.pt is missing"),
     ],
 )

@@ -76,7 +76,9 @@ def test_fewer_and_more_than_asked_are_refused(tmp_path):
     assert images.expect(23) is images
     assert images.expect(None) is images
     for number in (22, 24):
-        with pytest.raises(UserError, match=f"holds 23 images, {number} were asked for"):
+        with pytest.raises(
+            UserError, match=f"holds 23 images, but exactly {number} were requested"
+        ):
             images.expect(number)
 
 

@@ -130,7 +130,7 @@ def test_an_export_gives_it_too(trained, folder: Path, tmp_path: Path):
         assert "not checked" in found["warnings"][0]  # an export does not tell its data
         other = measured(tmp_path / weights, file, **asked)["metrics"]["validation_loss"]
         assert other != pytest.approx(expected, rel=1e-4)  # of seed 0
-        with pytest.raises(UserError, match=r"validation\.path=None is no folder; give --data"):
+        with pytest.raises(UserError, match=r"validation\.path=None is not a folder; give --data"):
             measured(tmp_path / weights, file)
 
 
@@ -233,7 +233,9 @@ def test_what_cannot_be_measured_is_refused(trained, folder: Path, tmp_path: Pat
             measured(path, file, **changes)
         return str(caught.value)
 
-    assert "validation.path=absent is no folder; give --data" in refused(validation__path="absent")
+    assert "validation.path=absent is not a folder; give --data" in refused(
+        validation__path="absent"
+    )
     assert "validation.samples=35: " in refused(validation__samples=35)
     other = pack(tmp_path / "other", [9], first=100, shape=(3, 8, 8))
     assert "latents of shape 3x8x8, " in refused(validation__path=str(other))
@@ -288,5 +290,5 @@ def test_curves_split_what_does_not_compare(trained, tmp_path: Path):
     with pytest.raises(UserError, match="a loss no guidance"):
         curve_points([file], "validation_loss", "guidance")
     measured(path, file, seed=5)
-    with pytest.raises(UserError, match="different references do not compare: 22 samples of "):
+    with pytest.raises(UserError, match="different references cannot be compared: 22 samples of "):
         curve_points([file], "validation_loss", "samples")

@@ -117,7 +117,7 @@ def test_the_result_tells_how_well_real_ones_are_read(reader, truth, tmp_path):
 
 def test_other_pictures_and_files_are_refused(reader, truth, tmp_path):
     small = samples(tmp_path / "small", np.zeros((40, 16, 16, 3), np.uint8))
-    with pytest.raises(UserError, match="is no canvas"):
+    with pytest.raises(UserError, match="is not a canvas of the scenes"):
         scene_accuracy(small, truth, reader)
     some = dict(list(truth.items())[1:])
     with pytest.raises(UserError, match="has no 'a red zero"):

@@ -13,7 +13,7 @@ import torch
 
 import diffmoe
 from diffmoe.config import Config
-from diffmoe.data.autoencoders import KLAutoencoder
+from diffmoe.data.autoencoders import DiffusersAutoencoder
 from diffmoe.errors import UserError
 from diffmoe.export.metadata import read_metadata
 from diffmoe.export.open import open_network
@@ -92,7 +92,7 @@ def test_a_local_autoencoder_comes_along_and_the_folder_may_move(tmp_path: Path)
     vae = autoencoder(tmp_path / "vae-of-mine")
     with_autoencoder(tmp_path / "out", str(vae))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = KLAutoencoder(str(vae), 0.5).decode(latents)
+    expected = DiffusersAutoencoder(str(vae), 0.5).decode(latents)
     shutil.rmtree(vae)
     (tmp_path / "out").rename(tmp_path / "moved")
     pipeline = diffmoe.Pipeline(tmp_path / "moved", device="cpu")

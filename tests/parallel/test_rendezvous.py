@@ -78,11 +78,11 @@ def listening() -> Iterator[int]:
 def test_ranks_meet_and_may_come_late(meeting: Meeting):
     port = free_port()
     meeting.start(1, 2, port)
-    time.sleep(3)  # longer than an address may take that gives no answer at all
+    time.sleep(3)  # longer than an address may take that does not answer at all
     meeting.start(0, 2, port)
     met, told = meeting.outcome(0)
     assert [met, meeting.outcome(1)[0]] == [(1, 2), (0, 2)]
-    waited = f"does not reach rank 0 at 127.0.0.1:{port}: Connection refused. It tries for "
+    waited = f"cannot reach rank 0 at 127.0.0.1:{port}: Connection refused. Retrying for another "
     assert waited in told
 
 
@@ -92,8 +92,8 @@ def test_a_wrong_port_is_named_by_those_who_wait(meeting: Meeting):
     meeting.start(0, 2, port)
     meeting.start(1, 2, wrong)
     error, told = meeting.outcome(1)
-    assert f"does not reach rank 0 at 127.0.0.1:{wrong}: Connection refused" in error
-    assert f"does not reach rank 0 at 127.0.0.1:{wrong}: Connection refused. It tries" in told
+    assert f"cannot reach rank 0 at 127.0.0.1:{wrong}: Connection refused" in error
+    assert f"cannot reach rank 0 at 127.0.0.1:{wrong}: Connection refused. Retrying" in told
     error, told = meeting.outcome(0)
     assert error.startswith(f"waited 6 s at 127.0.0.1:{port} for rank 1 of 2. All ranks need")
     assert f"waiting at 127.0.0.1:{port} for rank 1 of 2; " in told
@@ -105,7 +105,7 @@ def test_a_name_that_is_not_known_ends_it(meeting: Meeting):
         meeting.start(rank, 2, 29876, address="no-such-host.invalid")
         error, _ = meeting.outcome(rank)
         assert f"rank {rank} on " in error
-        assert "does not reach rank 0 at no-such-host.invalid:29876: " in error
+        assert "cannot reach rank 0 at no-such-host.invalid:29876: " in error
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_a_port_in_use_ends_rank_0_at_once_and_others_soon(meeting: Meeting):
         meeting.start(0, 2, port)
         error, _ = meeting.outcome(0)
         assert time.monotonic() - began < 3
-        assert f"cannot listen at 127.0.0.1:{port}, another process does" in error
+        assert f"cannot listen at 127.0.0.1:{port}: another process does" in error
         assert "set another MASTER_PORT" in error
         meeting.start(1, 2, port)
         error, _ = meeting.outcome(1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmoe.data.autoencoders import KLAutoencoder
+from diffmoe.data.autoencoders import DiffusersAutoencoder
 from diffmoe.data.packing import ShardWriter
 from diffmoe.digits.mnist import mnist_digits
 from diffmoe.prepare.checking import check_data
@@ -88,6 +88,6 @@ def test_images_behind_an_autoencoder_are_looked_at_on_the_sheet(tmp_path, tiny_
         )
     encode(tmp_path / "images", tmp_path / "data", vae=str(tiny_vae), size=16, shards=1)
     white = lambda self, latents: torch.full((len(latents), 16, 16, 3), 255).byte()  # noqa: E731
-    monkeypatch.setattr(KLAutoencoder, "decode", white)
+    monkeypatch.setattr(DiffusersAutoencoder, "decode", white)
     problems = check_data(tmp_path / "data", tmp_path / "sheet.png").problems
     assert any("8 of the 8 images on the contact sheet are" in problem for problem in problems)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffmoe import work
-from diffmoe.data.autoencoders import KLAutoencoder, PixelAutoencoder, to_uint8
+from diffmoe.data.autoencoders import DiffusersAutoencoder, PixelAutoencoder, to_uint8
 from diffmoe.data.latents import from_stored
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.reading import read_shard
@@ -67,7 +67,7 @@ def test_moments_are_the_autoencoders_own(photos, tmp_path, tiny_vae, dtype, err
     assert (manifest.scale, manifest.shift) == (0.5, 0.25)  # of the autoencoder's config
     assert manifest.autoencoder == str(tiny_vae)
     assert manifest.shape == (4, 8, 8)
-    model = KLAutoencoder(str(tiny_vae)).model
+    model = DiffusersAutoencoder(str(tiny_vae)).model
     samples = samples_of(tmp_path, manifest)
     for item in find_images(photos)[0][::7]:
         pixels = torch.from_numpy(load_image(item, 16).copy()).permute(2, 0, 1)[None]
@@ -91,10 +91,10 @@ def test_a_config_with_latent_statistics_gives_them_per_channel(monkeypatch, tin
 
     config = Config(scaling_factor=0.5, latents_mean=[1, 2, 3, 4], latents_std=[1.0, 2.0, 0.5, 1.0])
     monkeypatch.setattr(
-        KLAutoencoder, "__init__", lambda self, *_, **__: setattr(self, "model", fake)
+        DiffusersAutoencoder, "__init__", lambda self, *_, **__: setattr(self, "model", fake)
     )
     fake = SimpleNamespace(config=config)
-    autoencoder = KLAutoencoder.with_own_scale("x")
+    autoencoder = DiffusersAutoencoder.with_own_scale("x")
     assert autoencoder.shift == [1, 2, 3, 4]
     assert autoencoder.scale == [0.5, 0.25, 1.0, 0.5]
 
@@ -248,7 +248,7 @@ def test_sizes_and_classes_that_do_not_fit_are_refused(photos, tmp_path, tiny_va
 
 def test_what_float16_cannot_hold_is_told(photos, tmp_path, tiny_vae, monkeypatch):
     huge = lambda self, images: torch.full((len(images), 8, 8, 8), 1e5)  # noqa: E731
-    monkeypatch.setattr(KLAutoencoder, "encode", huge)
+    monkeypatch.setattr(DiffusersAutoencoder, "encode", huge)
     with pytest.raises(UserError, match="contains NaN or infinity"):
         pack_pixels(photos, tmp_path, vae=str(tiny_vae))
     manifest = pack_pixels(photos, tmp_path, vae=str(tiny_vae), dtype="bfloat16", overwrite=True)

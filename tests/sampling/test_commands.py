@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffmoe.data.manifest import TextContent
 from diffmoe.sampling.many_images import read_manifest, shard_arrays
+from diffmoe.sampling.sampler import Sampler
 from tests.helpers.runs import pack, run_config, train
 from tests.helpers.tiny import BYTES
 from tests.helpers.tools import command, told
@@ -74,11 +75,20 @@ def test_the_dial_from_calibration_to_samples_and_report(run, tmp_path):
     assert "The capacity predictor" in page.read_text()
 
 
+def test_an_average_that_is_mostly_initial_weights_is_told(run):
+    done = command(
+        "tools/sample.py", run, "--steps", "1", "--per-class", "1", "--out", run / "a.png"
+    )
+    assert "after 4 steps the EMA (training.ema_decay=0.8) still is 41% initial" in done.stderr
+    assert "--weights live takes the trained ones" in done.stderr
+    assert Sampler.open(run, "live").average_note() is None
+
+
 def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     words = ["tools/sample.py", run, "--num-samples", "10", "--shard-size", "4", "--steps", "3"]
     output = told(*words, "--out", tmp_path / "two", "--expert-parallel", "2", launcher=launcher)
-    assert output.count("10 samples at 32 training samples") == 1
+    assert output.count("10 samples at 32 training samples (ema): ") == 1
     told(*words, "--out", tmp_path / "one", "--format", "adm")
     adm = np.load(tmp_path / "one" / "samples_10x8x8x3.npz")["arr_0"]
     shards = [np.load(tmp_path / "two" / f"samples-00000{part}.npz") for part in range(3)]

@@ -29,6 +29,7 @@ from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.processes import free_port
 from tests.helpers.runs import pack, run_config, train
 from tests.helpers.tiny import BYTES, tiny_config
+from tests.helpers.tools import command
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +48,9 @@ def test_the_dial_takes_any_capacity_between_calibrated_ones(tmp_path):
     dial = Dial.of(sampler, report=said.append)
     assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
     assert said[0] == "calibrating capacity 0.25"
-    assert stored(tmp_path) == {}  # in memory alone
+    assert list(stored(tmp_path)) == [f"dial {capacity:g}" for capacity in dial.capacities]
+    again = Dial.of(opened(tmp_path), report=pytest.fail)
+    assert torch.equal(again.at(0.7).calibrated_LE, dial.at(0.7).calibrated_LE)
     settings = SamplingSettings(steps=20, guidance=1.5)
     passes = trajectory_passes(sampler, [k % 5 for k in range(16)], 16, settings)
     met = []
@@ -188,3 +191,11 @@ def test_the_slider_changes_the_picture_and_the_capacity(page):
     assert same == picture
     hosts = {url.split("/")[2] for url in asked if url.startswith("http")}
     assert hosts == {page.split("/")[2]}  # nothing from elsewhere
+
+
+def test_a_port_in_use_is_told_before_the_model_is_opened():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = command("tools/demo.py", "no/such/model", "--port", port)
+    assert done.returncode == 2
+    assert f"cannot listen at 127.0.0.1:{port}; choose another --port or --host" in done.stderr

@@ -144,6 +144,16 @@ def test_a_folder_of_other_settings_is_refused(whole, change, message):
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
 
 
+def test_a_stop_costs_fifty_images_unless_the_folder_was_begun_otherwise(tmp_path):
+    order = SampleRequest(120, (0, 1))
+    short = SamplingSettings(steps=1, guidance=1.0)
+    made = make(tmp_path / "new", order=order, settings=short, shard_size=None, batch=60)
+    assert [shard["samples"] for shard in made.manifest["shards"]] == [50, 50, 20]
+    make(tmp_path / "old", order=order, settings=short, shard_size=80, batch=60)
+    made = make(tmp_path / "old", order=order, settings=short, shard_size=None, batch=60)
+    assert [shard["samples"] for shard in made.manifest["shards"]] == [80, 40]
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"")
     with pytest.raises(UserError, match="holds files, but was not begun by this command"):

@@ -72,7 +72,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
         assert find_damage(newest(config)) == []
         assert leftovers(output) == []
         assert "No space left on device" in told, told
-        assert f"{output}/step-00000002 stays the newest" in told
+        assert f"{output}/step-00000002 remains the newest checkpoint" in told
         assert "Traceback" not in told
         # The last save stops in either case: there is no later one.
         # Else the run ends before it would save again.

@@ -222,7 +222,7 @@ def test_averages_do_not_touch_the_run_and_are_absent_when_off(tmp_path: Path):
 
 
 def test_a_length_twice_or_out_of_range_is_refused():
-    assert "training.ema_stds=[0.1, 0.1] names a length twice" in refusal(
+    assert "training.ema_stds=[0.1, 0.1] lists a length twice" in refusal(
         "training.ema_stds=[0.1, 0.1]"
     )
     assert "training.ema_stds.1=0.3: Input should be less than 0.288" in refusal(

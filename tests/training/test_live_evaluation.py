@@ -256,7 +256,7 @@ def test_figures_that_cannot_be_had_do_not_end_the_run(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluation__reference": "absent.npz"}, "evaluation.reference=absent.npz does not exist"),
+        ({"evaluation__reference": "absent.npz"}, "reference absent.npz does not exist"),
         ({"evaluation__extractor": "mobilenet"}, "extractor mobilenet: choose"),
         ({"evaluation__classifier": "letters"}, "classifier letters: choose"),
         ({"evaluation__sampler": "ddim"}, "a flow model takes euler"),

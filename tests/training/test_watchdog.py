@@ -36,7 +36,7 @@ def three_lanes(tmp_path: Path, **changes):
 @pytest.mark.parametrize(
     ("rank", "number", "said"),
     [
-        (1, signal.SIGKILL, "rank 1 has died; what broke here:"),
+        (1, signal.SIGKILL, "rank 1 has died. The error here:"),
         # The store goes with it.
         (0, signal.SIGKILL, "rank 0, which holds the ranks' store, has died"),
         # As a machine that hangs or vanishes: no connection is closed.
@@ -96,10 +96,10 @@ def test_a_rank_that_hangs_without_dying_is_named_and_all_stacks_are_shown(
     # A launcher ends the one in which no thread of Python runs.
     assert codes == [1, None if holds_python else 1, 1], told
     assert metrics(config)[-1]["step"] == 3
-    place = "gives no answer\n" if holds_python else f"step 4: {__file__}, line "
+    place = "does not answer\n" if holds_python else f"step 4: {__file__}, line "
     separator = ": " if holds_python else ", "
     assert (
-        "error: rank 1 did not arrive: nothing got on for 3 s (parallel.timeout_seconds)\n"
+        "error: rank 1 did not arrive: no progress for 3 s (parallel.timeout_seconds)\n"
         f"  rank 1{separator}{place}"
     ) in told
     assert told.count("error: ") == 1, told
@@ -134,17 +134,17 @@ def test_what_may_take_long_is_no_hang(tmp_path: Path):
 def wakeful(rank: int) -> None:
     from diffmoe.training import watchdog
 
-    watchdog.INTERVAL, watchdog.SILENCE, watchdog.GAP = 0.2, 3.0, 1.0
+    watchdog.INTERVAL, watchdog.SILENCE, watchdog.GAP = 0.2, 5.0, 1.0
 
 
 def test_suspended_and_resumed_the_ranks_do_not_accuse_each_other(tmp_path: Path):
     """Longer than they have patience with a silent rank, and with a step that does not end."""
-    config = three_lanes(tmp_path, parallel__timeout_seconds=2.0)
+    config = three_lanes(tmp_path, parallel__timeout_seconds=5.0)
     with ranks_of(config, WORLD, wakeful) as ranks:
         for _ in range(2):
             wait_for_metrics(config)
             send(ranks, signal.SIGSTOP)
-            time.sleep(5)
+            time.sleep(7)
             before = metrics(config)[-1]["step"]
             # As a cluster resumes its nodes: not all at the same moment.
             send(ranks, signal.SIGCONT, pause=0.7)
@@ -155,7 +155,7 @@ def test_suspended_and_resumed_the_ranks_do_not_accuse_each_other(tmp_path: Path
         codes = ranks.wait(20)
     assert codes == [85] * WORLD, ranks.told()
     assert metrics(config)[-1]["step"] > before + 3
-    assert "s; all ranks get new patience" in ranks.told()
+    assert "s; the timeout of every rank starts anew" in ranks.told()
 
 
 def send(ranks: Ranks, number: int, pause: float = 0.0) -> None:
@@ -213,7 +213,7 @@ def test_who_is_waited_for_and_waits_for_nobody(states: list[State], missing: li
 
 def test_a_silent_rank_is_named_before_those_that_wait():
     said = verdict({0: state(world=5), 2: state(world=4)}, 3, 300)
-    assert said.startswith("rank 1 did not arrive: nothing got on for 300 s")
-    assert "\n  rank 1: gives no answer\n" in said
+    assert said.startswith("rank 1 did not arrive: no progress for 300 s")
+    assert "\n  rank 1: does not answer\n" in said
     alone = verdict({0: state(world=5)}, 1, 300)
     assert "\n  rank 0, step 7: loop.py, line 1, in train\n" in alone
