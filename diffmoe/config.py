@@ -281,18 +281,67 @@ class DataConfig(_Section):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimizerConfig(_Section):
-    """AdamW and its schedule."""
+class MuonConfig(_Section):
+    """Muon of the blocks' matrices, where optimizer.type is muon (docs/training.md)."""
 
+    learning_rate: float | None = Field(
+        None, gt=0, description="after the warm-up; none: optimizer.learning_rate"
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov's")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, of these matrices; 0: off")
+    scale: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="of an update: 0.2 sqrt(max(in, out)), for AdamW's rates, or "
+        "sqrt(max(1, out / in)), for about ten times those",
+    )
+    newton_schulz: Literal["standard", "gram"] = Field(
+        "standard", description="gram: the same with a third fewer operations on 1:4 matrices"
+    )
+    steps: int = Field(5, ge=1, le=20, description="of Newton-Schulz")
+
+
+class OptimizerConfig(_Section):
+    """The optimizer and its schedule."""
+
+    type: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: of the blocks' matrices, beside AdamW for all else"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="after the warm-up")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, of all parameters; 0: off")
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled, of all that AdamW updates; 0: off"
+    )
     gradient_clipping: float = Field(0.0, ge=0, description="largest gradient norm; 0: off")
-    schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="of the learning rate; cosine: down to 0 at total_samples"
+    schedule: Literal["constant", "cosine", "warmup_stable_decay"] = Field(
+        "constant", description="of the learning rate; all but constant: to 0 at total_samples"
     )
     warmup_samples: int = Field(0, ge=0, description="of a rate that rises from 0; 0: no warm-up")
+    decay_samples: int = Field(
+        0, ge=0, description="the last ones, of a rate that falls (warmup_stable_decay)"
+    )
+    muon: MuonConfig = MuonConfig()
+
+    @model_validator(mode="after")
+    def _settings_of_another(self) -> "OptimizerConfig":
+        if self.type != "muon" and self.muon != MuonConfig():
+            changed = next(
+                name
+                for name in MuonConfig.model_fields
+                if getattr(self.muon, name) != getattr(MuonConfig(), name)
+            )
+            raise ValueError(
+                f"optimizer.muon.{changed}={getattr(self.muon, changed)} belongs to "
+                f"optimizer.type=muon; optimizer.type={self.type} has no such setting"
+            )
+        decays = self.schedule == "warmup_stable_decay"
+        if decays != bool(self.decay_samples):
+            raise ValueError(
+                f"optimizer.decay_samples={self.decay_samples} with optimizer.schedule="
+                f"{self.schedule}: warmup_stable_decay needs them, such as a fifth of "
+                "training.total_samples, and no other schedule has them"
+            )
+        return self
 
 
 # Of an average over the run so far; a plain mean of all steps has 12^-0.5.
@@ -473,6 +522,13 @@ class Config(_Section):
             raise ValueError(
                 f"parallel.zero_stage={stage}: DeepSpeed refuses or mis-reduces expert parameters "
                 "there; use stage 1 or 2, with more expert_parallel or offload if memory is short"
+            )
+        optimizer, total = self.optimizer, self.training.total_samples
+        if optimizer.warmup_samples + optimizer.decay_samples > total and optimizer.decay_samples:
+            raise ValueError(
+                f"optimizer.warmup_samples={optimizer.warmup_samples} and optimizer.decay_samples="
+                f"{optimizer.decay_samples} are more than training.total_samples={total}; take "
+                "fewer"
             )
         evaluation = self.evaluation
         judges = (evaluation.reference, evaluation.classifier, evaluation.truth)

@@ -367,6 +367,28 @@ def test_replace_changes_validates_and_keeps_the_rest():
             "ranks that own different ones: expert_parallel=2, gradient_clipping=0.5); use stage 1",
         ),
         (["optimizer.betas=[0.9,1.5]"], "optimizer.betas.1=1.5: Input should be less than 1"),
+        (
+            ["optimizer.muon.steps=3"],
+            "optimizer.muon.steps=3 belongs to optimizer.type=muon; optimizer.type=adamw has no",
+        ),
+        (
+            ["optimizer.schedule=warmup_stable_decay"],
+            "optimizer.decay_samples=0 with optimizer.schedule=warmup_stable_decay: "
+            "warmup_stable_decay needs them",
+        ),
+        (
+            ["optimizer.decay_samples=64"],
+            "optimizer.decay_samples=64 with optimizer.schedule=cosine: warmup_stable_decay needs",
+        ),
+        (
+            [
+                "optimizer.schedule=warmup_stable_decay",
+                "optimizer.decay_samples=64",
+                "training.total_samples=6400",
+            ],
+            "optimizer.warmup_samples=6400 and optimizer.decay_samples=64 are more than "
+            "training.total_samples=6400",
+        ),
         (["optimizer.learning_rate=.inf"], "optimizer.learning_rate=inf: Input should be a finite"),
         (
             ["moe.expert_ratio=0.001"],

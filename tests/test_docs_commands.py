@@ -82,6 +82,7 @@ RUNS = [
     # Cluster.
     Run("python tools/submit.py xl .* --dry-run", SMALL, tells="#SBATCH --nodes=4"),
     Run("python tools/plan.py --recipe xl_e16 .*", tells="GB"),
+    Run("python tools/plan.py --recipe mnist --parameters .*", tells="million by muon"),
     # Sampling.
     Run("python tools/sample.py runs/mnist .*", "--per-class 2 --steps 2", "grid.png"),
     Run("python tools/sample.py runs/[ct].* --prompt .*", "--per-prompt 2 --steps 2", "grid.png"),

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 EXIT_DIFFERENT = 1
 
 SHOW = """One line per parameter: its global shape (of all experts, where it is theirs), and the
-2-norm of each tensor stored for it: weights, Adam's moments exp_avg and exp_avg_sq, the averages
-ema (constant decay) and ema-STD (power function). A norm of nan or inf means that the tensor is not
-finite."""
+2-norm of each tensor stored for it: weights, Adam's moments exp_avg and exp_avg_sq or Muon's
+momentum, the averages ema (constant decay) and ema-STD (power function). A norm of nan or inf means
+that the tensor is not finite."""
 VERIFY = """Compares the size and SHA-256 of every file with checksums.json. Exit code 2 if anything
 is wrong. Given a run's folder, checks all of its checkpoints."""
 DIFF = """A and B may come from different numbers of ranks, expert parallelism and ZeRO stages:

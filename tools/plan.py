@@ -7,6 +7,7 @@
 Without --expert-parallel, --zero-stage or --micro-batch all possible values are tried, each with
 and without activation checkpointing. Needs neither a GPU nor the data. Settings are written as for
 train.py. With --ds_config, optimizer states that DeepSpeed offloads count as host memory.
+--parameters lists every parameter with the optimizer and rate that it gets, and plans nothing.
 """
 
 import argparse
@@ -51,6 +52,9 @@ def parse() -> argparse.Namespace:
     card.add_argument(
         "--node-memory", type=float, metavar="GB", help="host memory per node; default: unlimited"
     )
+    parser.add_argument(
+        "--parameters", action="store_true", help="list which optimizer gets which parameter"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
 
@@ -66,6 +70,11 @@ def main() -> None:
     if re.fullmatch(r"(s|b|l|xl)_e\d+", name):
         name = f"diffmoe_{name}_flow"
     config = load_config(name, options.overrides)
+    if options.parameters:
+        from diffmoe.planning.parameters import parameter_table
+
+        print(parameter_table(config))
+        return
     given = {}
     if options.ds_config:
         from diffmoe.parallel.zero import read_ds_config, reconcile

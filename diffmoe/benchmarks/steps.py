@@ -18,7 +18,7 @@ from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.topology import create_topology
 from diffmoe.planning.flops import step_flops
 from diffmoe.planning.layouts import Layout
-from diffmoe.planning.memory import MASTER, average_count, memory
+from diffmoe.planning.memory import MASTER, average_count, memory, moment_bytes
 
 STEPS = 4  # of a turn: each finds the device busy with the one before, as in training
 _REPEATED = 10  # of the products and copies that are held against
@@ -83,8 +83,8 @@ def least_traffic(layout: Layout) -> int:
     parameters = sizes.dense + sizes.routing + sizes.experts
     weights = 3 * layout.element  # read forward and backward, written by the optimizer
     gradients = 2 * layout.zero.accumulated
-    state = 2 * 3 * MASTER + 2 * average_count(layout) * MASTER
-    return parameters * (weights + gradients + state)
+    state = 2 * (1 + average_count(layout)) * MASTER
+    return parameters * (weights + gradients + state) + 2 * moment_bytes(layout)
 
 
 def _add_step(report: Report, name: str, layout: Layout, timed: Rounds) -> None:

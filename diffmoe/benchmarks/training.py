@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffmoe.benchmarks.ceiling import products
 from diffmoe.benchmarks.memory import Saved, peak_bytes
+from diffmoe.benchmarks.newton_schulz import NEWTON_SCHULZ, newton_schulz
 from diffmoe.benchmarks.reading import LANES, write_moments
 from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.routing_parts import ROUTING, parts_of, seeded_layer
@@ -41,7 +42,7 @@ from diffmoe.models.families.diffmoe import DiffMoE
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.topology import Topology, create_topology
-from diffmoe.planning.flops import step_flops
+from diffmoe.planning.flops import newton_schulz_flops, step_flops
 from diffmoe.planning.layouts import Layout
 from diffmoe.training.ema import EMA
 from diffmoe.training.routing_metrics import RoutingMetrics
@@ -242,10 +243,14 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
     update = phases["optimizer"] + phases["EMA"]
     report.add("optimizer and EMA", update * 1e3, "ms", update / whole, at_most=0.05)
     report.add("logging, a step's share", logging * 1e3, "ms", logging / whole, at_most=0.01)
+    if config.optimizer.type == "muon":
+        report.add("Newton-Schulz: its operations", newton_schulz_flops(layout) / 1e12, "TFLOP")
     for name, times in _occurrences(config).items():
         seconds = times * parts.median(name)
         ratio = times * parts.ratio(name, OURS)
-        report.add(f"part of the step: {name} x {times}", seconds * 1e3, "ms", ratio)
+        most = 0.1 if name == NEWTON_SCHULZ else None
+        label = f"part of the step: {name} x {times}"
+        report.add(label, seconds * 1e3, "ms", ratio, at_most=most)
     for kind, size in peak_bytes(device).items():
         report.add(f"peak memory, {kind}, all of the above", size / 2**30, "GiB")
 
@@ -279,6 +284,8 @@ def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], objec
         ),
         **parts_of(layer, x.detach().flatten(0, 1).requires_grad_()),
     }
+    if config.optimizer.type == "muon":
+        parts[NEWTON_SCHULZ] = newton_schulz(config, device, dtype)
     if not isinstance(mlp, MoEFeedForward):
         parts["dense MLP"] = forward_backward(lambda x, *_: mlp(x), x, *mlp.parameters())
     return parts
@@ -289,6 +296,8 @@ def _occurrences(config: Config) -> dict[str, int]:
     layout = Layout(config, 1, 1)
     depth, mixtures = config.model.depth, layout.moe_layers
     parts = dict.fromkeys((*ROUTING, "experts"), mixtures) | {"attention": depth}
+    if config.optimizer.type == "muon":
+        parts[NEWTON_SCHULZ] = 1
     return parts | ({"dense MLP": depth - mixtures} if mixtures < depth else {})
 
 

@@ -65,7 +65,7 @@ class StoredCheckpoint:
 
     @property
     def prefixes(self) -> list[str]:
-        """Those it has of weights, exp_avg, exp_avg_sq, the averages, buffers."""
+        """Those it has of weights, exp_avg, exp_avg_sq, momentum, the averages, buffers."""
         return list(dict.fromkeys(name.partition("/")[0] for name in self.shapes))
 
     def read(self, name: str) -> Tensor:
@@ -124,8 +124,8 @@ def _check_whole(
 def _by_prefix(entry: tuple[str, TensorStorageMetadata]) -> tuple[int, str]:
     """Sort key: parameters keep the network's order within a prefix."""
     prefix = entry[0].partition("/")[0]
-    order = {"weights": 0, "exp_avg": 1, "exp_avg_sq": 2, "buffers": 4}
-    return order.get(prefix, 3), prefix
+    order = ["weights", "exp_avg", "exp_avg_sq", "momentum", "an average", "buffers"]
+    return order.index(prefix if prefix in order else "an average"), prefix
 
 
 @contextlib.contextmanager

@@ -31,11 +31,18 @@ class StoredTraining(_Part):
     ema_stds: tuple[float, ...] = ()
 
 
+class StoredOptimizer(_Part):
+    """type: AdamW in files written before there was another."""
+
+    type: str = "adamw"
+
+
 class StoredSettings(_Part):
     """The settings that are read whatever version of DiffMoE wrote the file."""
 
     parallel: StoredParallel
     training: StoredTraining
+    optimizer: StoredOptimizer = StoredOptimizer()
 
 
 class SavedBy(_Part):
@@ -74,7 +81,7 @@ class PosthocAverage(_Part):
 class RunFile(_Part):  # type: ignore[no-redef]  # pydantic's plugin adds the alias as a name
     """run.json, validated as far as its readers rely on it. Unknown fields are kept.
 
-    optimizer_steps: of AdamW, which does not count skipped steps. config: the run's settings as
+    optimizer_steps: those that were not skipped. config: the run's settings as
     they were written, by whatever version; `settings`: those of them that every version has.
     latents: the data's manifest without its shards: what the network's numbers stand for.
     shards_sha256: identifies the data. origin: see `Origin`; None for most runs.

@@ -3,7 +3,8 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import deepspeed
@@ -18,6 +19,8 @@ from diffmoe.errors import UserError
 from diffmoe.files import read_text
 from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.gradient_types import gradient_types
+from diffmoe.parallel.muon import Muon
+from diffmoe.parallel.orthogonalize import Matrices
 from diffmoe.parallel.topology import Topology
 
 # Only DeepSpeed's inference uses this extension; building it needs a compiler and over a minute.
@@ -189,45 +192,67 @@ def create_engine(
     optimizer_options: dict[str, Any],
     settings: dict[str, Any],
     topology: Topology,
+    matrices: Mapping[str, Matrices] = MappingProxyType({}),
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap the network in a ZeRO engine.
 
     network: in the types that it computes in, see `DiT.to_bf16`. experts: by name, the parameters
-    of which every expert-parallel rank holds its own.
+    of which every expert-parallel rank holds its own. matrices: by name, those of an optimizer that
+    treats matrices apart; their parameter groups hold them as `matrices`.
     """
     expert_ids = {id(parameter) for parameter in experts.values()}
+    stacks = {id(network.get_parameter(name)): stack for name, stack in matrices.items()}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     dense = [parameter for parameter in parameters if id(parameter) not in expert_ids]
     # ZeRO flattens a group. Its first one's type is what DeepSpeed takes for the network's.
-    by_dtype = {dtype: [p for p in dense if p.dtype == dtype] for dtype in (p.dtype for p in dense)}
-    parameter_groups: list[dict[str, Any]] = [
-        {"params": parameters, "name": f"dense {dtype}"} for dtype, parameters in by_dtype.items()
-    ]
+    parameter_groups: list[dict[str, Any]] = []
+    for dtype in dict.fromkeys(p.dtype for p in dense):
+        alike = [p for p in dense if p.dtype == dtype]
+        parameter_groups += _split(alike, stacks, name=f"dense {dtype}")
     root: nn.Module = network
     if experts:
         name = expert_group_name(topology)
         for parameter in experts.values():
             parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed reads both
             parameter.group_name = name  # type: ignore[attr-defined]  # as above
-        parameter_groups.append({"params": list(experts.values()), "moe": True, "name": name})
+        parameter_groups += _split(list(experts.values()), stacks, moe=True, name=name)
         root = ExpertParallelRoot(network, num_experts, topology)
+    client = optimizer(parameter_groups, **optimizer_options)
     engine = Engine(  # what deepspeed.initialize does with a plain configuration
         args=None,
         model=root,
-        optimizer=optimizer(parameter_groups, **optimizer_options),
+        optimizer=client,
         config=settings,
         config_class=deepspeed.DeepSpeedConfig(settings),
         dist_init_required=False,
     )
     engine._configure_python_gc()
+    if isinstance(client, Muon):
+        client.attach(engine.optimizer)
     return engine
+
+
+def _split(
+    parameters: list[nn.Parameter], stacks: dict[int, Matrices], **named: Any
+) -> list[dict[str, Any]]:
+    """A parameter group of those without matrices, and one of those with, if there are any.
+
+    stacks: by id of their parameter.
+    """
+    plain = [parameter for parameter in parameters if id(parameter) not in stacks]
+    stacked = [parameter for parameter in parameters if id(parameter) in stacks]
+    groups = [{"params": plain, **named}] if plain else []
+    if stacked:
+        own = [stacks[id(parameter)] for parameter in stacked]
+        groups.append({"params": stacked, "matrices": own, **named})
+    return groups
 
 
 class OwnedRange(NamedTuple):
     """A piece of a parameter whose fp32 master and optimizer state this rank holds.
 
     The piece is [start, start + length) of the flattened global tensor, experts under their global
-    numbers; `master` is a view of it. `state(key)` is the optimizer's, of the same range.
+    numbers; `master` is a view of it. `state(optimizer)` is the optimizer's, of the same range.
     """
 
     name: str
@@ -237,8 +262,13 @@ class OwnedRange(NamedTuple):
     partition: nn.Parameter
     offset: int
 
-    def state(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
-        return optimizer.state[self.partition][key].narrow(0, self.offset, len(self.master))
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """By its key, such as exp_avg; views."""
+        return {
+            key: tensor.narrow(0, self.offset, len(self.master))
+            for key, tensor in optimizer.state[self.partition].items()
+            if tensor.dim()  # no counter
+        }
 
 
 def owned_ranges(

@@ -5,11 +5,18 @@ from dataclasses import dataclass
 
 from diffmoe.errors import UserError
 from diffmoe.planning.activations import activation_bytes
-from diffmoe.planning.flops import step_flops
+from diffmoe.planning.flops import newton_schulz_flops, step_flops
 from diffmoe.planning.host import HostMemory, host_memory
 from diffmoe.planning.layouts import Layout
 from diffmoe.planning.machine import Machine
-from diffmoe.planning.memory import MASTER, Memory, average_count, memory, partition_size
+from diffmoe.planning.memory import (
+    MASTER,
+    Memory,
+    average_count,
+    memory,
+    moment_bytes,
+    partition_size,
+)
 from diffmoe.planning.traffic import Collective, traffic
 
 
@@ -37,7 +44,8 @@ class Plan:
 
 def plan(layout: Layout, machine: Machine) -> Plan:
     """Estimate memory, traffic, FLOPs and time. Nothing is assumed to overlap."""
-    needed, moved, flops = memory(layout), traffic(layout), step_flops(layout)
+    needed, moved = memory(layout), traffic(layout)
+    flops = step_flops(layout) + newton_schulz_flops(layout)
     host = host_memory(layout)
     rate = machine.flops_bf16 if layout.element == 2 else machine.flops_fp32
     seconds = flops / rate
@@ -47,9 +55,10 @@ def plan(layout: Layout, machine: Machine) -> Plan:
     recomputed = layout.config.training.activation_checkpointing
     kept = activation_bytes(layout.changed({"training.activation_checkpointing": False}))
     seconds += (5 + 2 * recomputed) * kept * layout.accumulation / machine.device
-    own, states = partition_size(layout), (3 + average_count(layout)) * MASTER
-    seconds += (
-        own * (2 * states + 4 * MASTER) / (machine.host if layout.zero.offload else machine.device)
+    own = partition_size(layout)
+    states = own * (1 + average_count(layout)) * MASTER + moment_bytes(layout)
+    seconds += (2 * states + own * 4 * MASTER) / (
+        machine.host if layout.zero.offload else machine.device
     )
     if layout.zero.offload:  # gradients to the host, weights back
         seconds += 2 * own * layout.element / machine.host

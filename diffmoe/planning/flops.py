@@ -1,7 +1,9 @@
 """FLOPs of matrix products; a multiply-add counts as two."""
 
+from diffmoe.parallel.orthogonalize import flops
 from diffmoe.planning import captions
 from diffmoe.planning.layouts import Layout
+from diffmoe.planning.memory import parameter_groups
 
 
 def forward_flops(layout: Layout) -> int:
@@ -23,6 +25,15 @@ def step_flops(layout: Layout) -> int:
     if layout.config.training.activation_checkpointing:
         work += _recomputed(layout)
     return work * layout.accumulation
+
+
+def newton_schulz_flops(layout: Layout) -> int:
+    """Of one optimizer step on one GPU, on average over the ranks; 0 without Muon."""
+    muon = layout.config.optimizer.muon
+    return sum(
+        sum(flops(stack, muon.steps, muon.newton_schulz) for stack in group.matrices) // group.ranks
+        for group in parameter_groups(layout)
+    )
 
 
 def _recomputed(layout: Layout) -> int:

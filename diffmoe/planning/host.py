@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from diffmoe.config import BYTES
 from diffmoe.planning.layouts import BYTES as ELEMENT
 from diffmoe.planning.layouts import Layout
-from diffmoe.planning.memory import MASTER, average_count, parameter_groups, partition_size
+from diffmoe.planning.memory import (
+    MASTER,
+    average_count,
+    moment_bytes,
+    parameter_groups,
+    partition_size,
+)
 
 # Of a rank: Python, torch, and the host side of CUDA and NCCL. Of a data worker.
 RANK_BYTES = 4 * 2**30
@@ -44,22 +50,23 @@ class HostMemory:
 def host_memory(layout: Layout) -> HostMemory:
     """Host memory of all ranks of one node."""
     config, ranks = layout.config, layout.gpus_per_node
-    sizes, own = layout.sizes, partition_size(layout)
+    sizes = layout.sizes
     readers = min(config.data.workers, config.data.lanes // layout.world)
     return HostMemory(
         processes=ranks * (RANK_BYTES + readers * READER_BYTES),
         network=ranks * (sizes.dense + sizes.routing + sizes.experts) * MASTER,
         states=ranks * _offloaded(layout),
-        saves=int(ranks * own * _saved(layout) * (1 if layout.zero.offload else PINNED)),
+        saves=int(ranks * _saved(layout) * (1 if layout.zero.offload else PINNED)),
         loader=ranks * BATCHES * (config.training.batch_size // layout.world) * _sample(layout),
     )
 
 
 def _saved(layout: Layout) -> int:
-    """Bytes that saves copy per element: master, moments and averages; of snapshots, averages."""
+    """Bytes of a rank that saves copy: masters, moments and averages; of snapshots, averages."""
     training, kept = layout.config.training, average_count(layout)
     snapshot = ELEMENT[training.snapshot_precision] if training.snapshot_samples else 0
-    return (3 + kept) * MASTER + kept * snapshot
+    each = (1 + kept) * MASTER + kept * snapshot
+    return partition_size(layout) * each + moment_bytes(layout)
 
 
 def _offloaded(layout: Layout) -> int:
@@ -74,7 +81,7 @@ def _offloaded(layout: Layout) -> int:
     stage_2 = layout.config.parallel.zero_stage == 2
     if layout.accumulation > 1 and stage_2 and layout.zero.accumulated == element:
         pinned += returning
-    unpinned = own * (2 + average_count(layout)) * MASTER
+    unpinned = own * average_count(layout) * MASTER + moment_bytes(layout)
     return int(pinned * (PINNED if layout.zero.pinned else 1)) + unpinned
 
 

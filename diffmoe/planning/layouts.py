@@ -10,8 +10,10 @@ import torch
 from diffmoe.config import ZERO_BUCKET, Config, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
+from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.routing import expert_capacity
 from diffmoe.parallel.gradient_types import gradient_types
+from diffmoe.parallel.orthogonalize import Matrices
 from diffmoe.parallel.topology import Topology
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -54,13 +56,16 @@ class Zero:
 class Sizes:
     """Trainable elements of one rank: dense ones, those that route, and those of its experts.
 
-    largest: elements of the largest parameter.
+    largest: elements of the largest parameter. matrices, expert_matrices: of dense parameters and
+    of experts, those that Muon orthogonalizes, in the network's order.
     """
 
     dense: int
     routing: int
     experts: int
     largest: int
+    matrices: tuple[Matrices, ...]
+    expert_matrices: tuple[Matrices, ...]
 
 
 @lru_cache(maxsize=64)
@@ -72,10 +77,19 @@ def sizes_of(model_json: str, moe_json: str, expert_parallel: int) -> Sizes:
             MoEConfig.model_validate_json(moe_json),
             topology,
         )
-    experts = sum(parameter.numel() for parameter in network.expert_parameters().values())
+    of_experts = network.expert_parameters()
+    experts = sum(parameter.numel() for parameter in of_experts.values())
     routing = sum(parameter.numel() for parameter in network.routing_parameters().values())
     every = [parameter.numel() for parameter in network.parameters()]
-    return Sizes(sum(every) - experts - routing, routing, experts, max(every))
+    matrices = hidden_matrices(network)
+    return Sizes(
+        sum(every) - experts - routing,
+        routing,
+        experts,
+        max(every),
+        tuple(stack for name, stack in matrices.items() if name not in of_experts),
+        tuple(stack for name, stack in matrices.items() if name in of_experts),
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from diffmoe.parallel.orthogonalize import Matrices
 from diffmoe.planning.activations import activation_bytes
 from diffmoe.planning.layouts import Layout
 
@@ -42,11 +43,15 @@ def padded(elements: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that DeepSpeed flattens together: of one type, shared out to the same ranks."""
+    """Parameters that DeepSpeed flattens together: of one type, shared out to the same ranks.
+
+    matrices: those that Muon orthogonalizes, which make up the whole group; none: AdamW's.
+    """
 
     elements: int
     ranks: int
     element: int
+    matrices: tuple[Matrices, ...] = ()
 
     @property
     def flat(self) -> int:
@@ -58,17 +63,39 @@ class Group:
         """Elements of one rank's partition."""
         return self.flat // self.ranks
 
+    @property
+    def moments(self) -> int:
+        """Numbers of optimizer state per element."""
+        return 1 if self.matrices else 2
+
 
 def dense_groups(layout: Layout) -> list[Group]:
     sizes, world, element = layout.sizes, layout.world, layout.element
     if element == MASTER or not sizes.routing:
-        return [Group(sizes.dense + sizes.routing, world, element)]
-    return [Group(sizes.dense, world, element), Group(sizes.routing, world, MASTER)]
+        return _split(layout, sizes.dense + sizes.routing, sizes.matrices, world)
+    return [
+        *_split(layout, sizes.dense, sizes.matrices, world),
+        Group(sizes.routing, world, MASTER),
+    ]
 
 
 def expert_groups(layout: Layout) -> list[Group]:
-    experts = layout.sizes.experts
-    return [Group(experts, layout.expert_replicas, layout.element)] if experts else []
+    sizes = layout.sizes
+    return _split(layout, sizes.experts, sizes.expert_matrices, layout.expert_replicas)
+
+
+def _split(
+    layout: Layout, elements: int, matrices: tuple[Matrices, ...], ranks: int
+) -> list[Group]:
+    """With Muon its matrices are a group of their own."""
+    if layout.config.optimizer.type != "muon":
+        matrices = ()
+    stacked = sum(stack.number * stack.size for stack in matrices)
+    groups = [
+        Group(elements - stacked, ranks, layout.element),
+        Group(stacked, ranks, layout.element, matrices),
+    ]
+    return [group for group in groups if group.elements]
 
 
 def parameter_groups(layout: Layout) -> list[Group]:
@@ -78,6 +105,11 @@ def parameter_groups(layout: Layout) -> list[Group]:
 def partition_size(layout: Layout) -> int:
     """Elements whose masters and moments one rank holds, over all parameter groups."""
     return sum(group.own for group in parameter_groups(layout))
+
+
+def moment_bytes(layout: Layout) -> int:
+    """Of one rank: AdamW's two moments, or Muon's momentum."""
+    return sum(group.own * group.moments for group in parameter_groups(layout)) * MASTER
 
 
 def average_count(layout: Layout) -> int:
@@ -108,7 +140,7 @@ def memory(layout: Layout) -> Memory:
         + here * (MASTER if accumulated == MASTER else MASTER + accumulated)
         + passing,
         masters=here * MASTER,
-        moments=2 * here * MASTER,
+        moments=0 if layout.zero.offload else moment_bytes(layout),
         ema=average_count(layout) * here * MASTER,
         activations=activation_bytes(layout),
         all_to_all=2 * sent if layout.expert_parallel > 1 else 0,

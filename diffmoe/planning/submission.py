@@ -11,7 +11,7 @@ from diffmoe.parallel.zero import read_ds_config, reconcile
 from diffmoe.planning.estimate import Plan, plan
 from diffmoe.planning.layouts import Layout, Zero
 from diffmoe.planning.machine import Machine
-from diffmoe.planning.memory import MASTER, average_count
+from diffmoe.planning.memory import MASTER, average_count, dense_groups, expert_groups
 from diffmoe.training import preflight
 from diffmoe.training.resume import check_configuration
 
@@ -48,10 +48,13 @@ def check_submission(
 
 
 def checkpoint_bytes(layout: Layout) -> int:
-    """Size of one checkpoint: masters, two moments and the averages of every parameter."""
-    sizes = layout.sizes
-    elements = sizes.dense + sizes.routing + sizes.experts * layout.expert_parallel
-    return elements * MASTER * (3 + average_count(layout))
+    """Size of one checkpoint: masters, moments and the averages of every parameter."""
+    groups = [
+        *dense_groups(layout),
+        *(group for group in expert_groups(layout) for _ in range(layout.expert_parallel)),
+    ]
+    kept = 1 + average_count(layout)
+    return sum(group.elements * (kept + group.moments) for group in groups) * MASTER
 
 
 def check_space(layout: Layout) -> None:

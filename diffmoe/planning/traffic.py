@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from diffmoe.parallel.matrix_layout import cut_matrices, spans_of
 from diffmoe.planning.layouts import Layout
-from diffmoe.planning.memory import dense_groups, expert_groups, parameter_groups
+from diffmoe.planning.memory import Group, dense_groups, expert_groups, parameter_groups
 
 F32, F64, INT64 = 4, 8, 8
 
@@ -12,14 +13,15 @@ F32, F64, INT64 = 4, 8, 8
 class Collective:
     """All collectives of one kind in one optimizer step, as seen by one rank.
 
-    bytes: of the rank's input (all_to_all, all_reduce) or output (all_gather), over all calls.
+    bytes: of the rank's input (all_to_all, all_reduce) or output (all_gather), over all calls; on
+        average where ranks differ.
     within, between: bytes that it sends to ranks of its own node, and of other nodes.
     """
 
     name: str
     operation: str
     ranks: int
-    bytes: int
+    bytes: float
     within: float
     between: float
 
@@ -64,6 +66,8 @@ def traffic(layout: Layout) -> list[Collective]:
             sum(group.flat * group.element for group in expert_groups(layout)),
             1,
         ),
+        _cut_matrices(layout, "dense", 1, dense_groups(layout)),
+        _cut_matrices(layout, "expert", layout.expert_parallel, expert_groups(layout)),
         *_routing(layout),
     ]
     return [collective for collective in found if collective.bytes and collective.ranks > 1]
@@ -91,6 +95,30 @@ def _all_to_all(layout: Layout) -> Collective:
     )
 
 
+def _cut_matrices(layout: Layout, name: str, stride: int, groups: list[Group]) -> Collective:
+    """Muon: to the rank where a matrix begins, and back. Both all-to-alls count what stays."""
+    ranks = max(group.ranks for group in groups) if groups else 1
+    total, sent = 0, {True: 0, False: 0}  # sent: by whether it stays in its node
+    for group in groups:
+        spans, start = [], 0
+        for stack in group.matrices:
+            spans += spans_of(stack, start)
+            start += stack.number * stack.size
+        for one in cut_matrices(spans, group.own):
+            total += 2 * sum(one.parts) * F32
+            node = one.first * stride // layout.gpus_per_node
+            for rank, part in enumerate(one.parts[1:], one.first + 1):
+                sent[rank * stride // layout.gpus_per_node == node] += 2 * part * F32
+    return Collective(
+        f"{name} matrices in parts",
+        "all_to_all",
+        ranks,
+        total / ranks,
+        sent[True] / ranks,
+        sent[False] / ranks,
+    )
+
+
 def _ring(layout: Layout, name: str, stride: int, ranks: int, size: int, passes: int) -> Collective:
     """All-reduce (two passes) or all-gather (one pass) over ranks `stride` apart.
 
@@ -111,7 +139,7 @@ def _routing(layout: Layout) -> list[Collective]:
     moe, L = layout.config.moe, layout.moe_layers
     # Squared norms of each group's gradients, the experts' mean; with offload a flag of overflow.
     groups = len(parameter_groups(layout))
-    norms = F32 * (groups + (L > 0 and layout.expert_replicas > 1))
+    norms = F32 * (groups + (len(expert_groups(layout)) if layout.expert_replicas > 1 else 0))
     flag = layout.element == 2 and layout.zero.offload
     found = [_ring(layout, "gradient norm", 1, layout.world, norms + flag, 2)]
     state = {"diffmoe": moe.experts, "race": 1, "dsmoe": moe.experts}.get(moe.type, 0) * L

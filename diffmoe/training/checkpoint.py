@@ -1,9 +1,9 @@
 """Checkpoints that know parameters, not ranks: named global tensors, saved and loaded in pieces.
 
-The files of a checkpoint (folder.py) hold, flattened and in fp32, `weights/NAME`, `exp_avg/NAME`,
-`exp_avg_sq/NAME`, `ema/NAME` and `buffers/NAME`; experts stand under their global numbers. Every
-rank writes the ranges that it owns and reads those that it will own, so world size, expert
-parallelism and ZeRO stage may change.
+The files of a checkpoint (folder.py) hold, flattened and in fp32, `weights/NAME`, `exp_avg/NAME`
+and `exp_avg_sq/NAME` (or `momentum/NAME`, of Muon's matrices), `ema/NAME` and `buffers/NAME`;
+experts stand under their global numbers. Every rank writes the ranges that it owns and reads those
+that it will own, so world size, expert parallelism and ZeRO stage may change.
 """
 
 import platform
@@ -22,10 +22,13 @@ from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.models.dit import DiT
+from diffmoe.parallel.muon import Muon
 from diffmoe.parallel.zero import owned_ranges
 from diffmoe.training.ema import EMA
 
+# The optimizer's state, by name: of AdamW, and of Muon's matrices.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = ("momentum",)
 
 
 def describe(
@@ -64,7 +67,7 @@ def pieces(engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> dict[st
     for owned in owned_ranges(engine, network, network.expert_parameters()):
         total = torch.Size(owned.shape).numel()
         tensors = {"weights": owned.master, **ema.pieces(owned)}
-        tensors |= {key: owned.state(optimizer, key) for key in MOMENTS}
+        tensors |= owned.state(optimizer)
         for key, tensor in tensors.items():
             state[f"{key}/{owned.name}"] = Piece.of(tensor, owned.start, total)
     return state
@@ -76,11 +79,15 @@ def for_sampling(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load(checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> Clock:
-    """Restore weights, masters, moments, EMA and buffers on any layout. Returns the clock."""
+    """Restore weights, masters, moments, EMA and buffers on any layout. Returns the clock.
+
+    Of a run with another optimizer, that one's state stays behind: this one's begins at zero.
+    """
     record = read_run_file(checkpoint)
-    _create_optimizer_state(engine, record.optimizer_steps)
+    same = record.settings.optimizer.type == _optimizer_type(engine)
+    _create_optimizer_state(engine, record.optimizer_steps if same else 0)
     with reading(checkpoint):
-        read_pieces(checkpoint, pieces(engine, network, ema))
+        read_pieces(checkpoint, _stored(record, engine, pieces(engine, network, ema)))
     engine.optimizer.update_lp_params()
     engine.global_steps = record.clock.step
     return record.clock
@@ -94,19 +101,35 @@ def all_finite(ema: EMA) -> bool:
     return not bad.item()
 
 
-def restored(checkpoint: Path, network: DiT, state: dict[str, Tensor]) -> str:
-    """One line on what `load` has restored, and from which layout. state: of `pieces`."""
+def restored(checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> str:
+    """One line on what `load` has restored, and from which layout."""
     record = read_run_file(checkpoint)
+    state = _stored(record, engine, pieces(engine, network, ema))
     clock, parallel = record.clock, record.settings.parallel
     kinds = sorted({name.split("/")[0] for name in state} - {"buffers"})
     buffers = sum(name.startswith("buffers/") for name in state)
+    before, now = record.settings.optimizer.type, _optimizer_type(engine)
+    anew = "" if before == now else f"; the state of {before} stays behind, {now}'s starts at 0"
     return (
         f"resumed {checkpoint} at {clock.samples} samples (step {clock.step}, "
         f"{clock.skipped} skipped, {record.optimizer_steps} of the optimizer), saved by "
         f"{record.saved_by.world} ranks with expert_parallel={parallel.expert_parallel} "
         f"and zero_stage={parallel.zero_stage}; restored {', '.join(kinds)} of "
-        f"{len(list(network.parameters()))} tensors, and {buffers} buffers"
+        f"{len(list(network.parameters()))} tensors, and {buffers} buffers{anew}"
     )
+
+
+def _optimizer_type(engine: deepspeed.DeepSpeedEngine) -> str:
+    return "muon" if isinstance(engine.optimizer.optimizer, Muon) else "adamw"
+
+
+def _stored(
+    record: RunFile, engine: deepspeed.DeepSpeedEngine, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Of `pieces`, what a checkpoint has: of another optimizer, all but the state of this one."""
+    if record.settings.optimizer.type == _optimizer_type(engine):
+        return state
+    return {n: t for n, t in state.items() if n.split("/")[0] not in (*MOMENTS, *MOMENTUM)}
 
 
 def _optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:
@@ -115,10 +138,12 @@ def _optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:
 
 
 def _create_optimizer_state(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
-    """AdamW makes its state at its first step; make the same now, to be filled."""
+    """Optimizers make their state at their first step; make the same now, to be filled."""
     optimizer = engine.optimizer.optimizer
-    for partition in engine.optimizer.single_partition_of_fp32_groups:
-        optimizer.state[partition] = {
-            "step": torch.tensor(float(steps), device=partition.device),
-            **{key: torch.zeros_like(partition) for key in MOMENTS},
-        }
+    for group in optimizer.param_groups:
+        (partition,) = group["params"]
+        keys = MOMENTUM if "matrices" in group else MOMENTS
+        optimizer.state[partition] = {key: torch.zeros_like(partition) for key in keys}
+        if keys == MOMENTS:
+            count = torch.tensor(float(steps), device=partition.device)
+            optimizer.state[partition]["step"] = count

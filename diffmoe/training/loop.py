@@ -71,8 +71,7 @@ def train(
     # Telemetry, data, and what saves and evaluates.
     telemetry.begin(step.samples, fork=bool(resume.aside))
     if resume_from is not None:
-        state = checkpoint.pieces(engine, network, ema)
-        telemetry.say(checkpoint.restored(resume_from, network, state))
+        telemetry.say(checkpoint.restored(resume_from, engine, network, ema))
     elif training.init:
         start = f"starts from the weights of {training.init}; clock, optimizer and averages are new"
         telemetry.say("\n  ".join((start, *adapted)))
@@ -187,6 +186,7 @@ def train(
                     **result.losses,
                     "gradient_norm": result.gradient_norm,
                     "learning_rate": result.learning_rate,
+                    **result.more_rates,
                     "skipped_steps": step.skipped,
                     "bad_shards": bad_shards,
                     "data_wait_seconds": waited,

@@ -15,6 +15,7 @@ from diffmoe.errors import UserError
 from diffmoe.files import sha256_of, write_atomically
 from diffmoe.parallel.agree import from_first_rank
 from diffmoe.training.due import missed
+from diffmoe.training.schedule import end_matters_from
 
 # The network as a function: another one is another run.
 _SHAPE = (
@@ -53,6 +54,10 @@ _HARMLESS = (
     "parallel",
     "logging",
 )
+# They alter nothing before the learning rate begins to fall.
+_END = ("training.total_samples", "optimizer.schedule", "optimizer.decay_samples")
+# What else an allowed change alters.
+_ALSO = {"optimizer.type": "; the optimizer's state starts anew"}
 
 
 class Resume(NamedTuple):
@@ -222,6 +227,7 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
     if unknown:
         raise UserError(f"--allow-changed {unknown[0]}: there is no such field")
     taken, shape, refused = [], [], []
+    free_until = min(end_matters_from(defaults | there), end_matters_from(now))
     for field in sorted(there.keys() | now.keys()):
         # A field that the checkpoint's version did not have was at its default.
         old, new = there.get(field, defaults.get(field)), now.get(field)
@@ -230,8 +236,10 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
         line = f"{field}: {old} there, {new} now"
         if _within(field, _SHAPE):
             shape.append(line)
-        elif _harmless(field, config) or field in allowed:
+        elif (field in _END and record.clock.samples <= free_until) or _within(field, _HARMLESS):
             taken.append(line)
+        elif field in allowed:
+            taken.append(line + _ALSO.get(field, ""))
         else:
             refused.append(line)
     if config.data.path is not None and record.shards_sha256 is not None:
@@ -274,12 +282,6 @@ def _other_pools(record: RunFile, config: Config) -> list[str]:
 
 def _refusal(checkpoint: Path, of: str, lines: list[str], way_out: str) -> str:
     return f"{checkpoint} is of {of}:\n  " + "\n  ".join(lines) + f"\n{way_out}"
-
-
-def _harmless(field: str, config: Config) -> bool:
-    if field == "training.total_samples":  # a cosine depends on where it ends
-        return config.optimizer.schedule == "constant"
-    return _within(field, _HARMLESS)
 
 
 def _within(field: str, keys: tuple[str, ...]) -> bool:

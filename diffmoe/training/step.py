@@ -1,6 +1,5 @@
 """One optimizer step, and the engine that it runs on."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,18 +10,22 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from diffmoe.config import Config, OptimizerConfig
+from diffmoe.config import Config
 from diffmoe.data.examples import Examples, micro_batches
 from diffmoe.data.stream import Batch
 from diffmoe.diffusion import Objective, create_objective
 from diffmoe.models.dit import DiT
+from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.moe import LayerRouting, routing_loss
+from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.agree import sum_over_ranks
+from diffmoe.parallel.muon import Muon
 from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training.ema import EMA
 from diffmoe.training.routing_metrics import RoutingMetrics
 from diffmoe.training.routing_state import RoutingState
+from diffmoe.training.schedule import learning_rates
 from diffmoe.tree import tree_map
 
 
@@ -42,20 +45,27 @@ def build(
             layer._route = routed  # type: ignore[method-assign]  # of this object alone
         for block in network.blocks:
             block.compile()
+    optimizer = config.optimizer
+    options: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "fused": True,
+    }
+    matrices = {}
+    if optimizer.type == "muon":
+        options |= {"muon": optimizer.muon, "dtype": DTYPES[config.training.precision]}
+        matrices = hidden_matrices(network)
     engine = create_engine(
         network,
         experts=network.expert_parameters(),
         num_experts=config.moe.experts,
-        optimizer=torch.optim.AdamW,
-        optimizer_options={
-            "lr": config.optimizer.learning_rate,
-            "betas": config.optimizer.betas,
-            "eps": config.optimizer.eps,
-            "weight_decay": config.optimizer.weight_decay,
-            "fused": True,
-        },
+        optimizer=Muon if optimizer.type == "muon" else torch.optim.AdamW,
+        optimizer_options=options,
         settings=engine_settings(config, ds_settings, topology.world),
         topology=topology,
+        matrices=matrices,
     )
     return network, engine
 
@@ -79,19 +89,6 @@ def losses_of(
     return loss, parts, output.routing
 
 
-def learning_rate(optimizer: OptimizerConfig, samples: int, total_samples: int) -> float:
-    """The rate at a clock: linear warm-up, then constant or a half cosine down to zero."""
-    rate = optimizer.learning_rate
-    if samples < optimizer.warmup_samples:
-        return rate * samples / optimizer.warmup_samples
-    if optimizer.schedule == "cosine":
-        span = max(1, total_samples - optimizer.warmup_samples)
-        # The last batch may reach past the end.
-        done = min(1.0, (samples - optimizer.warmup_samples) / span)
-        rate *= 0.5 * (1 + math.cos(math.pi * done))
-    return rate
-
-
 _NORM = "gradient_norm"  # among the numbers of a step
 
 
@@ -104,6 +101,7 @@ class StepResult:
 
     numbers: dict[str, Tensor]
     learning_rate: float
+    more_rates: dict[str, float]  # muon_learning_rate, of a run with Muon
     skipped: bool  # a loss or gradient was not finite: weights, EMA and thresholds stayed
     flags: dict[str, float]  # sums over the ranks of what `run` was given
     routing: dict[str, list]  # see RoutingMetrics.summary; empty unless asked for
@@ -173,9 +171,9 @@ class TrainingStep:
         """
         config, world = self.config, self.network.topology.world
         samples = self.samples + config.training.batch_size
-        rate = learning_rate(config.optimizer, samples, config.training.total_samples)
+        rate, muon_rate = learning_rates(config, samples)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = muon_rate if "matrices" in group else rate
 
         # Forward and backward. The engine acts at the last micro-batch only.
         metrics = RoutingMetrics(self.network) if measure_routing else None
@@ -225,6 +223,7 @@ class TrainingStep:
         return StepResult(
             numbers=numbers,
             learning_rate=rate,
+            more_rates={} if muon_rate is None else {"muon_learning_rate": muon_rate},
             skipped=skipped,
             flags=flags,
             routing={} if metrics is None else metrics.summary(tensors["routing"] / world),

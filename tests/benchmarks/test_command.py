@@ -20,8 +20,10 @@ from tests.helpers.tools import forked
 AIMS = ROOT / "diffmoe/benchmarks/aims"
 COMMANDS = {
     "train": (
-        ("--rounds", "1"),
+        ("--rounds", "1", "optimizer.type=muon"),
         [
+            "Newton-Schulz: its operations",
+            "part of the step: Newton-Schulz x 1",
             "diffmoe fp32: GEMM ceiling",
             "compiled: step",
             "compiled: its first step",

@@ -17,6 +17,7 @@ from diffmoe.benchmarks.report import Report
 from diffmoe.benchmarks.steps import least_traffic
 from diffmoe.benchmarks.timing import calls_of_a_turn, take_turns
 from diffmoe.models.dit import DiT
+from diffmoe.models.matrices import hidden_matrices
 from diffmoe.planning.layouts import Layout
 from tests.helpers.devices import GPU
 from tests.helpers.tiny import tiny_config
@@ -108,6 +109,10 @@ def test_a_step_moves_at_least_weights_gradients_and_state(precision: str, weigh
     # Read twice and written; fp32 gradients, written and read; masters, two moments, averages.
     each = 3 * weight + 2 * 4 + 2 * 4 * (3 + averages)
     assert least_traffic(Layout(config, 1, 1)) == parameters * each
+    muon = config.replace({"optimizer.type": "muon"})
+    stacks = hidden_matrices(DiT(config.model, config.moe)).values()
+    saved = 2 * 4 * sum(stack.number * stack.size for stack in stacks)
+    assert least_traffic(Layout(muon, 1, 1)) == parameters * each - saved
 
 
 def seen_by_rank() -> tuple[str, int, int, str | None]:

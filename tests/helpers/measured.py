@@ -75,9 +75,10 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
     if topology.world > 1:  # the losses travel beside the thresholds, and nobody counts them
         sent.bytes["all_reduce"] -= 8 * len(result.losses)
     moments = [
-        zero.optimizer.state[part][key]
+        tensor
         for part in zero.single_partition_of_fp32_groups
-        for key in ("exp_avg", "exp_avg_sq")
+        for tensor in zero.optimizer.state[part].values()
+        if tensor.dim()
     ]
     return {
         "parameters": size(zero.bit16_groups_flat),

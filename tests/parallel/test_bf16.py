@@ -76,7 +76,7 @@ def gradient_on_rank(config: Config, ds_settings: dict[str, Any]) -> dict[str, t
     dist.all_reduce = reduce
     assert sent == {torch.bfloat16 if ds_settings == IN_BF16 else torch.float32}
     return {
-        owned.name: (owned.start, owned.state(engine.optimizer.optimizer, "exp_avg").clone())
+        owned.name: (owned.start, owned.state(engine.optimizer.optimizer)["exp_avg"].clone())
         for owned in owned_ranges(engine, network, network.expert_parameters())
     }
 

@@ -23,6 +23,8 @@ from tests.helpers.measured import saved_bytes, step_in_pretence, step_on_rank
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import BYTES, random_batch, randomize, tiny_config
 
+# Sizes of which partitions' ends cut matrices.
+MUON = {"optimizer__type": "muon", "model__width": 20, "moe__shared_expert_ratio": 1.0}
 # Ranks, P, stage, precision, micro-batches, more.
 LAYOUTS = [
     (1, 1, 1, "fp32", 1, {"training__ema_stds": (0.05, 0.1)}),
@@ -33,6 +35,8 @@ LAYOUTS = [
     (4, 4, 2, "bf16", 1, {"moe__every_block": True}),
     (4, 1, 1, "fp32", 1, {"moe__type": "dense"}),
     (2, 2, 1, "fp32", 1, {"model__text": BYTES}),
+    (2, 1, 2, "bf16", 2, {**MUON, "moe__experts": 3}),
+    (4, 2, 1, "fp32", 1, {**MUON, "moe__experts": 2, "moe__activation": "swiglu"}),
     (2, 2, 1, "fp32", 1, {"moe__type": "race", "moe__token_pool": "global"}),
     (2, 2, 2, "fp32", 2, {"moe__type": "race", "moe__capacity": 2.0, "moe__target_loss_weight": 1}),
     (2, 2, 1, "fp32", 1, {"moe__type": "promoe", "training__label_dropout": 0.0}),

@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 
 from diffmoe.errors import UserError
+from diffmoe.models.dit import DiT
 from diffmoe.planning.estimate import plan, recommend
 from diffmoe.planning.layouts import Layout, possible_layouts
 from diffmoe.planning.machine import Machine
+from diffmoe.planning.parameters import parameter_table
 from diffmoe.planning.traffic import traffic
 from diffmoe.recipes import load_config
 from tests.helpers.processes import ROOT, command
+from tests.helpers.tiny import tiny_config
 
 XL = load_config("diffmoe_xl_e16_flow")
 
@@ -64,6 +67,29 @@ def test_groups_inside_a_node_send_nothing_between_nodes():
     assert tokens.within == tokens.bytes * 7 / 16
     # One way of one layer: 8 samples of 256 tokens, each taken once, width 1152, fp32.
     assert tokens.bytes == 14 * 4 * 8 * 256 * 1152 * 4
+
+
+def test_parameters_are_listed_with_what_updates_them():
+    config = tiny_config(
+        optimizer__type="muon",
+        optimizer__learning_rate=0.25,
+        optimizer__weight_decay=0.5,
+        optimizer__muon__learning_rate=0.125,
+        optimizer__muon__scale="original",
+    )
+    head, *lines, total = parameter_table(config).splitlines()
+    assert head.split() == ["parameter", "shape", "by", "rate", "decay", "matrices"]
+    found = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert list(found) == [name for name, _ in DiT(config.model, config.moe).named_parameters()]
+    prefix = "blocks.1.feed_forward"
+    assert found[f"{prefix}.experts.w_in"] == "4x16x64 muon 0.125 0 4 of 64x16, times 2"
+    assert found["blocks.1.attention.qkv.weight"] == "48x16 muon 0.125 0 3 of 16x16, times 1"
+    assert found[f"{prefix}.router"] == "4x16 adamw 0.25 0.5"
+    assert found[f"{prefix}.experts.b_in"] == "4x64 adamw 0.25 0.5"
+    assert total.endswith("million by adamw")
+    adamw = parameter_table(tiny_config())
+    assert " muon " not in adamw
+    assert "by muon" not in adamw
 
 
 @pytest.mark.slow

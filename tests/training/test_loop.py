@@ -10,7 +10,7 @@ import torch
 from diffmoe.config import OptimizerConfig
 from diffmoe.training.due import crossed
 from diffmoe.training.loop import PATIENCE
-from diffmoe.training.step import learning_rate
+from diffmoe.training.schedule import learning_rate
 from tests.helpers.runs import (
     assert_identical,
     clock,
@@ -32,6 +32,22 @@ def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
     assert rates == pytest.approx([1e-3, *(2e-3 * share for share in falling)], abs=1e-18)
     # A last batch may reach past the end: the cosine must not rise again.
     assert learning_rate(cosine, 520, 500) == 0
+
+
+def test_learning_rate_is_stable_until_its_decay():
+    """1 - sqrt of the share of the decay that is done; another peak has the same shape."""
+    schedule = OptimizerConfig(
+        learning_rate=2e-3,
+        warmup_samples=100,
+        schedule="warmup_stable_decay",
+        decay_samples=200,
+    )
+    clocks = (50, 100, 300, 350, 400, 500, 520)
+    shares = [0.5, 1, 1, 0.5, 1 - math.sqrt(0.5), 0, 0]
+    rates = [learning_rate(schedule, n, 500) for n in clocks]
+    assert rates == pytest.approx([2e-3 * share for share in shares], abs=1e-18)
+    rates = [learning_rate(schedule, n, 500, peak=0.1) for n in clocks]
+    assert rates == pytest.approx([0.1 * share for share in shares], abs=1e-18)
 
 
 def test_a_period_is_crossed_once_even_if_no_batch_ends_on_it():
@@ -74,17 +90,18 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "precision", "accumulation", "offload"),
+    ("stage", "precision", "accumulation", "offload", "optimizer"),
     [
-        (1, "fp32", 1, False),
-        (2, "fp32", 2, False),
-        (1, "bf16", 2, False),
-        (2, "bf16", 1, False),
-        (2, "bf16", 2, True),
+        (1, "fp32", 1, False, "adamw"),
+        (2, "fp32", 2, False, "adamw"),
+        (1, "bf16", 2, False, "adamw"),
+        (2, "bf16", 1, False, "muon"),
+        (2, "bf16", 2, True, "adamw"),
+        (1, "fp32", 1, True, "muon"),
     ],
 )
 def test_a_step_that_is_not_finite_changes_nothing_but_the_clock(
-    tmp_path: Path, stage: int, precision: str, accumulation: int, offload: bool
+    tmp_path: Path, stage: int, precision: str, accumulation: int, offload: bool, optimizer: str
 ):
     """One rank's dense gradient, one rank's expert gradient, one rank's loss alone."""
     pack(tmp_path / "data")
@@ -96,6 +113,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_clock(
         training__accumulation=accumulation,
         parallel__expert_parallel=2,
         parallel__zero_stage=stage,
+        optimizer__type=optimizer,
         optimizer__gradient_clipping=0.5,
     )
     ds_config = tmp_path / "ds.json"
