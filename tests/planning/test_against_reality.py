@@ -24,7 +24,14 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import BYTES, random_batch, randomize, tiny_config
 
 # Sizes of which partitions' ends cut matrices.
-MUON = {"optimizer__type": "muon", "model__width": 20, "moe__shared_expert_ratio": 1.0}
+MUON = {
+    "optimizer__type": "muon",
+    "model__width": 20,
+    "model__depth": 2,
+    "model__mlp_ratio": 3.0,
+    "moe__activation": "swiglu",
+    "moe__shared_expert_ratio": 1.0,
+}
 # Ranks, P, stage, precision, micro-batches, more.
 LAYOUTS = [
     (1, 1, 1, "fp32", 1, {"training__ema_stds": (0.05, 0.1)}),
@@ -36,7 +43,7 @@ LAYOUTS = [
     (4, 1, 1, "fp32", 1, {"moe__type": "dense"}),
     (2, 2, 1, "fp32", 1, {"model__text": BYTES}),
     (2, 1, 2, "bf16", 2, {**MUON, "moe__experts": 3}),
-    (4, 2, 1, "fp32", 1, {**MUON, "moe__experts": 2, "moe__activation": "swiglu"}),
+    (4, 2, 1, "fp32", 1, {**MUON, "moe__experts": 2}),
     (2, 2, 1, "fp32", 1, {"moe__type": "race", "moe__token_pool": "global"}),
     (2, 2, 2, "fp32", 2, {"moe__type": "race", "moe__capacity": 2.0, "moe__target_loss_weight": 1}),
     (2, 2, 1, "fp32", 1, {"moe__type": "promoe", "training__label_dropout": 0.0}),
@@ -83,6 +90,9 @@ def test_memory_and_traffic_equal_a_real_step(
     )
     layout = Layout(config, 1, world, Zero.of(settings))
     planned = memory(layout)
+    if config.optimizer.type == "muon":
+        names = {collective.name for collective in traffic(layout)}
+        assert {"dense matrices in parts", "expert matrices in parts"} <= names
     ranks_told = run_ranks(world, step_on_rank, config, settings)
     for told in ranks_told:
         for kind in ("parameters", "masters", "moments", "ema"):

@@ -36,7 +36,9 @@ def run(tmp_path_factory) -> Config:
         6,
         training__checkpoint_samples=24,
         moe__token_pool="global",
-        model__width=20,  # partitions' ends cut matrices
+        model__width=20,  # these three: partitions' ends cut matrices
+        model__depth=2,
+        moe__shared_expert_ratio=1.0,
         optimizer__type="muon",
         optimizer__eps=1e-3,  # far above the gradients' rounding
         optimizer__weight_decay=0.01,
