@@ -73,7 +73,7 @@ def train(
         state = checkpoint.pieces(engine, network, ema)
         telemetry.say(checkpoint.restored(resume_from, network, state))
     elif training.init:
-        telemetry.say(f"starts from the weights of {training.init}")
+        telemetry.say(init_from.note(config))
     if training.compile:
         telemetry.say("compiling the blocks: the first step takes a minute or more")
     saver = Saver(engine, network, ema, config, manifest, telemetry.say, lease, resume.origin)
