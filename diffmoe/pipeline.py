@@ -47,6 +47,21 @@ class Pipeline:
         self.class_names = self.sampler.model.class_names
         self.encoder = encoder_of(self.config, text_encoder, device)
 
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, revision: str | None = None, **options: Any
+    ) -> "Pipeline":
+        """A pipeline of a local path, or of a model `OWNER/NAME` on the Hugging Face hub.
+
+        revision: of the hub's model: a branch, tag or commit. options: as of `Pipeline`. Raises
+        UserError where there is neither.
+        """
+        if not Path(name).exists() and str(name).count("/") == 1:
+            from diffmoe.export.hub import fetch
+
+            name = fetch(str(name), revision)
+        return cls(name, **options)
+
     def __call__(
         self,
         labels: Sequence[int | str] | None = None,

@@ -68,6 +68,7 @@ RUNS = [
         f"{TRAINING} validation.samples=8 training.validate_every=8",
         "runs/mnist-validated/latest",
     ),
+    Run("python train.py --config mnist training.init=.*", TRAINING, "runs/tuned/latest"),
     Run("torchrun .* train.py --config diffmoe_s_.*", TWO_RANKS, "runs/diffmoe_s_e16_flow/latest"),
     Run("deepspeed train.py --config diffmoe_l_.*", TWO_RANKS, "runs/diffmoe_l_e16_flow/latest"),
     Run("torchrun .* train.py --config captioned_.*", TWO_RANKS, "runs/captioned_digits/latest"),
@@ -100,6 +101,7 @@ RUNS = [
     # Conversion.
     Run(".* runs/mnist exported/mnist", gives="exported/mnist/config.json"),
     Run(".* info exported/mnist", tells="made from     training checkpoint mnist/step-"),
+    Run("python tools/publish.py exported/mnist .*", tells="not uploaded"),
     Run(".* exported/dense exported/moe --upcycle .*", gives="exported/moe/config.json"),
 ]
 NOT_RUN = {

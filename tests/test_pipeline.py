@@ -129,7 +129,7 @@ def test_a_model_trained_without_label_dropout_is_not_guided(tmp_path: Path):
     with pytest.warns(UserWarning, match="guidance 1: the model was trained without label dropout"):
         images = pipeline(labels=[1, 2], steps=2)
     assert np.array_equal(pixels(images), pixels(pipeline(labels=[1, 2], steps=2, guidance=1)))
-    with pytest.raises(UserError, match=r"guidance 1\.5: .* take guidance 1$"):
+    with pytest.raises(UserError, match=r"guidance 1\.5: .* use guidance 1$"):
         pipeline(labels=[1], steps=2, guidance=1.5)
     assert "guidance=1)" in (model / "README.md").read_text()
     usual = diffmoe.Pipeline(exported(tmp_path / "silent"), device="cpu")  # an export of before

@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/install.sh dev
-OMP_NUM_THREADS=1 python -m pytest "$@"
+workers=$(python -c "import os; print(min(os.cpu_count(), 4))") # a test may start four ranks
+OMP_NUM_THREADS=1 python -m pytest -n "$workers" "$@"

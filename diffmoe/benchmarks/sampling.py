@@ -38,9 +38,9 @@ def benchmark_sampling(
     images = config.training.batch_size
     labels = [index % config.model.num_classes for index in range(images)]
     settings = SamplingSettings(steps=steps)
-    network = DiT(config.model, config.moe).initialize(config.seed).to(device).eval()
+    network = DiT(config.model, config.moe, seed=config.seed).to(device).eval()
     twin = dense_twin(config)
-    dense = DiT(twin.model, twin.moe).initialize(config.seed).to(device).eval()
+    dense = DiT(twin.model, twin.moe, seed=config.seed).to(device).eval()
 
     if config.training.precision == "bf16":
         for one in (network, dense):
@@ -72,9 +72,9 @@ def benchmark_sampling(
         name = f"capacity {capacity:g}"
         report.add(f"{name}: measured", measured[capacity], "")
         report.add(f"{name}: {steps} steps", timed.median(name), "s")
-        report.add(f"{name}: speed", images / timed.median(name), "images/s")
+        report.add(f"{name}: images", images / timed.median(name), "images/s")
         tokens = images * steps * layout.tokens_per_sample
-        report.add(f"{name}: speed", tokens / timed.median(name), "tokens/s")
+        report.add(f"{name}: tokens", tokens / timed.median(name), "tokens/s")
         add_mfu(name, layout.changed({"moe.capacity": capacity}))
     add_mfu("dense", Layout(twin, 1, 1))
     full, half = (f"capacity {c:g}" for c in capacities)

@@ -91,8 +91,8 @@ def _add_step(report: Report, name: str, layout: Layout, timed: Rounds) -> None:
     seconds = timed.median(name) / STEPS
     images = layout.config.training.batch_size / seconds
     report.add(f"{name}: step", seconds, "s")
-    report.add(f"{name}: speed", images, "images/s")
-    report.add(f"{name}: speed", images * layout.tokens_per_sample, "tokens/s")
+    report.add(f"{name}: images", images, "images/s")
+    report.add(f"{name}: tokens", images * layout.tokens_per_sample, "tokens/s")
     model = layout.config.model
     gemm = 6 * layout.tokens * model.width * int(model.width * model.mlp_ratio) * _REPEATED
     share = step_flops(layout) * STEPS / gemm * timed.ratio("GEMM", name)

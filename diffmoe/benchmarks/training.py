@@ -205,8 +205,8 @@ def benchmark_training(config: Config, rounds: int, device: torch.device, report
         report.add(f"{name}: GEMM ceiling", rate / 1e9, "GFLOP/s")
         report.add(f"{name}: step", turns.median(name), "s")
         images = config.training.batch_size / turns.median(name)
-        report.add(f"{name}: speed", images, "images/s")
-        report.add(f"{name}: speed", images * layout.tokens_per_sample, "tokens/s")
+        report.add(f"{name}: images", images, "images/s")
+        report.add(f"{name}: tokens", images * layout.tokens_per_sample, "tokens/s")
         used = step_flops(of) / gemms[precision][1] * turns.ratio("GEMM", name)
         target = 0.82 if name == OURS else None
         report.add(f"{name}: share of the ceiling", used, "", at_least=target)
@@ -267,7 +267,7 @@ def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], objec
     layer = DiffMoE(config.model, config.moe, Topology())
     layer = seeded_layer(layer, device, dtype)
     # Two blocks are a dense one and a mixture.
-    network = DiT(config.model.model_copy(update={"depth": 2}), config.moe).initialize(0)
+    network = DiT(config.model.model_copy(update={"depth": 2}), config.moe)
     network = network.to(device, dtype).train()
     attention = network.blocks[0].get_submodule("attention")
     mlp = network.feed_forwards[0]

@@ -6,17 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffmoe.conversion.hugging_face import CLASS
+from diffmoe.conversion.hugging_face import CLASS, PIPELINE
 from diffmoe.errors import UserError
+from diffmoe.export.metadata import Metadata
 from diffmoe.export.sources import Source
 from diffmoe.export.tensors import empty_network, fill
 from diffmoe.seeding import keyed_generator
 
 # Code that makes it exact: diffusers' configuration has no field for this.
-EXACT = f"""from diffusers import {CLASS}
-
-transformer = {CLASS}.from_pretrained("PATH OF THIS FOLDER")
-for module in transformer.modules():
+_EXACT = """for module in transformer.modules():
     if hasattr(module, "downscale_freq_shift"):
         module.downscale_freq_shift = 0
 """
@@ -38,8 +36,10 @@ class Difference(NamedTuple):
 
 
 @torch.inference_mode()
-def measure_difference(source: Source, folder: Path) -> Difference | None:
+def measure_difference(source: Source, folder: Path, rows: int) -> Difference | None:
     """Run both networks on one batch, in fp32. None if diffusers is not installed.
+
+    rows: of diffusers' label table, of which the null label's is the last.
 
     Raises UserError if they differ by more than rounding even with the code above.
     """
@@ -50,12 +50,13 @@ def measure_difference(source: Source, folder: Path) -> Difference | None:
     metadata = source.metadata
     network = empty_network(metadata.model, metadata.moe)
     fill(network, lambda name, _: source.read(name))
-    size, labels = metadata.model.input_size, metadata.model.num_classes + 1
+    size, null = metadata.model.input_size, metadata.model.num_classes
     x = torch.randn(
         (len(_TIMESTEPS), metadata.model.in_channels, size, size),
         generator=keyed_generator("difference to diffusers"),
     )
-    t, y = torch.tensor(_TIMESTEPS), torch.arange(len(_TIMESTEPS)) % labels
+    t, y = torch.tensor(_TIMESTEPS), torch.arange(len(_TIMESTEPS)) % (null + 1)
+    theirs = torch.where(y == null, rows - 1, y)
     expected = network(x, t, y).prediction
     del network
     other = DiTTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
@@ -63,11 +64,11 @@ def measure_difference(source: Source, folder: Path) -> Difference | None:
     def largest(tensor: Tensor) -> float:
         return float(tensor.abs().max())
 
-    plain = largest(other(x, t, y).sample - expected)
+    plain = largest(other(x, t, theirs).sample - expected)
     for module in other.modules():
         if hasattr(module, "downscale_freq_shift"):
             module.downscale_freq_shift = 0
-    found = Difference(plain, largest(other(x, t, y).sample - expected), largest(expected))
+    found = Difference(plain, largest(other(x, t, theirs).sample - expected), largest(expected))
     if found.exact > _ROUNDING * max(1.0, found.scale):
         raise UserError(
             f"{source.where}: diffusers' predictions differ by up to {found.exact:.3g} with DiT's "
@@ -93,12 +94,27 @@ def describe(found: Difference | None) -> str:
     )
 
 
-def readme(found: Difference | None) -> str:
-    """README.md of the folder."""
+def readme(found: Difference | None, metadata: Metadata, with_vae: bool) -> str:
+    """README.md of the folder. with_vae: whether the autoencoder lies in it."""
+    if metadata.latents.autoencoder == "identity":
+        code = f"""from diffusers import {CLASS}
+
+transformer = {CLASS}.from_pretrained("PATH OF THIS FOLDER")
+{_EXACT}"""
+    else:
+        vae = ""
+        if not with_vae:
+            vae = f', vae=AutoencoderKL.from_pretrained("{metadata.latents.autoencoder}")'
+        code = f"""from diffusers import AutoencoderKL, {PIPELINE}
+
+pipeline = {PIPELINE}.from_pretrained("PATH OF THIS FOLDER"{vae})
+transformer = pipeline.transformer
+{_EXACT}images = pipeline(class_labels=[0], guidance_scale=1.5, num_inference_steps=50).images
+"""
     return f"""# {CLASS}
 
 Written by DiffMoE. {describe(found).replace("README.md", "this file")}.
 
 ```python
-{EXACT}```
+{code}```
 """

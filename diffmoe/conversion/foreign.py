@@ -13,7 +13,7 @@ from torch import Tensor
 from diffmoe.conversion import hugging_face
 from diffmoe.conversion.difference import describe, measure_difference, readme
 from diffmoe.conversion.downloads import check_downloads
-from diffmoe.conversion.layouts import Layout, check_foreign_state_dict, reader, translated
+from diffmoe.conversion.layouts import check_foreign_state_dict, reader, translated
 from diffmoe.conversion.release import (
     is_derived,
     label_rows,
@@ -25,6 +25,7 @@ from diffmoe.data.autoencoders import canonical_name
 from diffmoe.errors import UserError
 from diffmoe.export.autoencoder_folder import (
     autoencoder_files,
+    copy_autoencoder,
     local_folder,
     read_autoencoder_config,
 )
@@ -93,9 +94,10 @@ def _diffusers(path: Path, form: Format | None, options: Options) -> Source:
     check_downloads(folder, stored.files)
     sections = hugging_face.read_sections(folder)
     notes = [f"{path} is a {hugging_face.CLASS} of diffusers", hugging_face.DIFFERENCE]
-    names = None
+    names, rows = None, sections[0]["num_classes"] + 1
     if (path / hugging_face.INDEX).exists():
         names = hugging_face.class_names(path, sections[0]["num_classes"])
+        sections[0]["num_classes"] = len(names) if names else rows - 1
         if options.objective is None:
             scheduler = hugging_face.check_scheduler(path)
             notes.append(f"its scheduler is {scheduler}; here --sampler ddpm or ddim")
@@ -109,7 +111,7 @@ def _diffusers(path: Path, form: Format | None, options: Options) -> Source:
         f"its autoencoder is {metadata.latents.autoencoder}, scale {metadata.latents.scale}"
     )
     _check_counts(metadata, stored.shapes, path)
-    layout = hugging_face.diffusers_layout(metadata.model, metadata.moe)
+    layout = hugging_face.diffusers_layout(metadata.model, metadata.moe, rows)
     shapes = expected_shapes(metadata.model, metadata.moe)
     check_foreign_state_dict(stored.shapes, layout, shapes, str(folder))
     read = reader(layout, stored.read, str(folder))
@@ -291,22 +293,46 @@ def write_foreign(source: Source, target: Path, form: Format) -> tuple[str, ...]
 
 
 def _write_diffusers(source: Source, target: Path) -> tuple[str, ...]:
+    """A pipeline's folder: transformer, scheduler, names of classes, a copy of a local autoencoder.
+
+    Of a model of pixels, which a pipeline cannot draw, the transformer alone.
+    """
     from safetensors.torch import save_file
 
-    model, moe = source.metadata.model, source.metadata.moe
-    layout: Layout = hugging_face.diffusers_layout(model, moe)
+    metadata = source.metadata
+    model, is_pipeline = metadata.model, metadata.latents.autoencoder != "identity"
+    rows = (hugging_face.NULL_LABEL if is_pipeline else model.num_classes) + 1
+    if is_pipeline:
+        hugging_face.check_pipeline(metadata)
+    layout = hugging_face.diffusers_layout(model, metadata.moe, rows)
+    vae = local_folder(metadata.latents.autoencoder) if is_pipeline else None
     with new_folder(target) as temporary:
+        transformer = temporary / "transformer" if is_pipeline else temporary
+        transformer.mkdir(exist_ok=True)
         state = translated(layout, source.read)
-        save_file(state, temporary / hugging_face.WEIGHTS, metadata={"format": "pt"})
-        (temporary / "config.json").write_text(hugging_face.diffusers_config(model))
-        found = measure_difference(source, temporary)
-        (temporary / CARD).write_text(readme(found))
+        save_file(state, transformer / hugging_face.WEIGHTS, metadata={"format": "pt"})
+        (transformer / "config.json").write_text(hugging_face.diffusers_config(model, rows))
         digests = {
             name: {
-                "bytes": (temporary / name).stat().st_size,
-                "sha256": sha256_of(temporary / name),
+                "bytes": (transformer / name).stat().st_size,
+                "sha256": sha256_of(transformer / name),
             }
             for name in ("config.json", hugging_face.WEIGHTS)
         }
-        (temporary / CHECKSUMS).write_text(json.dumps({"files": digests}, indent=1))
-    return (describe(found),)
+        (transformer / CHECKSUMS).write_text(json.dumps({"files": digests}, indent=1))
+        if vae is not None:
+            copy_autoencoder(vae, temporary)
+            config = read_autoencoder_config(vae) | {"scaling_factor": metadata.latents.scale}
+            (temporary / "vae/config.json").write_text(json.dumps(config, indent=2))
+        if is_pipeline:
+            for name, content in hugging_face.pipeline_files(metadata, vae is not None).items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_text(json.dumps(content, indent=2))
+        found = measure_difference(source, transformer, rows)
+        (temporary / CARD).write_text(readme(found, metadata, vae is not None))
+    notes = [describe(found)]
+    if metadata.label_dropout == 0:
+        notes.append(
+            "the model was trained without label dropout: call the pipeline with guidance_scale=1"
+        )
+    return tuple(notes)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import ModelConfig, MoEConfig
-from diffmoe.conversion.layouts import Layout, concatenated, repeated, same
+from diffmoe.conversion.layouts import Layout, concatenated, padded, repeated, same
 from diffmoe.errors import UserError
+from diffmoe.export.metadata import Metadata
 from diffmoe.files import contained, read_json
 
 CLASS = "DiTTransformer2DModel"
+PIPELINE = "DiTPipeline"
+NULL_LABEL = 1000  # a constant of that class, however many classes the transformer has
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In a pipeline's folder, which has the model's in a subfolder.
 INDEX = "model_index.json"
@@ -62,13 +65,18 @@ def check_scheduler(pipeline: Path) -> str:
     return name
 
 
-def class_names(pipeline: Path, number: int) -> tuple[str, ...] | None:
-    """The class names of model_index.json, if there are `number`; else None."""
+def class_names(pipeline: Path, rows: int) -> tuple[str, ...] | None:
+    """The names of classes 0, 1, ... in model_index.json; None if it does not name them so.
+
+    rows: of the label table without the null label; there may be more of them than classes.
+    """
     values = read_json(pipeline / INDEX)
     labels = values.get("id2label") if isinstance(values, dict) else None
-    if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(number)}:
+    if not isinstance(labels, dict) or not 0 < len(labels) <= rows:
         return None
-    return tuple(str(labels[str(i)]) for i in range(number))
+    if labels.keys() != {str(i) for i in range(len(labels))}:
+        return None
+    return tuple(str(labels[str(i)]) for i in range(len(labels)))
 
 
 def read_sections(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,8 +104,11 @@ def read_sections(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, {"type": "dense"}
 
 
-def diffusers_layout(model: ModelConfig, moe: MoEConfig) -> Layout:
-    """The layout of a network. Raises UserError for one that diffusers' class cannot represent."""
+def diffusers_layout(model: ModelConfig, moe: MoEConfig, rows: int) -> Layout:
+    """The layout of a network. rows: of diffusers' label table, the null label's included.
+
+    Raises UserError for a network that diffusers' class cannot represent.
+    """
     if moe.type != "dense":
         raise UserError(f"moe.type={moe.type}: diffusers' {CLASS} is dense and has no experts")
     for key, wanted in (("qk_norm", False), ("rope", False), ("mlp_ratio", 4.0)):
@@ -126,12 +137,49 @@ def diffusers_layout(model: ModelConfig, moe: MoEConfig) -> Layout:
             ):
                 layout[f"{ours}.{own}.{leaf}"] = same(f"{theirs}.{other}.{leaf}")
     labels = [f"{prefix}.class_embedder.embedding_table.weight" for prefix in every]
-    layout["label_embed.weight"] = repeated(labels, why)
+    layout["label_embed.weight"] = padded(repeated(labels, why), model.num_classes + 1, rows)
     return layout
 
 
-def diffusers_config(model: ModelConfig) -> str:
-    """config.json of the model's folder."""
+def check_pipeline(metadata: Metadata) -> None:
+    """Raise UserError for classes or latents that a DiTPipeline does not have."""
+    classes, latents = metadata.model.num_classes, metadata.latents
+    if classes > NULL_LABEL:
+        raise UserError(
+            f"model.num_classes={classes}: for diffusers' {PIPELINE} class {NULL_LABEL} is the "
+            f"null label, so it has at most {NULL_LABEL} classes; choose --to dit"
+        )
+    for name, wanted in (("shift", 0.0), ("pixel_range", (-1.0, 1.0))):
+        if getattr(latents, name) != wanted:
+            raise UserError(
+                f"latents.{name}={getattr(latents, name)}: {PIPELINE} supports only {wanted}"
+            )
+    if isinstance(latents.scale, list):
+        raise UserError(f"latents.scale={latents.scale}: {PIPELINE} supports only one number")
+
+
+def pipeline_files(metadata: Metadata, with_vae: bool) -> dict[str, Any]:
+    """Contents of the JSON files of a pipeline's folder, by name, beside its transformer's.
+
+    with_vae: whether an autoencoder lies in the folder; else the user gives one.
+    """
+    names = metadata.class_names or tuple(map(str, range(metadata.model.num_classes)))
+    index = {
+        "_class_name": PIPELINE,
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", CLASS],
+    }
+    if with_vae:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+    noise = {key: value for key, value in _NOISE.items() if key != "use_flow_sigmas"}
+    # Steps at equal distances that end at 0, each of which leads to the next one.
+    scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True}
+    return {INDEX: index, "scheduler/scheduler_config.json": scheduler | noise}
+
+
+def diffusers_config(model: ModelConfig, rows: int) -> str:
+    """config.json of the model's folder. rows: of its label table, the null label's included."""
     values = {
         "_class_name": CLASS,
         "num_attention_heads": model.heads,
@@ -143,7 +191,7 @@ def diffusers_config(model: ModelConfig) -> str:
         "norm_num_groups": 32,
         "sample_size": model.input_size,
         "patch_size": model.patch_size,
-        "num_embeds_ada_norm": model.num_classes,
+        "num_embeds_ada_norm": rows - 1,
         "upcast_attention": False,
         "norm_eps": 1e-6,
         **_FIXED,

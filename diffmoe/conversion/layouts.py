@@ -69,6 +69,23 @@ def repeated(names: list[str], why: str) -> Parts:
     return Parts(names, first, lambda tensor: [tensor] * len(names))
 
 
+def padded(parts: Parts, ours: int, theirs: int) -> Parts:
+    """Ours has `ours` rows, theirs `theirs`: zeros lie between the last row and those before it."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[: ours - 1], tensor[-1:]])
+
+    def pad(tensor: Tensor) -> Tensor:
+        zeros = tensor.new_zeros(theirs - ours, *tensor.shape[1:])
+        return torch.cat([tensor[:-1], zeros, tensor[-1:]])
+
+    return Parts(
+        parts.names,
+        lambda found: cut(parts.join(found)),
+        lambda tensor: [pad(part) for part in parts.split(tensor)],
+    )
+
+
 def foreign_shapes(layout: Layout, ours: Shapes) -> Shapes:
     """The shapes of their tensors, by their names. ours: those of our tensors."""
     return {

@@ -44,7 +44,7 @@ def metric_name(results: list[dict[str, Any]], metric: str) -> str:
     if len(fitting) != 1:
         there = ", ".join(fitting or sorted(names))
         raise UserError(
-            f"--metric {metric}: metrics of different extractors do not compare; choose one of "
+            f"--metric {metric}: metrics of different extractors cannot be compared; choose one of "
             f"{there}"
             if fitting
             else f"--metric {metric} is not in these results, which have {there}"

@@ -16,7 +16,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
-            f"features of {len(a.mean)} and {len(b.mean)} numbers do not compare; take "
+            f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared; use "
             "those of the same extractor"
         )
     for one in (a, b):

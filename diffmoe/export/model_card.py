@@ -14,6 +14,9 @@ from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.redaction import printable, redact, without_folders
 
 RESULTS = "results.jsonl"
+_NO_LICENSE = "license: # fill in before you share this"
+_FILL_IN = "fill this in before you share the model."
+_PLACE = "PATH OF THIS FOLDER"
 _FAMILIES = {
     "diffmoe": "DiffMoE",
     "expert_choice": "EC-DiT",
@@ -85,7 +88,7 @@ def model_card(metadata: Metadata, shapes: Shapes, capacities: list[str], run: P
     wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
     return f"""---
 library_name: diffmoe
-license: # fill in before you share this
+{_NO_LICENSE}
 ---
 # {family(metadata.moe)}
 
@@ -93,17 +96,32 @@ license: # fill in before you share this
 |---|---|
 {table}
 
-License: fill this in before you share the model.
+License: {_FILL_IN}
 
 ```python
 import diffmoe
-pipeline = diffmoe.Pipeline("PATH OF THIS FOLDER")
+pipeline = diffmoe.Pipeline("{_PLACE}")
 images = pipeline({wanted}, seed=0, steps={PREVIEW_STEPS}, guidance={guidance:g}{capacity})
 ```
 
 `config.json` describes the network and its latents; `checksums.json` has the SHA-256 of each file.
 The method is described in arXiv 2503.14487.
 {_results(run)}"""
+
+
+def with_license(card: str, name: str, license: str | None, where: Path) -> str:
+    """The card of a model that is shared as `name`. license: such as mit; None: the card has one.
+
+    Raises UserError where there is none. where: the card, for the error.
+    """
+    if _NO_LICENSE in card:
+        if license is None:
+            raise UserError(
+                f"{where} names no license; give one (--license apache-2.0), or fill it in there"
+            )
+        card = card.replace(_NO_LICENSE, f"license: {license}").replace(_FILL_IN, f"{license}.")
+    here, there = f'Pipeline("{_PLACE}")', f'Pipeline.from_pretrained("{name}")'
+    return card.replace(here, there)
 
 
 def _provenance(metadata: Metadata) -> str:

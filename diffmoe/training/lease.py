@@ -211,11 +211,11 @@ def _wait_for_the_end(path: Path, me: Holder) -> str | None:
     Raises UserError, which names the holder, once it gives a sign of life.
     """
     holder = _read(path)
-    ended = holder and holder.ended(me)
-    if ended:
-        return f"it was held by {holder}, and {ended}"
     first, began, told = _beats(path), time.monotonic(), False
     while (waited := time.monotonic() - began) < STALE:
+        ended = holder and holder.ended(me)  # a large process takes a while to die
+        if ended:
+            return f"it was held by {holder}, and {ended}"
         beats = _beats(path)
         if beats is None:
             return None

@@ -55,7 +55,7 @@ def train(
     manifest = Manifest.load(config.data.path)
     network, engine = build(config, ds_settings, topology, device)
     if training.init and resume_from is None:
-        init_from.load(Path(training.init), engine, network)
+        adapted = init_from.load(config, manifest, engine, network)
     ema = EMA(engine, training.ema_decay, training.ema_stds)
     step = TrainingStep(config, network, engine, ema, device)
     if resume_from is not None:
@@ -73,7 +73,8 @@ def train(
         state = checkpoint.pieces(engine, network, ema)
         telemetry.say(checkpoint.restored(resume_from, network, state))
     elif training.init:
-        telemetry.say(init_from.note(config))
+        start = f"starts from the weights of {training.init}; clock, optimizer and averages are new"
+        telemetry.say("\n  ".join((start, *adapted)))
     if training.compile:
         telemetry.say("compiling the blocks: the first step takes a minute or more")
     saver = Saver(engine, network, ema, config, manifest, telemetry.say, lease, resume.origin)
@@ -169,7 +170,7 @@ def train(
             with watchdog.busy("validating"):
                 began, held_out = time.monotonic(), validation.run()
             telemetry.validated(held_out, time.monotonic() - began)
-        if logging_now:
+        if logging_now and not lease.lost:  # as after a sleep since the step's flags
             for warning in health.warnings(result.routing):
                 telemetry.say(warning)
             telemetry.metrics(

@@ -22,7 +22,7 @@ def check(config: Config, ds_settings: dict[str, Any], world: int) -> None:
     config.check_world(world)
     engine_settings(config, ds_settings, world)
     manifest = check_data(config)
-    init_from.check(config)
+    init_from.check(config, manifest)
     live_evaluation.check(config, manifest)
     validation.check(config, manifest)
 

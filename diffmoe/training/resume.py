@@ -17,7 +17,7 @@ from diffmoe.parallel.agree import from_first_rank
 from diffmoe.training.due import missed
 
 # The network as a function: another one is another run.
-SHAPE = (
+_SHAPE = (
     "model",
     "moe.type",
     "moe.experts",
@@ -228,7 +228,7 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
         if old == new or field == "output":
             continue
         line = f"{field}: {old} there, {new} now"
-        if within(field, SHAPE):
+        if _within(field, _SHAPE):
             shape.append(line)
         elif _harmless(field, config) or field in allowed:
             taken.append(line)
@@ -279,11 +279,10 @@ def _refusal(checkpoint: Path, of: str, lines: list[str], way_out: str) -> str:
 def _harmless(field: str, config: Config) -> bool:
     if field == "training.total_samples":  # a cosine depends on where it ends
         return config.optimizer.schedule == "constant"
-    return within(field, _HARMLESS)
+    return _within(field, _HARMLESS)
 
 
-def within(field: str, keys: tuple[str, ...]) -> bool:
-    """Whether a setting is one of `keys`, or of a section among them."""
+def _within(field: str, keys: tuple[str, ...]) -> bool:
     return any(field == key or field.startswith(key + ".") for key in keys)
 
 

@@ -1,15 +1,19 @@
 """Folders of diffusers: a pipeline's own parts are used, and what differs is measured and said."""
 
+import dataclasses
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatch
+from PIL import Image
 
 import diffmoe
 from diffmoe.conversion import hugging_face
@@ -19,6 +23,7 @@ from diffmoe.errors import UserError
 from diffmoe.export.exported_model import ExportedModel
 from diffmoe.export.sources import Source
 from diffmoe.export.writing import write_exported
+from diffmoe.seeding import keyed_generator
 from tests.helpers.autoencoders import autoencoder
 from tests.helpers.models import flip_bytes, source_of
 from tests.helpers.networks import network_of
@@ -166,6 +171,74 @@ def test_the_difference_of_this_very_model_is_measured_and_said(tmp_path: Path):
     assert exact < 1e-5
 
 
+def test_a_pipeline_of_diffusers_draws_the_same_images(tmp_path: Path):
+    """In a process of its own, with nothing but the folder, by its README's lines."""
+    source = dense()
+    vae = autoencoder(tmp_path / "vae", scale=0.7)
+    metadata = source.metadata.replace(
+        latents={"shape": (4, 8, 8), "scale": 0.3, "autoencoder": str(vae)},
+        class_names=tuple("abcdefghij"),
+    )
+    source = dataclasses.replace(source, metadata=metadata)
+    write_foreign(source, tmp_path / "theirs", "diffusers")
+    write_exported(source, tmp_path / "ours")
+    # A thousand steps, since with fewer the two choose other ones.
+    images = diffmoe.Pipeline(tmp_path / "ours", device="cpu")(
+        labels=["d", "j"], seed=5, steps=1000, guidance=3.0, sampler="ddim"
+    )
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "theirs/README.md").read_text(), re.DOTALL
+    )
+    code = (
+        code.replace("PATH OF THIS FOLDER", "theirs")
+        .replace(
+            "class_labels=[0]", "class_labels=pipeline.get_label_ids(['d', 'j']), generator=noise"
+        )
+        .replace("steps=50", "steps=1000")
+    )
+    code = code.replace("guidance_scale=1.5", "guidance_scale=3")
+    noise = [keyed_generator(5, "sample", image).get_state().tolist() for image in range(2)]
+    script = f"""
+import torch
+noise = [torch.Generator() for _ in range(2)]
+for one, state in zip(noise, {noise}):
+    one.set_state(torch.tensor(state, dtype=torch.uint8))
+{code}
+assert len(pipeline.labels) == 10
+for number, image in enumerate(images):
+    image.save(f"{{number}}.png")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    for number, image in enumerate(images):
+        theirs = np.asarray(Image.open(tmp_path / f"{number}.png")).astype(int)
+        assert np.abs(theirs - np.asarray(image)).max() <= 1  # of 255
+    with foreign_source(tmp_path / "theirs") as back:
+        assert back.metadata.class_names == metadata.class_names
+        assert all(torch.equal(back.read(name), source.read(name)) for name in source.shapes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"shift": 0.1}, "latents.shift=0.1: DiTPipeline supports only 0.0"),
+        ({"scale": [1.0, 2.0, 3.0, 4.0]}, "supports only one number"),
+    ],
+)
+def test_latents_that_a_pipeline_does_not_have_are_refused(changes, told: str, tmp_path: Path):
+    latents = {"shape": (4, 8, 8), "autoencoder": "some/vae"} | changes
+    source = dense()
+    source = dataclasses.replace(source, metadata=source.metadata.replace(latents=latents))
+    with pytest.raises(UserError, match=re.escape(told)):
+        write_foreign(source, tmp_path / "out", "diffusers")
+
+
+def test_more_classes_than_a_pipeline_guides_are_refused(tmp_path: Path):
+    config = tiny_config(moe__type="dense", diffusion__objective="ddpm", model__num_classes=1001)
+    source = source_of(config, latents={"shape": (2, 8, 8), "autoencoder": "some/vae"})
+    with pytest.raises(UserError, match="class 1000 is the null label"):
+        write_foreign(source, tmp_path / "out", "diffusers")
+
+
 def test_without_diffusers_the_difference_is_said_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -181,7 +254,7 @@ def test_a_folder_that_diffusers_reads_otherwise_is_not_kept(
 ):
     text = hugging_face.diffusers_config
     monkeypatch.setattr(
-        hugging_face, "diffusers_config", lambda model: text(model).replace("1e-06", "0.1")
+        hugging_face, "diffusers_config", lambda *given: text(*given).replace("1e-06", "0.1")
     )
     with pytest.raises(UserError, match="diffusers' predictions differ by up to"):
         write_foreign(dense(), tmp_path / "out", "diffusers")

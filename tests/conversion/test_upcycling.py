@@ -8,13 +8,13 @@ import yaml
 from torch import Tensor
 
 import diffmoe
+from diffmoe.conversion.adapting import adapt
 from diffmoe.conversion.upcycling import grow, upcycle
 from diffmoe.errors import UserError
 from diffmoe.export.sources import Source, checkpoint_source
 from diffmoe.export.tensors import empty_network, fill
 from diffmoe.export.writing import write_exported
 from diffmoe.models.dit import DiT
-from diffmoe.training import init_from
 from tests.helpers.models import source_of
 from tests.helpers.runs import metrics, newest, pack, run_config, tensors, train
 from tests.helpers.tiny import tiny_config
@@ -243,9 +243,9 @@ def test_a_run_begins_with_the_weights_in_masters_averages_and_thresholds(dense_
 @pytest.mark.parametrize(
     ("init", "changes", "told"),
     [
-        ("data", {}, "training.init=.*data is not an exported model"),
-        ("dense", {"moe__type": "dense", "model__heads": 4}, "model.heads: 2 there, 4 now"),
-        ("dense", {}, "moe.type: dense there, diffmoe now. Give moe.type=dense, or turn it into a"),
+        ("data", {}, "training.init=.*data is not a complete checkpoint"),
+        ("dense", {"moe__type": "dense", "model__heads": 4}, "set model.heads=2"),
+        ("dense", {"moe__expert_ratio": 2.0}, "its MLPs do not fit these experts"),
     ],
 )
 def test_weights_of_another_network_are_refused_before_work(
@@ -256,24 +256,13 @@ def test_weights_of_another_network_are_refused_before_work(
     assert not (dense_export / f"run-{init}-1" / "metrics.jsonl").exists() or init == "dense"
 
 
-def test_a_refusal_names_the_settings_with_which_the_weights_fit(tmp_path: Path):
-    dense = tiny_config(moe__type="dense")
-    mixture = upcycle(source_of(dense), 8, every_block=True, capacity=2.0)
+def test_the_converter_s_advice_lets_a_run_start_from_its_model(tmp_path: Path):
+    mixture = upcycle(source_of(tiny_config(moe__type="dense")), 8, every_block=True, capacity=2.0)
     write_exported(mixture, tmp_path / "mixture")
-    start = tiny_config(training__init=str(tmp_path / "mixture"))
-    with pytest.raises(UserError, match=r"moe\.experts: 8 there, 4 now; ") as caught:
-        init_from.check(start)
-    given = str(caught.value).partition(". Give ")[2].split()
-    assert given == ["moe.experts=8", "moe.every_block=true", "moe.shared_expert_ratio=4.0"]
-    fitting = start.replace(with_values(given))
-    init_from.check(fitting)
-    assert init_from.note(fitting).endswith("mixture; moe.capacity: 2.0 there, 1.0 now")
-    # The converter's advice has all of them.
-    advised = mixture.notes[-1].split()[3:]
-    init_from.check(start.replace(with_values(advised)))
-    assert init_from.note(start.replace(with_values(advised))).endswith("/mixture")
-
-
-def with_values(overrides: list[str]) -> dict[str, object]:
-    pairs = (one.split("=") for one in overrides)
-    return {key: yaml.safe_load(value) for key, value in pairs}
+    start = tiny_config(training__init=str(tmp_path / "mixture"), output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"set moe\.shared_expert_ratio=4\.0 moe\.every_block=true"):
+        adapt(mixture, start)
+    pairs = (setting.split("=") for setting in mixture.notes[-1].split()[3:])
+    settings = {key: yaml.safe_load(value) for key, value in pairs}
+    assert settings["moe.capacity"] == 2
+    assert adapt(mixture, start.replace(settings)).notes == ()

@@ -180,11 +180,11 @@ def test_lines_of_folders_with_one_name_stay_apart(tmp_path):
 
 def test_figures_that_do_not_compare_are_not_drawn(tmp_path):
     a = write(tmp_path / "a.jsonl", result("FD-x", 3), result("FD-y", 4))
-    with pytest.raises(UserError, match=r"different extractors do not compare; .* FD-x, FD-y"):
+    with pytest.raises(UserError, match=r"different extractors cannot be compared; .* FD-x, FD-y"):
         curve_points([a], "FD", "samples")
     assert curve_points([a], "FD-y", "samples")[0] == "FD-y"
     b = write(tmp_path / "b.jsonl", result("FD-x", 3), result("FD-x", 4, ref="other"))
-    with pytest.raises(UserError, match="different references do not compare"):
+    with pytest.raises(UserError, match="different references cannot be compared"):
         curve_points([b], "FD", "samples")
     with pytest.raises(UserError, match="precision is not in these results, which have FD-x"):
         curve_points([b], "precision", "samples")

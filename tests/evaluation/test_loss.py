@@ -290,5 +290,5 @@ def test_curves_split_what_does_not_compare(trained, tmp_path: Path):
     with pytest.raises(UserError, match="a loss no guidance"):
         curve_points([file], "validation_loss", "guidance")
     measured(path, file, seed=5)
-    with pytest.raises(UserError, match="different references do not compare: 22 samples of "):
+    with pytest.raises(UserError, match="different references cannot be compared: 22 samples of "):
         curve_points([file], "validation_loss", "samples")

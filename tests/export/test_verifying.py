@@ -10,13 +10,14 @@ import pytest
 import diffmoe
 from diffmoe import hash_cache
 from diffmoe.config import Config
+from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
 from diffmoe.export.writing import write_exported
 from diffmoe.training import init_from
 from tests.helpers.models import exported, flip_bytes, source_of
 from tests.helpers.processes import command
-from tests.helpers.runs import newest
+from tests.helpers.runs import newest, pack
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tools import tool
 
@@ -72,8 +73,10 @@ def test_every_file_of_a_split_export_is_read(tmp_path: Path):
 def test_a_run_does_not_start_from_damaged_weights(tmp_path: Path):
     folder = exported(tmp_path / "out", tiny_config())
     flip_bytes(folder / "model.safetensors")
+    config = tiny_config(training__init=str(folder))
+    manifest = Manifest.load(pack(tmp_path / "data"))
     with pytest.raises(UserError, match="differs from its checksum"):
-        init_from.load(folder, engine=None, network=None)
+        init_from.load(config, manifest, engine=None, network=None)
 
 
 @pytest.mark.slow

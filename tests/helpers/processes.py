@@ -36,7 +36,7 @@ def write_config(config: Config) -> str:
     return str(path)
 
 
-def wait_for_metrics(config: Config, seconds: float = 60) -> None:
+def wait_for_metrics(config: Config, seconds: float = 120) -> None:
     path = Path(config.output) / "metrics.jsonl"
     deadline = time.monotonic() + seconds
     while not path.exists() or not path.read_text():

@@ -93,7 +93,7 @@ def test_a_wrong_port_is_named_by_those_who_wait(meeting: Meeting):
     meeting.start(1, 2, wrong)
     error, told = meeting.outcome(1)
     assert f"cannot reach rank 0 at 127.0.0.1:{wrong}: Connection refused" in error
-    assert f"cannot reach rank 0 at 127.0.0.1:{wrong}: Connection refused. It tries" in told
+    assert f"cannot reach rank 0 at 127.0.0.1:{wrong}: Connection refused. Retrying" in told
     error, told = meeting.outcome(0)
     assert error.startswith(f"waited 6 s at 127.0.0.1:{port} for rank 1 of 2. All ranks need")
     assert f"waiting at 127.0.0.1:{port} for rank 1 of 2; " in told
@@ -115,7 +115,7 @@ def test_a_port_in_use_ends_rank_0_at_once_and_others_soon(meeting: Meeting):
         meeting.start(0, 2, port)
         error, _ = meeting.outcome(0)
         assert time.monotonic() - began < 3
-        assert f"cannot listen at 127.0.0.1:{port}, another process does" in error
+        assert f"cannot listen at 127.0.0.1:{port}: another process does" in error
         assert "set another MASTER_PORT" in error
         meeting.start(1, 2, port)
         error, _ = meeting.outcome(1)

@@ -198,7 +198,7 @@ def test_a_negative_prompt_takes_the_place_of_a_null_caption_that_was_never_trai
     plain, negative = (
         create_prompts(config, encoder_of(config), ["red"], n) for n in (None, "dim")
     )
-    with pytest.raises(UserError, match="take guidance 1, or give a negative prompt"):
+    with pytest.raises(UserError, match="use guidance 1, or give a negative prompt"):
         latents_of(network_of(config), config, [0], [0], settings, prompts=plain)
     latents_of(network_of(config), config, [0], [0], settings, prompts=negative)
     sampler = Sampler(network_of(config), config, prompts=negative)

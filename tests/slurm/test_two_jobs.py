@@ -16,7 +16,7 @@ def test_a_second_job_refuses_and_the_requeued_first_goes_on_at_once(
 ):
     data = pack(tmp_path / "digits", shape=(1, 28, 28), classes=10)
     run = tmp_path / "run"
-    first = submit(cluster, data, run, "training.checkpoint_samples=80", seconds=0.3)
+    first = submit(cluster, data, run, "training.checkpoint_samples=80", seconds=0.5)
     first.wait_for(lambda: newest(run) != "none", "checkpoint")
     second = submit(cluster, data, run, "logging.log_samples=16")
     assert second.end() == "FAILED", second.log
@@ -44,4 +44,4 @@ def test_a_second_job_refuses_and_the_requeued_first_goes_on_at_once(
     assert "this is the same Slurm job, requeued" in first.log
     assert not list(run.glob("lease-*.json"))
     log = (next(run.glob(f"logs/job-{first.number}.1/rank-0000.log"))).read_text()
-    assert "waiting until it has given no sign of life" not in log
+    assert "waiting until it has shown no sign of life" not in log

@@ -93,7 +93,6 @@ def test_a_process_of_this_host_that_died_is_followed_at_once(tmp_path: Path, re
     if reaped:
         os.waitpid(process, 0)
     try:
-        time.sleep(0.1)
         assert files(tmp_path) == ["lease-1.json"]
         assert seconds_to_take(tmp_path) < lease.BEAT / 2
         assert files(tmp_path) == []
@@ -276,19 +275,21 @@ def test_two_runs_never_mix(tmp_path: Path):
     assert [line["step"] for line in metrics(config)] == list(range(1, step + 51))
 
 
-@pytest.mark.parametrize("moment", ["before", "in the middle"])
+@pytest.mark.parametrize("moment", ["before", "in the middle", "after"])
 def test_a_save_is_no_checkpoint_once_the_folder_is_lost(tmp_path: Path, moment: str):
     pack(tmp_path / "data")
     config = run_config(tmp_path, 2, training__checkpoint_samples=8)
     with pytest.raises(AssertionError, match="is no longer held by this run: process 4321 on n17"):
         train(config, prepare=LoseTheFolder(tmp_path / "run", moment))
-    assert list(Path(config.output).glob("step-*")) == []
+    saved = [path.name for path in Path(config.output).glob("step-*")]
+    assert saved == (["step-00000001"] if moment == "after" else [])
+    assert not (tmp_path / "run/latest").exists()  # which is the other run's, as is retention
     if moment == "before":  # what another run may be writing there stays
         assert (tmp_path / "run/.step-00000001.tmp/theirs").exists()
 
 
 class LoseTheFolder:
-    """Another run takes the folder over before the first save, or while it is written."""
+    """Another run takes the folder over before, in the middle of, or after the first save."""
 
     def __init__(self, output: Path, moment: str) -> None:
         self.output, self.moment = output, moment
@@ -298,6 +299,7 @@ class LoseTheFolder:
 
         lease.STALE = 0.0  # always looks
         begin, write = async_save.Saver.begin, async_save.write_pieces
+        commit = async_save.lifecycle.commit
 
         def beginning(*values):
             if self.moment == "before":
@@ -308,10 +310,17 @@ class LoseTheFolder:
 
         def writing(*values):
             written = write(*values)
-            self.lose()
+            if self.moment == "in the middle":
+                self.lose()
             return written
 
+        def committing(*values):
+            commit(*values)
+            if self.moment == "after":
+                self.lose()
+
         async_save.Saver.begin, async_save.write_pieces = beginning, writing
+        async_save.lifecycle.commit = committing
 
     def lose(self) -> None:
         (self.output / "lease-1.json").unlink(missing_ok=True)
