@@ -22,10 +22,13 @@ a rank.
 import argparse
 import os
 import sys
+import time
 import traceback
 from typing import NoReturn
 
-from diffmoe.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from diffmoe.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
+
+PATIENCE = 10.0  # seconds for a machine's first rank to report a wrong setting
 
 
 def parse() -> argparse.Namespace:
@@ -75,6 +78,8 @@ def main() -> int:
         return run(arguments)
     except UserError as error:
         fail(f"error: {error}", EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        fail("stopped before the training began; nothing was changed", EXIT_INTERRUPTED)
     except Exception as error:
         missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
         if missing is not None:
@@ -109,9 +114,11 @@ def fail(message: str, code: int, may_be_a_peer: bool = False) -> NoReturn:
     peers = sys.modules.get("diffmoe.training.watchdog")  # loaded by what lets the ranks join
     if peers is not None:
         peers.leave(message, code, may_be_a_peer)
-    # Before that, a wrong setting is told once a machine, a crash by each rank.
-    if code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+    # Before that, a wrong setting is told once a machine, a crash by each rank. The launcher ends
+    # the others at the first exit: whoever comes before the rank that tells it waits for that.
+    if code == EXIT_USER_ERROR and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)
+    print(message, file=sys.stderr, flush=True)
     from diffmoe.process.exit import end_process
 
     sys.stdout.flush()

@@ -45,12 +45,13 @@ def class_numbers(text: str, names: Sequence[str], folder: Path) -> list[int]:
 
 
 def label_numbers(labels: Any, names: Sequence[str], folder: Path) -> list[int]:
-    """The classes of a sequence or tensor of numbers and names. Raises UserError otherwise."""
-    if (
-        isinstance(labels, str)
-        or not isinstance(labels, Iterable)
-        or getattr(labels, "ndim", 1) != 1
-    ):
+    """The classes of a sequence or tensor of numbers and names, or of one name.
+
+    Raises UserError for anything else.
+    """
+    if isinstance(labels, str):  # not its letters
+        labels = [labels]
+    if not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) != 1:
         raise UserError(
             f"labels={labels!r}: give a list, one label per image, such as labels=[3, 0]"
         )
