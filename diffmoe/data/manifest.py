@@ -20,7 +20,7 @@ from pydantic import (
 
 from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError, describe_problem
-from diffmoe.files import read_json, replacing
+from diffmoe.files import does_not_exist, read_json, replacing
 from diffmoe.latent_spec import LatentSpec
 from diffmoe.redaction import redact
 
@@ -247,7 +247,7 @@ class Manifest(BaseModel):
         file = Path(directory) / FILE_NAME
         if not Path(directory).is_dir():
             raise UserError(
-                f"data folder {directory} does not exist; set data.path to a folder of shards, or "
+                f"data folder {does_not_exist(directory)}; set data.path to a folder of shards, or "
                 "make one, for example: python tools/prepare_data.py mnist --out data/mnist"
             )
         if not file.exists():
