@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--classes",
         metavar="LIST",
-        help="numbers or names, such as 0,cat; default 0; with --num-samples all classes",
+        help="numbers, ranges or names, such as 0-4,cat; default 0; with --num-samples all classes",
     )
     parser.add_argument(
         "--per-class",
