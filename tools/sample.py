@@ -226,7 +226,10 @@ def print_result(
     from diffmoe.capacity.meter import capacity_text
     from diffmoe.sampling.images import dopri5_note
 
-    print(f"{number} samples at {sampler.model.clock.samples} training samples: {out}")
+    print(
+        f"{number} samples at {sampler.model.clock.samples} training samples, "
+        f"{sampler.model.weights} weights: {out}"
+    )
     if capacity is not None:
         print(capacity_text(sampler.network, capacity))
     if evaluations is not None:

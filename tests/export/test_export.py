@@ -189,7 +189,7 @@ def test_the_model_card_tells_the_run_and_its_figures(single_run: Config, tmp_pa
         "| fid: 12.3457, capacity: 0.8 |",
         "run/step-00000003",
         "license: # fill in",
-        "pipeline(labels=['plane', 'car'], seed=0, steps=50, guidance=1.5)",  # what the tools default to
+        "pipeline(labels=['plane', 'car'], seed=0, steps=50, guidance=1.5)",
     ):
         assert text in card, text
 
