@@ -13,6 +13,8 @@ from diffmoe.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from diffmoe.capacity.calibration import Passes
+    from diffmoe.capacity.forward import Forward, Observer
     from diffmoe.config import Config
     from diffmoe.parallel.topology import Topology
     from diffmoe.sampling.sampler import Sampler
@@ -269,6 +271,22 @@ def open_sampler(
     if with_prompts:
         sampler = replace(sampler, prompts=prompts_of(options, sampler.config, device))
     return sampler
+
+
+def with_progress(passes: Passes) -> Passes:
+    """The same passes, each time with a bar on a terminal."""
+    from tqdm import tqdm
+
+    def run(observe: Observer) -> None:
+        with tqdm(unit="pass", leave=False, dynamic_ncols=True, disable=None) as bar:
+
+            def shown(forward: Forward) -> None:
+                observe(forward)
+                bar.update()
+
+            passes.run(shown)
+
+    return passes._replace(run=run)
 
 
 def say(text: str) -> None:

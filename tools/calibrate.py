@@ -27,6 +27,7 @@ from diffmoe.cli import (
     positive,
     say,
     settings_of,
+    with_progress,
 )
 from diffmoe.diffusion.settings import PREVIEW_STEPS
 from diffmoe.errors import run_command
@@ -84,7 +85,7 @@ def main() -> None:
         passes = noise_passes(network, config, options.samples, options.batch, options.seed)
     for capacity in options.capacity:
         thresholds_LE, measured = calibrate(
-            network, capacity, passes, common=options.common, report=print
+            network, capacity, with_progress(passes), common=options.common, report=print
         )
         entry = Calibrated(
             weights=weights,

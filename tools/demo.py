@@ -10,6 +10,8 @@ tools/calibrate.py has stored; without any, a few are calibrated at the start (f
 
 import argparse
 import os
+import socket
+from contextlib import closing
 
 from diffmoe.cli import add_device, add_dtype, add_prompts, add_run, open_sampler
 from diffmoe.errors import UserError, run_command
@@ -28,6 +30,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def cannot_listen(options: argparse.Namespace) -> str:
+    return f"cannot listen at {options.host}:{options.port}; choose another --port or --host"
+
+
 def main() -> None:
     options = parse()
     if not 0 < options.port < 65536:
@@ -37,6 +43,12 @@ def main() -> None:
         import gradio  # noqa: F401 (the page needs it, and opening a model takes longer)
     except ImportError:
         raise UserError('the page needs gradio: pip install "diffmoe[demo]"') from None
+    with closing(socket.socket()) as probe:  # opening a model takes longer
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError:
+            raise UserError(cannot_listen(options)) from None
     from diffmoe.parallel.device import setup_device
     from diffmoe.routing_report.demo import build_page
     from diffmoe.sampling.dial import Dial
@@ -51,9 +63,7 @@ def main() -> None:
     try:
         page.launch(server_name=options.host, server_port=options.port, quiet=False)
     except OSError:
-        raise UserError(
-            f"cannot listen at {options.host}:{options.port}; choose another --port or --host"
-        ) from None
+        raise UserError(cannot_listen(options)) from None
 
 
 if __name__ == "__main__":
