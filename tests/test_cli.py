@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.cli import settings_of
+from diffmoe.capacity.calibration import Passes
+from diffmoe.cli import settings_of, with_progress
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from tests.helpers.processes import ROOT
@@ -79,3 +80,16 @@ def test_the_interval_of_sample_leaves_the_next_word_alone(monkeypatch):
 @pytest.mark.parametrize(("word", "found"), [("3", 3), ("cat,dog", "cat,dog"), ("3,5", "3,5")])
 def test_a_report_is_of_the_first_classes_or_of_a_list(word, found, monkeypatch):
     assert parsed("report_routing", ["--classes", word], monkeypatch).classes == found
+
+
+def test_passes_with_a_bar_are_the_same_passes():
+    def run(observe) -> None:
+        for forward in "abc":
+            observe(forward)
+
+    seen: list[str] = []
+    passes = with_progress(Passes(3, run))
+    passes.run(seen.append)
+    passes.run(seen.append)
+    assert seen == list("abcabc")
+    assert passes.count == 3
