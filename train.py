@@ -5,7 +5,8 @@
   deepspeed train.py --config diffmoe_l_e16_flow --ds_config deepspeed_configs/zero1_bf16.json \\
       data.path=/data/imagenet256
 
-Settings are written section.key=value after the options; --print-config shows all of them. A run
+Settings are written section.key=value after the options; --help-settings explains all of them,
+--print-config shows a recipe's values. A run
 lives in its `output` folder (runs/RECIPE): checkpoints, metrics.jsonl, config.yaml. Running the
 same command again resumes from the newest complete checkpoint, on any number of ranks that the
 lanes allow; while it runs, a second one in the same output is refused. Ctrl-C, SIGTERM, SIGUSR1 or
@@ -22,10 +23,13 @@ a rank.
 import argparse
 import os
 import sys
+import time
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from diffmoe.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from diffmoe.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
+
+PATIENCE = 10.0  # seconds for a machine's first rank to report a wrong setting
 
 
 def parse() -> argparse.Namespace:
@@ -53,6 +57,13 @@ def parse() -> argparse.Namespace:
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
     )
     parser.add_argument(
+        "--help-settings",
+        nargs="?",
+        action=HelpSettings,
+        metavar="SECTION",
+        help="explain all settings, or those of a section such as optimizer, then stop",
+    )
+    parser.add_argument(
         "--print-config",
         action="store_true",
         help="show and explain the settings as YAML, then stop",
@@ -60,7 +71,33 @@ def parse() -> argparse.Namespace:
     # Launchers hand it over; the environment's LOCAL_RANK is what counts.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()  # settings may stand between options
+    # Settings may stand between options.
+    options, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        from diffmoe.config import nearest_setting
+
+        flag = unknown[0].partition("=")[0]
+        near = nearest_setting(flag.lstrip("-"))
+        parser.error(
+            f"unknown option {flag}: settings are written section.key=value"
+            + (f", here {near}=..." if near else "; --help-settings explains them")
+        )
+    return options
+
+
+class HelpSettings(argparse.Action):
+    """--help-settings [SECTION]: needs no other option, as --help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, *given: Any) -> None:
+        from diffmoe.config import Config
+        from diffmoe.errors import UserError
+
+        try:
+            section = given[0]
+            print(Config().explained_section(section) if section else Config().explained(), end="")
+        except UserError as error:
+            parser.error(str(error))
+        parser.exit()
 
 
 def main() -> int:
@@ -75,6 +112,8 @@ def main() -> int:
         return run(arguments)
     except UserError as error:
         fail(f"error: {error}", EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        fail("stopped before the training began; nothing was changed", EXIT_INTERRUPTED)
     except Exception as error:
         missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
         if missing is not None:
@@ -109,9 +148,11 @@ def fail(message: str, code: int, may_be_a_peer: bool = False) -> NoReturn:
     peers = sys.modules.get("diffmoe.training.watchdog")  # loaded by what lets the ranks join
     if peers is not None:
         peers.leave(message, code, may_be_a_peer)
-    # Before that, a wrong setting is told once a machine, a crash by each rank.
-    if code != EXIT_USER_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+    # Before that, a wrong setting is told once a machine, a crash by each rank. The launcher ends
+    # the others at the first exit: whoever comes before the rank that tells it waits for that.
+    if code == EXIT_USER_ERROR and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)
+    print(message, file=sys.stderr, flush=True)
     from diffmoe.process.exit import end_process
 
     sys.stdout.flush()

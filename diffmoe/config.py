@@ -1,5 +1,6 @@
 """One typed, validated configuration of a run; unknown keys are errors."""
 
+import difflib
 import math
 from collections.abc import Iterator
 from types import NoneType
@@ -579,6 +580,15 @@ class Config(_Section):
         """The same settings as YAML, what each one means in a comment behind it."""
         return "".join(_explained_lines(self, self.model_dump(mode="json"), ""))
 
+    def explained_section(self, name: str) -> str:
+        """`explained` of one section. Raises UserError for a name that is none."""
+        sections = [one for one, value in self if isinstance(value, _Section)]
+        if name not in sections:
+            raise UserError(f"no section {name!r}; there are {', '.join(sections)}")
+        section, values = getattr(self, name), self.model_dump(mode="json")[name]
+        head = f"# {(section.__doc__ or '').splitlines()[0]}\n{name}:\n"
+        return head + "".join(_explained_lines(section, values, "  "))
+
     def replace(self, changes: dict[str, Any]) -> "Config":
         """A validated copy with dotted keys changed, e.g. {"training.precision": "bf16"}."""
         values = self.model_dump(exclude_unset=True)
@@ -630,10 +640,57 @@ def _explain(problem: Any) -> str:
         for part in problem["loc"][:-1]:
             kind = section.model_fields[part].annotation
             section = next((one for one in get_args(kind) if one is not NoneType), kind)
-        return f"unknown key {key}={problem['input']!r}; known: {', '.join(section.model_fields)}"
+        known = f"known: {', '.join(section.model_fields)}"
+        near = nearest_setting(key)
+        meant = f". Did you mean {near}?" if near else ""
+        return f"unknown key {key}={problem['input']!r}; {known}{meant}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{key}={problem['input']!r}: {problem['msg']}"
+
+
+# What others call some settings.
+_ALIASES = {
+    "lr": "optimizer.learning_rate",
+    "wd": "optimizer.weight_decay",
+    "hidden_size": "model.width",
+    "num_layers": "model.depth",
+    "num_heads": "model.heads",
+    "num_experts": "moe.experts",
+    "output_dir": "output",
+    "data_dir": "data.path",
+    "data_path": "data.path",
+    "epochs": "training.total_samples",
+    "max_steps": "training.total_samples",
+    "bf16": "training.precision",
+}
+
+
+def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All settings, as they are written: section.key."""
+    names = []
+    for name, field in section.model_fields.items():
+        inner = [one for one in (field.annotation, *get_args(field.annotation)) if _is_section(one)]
+        names += setting_names(inner[0], f"{prefix}{name}.") if inner else [prefix + name]
+    return names
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def nearest_setting(key: str) -> str | None:
+    """The setting that somebody who writes `key` has most likely in mind."""
+    key, names = key.lower().replace("-", "_"), setting_names()
+    last = key.rpartition(".")[2]
+    if last in _ALIASES:
+        return _ALIASES[last]
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(key, same or names, 1, cutoff=0.0 if same else 0.85)
+    if not close:
+        lasts = {name.rpartition(".")[2]: name for name in reversed(names)}
+        close = [lasts[one] for one in difflib.get_close_matches(last, lasts, 1, cutoff=0.75)]
+    return close[0] if close else None
 
 
 def _divisors(number: int) -> str:

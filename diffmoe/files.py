@@ -5,6 +5,7 @@ memory: the functions here open only regular files, and read up to a limit.
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -230,3 +231,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def does_not_exist(path: str | Path) -> str:
+    """The error for a path that is not there, with the existing one that is most like it."""
+    there = Path(path)
+    while not there.parent.is_dir():  # the first part that is wrong
+        there = there.parent
+    try:
+        names = os.listdir(there.parent)
+    except OSError:
+        names = []
+    near = difflib.get_close_matches(there.name, names, 1, cutoff=0.6)
+    meant = (
+        f" (did you mean {there.parent / near[0] / Path(path).relative_to(there)}?)" if near else ""
+    )
+    return f"{path} does not exist{meant}"

@@ -64,7 +64,7 @@ class Pipeline:
 
     def __call__(
         self,
-        labels: Sequence[int | str] | None = None,
+        labels: Sequence[int | str] | str | None = None,
         seed: int = 0,
         steps: int = PREVIEW_STEPS,
         guidance: float | None = None,
@@ -76,6 +76,8 @@ class Pipeline:
         **settings: Any,
     ) -> list[Image.Image]:
         """An image per label, a class number or name; of a text model an image per prompt.
+
+        labels: a name alone, such as "ship", is that class.
 
         Image k of a seed is the same in any batch. guidance: None: 1.5, or 1, with a warning, for a
         model trained without label dropout. capacity: experts that an average token meets; None: as

@@ -25,7 +25,7 @@ FLOORS = [
     {"cli", "pipeline", "evaluation", "routing_report"},
     {"training"},
     {"planning"},
-    {"benchmarks", "comparison"},
+    {"benchmarks", "comparison", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The ground floor's own order; what is not named here imports nothing of the package.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import tarfile
 import zipfile
@@ -14,16 +15,26 @@ import torch
 from safetensors.torch import save_file
 
 from diffmoe import files
+from diffmoe.checkpoints.folder import checkpoints_of, find_complete
 from diffmoe.conversion.detect_format import open_source
 from diffmoe.conversion.state_dicts import load_state
 from diffmoe.data.fetching import Unreadable, open_shard
 from diffmoe.data.manifest import Manifest, Shard
 from diffmoe.data.tar_index import MEMBER_LIMIT, Member, read_member, tar_members
 from diffmoe.errors import UserError
+from diffmoe.evaluation import results
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.export.open import load
 from diffmoe.export.stored_tensors import StoredTensors
-from diffmoe.files import check_tree, contained, read_bytes, read_json, read_lines, sha256_of
+from diffmoe.files import (
+    check_tree,
+    contained,
+    does_not_exist,
+    read_bytes,
+    read_json,
+    read_lines,
+    sha256_of,
+)
 from diffmoe.npz_files import decode_npy, npz_rows, read_npz
 from diffmoe.recipes import load_config
 from tests.helpers.damage import watched
@@ -396,3 +407,21 @@ def test_absurd_sizes_of_a_manifest_are_refused(tmp_path: Path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json is not JSON"):
         Manifest.load(tmp_path)
+
+
+def test_a_path_that_is_not_there_is_answered_with_the_nearest_that_is(tmp_path: Path):
+    (tmp_path / "runs" / "mnist" / "step-00000300").mkdir(parents=True)
+    (tmp_path / "runs" / "photos").mkdir()
+    runs = tmp_path / "runs"
+    near = f"{runs}/mnsit does not exist (did you mean {runs}/mnist?)"
+    assert does_not_exist(runs / "mnsit") == near
+    for wrong, meant in (
+        ("run/photos", "runs/photos"),
+        ("runs/mnits/step-00000300", "runs/mnist/step-00000300"),
+    ):
+        told = f"{tmp_path / wrong} does not exist (did you mean {tmp_path / meant}?)"
+        assert does_not_exist(tmp_path / wrong) == told
+    assert does_not_exist(runs / "zzz") == f"{runs}/zzz does not exist"
+    for opened in (find_complete, checkpoints_of, Manifest.load, results.read):
+        with pytest.raises(UserError, match=re.escape(near)):
+            opened(runs / "mnsit")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from diffmoe.config import setting_names
 from tests.helpers.processes import ROOT, environment
+from tests.helpers.tiny import refusal
 
 TOOLS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*.py"))
 COMMANDS = ["train.py", *TOOLS]
@@ -38,7 +40,7 @@ def parser_of(tool: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentPa
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
         raise Parsed(parser)
 
-    for method in ("parse_args", "parse_intermixed_args"):
+    for method in ("parse_args", "parse_known_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, method, stop)
     monkeypatch.setattr(sys, "argv", [tool])
     spec = importlib.util.spec_from_file_location(Path(tool).stem, ROOT / tool)
@@ -72,6 +74,71 @@ def test_every_help_needs_no_torch():
     ends = [line.removeprefix("@ ") for line in done.stdout.splitlines() if line[:1] == "@"]
     assert ends == [f"{command} 0" for command in COMMANDS]
     assert done.stdout.count("\nusage: ") + done.stdout.startswith("usage: ") == len(COMMANDS)
+
+
+def train_words(*words: str) -> subprocess.CompletedProcess:
+    start = [sys.executable, "-X", "importtime", "train.py", *words]
+    return subprocess.run(
+        start, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def test_train_explains_every_setting_without_torch():
+    done = train_words("--help-settings")
+    assert done.returncode == 0
+    assert not any(line.endswith(" torch") for line in done.stderr.splitlines())
+    lines = [line.split("# ") for line in done.stdout.splitlines() if ": " in line.split("#")[0]]
+    assert all(len(parts) > 1 and len(parts[1]) > 3 for parts in lines)
+    told = [parts[0].strip().partition(":")[0] for parts in lines]
+    names = setting_names()
+    assert len(names) > 80
+    # The settings of model.text show in a text model alone, a permission never.
+    names.remove("data.allow_commands")
+    expected = [name.rpartition(".")[2] for name in names if not name.startswith("model.text.")]
+    assert sorted(told) == sorted([*expected, "text"])
+    optimizer = train_words("--help-settings", "optimizer").stdout
+    assert optimizer.startswith("# AdamW and its schedule")
+    assert "learning_rate" in optimizer
+    assert "batch_size" not in optimizer
+    done = train_words("--help-settings", "optimiser")
+    assert done.returncode == 2
+    assert "no section 'optimiser'; there are model, moe, diffusion, data, optimizer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--batch_size", "32"], "unknown option --batch_size: settings are written section.key="
+         "value, here training.batch_size=..."),
+        (["--lr=1e-4"], "here optimizer.learning_rate=..."),
+        (["--frobnicate"], "--help-settings explains them"),
+    ],
+)  # fmt: skip
+def test_an_option_of_other_trainers_is_answered_with_the_setting(words, told):
+    done = train_words("--config", "mnist", *words)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("lr=1e-4", "optimizer.learning_rate"),
+        ("model.lr=1e-4", "optimizer.learning_rate"),
+        ("batch_size=32", "training.batch_size"),
+        ("model.dept=3", "model.depth"),
+        ("model.batch_size=3", "training.batch_size"),
+        ("moe.expert=3", "moe.experts"),
+        ("training.epochs=3", "training.total_samples"),
+        ("training.colour=red", None),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest(override: str, near: str | None):
+    message = refusal(override)
+    if near is None:
+        assert "Did you mean" not in message
+    else:
+        assert message.endswith(f". Did you mean {near}?")
 
 
 @pytest.mark.parametrize("tool", COMMANDS)

@@ -19,7 +19,7 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
 from tests.helpers.models import NAMES, exported
-from tests.helpers.processes import command, environment
+from tests.helpers.processes import ROOT, command, environment
 from tests.helpers.runs import newest
 from tests.helpers.sampling import latents_of
 
@@ -55,6 +55,7 @@ def test_names_of_classes_are_as_good_as_numbers(folder: Path):
     pipeline = diffmoe.Pipeline(folder, device="cpu")
     by_name = pipeline(labels=["cat", "plane"], steps=2)
     assert np.array_equal(pixels(by_name), pixels(pipeline(labels=[3, 0], steps=2)))
+    assert np.array_equal(pixels(pipeline("cat", steps=2)), pixels(by_name)[:1])
     with pytest.raises(UserError, match="class 'dog' is unknown"):
         pipeline(labels=["dog"])
     with pytest.raises(UserError, match=r"class 5 is outside 0\.\.4"):
@@ -71,7 +72,7 @@ def test_names_of_classes_are_as_good_as_numbers(folder: Path):
         ([-1], "-1"),
         ([], "labels=\\[\\] asks for no image"),
         (3, "labels=3: give a list"),
-        ("cat", "labels='cat': give a list"),
+        ("boat", "class 'boat' is unknown"),
         (torch.tensor([[1, 2]]), "give a list"),
     ],
 )
@@ -191,6 +192,25 @@ def test_what_is_neither_is_named(tmp_path: Path):
         diffmoe.load(tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
         _ = diffmoe.Pipelin
+
+
+def test_the_public_names_are_listed_and_there():
+    assert set(diffmoe.__all__) <= set(dir(diffmoe))
+    assert {diffmoe.__all__[k] for k in range(5)} == {
+        "Pipeline", "UserError", "load", "load_config", "train"
+    }  # fmt: skip
+    assert diffmoe.UserError is UserError
+    assert diffmoe.load_config("mnist").model.num_classes == 10
+
+
+def test_the_package_run_as_a_command_says_which_commands_there_are():
+    done = command(sys.executable, "-X", "importtime", "-m", "diffmoe")
+    assert done.returncode == 0
+    assert "  python train.py" in done.stdout
+    for tool in (ROOT / "tools").glob("*.py"):
+        assert f"  python tools/{tool.name} " in done.stdout
+    assert "diffmoe.train" in done.stdout
+    assert " torch\n" not in done.stderr  # at once
 
 
 BARE = """

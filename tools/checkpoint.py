@@ -8,7 +8,8 @@
   python tools/checkpoint.py ema runs/mnist --std 0.15 --out runs/mnist/average
                                                                reconstruct an EMA of another length
 
-Commands that take a checkpoint also take a run's folder and use its newest complete checkpoint.
+Commands that take a checkpoint also take a run's folder and use its newest complete checkpoint;
+verify also takes an exported model.
 COMMAND --help describes each command.
 """
 
@@ -67,7 +68,7 @@ def parse() -> argparse.Namespace:
     show = command("show", "progress, layout, shapes and norms of the tensors", SHOW)
     show.add_argument("run", metavar="RUN", help=run_help)
     verify = command("verify", "check every file against its checksum", VERIFY)
-    verify.add_argument("run", metavar="RUN", help=run_help)
+    verify.add_argument("run", metavar="RUN", help=f"{run_help}, or an exported model")
     diff = command("diff", "compare two checkpoints tensor by tensor", DIFF)
     diff.add_argument("a", metavar="A", help=run_help)
     diff.add_argument("b", metavar="B", help=run_help)
@@ -159,6 +160,11 @@ def _layout(checkpoint: StoredCheckpoint) -> str:
 
 
 def verify_run(path: Path) -> None:
+    from diffmoe.export.exported_model import ExportedModel, is_exported
+
+    if is_exported(path):
+        print(f"{path}  intact, {ExportedModel(path).verify()} files")
+        return
     parts = (run_file.FILE_NAME, checksums.FILE_NAME)
     is_checkpoint = any((path / part).exists() for part in parts)
     problems = []

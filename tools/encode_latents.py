@@ -90,6 +90,7 @@ def main() -> None:
     from diffmoe.prepare.encoding import Encoding, encode_images
     from diffmoe.prepare.image_folders import ImageSource
     from diffmoe.prepare.images import parse_color
+    from diffmoe.prepare.next_step import training_command
     from diffmoe.prepare.sharding import ShardOutput
     from diffmoe.work import Ranks
 
@@ -111,6 +112,8 @@ def main() -> None:
         device=setup_device(options.device),
     )
     print(output.summary(manifest))
+    if manifest is not None and not options.captions:
+        print(f"next: {training_command(manifest, options.out)}")
 
 
 if __name__ == "__main__":

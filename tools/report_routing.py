@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
         "--classes",
         type=_classes,
         metavar="N|LIST",
-        help="only the first N (captions), or a list, such as cat,dog or 3,5; default all",
+        help="only the first N (captions), or a list, such as cat,dog or 3-5; default all",
     )
     add_labels(parser)
     add_sampling(parser, PREVIEW_STEPS)

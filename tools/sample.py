@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--classes",
         metavar="LIST",
-        help="numbers or names, such as 0,cat; default 0; with --num-samples all classes",
+        help="numbers, ranges or names, such as 0-4,cat; default 0; with --num-samples all classes",
     )
     parser.add_argument(
         "--per-class",
@@ -231,8 +231,10 @@ def print_result(
     from diffmoe.capacity.meter import capacity_text
     from diffmoe.sampling.images import dopri5_note
 
-    model = sampler.model
-    print(f"{number} samples at {model.clock.samples} training samples ({model.weights}): {out}")
+    print(
+        f"{number} samples at {sampler.model.clock.samples} training samples, "
+        f"{sampler.model.weights} weights: {out}"
+    )
     if capacity is not None:
         print(capacity_text(sampler.network, capacity))
     if evaluations is not None:

@@ -38,9 +38,9 @@ def benchmark_sampling(
     images = config.training.batch_size
     labels = [index % config.model.num_classes for index in range(images)]
     settings = SamplingSettings(steps=steps)
-    network = DiT(config.model, config.moe).initialize(config.seed).to(device).eval()
+    network = DiT(config.model, config.moe, seed=config.seed).to(device).eval()
     twin = dense_twin(config)
-    dense = DiT(twin.model, twin.moe).initialize(config.seed).to(device).eval()
+    dense = DiT(twin.model, twin.moe, seed=config.seed).to(device).eval()
 
     if config.training.precision == "bf16":
         for one in (network, dense):

@@ -272,7 +272,7 @@ def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], objec
     layer = DiffMoE(config.model, config.moe, Topology())
     layer = seeded_layer(layer, device, dtype)
     # Two blocks are a dense one and a mixture.
-    network = DiT(config.model.model_copy(update={"depth": 2}), config.moe).initialize(0)
+    network = DiT(config.model.model_copy(update={"depth": 2}), config.moe)
     network = network.to(device, dtype).train()
     attention = network.blocks[0].get_submodule("attention")
     mlp = network.feed_forwards[0]

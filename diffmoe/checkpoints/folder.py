@@ -16,7 +16,7 @@ from diffmoe.checkpoints import checksums, run_file
 from diffmoe.checkpoints.checksums import read_checksums, wrong_sizes
 from diffmoe.checkpoints.run_file import read_run_file
 from diffmoe.errors import UserError
-from diffmoe.files import read_bytes
+from diffmoe.files import does_not_exist, read_bytes
 
 KINDS = ("step", "ema")  # checkpoints, and snapshots of the averages alone
 ABANDONED = "abandoned-"  # prefix of checkpoints that were set aside
@@ -41,6 +41,10 @@ def checkpoints_of(run: str | Path) -> list[Path]:
     run = Path(run)
     found = [run / name for kind in ("ema", "step") for name in names(run, kind)]
     if not found:
+        if not run.exists():
+            raise UserError(
+                f"{does_not_exist(run)}; give a run's output, which holds step-XXXXXXXX"
+            )
         what = "holds no checkpoint" if run.is_dir() else "is not a folder"
         raise UserError(f"{run} {what}; give a run's output, which holds step-XXXXXXXX")
     return found
@@ -97,6 +101,11 @@ def find_complete(path: str | Path) -> Path:
         if not problems:
             return path / name
         print(f"warning: {path / name} is skipped: {problems[0]}")
+    if not path.exists():
+        raise UserError(
+            f"{does_not_exist(path)}; give a run's folder, a checkpoint step-XXXXXXXX, or a "
+            "converted model"
+        )
     raise UserError(
         f"{path} is not a complete checkpoint (it has no {checksums.FILE_NAME}) and holds none; "
         "give a folder step-XXXXXXXX, or a run's folder"

@@ -55,7 +55,7 @@ def load_network(
         missing = [n for n in stored.parameters if f"{prefix}/{n}" not in stored.shapes]
         if missing:
             raise UserError(f"{checkpoint} does not hold {prefix}/{missing[0]}; take another one")
-    network = DiT(config.model, config.moe, topology)
+    network = DiT(config.model, config.moe, topology, seed=None)
     experts = network.expert_parameters()
     state: dict[str, Tensor] = dict(routing_buffers(network))
     for name, parameter in network.named_parameters():

@@ -9,6 +9,7 @@ from diffmoe.conversion.hugging_face import transformer_folder
 from diffmoe.errors import UserError
 from diffmoe.export.exported_model import is_exported
 from diffmoe.export.sources import Source, checkpoint_source, exported_source
+from diffmoe.files import does_not_exist
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def open_source(
     does not exist or holds no model.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a run, a checkpoint, or a model")
+        raise UserError(f"{does_not_exist(path)}; give a run, a checkpoint, or a model")
     if is_exported(path):
         with exported_source(path) as source:
             yield source

@@ -1,6 +1,6 @@
 """Describes the model at a path: kind, size, parameters, samples seen, thresholds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ def _exported(path: Path) -> Lines:
     return {
         "kind": f"exported model, {metadata.dtype}",
         **_network(metadata.model, metadata.moe, model.shapes, model.read),
+        **_classes(metadata.class_names),
         "objective": metadata.diffusion.objective,
         "latents": f"{metadata.latents.autoencoder}, scale {metadata.latents.scale}",
         "weights": metadata.weights,
@@ -58,6 +59,10 @@ def _exported(path: Path) -> Lines:
         "on disk": _size(path),
         "checksums": f"all {model.verify()} files agree with theirs",
     }
+
+
+def _classes(names: Sequence[str] | None) -> Lines:
+    return {"classes": ", ".join(names)} if names else {}
 
 
 def _checkpoint(path: Path) -> Lines:
@@ -78,6 +83,7 @@ def _checkpoint(path: Path) -> Lines:
         return {
             "kind": f"training checkpoint {path}",
             **_network(config.model, config.moe, shapes, read),
+            **_classes(latents.get("class_names")),
             "objective": config.diffusion.objective,
             "latents": f"{latents.get('autoencoder')}, scale {latents.get('scale')}",
             "weights": ", ".join(p for p in there if not p.startswith(("exp_", "buffers"))),

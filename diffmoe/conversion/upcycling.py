@@ -13,6 +13,7 @@ several; no scaling is right for every token. Hence two ways:
   the output right on average over tokens, not for each.
 """
 
+import json
 import math
 import re
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffmoe.config import MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.export.metadata import Metadata
 from diffmoe.export.sources import Source
@@ -97,7 +99,7 @@ def upcycle(
             one = one * (0.0 if how == "shared" else experts / capacity)
         return _noisy(one.expand(experts, *one.shape), noise, seed, name)
 
-    notes = (*source.notes, step, f"train with moe.capacity={capacity:g}")
+    notes = (*source.notes, step, _settings_note(made.moe))
     if how == "copies" and not noise and capacity == experts:
         notes += (
             "warning: equal experts that process the same tokens stay equal; add --noise 0.01",
@@ -159,10 +161,23 @@ def grow(source: Source, experts: int, noise: float = 0.0, seed: int = 0) -> Sou
             copies[old:] = _noisy(copies[old:], noise, seed, name)
         return copies
 
-    notes = (*source.notes, step, f"train with moe.capacity={made.moe.capacity:g}")
+    notes = (*source.notes, step, _settings_note(made.moe))
     if not noise:
         notes += ("warning: copies of an expert stay equal in training; add --noise 0.01",)
     return Source(source.where, made, shapes, read, run=source.run, notes=notes)
+
+
+def _settings_note(moe: MoEConfig) -> str:
+    """What a run with these weights has to set."""
+    usual = MoEConfig(type=moe.type).model_dump()
+    changed = {name: value for name, value in moe.model_dump().items() if value != usual[name]}
+    settings = {"experts": moe.experts, "capacity": moe.capacity} | changed
+    given = " ".join(f"moe.{name}={_setting(value)}" for name, value in settings.items())
+    return f"train with training.init=TO {given}"
+
+
+def _setting(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
 
 
 def _changed(metadata: Metadata, moe: dict[str, Any], step: str) -> Metadata:

@@ -20,7 +20,7 @@ from pydantic import (
 
 from diffmoe.config import BYTES, ModelConfig, TextConfig
 from diffmoe.errors import UserError, describe_problem
-from diffmoe.files import read_json, replacing
+from diffmoe.files import does_not_exist, read_json, replacing
 from diffmoe.latent_spec import LatentSpec
 from diffmoe.redaction import redact
 
@@ -247,7 +247,7 @@ class Manifest(BaseModel):
         file = Path(directory) / FILE_NAME
         if not Path(directory).is_dir():
             raise UserError(
-                f"data folder {directory} does not exist; set data.path to a folder of shards, or "
+                f"data folder {does_not_exist(directory)}; set data.path to a folder of shards, or "
                 "make one, for example: python tools/prepare_data.py mnist --out data/mnist"
             )
         if not file.exists():
@@ -302,18 +302,28 @@ class Manifest(BaseModel):
                 f"{max(lanes, 1)} shards"
             )
 
+    def model_settings(self, model: ModelConfig) -> dict[str, int]:
+        """The settings in which `model` does not fit the shape and classes of the data."""
+        wanted = {"in_channels": self.shape[0], "input_size": self.shape[1]}
+        if model.text is None:
+            wanted["num_classes"] = self.classes
+        return {
+            f"model.{key}": value for key, value in wanted.items() if getattr(model, key) != value
+        }
+
     def check_model(self, model: ModelConfig) -> None:
         """Raise UserError unless in_channels, input_size, and num_classes or text fit the model."""
         own_channels, height, width = self.shape
         shape, size = "x".join(map(str, self.shape)), model.input_size
+        settings = " ".join(f"{key}={value}" for key, value in self.model_settings(model).items())
         if model.in_channels != own_channels:
             raise UserError(
                 f"{FILE_NAME} of the data: shape={shape} has {own_channels} channels, but "
-                f"model.in_channels={model.in_channels}; set model.in_channels={own_channels}, or "
+                f"model.in_channels={model.in_channels}; set {settings}, or "
                 "data.path to other data"
             )
         if (height, width) != (size, size):
-            way_out = f"set model.input_size={height}" if height == width else "pack square latents"
+            way_out = f"set {settings}" if height == width else "pack square latents"
             raise UserError(
                 f"{FILE_NAME} of the data: shape={shape} is {height} high and {width} wide, but "
                 f"model.input_size={size}; {way_out}, or set data.path to other data"
@@ -323,7 +333,7 @@ class Manifest(BaseModel):
         elif model.num_classes != self.classes:
             raise UserError(
                 f"{FILE_NAME} of the data: classes={self.classes}, but model.num_classes="
-                f"{model.num_classes}; set model.num_classes={self.classes}, or data.path to other "
+                f"{model.num_classes}; set {settings}, or data.path to other "
                 "data"
             )
 

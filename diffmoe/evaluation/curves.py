@@ -1,5 +1,7 @@
 """Plots a metric, or the held-out loss, of several runs against samples, guidance or capacity."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,22 @@ AXES: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
     "capacity": ("capacity C, measured", lambda result: result["capacity_measured"]),
 }
 
-# The results of one line agree in all of these but the axis.
-_SETTINGS = ("number", "steps", "guidance", "guidance_interval", "sampler", "capacity")
-_LOSS_SETTINGS = ("weights", "routing", "capacity", "precision")
+# Fields beside the settings: what the images are, not how they were made.
+_DESCRIPTIONS = {
+    "kind",
+    "path",
+    "image_shape",
+    "uint8",
+    "capacity_average",
+    "evaluations",
+    "shard_size",
+    "checkpoint",
+    "sha256",
+    "thresholds_sha256",
+    "shards_sha256",
+}
+# What results without the field were made with.
+_USUAL = {"labels": "balanced", "dtype": "fp32", "calibrated over": "trajectory"}
 
 
 def metric_name(results: list[dict[str, Any]], metric: str) -> str:
@@ -40,14 +55,14 @@ def metric_name(results: list[dict[str, Any]], metric: str) -> str:
 def curve_points(
     paths: list[Path], metric: str, axis: str
 ) -> tuple[str, dict[str, list[tuple[float, float]]]]:
-    """The metric's full name, and the points (x, y) of each line, sorted by x.
+    """The metric's full name, and the points (x, y) of each line by its label, sorted by x.
 
-    There is a line for each path and combination of settings. Of equal x, the last result counts.
-    Raises UserError for results that do not compare.
+    There is a line for each path and combination of settings; the label tells those in which lines
+    differ. Of equal x, the last result counts. Raises UserError for results that do not compare.
     """
     found = {path: read(path) for path in paths}
     name = metric_name([result for results in found.values() for result in results], metric)
-    drawn: dict[str, dict[float, float]] = {}
+    drawn: dict[tuple[Path, tuple[tuple[str, str], ...]], dict[float, float]] = {}
     references = set()
     for path, results in found.items():
         for result in results:
@@ -60,13 +75,16 @@ def curve_points(
                     "--against"
                 )
             references.add(_reference(result))
-            drawn.setdefault(_label(path, result, axis), {})[x] = result["metrics"][name]
+            line = path, tuple(_settings(result, axis).items())
+            drawn.setdefault(line, {})[x] = result["metrics"][name]
     if len(references) > 1:
         listed = "; ".join(sorted(references))
-        raise UserError(f"metrics against different references cannot be compared: {listed}")
+        raise UserError(f"metrics against different references do not compare: {listed}")
     if not drawn:
         raise UserError(f"no result of a model has {name}; evaluate one first")
-    return name, {label: sorted(points.items()) for label, points in drawn.items()}
+    labels = _labels([(path, dict(settings)) for path, settings in drawn])
+    lines = zip(labels, drawn.values(), strict=True)
+    return name, {label: sorted(points.items()) for label, points in lines}
 
 
 def plot(paths: list[Path], metric: str, axis: str, out: Path) -> str:
@@ -105,19 +123,38 @@ def _reference(result: dict[str, Any]) -> str:
     return f"{reference['path']} ({reference.get('number', '?')} images)"
 
 
-def _label(path: Path, result: dict[str, Any], axis: str) -> str:
+def _settings(result: dict[str, Any], axis: str) -> dict[str, str]:
+    """All that results.jsonl records of how a result was made, but the axis, sorted by name."""
     if "held_out" in result:
-        settings = result["held_out"] | result["held_out"]["model"]
-        chosen: tuple[str, ...] = _LOSS_SETTINGS
+        settings = dict(result["held_out"])
     else:
         settings = {**result["images"], "sampler": result["sampler"]}
-        settings["capacity"] = settings["model"]["capacity"]
-        chosen = _SETTINGS
-    parts = [f"{k} {settings[k]}" for k in chosen if k != axis and settings[k] is not None]
-    if settings.get("labels", "balanced") != "balanced":
-        parts.append(f"{settings['labels']} labels")
-    if settings.get("dtype", "fp32") != "fp32":
-        parts.append(settings["dtype"])
+        calibration = result.get("calibration", {})
+        settings |= {f"calibrated {key}": calibration.get(key) for key in ("over", "common")}
+    settings |= settings.pop("model")
     if axis != "samples":
-        parts.append(f"{result['clock']['samples']} samples")
-    return f"{path.parent.name if path.suffix else path.name}: {', '.join(parts)}"
+        settings["trained on"] = result["clock"]["samples"]
+    given = _USUAL | {n: v for n, v in settings.items() if v is not None and v is not False}
+    return {name: _text(given[name]) for name in sorted(given.keys() - _DESCRIPTIONS - {axis})}
+
+
+def _text(value: Any) -> str:
+    """A setting's value for a label; of what is long, such as captions, a digest."""
+    text = json.dumps(value)
+    if len(text) > 24:
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return text.strip('"')
+
+
+def _labels(lines: list[tuple[Path, dict[str, str]]]) -> list[str]:
+    """Of each line: the folder of its results, and the settings in which some line differs."""
+    folders = {path: path.parent if path.suffix else path for path, _ in lines}
+    unique = len({folder.name for folder in folders.values()}) == len(folders)
+    names = dict.fromkeys(name for _, settings in lines for name in settings)
+    differing = [n for n in names if len({settings.get(n) for _, settings in lines}) > 1]
+    labels = []
+    for path, settings in lines:
+        label = folders[path].name if unique else str(path)
+        parts = [f"{name} {settings[name]}" for name in differing if name in settings]
+        labels.append(f"{label}: {', '.join(parts)}" if parts else label)
+    return labels

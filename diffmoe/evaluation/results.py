@@ -21,7 +21,7 @@ from diffmoe.evaluation.metrics import compute_metrics
 from diffmoe.evaluation.references import Reference
 from diffmoe.evaluation.scenes import Scene, SceneReader, real_accuracy, scene_accuracy
 from diffmoe.evaluation.summary import summarize
-from diffmoe.files import read_lines
+from diffmoe.files import does_not_exist, read_lines
 
 FILE_NAME = "results.jsonl"
 _WELL_READ = 0.97  # of real scenes; a worse reader cannot judge a model
@@ -122,6 +122,8 @@ def append(file: Path, *results: dict[str, Any]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All results of a file, or of all files in a folder and its subfolders (of array jobs)."""
+    if not path.exists():
+        raise UserError(f"{does_not_exist(path)}; give a folder written by tools/evaluate.py")
     files = sorted(path.rglob(FILE_NAME)) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} has no {FILE_NAME}; give a folder written by tools/evaluate.py")

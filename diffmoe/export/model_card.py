@@ -1,6 +1,7 @@
 """The model card: README.md of an exported folder, from its metadata and its run's results."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,15 @@ def family(moe: MoEConfig) -> str:
     return f"{name}, {moe.experts} experts in {where}"
 
 
-def conditioning(model: ModelConfig) -> str:
+NAMES_SHOWN = 10  # of the classes
+
+
+def conditioning(model: ModelConfig, class_names: Sequence[str] | None = None) -> str:
     """What a model is conditioned on, in words."""
     if model.text is None:
-        return f"{model.num_classes} classes"
+        shown = list(class_names or ())[:NAMES_SHOWN]
+        more = ", ..." if len(class_names or ()) > NAMES_SHOWN else ""
+        return f"{model.num_classes} classes" + (f": {', '.join(shown)}{more}" if shown else "")
     return f"captions of up to {model.text.length} tokens, encoder {model.text.encoder}"
 
 
@@ -73,7 +79,7 @@ def model_card(metadata: Metadata, shapes: Shapes, capacities: list[str], run: P
                   f"{model.heads} heads, patch {model.patch_size}"),
         ("parameters", f"{total:,}, of which {active:,.0f} are active for an average token"),
         ("trained with", objective),
-        ("data", f"{latents.source}; {conditioning(model)}"),
+        ("data", f"{latents.source}; {conditioning(model, metadata.class_names)}"),
         ("latents", f"{shape}, autoencoder {latents.autoencoder}, scale {latents.scale}, "
                     f"shift {latents.shift}"),
         ("samples seen", f"{metadata.clock.samples:,}" if metadata.clock else "unknown"),
@@ -85,7 +91,9 @@ def model_card(metadata: Metadata, shapes: Shapes, capacities: list[str], run: P
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
     guidance = 1 if metadata.label_dropout == 0 else GUIDANCE
-    wanted = "labels=[0, 1]" if model.text is None else 'prompt="A CAPTION"'
+    wanted = f"labels={list((metadata.class_names or (0, 1))[:2])}"
+    if model.text is not None:
+        wanted = 'prompt="A CAPTION"'
     return f"""---
 library_name: diffmoe
 {_NO_LICENSE}

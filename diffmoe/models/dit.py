@@ -58,9 +58,15 @@ class DiT(nn.Module):
     rotation: Tensor | None
 
     def __init__(
-        self, model: ModelConfig, moe: MoEConfig, topology: Topology | None = None
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        topology: Topology | None = None,
+        seed: int | None = 0,
     ) -> None:
-        """Parameters are left uninitialized: call `initialize`, or load them."""
+        """seed: of the initial values, see `initialize`. None leaves the parameters uninitialized,
+        for a network that is filled next; on the meta device there is nothing to initialize.
+        """
         super().__init__()
         topology = topology or Topology()
         self.config, self.moe_config, self.topology = model, moe, topology
@@ -97,6 +103,8 @@ class DiT(nn.Module):
         rotation = rotary_angles(self.grid, model.width_of_head) if model.rope else None
         self.register_buffer("rotation", rotation, persistent=False)
         self._routing = RoutingMode(moe.inference) if self.has_thresholds else None
+        if seed is not None and not self.positions.is_meta:
+            self.initialize(seed)
 
     def _feed_forward(self, block: int) -> nn.Module:
         is_moe = self.moe_config.type != "dense" and (self.moe_config.every_block or block % 2)

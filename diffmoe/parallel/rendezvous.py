@@ -26,6 +26,12 @@ _WAY_OUT = (
 )
 
 
+# Of a process without a launcher; DeepSpeed reads them.
+_SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+_alone = False  # whether `meet` has set them
+_meetings = 0  # in this process; a second run needs keys of its own in the launcher's store
+
+
 class Rank(NamedTuple):
     """This process among those that have joined."""
 
@@ -39,8 +45,11 @@ def meet() -> Rank:
 
     Raises UserError naming the address, and what is wrong with it or who has not come.
     """
+    global _alone, _meetings
+    _meetings += 1
     if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        _alone = True
+        os.environ |= _SINGLE
         return Rank(dist.HashStore(), 0, 1)
     rank, world, port = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
     address = _variable("MASTER_ADDR")
@@ -55,7 +64,7 @@ def meet() -> Rank:
     store = _open(address, port, rank, world, holds)
     # The agent's store outlives ranks that torchrun starts again.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"start-{start}", store)
+    store = dist.PrefixStore(f"start-{start}-{_meetings}", store)
     try:
         _gather(store, rank, world, f"{address}:{port}")
     except dist.DistError as error:
@@ -63,6 +72,15 @@ def meet() -> Rank:
             f"rank 0, which holds the ranks' store at {address}:{port}, has died ({error})"
         ) from None
     return Rank(store, rank, world)
+
+
+def part() -> None:
+    """After the run: what `meet` set for a single process is no launcher's, and goes."""
+    global _alone
+    if _alone:
+        _alone = False
+        for name in _SINGLE:
+            del os.environ[name]
 
 
 def _reach(address: str, port: int, rank: int, holds: bool) -> None:

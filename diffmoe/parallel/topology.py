@@ -35,6 +35,15 @@ class Topology:
         return TokenPool(groups[scope] if ranks[scope] > 1 else None)
 
 
+def destroy_topology() -> None:
+    """Forget the groups, so that another topology can be created in this process."""
+    from deepspeed.utils import groups
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    groups._WORLD_GROUP = None  # a clone of the process group that ends
+
+
 def create_topology(expert_parallel: int) -> Topology:
     """Build the groups, by Megatron-Core, over the initialized default process group."""
     with warnings.catch_warnings():

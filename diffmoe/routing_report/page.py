@@ -22,12 +22,13 @@ def write_page(
     routing: SamplingRouting,
     accuracy: PredictorAccuracy | None,
     captions: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write the page.
 
     facts: rows of the table on the model and the sampling, by name.
     accuracy: None leaves out the part on the predictor (no data available, or no predictor).
-    captions: of a text model, by number; they take the place of classes.
+    captions: of a text model, by number; they take the place of classes. class_names: by number.
     """
     sections = [
         (
@@ -40,7 +41,7 @@ def write_page(
             "The same for each expert (Fig. 12).",
             figures.capacity_by_expert(routing),
         ),
-        *_classes(routing, captions),
+        *_classes(routing, captions, class_names),
         (
             "Where each expert works",
             "The share of samples and times in which the expert takes the token at this place.",
@@ -124,7 +125,9 @@ def _health(routing: SamplingRouting) -> str:
     return f"<h2>Health</h2>{alarms}<table><tr><th></th>{head}</tr>{rows}</table>"
 
 
-def _classes(routing: SamplingRouting, captions: Sequence[str] | None) -> list[tuple]:
+def _classes(
+    routing: SamplingRouting, captions: Sequence[str] | None, class_names: Sequence[str] | None
+) -> list[tuple]:
     """One section for up to ten classes or captions, else the ten with most and with least C."""
     means = list(routing.by_class().items())
     kind = "classes" if captions is None else "captions"
@@ -132,8 +135,9 @@ def _classes(routing: SamplingRouting, captions: Sequence[str] | None) -> list[t
 
     def section(heading: str, text: str, chosen: list[tuple[int, float]]) -> tuple:
         name: Callable[[int], str] = str
-        if captions is not None:
-            name = captions.__getitem__
+        names = captions or class_names
+        if names:
+            name = names.__getitem__
             rows = (f"<li>C {mean:.2f}: {html.escape(name(label))}</li>" for label, mean in chosen)
             text += f"</p><ul>{''.join(rows)}</ul><p>"
         return heading, text, figures.classes(routing, chosen, name)

@@ -54,5 +54,6 @@ def write_report(
         f"in {sampler.dtype}",
     }
     captions = None if sampler.prompts is None else sampler.prompts.captions
-    write_page(file, title, facts, routing, accuracy, captions)
+    class_names = sampler.model.class_names
+    write_page(file, title, facts, routing, accuracy, captions, class_names)
     return routing

@@ -1,6 +1,7 @@
 """Classes by number or by name."""
 
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,21 @@ def class_number(name: str, names: Sequence[str], folder: Path) -> int:
 
 
 def class_numbers(text: str, names: Sequence[str], folder: Path) -> list[int]:
-    """The classes of `--classes 0,cat`: numbers and names in any mixture; names may hold commas.
+    """The classes of `--classes 0-3,cat`: numbers, ranges and names; names may hold commas.
 
     A number is taken as a number even where it is also a name. Raises UserError for anything else.
     """
-    parts, numbers = text.split(","), []
+    parts, numbers = text.split(","), list[int]()
     while parts:
         lengths = range(len(parts), 0, -1)
         length = next((n for n in lengths if ",".join(parts[:n]) in names), 1)
         word, parts = ",".join(parts[:length]).strip(), parts[length:]
+        ends = re.fullmatch(r"(\d{1,6})-(\d{1,6})", word)
+        if ends and word not in names:
+            if int(ends[1]) > int(ends[2]):
+                raise UserError(f"--classes {word}: write a range as {ends[2]}-{ends[1]}")
+            numbers += range(int(ends[1]), int(ends[2]) + 1)
+            continue
         try:
             numbers.append(int(word))
         except ValueError:
@@ -45,12 +52,13 @@ def class_numbers(text: str, names: Sequence[str], folder: Path) -> list[int]:
 
 
 def label_numbers(labels: Any, names: Sequence[str], folder: Path) -> list[int]:
-    """The classes of a sequence or tensor of numbers and names. Raises UserError otherwise."""
-    if (
-        isinstance(labels, str)
-        or not isinstance(labels, Iterable)
-        or getattr(labels, "ndim", 1) != 1
-    ):
+    """The classes of a sequence or tensor of numbers and names, or of one name.
+
+    Raises UserError for anything else.
+    """
+    if isinstance(labels, str):  # not its letters
+        labels = [labels]
+    if not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) != 1:
         raise UserError(
             f"labels={labels!r}: give a list, one label per image, such as labels=[3, 0]"
         )

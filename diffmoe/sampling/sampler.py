@@ -19,7 +19,6 @@ from diffmoe.data.autoencoders import Autoencoder, NoDecoder, autoencoder_of
 from diffmoe.diffusion.samplers import Progress
 from diffmoe.diffusion.settings import GUIDANCE, SamplingSettings
 from diffmoe.errors import UserError
-from diffmoe.export.exported_model import is_exported
 from diffmoe.export.open import locate, open_network, weights_of
 from diffmoe.export.tensors import parameter_dtype
 from diffmoe.files import read_bytes
@@ -40,7 +39,6 @@ from diffmoe.sampling.many_images import (
 from diffmoe.text.prompts import Prompts
 from diffmoe.work import Ranks
 
-_STALE = 0.1  # share of initial weights in an average that is reported
 # Called with the size of each batch, gives an observer of its evaluations.
 Watch = Callable[[int], Observer]
 
@@ -170,34 +168,14 @@ class Sampler:
     ) -> SamplingSettings:
         """With guidance where none was chosen: the default, or 1 where the model cannot be guided.
 
-        say: is called with a note in the second case, and with `average_note`.
+        say: is called with a note in the second case.
         """
-        stale = None if self.origin is None else self.average_note()
-        if stale:
-            say(stale)
         if settings.guidance is not None:
             return settings
         if can_guide(self.config, self.prompts):
             return replace(settings, guidance=GUIDANCE)
         say("guidance 1: the model was trained without label dropout, so it cannot be guided")
         return replace(settings, guidance=1.0)
-
-    def average_note(self) -> str | None:
-        """A note where the EMA still holds much of the weights that training began with.
-
-        None also for an exported model, whose decay is not known.
-        """
-        path, weights, clock = self.model.path, self.model.weights, self.model.clock
-        decay = self.config.training.ema_decay
-        if weights != "ema" or decay is None or not clock.step or is_exported(path):
-            return None
-        share = decay**clock.step
-        if share < _STALE:
-            return None
-        return (
-            f"after {clock.step} steps the EMA (training.ema_decay={decay:g}) still is {share:.0%} "
-            "initial weights, which draw noise; --weights live takes the trained ones"
-        )
 
     def calibration_note(
         self, settings: SamplingSettings, met: CapacityByTime | None

@@ -16,7 +16,7 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.data.stream import LatentStream
 from diffmoe.errors import UserError
 from diffmoe.parallel.topology import Topology
-from diffmoe.training import checkpoint, init_from, watchdog
+from diffmoe.training import checkpoint, init_from, summary, watchdog
 from diffmoe.training.async_save import Saver
 from diffmoe.training.bad_shards import count_bad_shards
 from diffmoe.training.due import crossed, due
@@ -70,6 +70,8 @@ def train(
 
     # Telemetry, data, and what saves and evaluates.
     telemetry.begin(step.samples, fork=bool(resume.aside))
+    telemetry.say(summary.beginning(config, network, device, manifest))
+    resumed_at = step.samples
     if resume_from is not None:
         telemetry.say(checkpoint.restored(resume_from, engine, network, ema))
     elif training.init:
@@ -219,6 +221,9 @@ def train(
     telemetry.close()
     engine.destroy()
     if step.samples >= training.total_samples:
+        telemetry.say(
+            summary.ending(config, manifest.class_names, trained=step.samples > resumed_at)
+        )
         return True
     telemetry.say(
         f"stopped by {stopped_by} after step {step.number}, {step.samples} of "

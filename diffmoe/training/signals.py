@@ -3,8 +3,12 @@
 The loop answers at the end of a step.
 """
 
+import contextlib
+import os
 import signal
+import sys
 from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,10 +27,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._before: dict[int, Any] = {}
         for number in SIGNALS:
             ignored = signal.getsignal(number) == signal.SIG_IGN
             if number != signal.SIGHUP or not ignored or launcher.holds_the_store():
-                signal.signal(number, self._receive)
+                self._before[number] = signal.signal(number, self._receive)
+
+    def close(self) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @property
     def asked(self) -> bool:
@@ -43,6 +53,14 @@ class StopRequest:
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             end_process(128 + signal.SIGINT)
+        if (
+            self._received is None
+            and number == signal.SIGINT
+            and os.environ.get("RANK", "0") == "0"
+        ):
+            note = b"\nCtrl-C: the run ends after this step and saves; again, it ends at once\n"
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), note)  # a print may stand in another one
         self._received = self._received or number
 
     def reason_of_all_ranks(self) -> str:

@@ -33,7 +33,7 @@ def build(
     config: Config, ds_settings: dict[str, Any], topology: Topology, device: torch.device
 ) -> tuple[DiT, DeepSpeedEngine]:
     """The initialized network in training mode, and its DeepSpeed engine."""
-    network = DiT(config.model, config.moe, topology).initialize(config.seed).to(device)
+    network = DiT(config.model, config.moe, topology, config.seed).to(device)
     network.checkpoint_activations(config.training.activation_checkpointing)
     network.train()
     if config.training.precision == "bf16":

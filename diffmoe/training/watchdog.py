@@ -26,8 +26,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from diffmoe.parallel import rendezvous
 from diffmoe.parallel.backend import choose_backend
-from diffmoe.parallel.rendezvous import meet
 from diffmoe.process import launcher
 from diffmoe.process.exit import end_process
 from diffmoe.training import roll_call
@@ -279,12 +279,31 @@ def join(device: torch.device, timeout_seconds: float | None = None) -> Watchdog
     device: of this rank. timeout_seconds: of a step, see Progress.
     """
     global _joined
-    store, rank, world = meet()
+    store, rank, world = rendezvous.meet()
     store.set_timeout(COLLECTIVES)
     backend = choose_backend(device, store, world)
     _joined = Watchdog(store, rank, world, timeout_seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVES)
     return _joined
+
+
+def part() -> None:
+    """The orderly end of what `join` began; every rank calls it. Another run may join then."""
+    global _joined
+    if _joined is not None:
+        _joined.close()
+        _joined = None
+    dist.destroy_process_group()
+    rendezvous.part()
+
+
+def part_alone() -> None:
+    """After a failure: a single process parts, so that another run can begin in it.
+
+    Of several ranks the process has to end, by `leave`: the others wait for it.
+    """
+    if _joined is not None and _joined.world == 1:
+        part()
 
 
 def step_begins(number: int) -> None:

@@ -72,7 +72,8 @@ def test_the_command_upcycles_and_tells(tmp_path: Path):
     target = str(tmp_path / "moe")
     done = command(sys.executable, tool, str(dense), target, "--upcycle", "--experts", "4")
     assert done.returncode == 0, done.stderr
-    assert "train with moe.capacity=1" in done.stderr
+    wanted = "train with training.init=TO moe.experts=4 moe.capacity=1 moe.shared_expert_ratio=4\n"
+    assert wanted in done.stderr
     told = command(sys.executable, tool, "info", target)
     assert told.returncode == 0, told.stderr
     assert "upcycled to 4 experts (shared, capacity 1, noise 0)" in told.stdout

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import diffmoe
+from diffmoe.conversion.adapting import adapt
 from diffmoe.conversion.upcycling import grow, upcycle
 from diffmoe.errors import UserError
 from diffmoe.export.sources import Source, checkpoint_source
@@ -252,3 +254,15 @@ def test_weights_of_another_network_are_refused_before_work(
     with pytest.raises(Exception, match=told):
         from_weights(dense_export, init, **changes)
     assert not (dense_export / f"run-{init}-1" / "metrics.jsonl").exists() or init == "dense"
+
+
+def test_the_converter_s_advice_lets_a_run_start_from_its_model(tmp_path: Path):
+    mixture = upcycle(source_of(tiny_config(moe__type="dense")), 8, every_block=True, capacity=2.0)
+    write_exported(mixture, tmp_path / "mixture")
+    start = tiny_config(training__init=str(tmp_path / "mixture"), output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"set moe\.shared_expert_ratio=4\.0 moe\.every_block=true"):
+        adapt(mixture, start)
+    pairs = (setting.split("=") for setting in mixture.notes[-1].split()[3:])
+    settings = {key: yaml.safe_load(value) for key, value in pairs}
+    assert settings["moe.capacity"] == 2
+    assert adapt(mixture, start.replace(settings)).notes == ()

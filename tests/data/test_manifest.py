@@ -159,6 +159,7 @@ def test_shards_behind_urls_are_not_looked_for_on_disk(folder):
     ("model", "message"),
     [
         ((4, 4, 7), "shape=2x4x4 has 2 channels, but model.in_channels=4; set model.in_channels=2"),
+        ((4, 8, 9), "set model.in_channels=2 model.input_size=4 model.num_classes=7, or data.path"),
         ((2, 8, 7), "model.input_size=8; set model.input_size=4"),
         ((2, 4, 1000), "classes=7, but model.num_classes=1000; set model.num_classes=7"),
     ],

@@ -138,7 +138,44 @@ def test_curves_split_by_type_and_older_results_are_of_fp32(tmp_path):
     file = write(tmp_path / "results.jsonl", result("FD-x", 3, 10), fp32, bf16)
     _, drawn = curve_points([file], "FD", "samples")
     assert list(drawn.values()) == [[(10, 3), (20, 4)], [(20, 5)]]
-    assert [label.endswith(", bf16") for label in drawn] == [False, True]
+    assert [label.partition(": ")[2] for label in drawn] == ["dtype fp32", "dtype bf16"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 1}, "seed 1"),
+        ({"shift": 3.0}, "shift 3.0"),
+        ({"eta": 0.5}, "eta 0.5"),
+        ({"model": {"weights": "live"}}, "weights live"),
+        ({"model": {"routing": "static"}}, "routing static"),
+        ({"guided_channels": 3}, "guided_channels 3"),
+        ({"negative_prompt": "red"}, "negative_prompt red"),
+        ({"classes": [0, 1]}, "classes [0, 1]"),
+    ],
+)
+@pytest.mark.parametrize("axis", ["samples", "guidance", "capacity"])
+def test_whatever_a_result_records_of_its_making_keeps_lines_apart(changes, told, axis, tmp_path):
+    results = [result("FD-x", 3), result("FD-x", 4)]
+    for one in results:
+        one["images"] |= {"seed": 0, "shift": 1.0, "eta": 0.0, "sampler": None, "path": "samples/x"}
+        one["images"]["model"] = {"checkpoint": "step-1", "weights": "ema", "capacity": None}
+    images = results[1]["images"]
+    images |= changes | {"model": images["model"] | changes.get("model", {}), "path": "samples/y"}
+    images["model"]["checkpoint"] = "step-2"
+    file = write(tmp_path / "run" / "results.jsonl", *results)
+    _, drawn = curve_points([file], "FD", axis)
+    assert [[y for _, y in points] for points in drawn.values()] == [[3], [4]]
+    assert list(drawn)[1] == f"run: {told}"
+
+
+def test_lines_of_folders_with_one_name_stay_apart(tmp_path):
+    files = [
+        write(tmp_path / run / "evaluation" / "results.jsonl", result("FD-x", 3)) for run in "ab"
+    ]
+    _, drawn = curve_points([file.parent for file in files], "FD", "samples")
+    assert list(drawn) == [str(file.parent) for file in files]
+    assert list(curve_points(files[:1], "FD", "samples")[1]) == ["evaluation"]
 
 
 def test_figures_that_do_not_compare_are_not_drawn(tmp_path):

@@ -283,9 +283,9 @@ def test_curves_split_what_does_not_compare(trained, tmp_path: Path):
     _, drawn = curve_points([file], "validation_loss", "samples")
     assert list(drawn.values()) == [[(32, value)] for value in values]
     assert [label.partition(": ")[2] for label in drawn] == [
-        "weights ema, routing per_token, precision fp32",
-        "weights live, routing per_token, precision fp32",
-        "weights ema, routing static, precision fp32",
+        "routing per_token, weights ema",
+        "routing per_token, weights live",
+        "routing static, weights ema",
     ]
     with pytest.raises(UserError, match="a loss no guidance"):
         curve_points([file], "validation_loss", "guidance")

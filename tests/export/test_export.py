@@ -185,11 +185,11 @@ def test_the_model_card_tells_the_run_and_its_figures(single_run: Config, tmp_pa
     for text in (
         "| samples seen | 24 |",
         "38,272, of which 25,504",  # 4 experts of 4,256 in 2 layers work as 1 on average
-        "| data | tests; 5 classes |",
+        "| data | tests; 5 classes: plane, car, bird, cat, deer |",
         "| fid: 12.3457, capacity: 0.8 |",
         "run/step-00000003",
         "license: # fill in",
-        "pipeline(labels=[0, 1], seed=0, steps=50, guidance=1.5)",  # what the tools default to
+        "pipeline(labels=['plane', 'car'], seed=0, steps=50, guidance=1.5)",
     ):
         assert text in card, text
 

@@ -19,6 +19,7 @@ from tests.helpers.models import exported, flip_bytes, source_of
 from tests.helpers.processes import command
 from tests.helpers.runs import newest, pack
 from tests.helpers.tiny import tiny_config
+from tests.helpers.tools import tool
 
 OPENERS = [
     pytest.param(lambda path, **how: diffmoe.load(path, device="cpu", **how), id="load"),
@@ -45,6 +46,16 @@ def test_four_flipped_bytes_of_a_checkpoint_are_noticed(opened, single_run: Conf
     with pytest.raises(UserError, match=r"\.distcp is damaged: its SHA-256"):
         opened(checkpoint)
     opened(checkpoint, verify=False)
+
+
+def test_the_command_verifies_an_export_too(tmp_path: Path):
+    folder = exported(tmp_path / "out")
+    done = tool("checkpoint", "verify", folder)
+    assert (done.returncode, done.stdout) == (0, f"{folder}  intact, 2 files\n")
+    flip_bytes(folder / "model.safetensors")
+    done = tool("checkpoint", "verify", folder)
+    assert done.returncode == 2
+    assert "model.safetensors is missing, or differs from its checksum" in done.stderr
 
 
 def test_every_file_of_a_split_export_is_read(tmp_path: Path):

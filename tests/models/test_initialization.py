@@ -68,11 +68,30 @@ def test_initial_weights_are_those_of_before(name: str):
     assert fingerprint(CONFIGS[name]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def test_a_new_network_is_initialized_unless_it_is_to_be_filled():
+    config = CONFIGS["dense"]
+    network = DiT(config.model, config.moe)
+    expected = DiT(config.model, config.moe, seed=None).initialize(0)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+    assert (
+        len(
+            {
+                float(DiT(config.model, config.moe, seed=s).patch_embed.weight.detach().sum())
+                for s in (0, 1)
+            }
+        )
+        == 2
+    )
+    with torch.device("meta"):
+        assert DiT(config.model, config.moe).final.weight.is_meta
+
+
 def test_one_parameter_alone_starts_as_in_the_network():
     config = CONFIGS["bytes"]
     network = DiT(config.model, config.moe).initialize(3)
     with torch.device("meta"):
-        empty = DiT(config.model, config.moe)
+        empty = DiT(config.model, config.moe, seed=None)
     for name, parameter in network.named_parameters():
         if name not in network.expert_parameters():
             assert torch.equal(empty.initial_value(name, 3), parameter), name

@@ -118,8 +118,12 @@ def test_a_dead_expert_is_found_and_named(tmp_path):
     found = report(network)
     assert found.dead_experts() == [(1, 2)]
     page = tmp_path / "page.html"
-    write_page(page, "A <model>", {"capacity C": "1.0"}, found, None)
+    names = ["plane", "car", "bird", "cat", "<deer>"]
+    write_page(page, "A <model>", {"capacity C": "1.0"}, found, None, class_names=names)
     text = page.read_text()
+    for label, mean in found.by_class().items():
+        name = names[label].replace("<", "&lt;").replace(">", "&gt;")
+        assert f"<li>C {mean:.2f}: {name}</li>" in text
     assert "1 of 8 experts are dead" in text
     assert "layer 1, expert 2" in text
     assert "<tr><th>dead experts</th><td>0</td><td>1</td></tr>" in text

@@ -78,15 +78,6 @@ def test_the_dial_from_calibration_to_samples_and_report(run, tmp_path):
     assert "The capacity predictor" in page.read_text()
 
 
-def test_an_average_that_is_mostly_initial_weights_is_told(run):
-    done = command(
-        "tools/sample.py", run, "--steps", "1", "--per-class", "1", "--out", run / "a.png"
-    )
-    assert "after 4 steps the EMA (training.ema_decay=0.8) still is 41% initial" in done.stderr
-    assert "--weights live takes the trained ones" in done.stderr
-    assert Sampler.open(run, "live").average_note() is None
-
-
 def test_latents_for_a_decoder_elsewhere_are_those_of_the_images(tmp_path):
     config = tiny_config(model__in_channels=4)
     latents = {"shape": (4, 8, 8), "scale": 0.5, "shift": 0.25, "autoencoder": "some/vae"}
@@ -111,7 +102,7 @@ def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     words = ["tools/sample.py", run, "--num-samples", "10", "--shard-size", "4", "--steps", "3"]
     output = told(*words, "--out", tmp_path / "two", "--expert-parallel", "2", launcher=launcher)
-    assert output.count("10 samples at 32 training samples (ema): ") == 1
+    assert output.count("10 samples at 32 training samples, ema weights: ") == 1
     told(*words, "--out", tmp_path / "one", "--format", "adm")
     adm = np.load(tmp_path / "one" / "samples_10x8x8x3.npz")["arr_0"]
     shards = [np.load(tmp_path / "two" / f"samples-00000{part}.npz") for part in range(3)]

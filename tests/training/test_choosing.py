@@ -70,7 +70,7 @@ def test_none_beside_checkpoints(run: Config):
 
 def test_a_path_must_be_there(run: Config):
     message = refusal(run, f"{run.output}/step-00000009")
-    assert message.startswith(f"{run.output}/step-00000009 is not a complete checkpoint")
+    assert message.startswith(f"{run.output}/step-00000009 does not exist (did you mean ")
 
 
 def test_a_path_is_an_older_checkpoint_or_a_runs_folder(run: Config, tmp_path: Path):

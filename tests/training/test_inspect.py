@@ -164,7 +164,7 @@ def test_list_names_every_checkpoint_and_what_is_wrong(tool, tmp_path: Path, two
     code, told = tool("list", tmp_path / "nothing")
     assert (code, told) == (
         2,
-        f"error: {tmp_path / 'nothing'} is not a folder; give a run's output, which holds "
+        f"error: {tmp_path / 'nothing'} does not exist; give a run's output, which holds "
         "step-XXXXXXXX\n",
     )
 

@@ -63,6 +63,23 @@ def test_one_ranks_failure_is_told_once_and_ends_the_run(tmp_path: Path, launche
     assert "[rank " not in told, told
 
 
+@pytest.mark.parametrize("wrong", ["json", "setting"])
+def test_the_cause_is_told_before_the_launcher_ends_the_others(tmp_path: Path, wrong: str):
+    """deepspeed ends all at the first exit, whichever rank it is that comes first."""
+    pack(tmp_path / "data")
+    config = run_config(tmp_path, 1, optimizer__gradient_clipping=1.0)
+    words = ["--config", write_config(config), "--device", "cpu"]
+    if wrong == "json":
+        (tmp_path / "zero.json").write_text(json.dumps({"gradient_clipping": 7.0}))
+        words += ["--ds_config", str(tmp_path / "zero.json")]
+    else:
+        words.append("model.dept=3")
+    done = command(*deepspeed(), *words)
+    told = done.stdout + done.stderr
+    cause = "gradient_clipping=7.0 in" if wrong == "json" else "unknown key model.dept=3"
+    assert told.count(cause) == 1, told
+
+
 def test_a_wrong_setting_is_told_once_before_any_work(tmp_path: Path):
     pack(tmp_path / "data", [9, 9, 9])
     config = run_config(tmp_path, 1)

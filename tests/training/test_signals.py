@@ -95,3 +95,17 @@ def test_a_second_ctrl_c_ends_at_once():
     done = command(sys.executable, "-c", script)
     assert done.stdout.split("\n")[:-1] == ["asked", "still here"]
     assert done.returncode == 130
+    assert done.stderr.count("the run ends after this step and saves; again, it ends at once") == 1
+
+
+def test_ctrl_c_before_the_training_is_acknowledged():
+    script = (
+        "import os, runpy, signal, sys\n"
+        "import diffmoe.recipes as recipes\n"
+        "recipes.load_config = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.argv = ['train.py', '--config', 'mnist']\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    done = command(sys.executable, "-c", script)
+    assert done.returncode == 130
+    assert done.stderr == "stopped before the training began; nothing was changed\n"
