@@ -97,7 +97,7 @@ def test_train_explains_every_setting_without_torch():
     expected = [name.rpartition(".")[2] for name in names if not name.startswith("model.text.")]
     assert sorted(told) == sorted([*expected, "text"])
     optimizer = train_words("--help-settings", "optimizer").stdout
-    assert optimizer.startswith("# AdamW and its schedule")
+    assert optimizer.startswith("# The optimizer and its schedule")
     assert "learning_rate" in optimizer
     assert "batch_size" not in optimizer
     done = train_words("--help-settings", "optimiser")

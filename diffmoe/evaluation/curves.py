@@ -79,7 +79,7 @@ def curve_points(
             drawn.setdefault(line, {})[x] = result["metrics"][name]
     if len(references) > 1:
         listed = "; ".join(sorted(references))
-        raise UserError(f"metrics against different references do not compare: {listed}")
+        raise UserError(f"metrics against different references cannot be compared: {listed}")
     if not drawn:
         raise UserError(f"no result of a model has {name}; evaluate one first")
     labels = _labels([(path, dict(settings)) for path, settings in drawn])

@@ -46,10 +46,10 @@ class Counting:
         counted(dist, "all_reduce")
         for name in READS:
             counted(torch.Tensor, name)
-        begin, step = training_step.learning_rate, Telemetry.step
+        begin, step = training_step.learning_rates, Telemetry.step
         end = self.folder / f"counts-{rank}.json"
 
-        def began(*args: Any) -> float:
+        def began(*args: Any) -> Any:
             steps.append(Counter())
             return begin(*args)
 
@@ -57,7 +57,7 @@ class Counting:
             step(*args)
             end.write_text(json.dumps(steps[1:]))
 
-        training_step.learning_rate, Telemetry.step = began, ended
+        training_step.learning_rates, Telemetry.step = began, ended
 
 
 def counts(folder: Path, config: Config, world: int) -> list[dict[str, int]]:
