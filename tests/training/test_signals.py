@@ -101,6 +101,7 @@ def test_a_second_ctrl_c_ends_at_once():
 def test_ctrl_c_before_the_training_is_acknowledged():
     script = (
         "import os, runpy, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "import diffmoe.recipes as recipes\n"
         "recipes.load_config = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.argv = ['train.py', '--config', 'mnist']\n"
