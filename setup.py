@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 # errors.TRAINING_PACKAGES names what is imported of these.
 TRAIN = [
@@ -25,6 +26,19 @@ EVAL = [
 TEXT = ["sentencepiece>=0.2,<0.3", "transformers>=5.20,<6"]
 DEMO = ["gradio>=6.31,<7", "matplotlib>=3.8,<4"]
 
+
+class BuildWithCommands(build_py):
+    """An installation holds train.py and the tools, too, for the command `diffmoe`."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # there they are taken from the clone
+            folder = Path(self.build_lib) / "diffmoe/commands"
+            self.mkpath(str(folder))
+            for file in [Path("train.py"), *Path("tools").glob("*.py")]:
+                self.copy_file(str(file), str(folder / file.name))
+
+
 setup(
     name="diffmoe",
     version="0.1.0",
@@ -37,6 +51,8 @@ setup(
     package_data={
         "diffmoe": ["recipes/*.yaml", "comparison/studies/*.yaml", "benchmarks/aims/*.yaml"]
     },
+    entry_points={"console_scripts": ["diffmoe = diffmoe.__main__:main"]},
+    cmdclass={"build_py": BuildWithCommands},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.9,<2.15",

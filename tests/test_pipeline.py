@@ -19,7 +19,7 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
 from tests.helpers.models import NAMES, exported
-from tests.helpers.processes import ROOT, command, environment
+from tests.helpers.processes import command, environment
 from tests.helpers.runs import newest
 from tests.helpers.sampling import latents_of
 
@@ -201,16 +201,6 @@ def test_the_public_names_are_listed_and_there():
     }  # fmt: skip
     assert diffmoe.UserError is UserError
     assert diffmoe.load_config("mnist").model.num_classes == 10
-
-
-def test_the_package_run_as_a_command_says_which_commands_there_are():
-    done = command(sys.executable, "-X", "importtime", "-m", "diffmoe")
-    assert done.returncode == 0
-    assert "  python train.py" in done.stdout
-    for tool in (ROOT / "tools").glob("*.py"):
-        assert f"  python tools/{tool.name} " in done.stdout
-    assert "diffmoe.train" in done.stdout
-    assert " torch\n" not in done.stderr  # at once
 
 
 BARE = """

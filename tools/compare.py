@@ -28,7 +28,6 @@ they need; or a YAML file such as
 
 import argparse
 import sys
-from pathlib import Path
 
 from diffmoe.errors import EXIT_STOPPED, run_command
 
@@ -51,7 +50,7 @@ def main() -> None:
     study = read_study(options.study)
     runs = runs_of(study)
     check_runs(study, runs)
-    done = options.report or complete(study, runs, Path(__file__).resolve().parents[1])
+    done = options.report or complete(study, runs)
     print(write_report(study, runs))
     if not done:
         print("stopped; the same command continues", file=sys.stderr)

@@ -92,7 +92,10 @@ def main() -> None:
     from diffmoe.planning.submission import check_submission
     from diffmoe.recipes import load_config
 
-    template = (HOME / f"slurm/train_{options.size}.sh").read_text()
+    template_file = HOME / f"slurm/train_{options.size}.sh"
+    if not template_file.is_file():
+        raise UserError("jobs run the slurm/ and train.py of a clone: call its tools/submit.py")
+    template = template_file.read_text()
     recipe = options.recipe or RECIPES[options.size]
     nodes = options.nodes or DEFAULT_NODES[options.size]
     run_options = extra_options(options.sbatch, options.gpus_per_node)

@@ -34,10 +34,10 @@ def check_runs(study: Study, runs: list[StudyRun]) -> None:
             )
 
 
-def complete(study: Study, runs: list[StudyRun], home: Path) -> bool:
+def complete(study: Study, runs: list[StudyRun]) -> bool:
     """Train and evaluate all runs that are not done. Returns False if asked to stop before.
 
-    home: the folder of train.py. Raises UserError where a run fails.
+    Raises UserError where a run fails.
     """
     configs = Path(study.output) / "configs"
     configs.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def complete(study: Study, runs: list[StudyRun], home: Path) -> bool:
             if study.ranks > 1:
                 launcher += ["-m", "torch.distributed.run", "--standalone"]
                 launcher += [f"--nproc_per_node={study.ranks}"]
-            if not _run([*launcher, str(home / "train.py"), "--config", str(file)], doing):
+            if not _run([*launcher, "-m", "diffmoe", "train", "--config", str(file)], doing):
                 return False
         if study.evaluate and not list(evaluations(run).rglob("results.jsonl")):
-            tool = [sys.executable, str(home / "tools/evaluate.py"), str(run.folder)]
+            tool = [sys.executable, "-m", "diffmoe", "evaluate", str(run.folder)]
             out = ["--out", str(evaluations(run))]
             if not _run([*tool, *study.evaluate, *out], f"{doing}, evaluation"):
                 return False
