@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diffmoe.errors import UserError
 
@@ -57,6 +57,11 @@ class TextConfig(_Section):
         return self
 
 
+def show_size(size: int | tuple[int, int]) -> str:
+    """As it is written in a setting: 32, or [32, 48]."""
+    return str(size if isinstance(size, int) else list(size))
+
+
 # Of one sample. What no attention reaches; a damaged file must not make us lay them out.
 _MOST_TOKENS = 1 << 18
 
@@ -64,7 +69,9 @@ _MOST_TOKENS = 1 << 18
 class ModelConfig(_Section):
     """The DiT backbone."""
 
-    input_size: int = Field(32, ge=1, description="height and width of the latent")
+    input_size: int | tuple[int, int] = Field(
+        32, description="height and width of the latent; [height, width] of a rectangle"
+    )
     in_channels: int = Field(4, ge=1, description="channels of the latent")
     patch_size: int = Field(2, ge=1, description="height and width of a token's square")
     width: int = Field(384, ge=2, description="channels of a token")
@@ -84,17 +91,40 @@ class ModelConfig(_Section):
         """Of the network, and of the encoder of bytes."""
         return self.depth + (self.text.depth if self.text is not None else 0)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network takes."""
+        size = self.input_size
+        return (self.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        _, height, width = self.latent_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @field_validator("input_size", mode="before")
+    @classmethod
+    def _height_and_width(cls, value: Any) -> Any:
+        sides = value if isinstance(value, list | tuple) else [value]
+        if len(sides) > 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(
+                f"model.input_size={value!r} is neither a positive whole number nor [height, width]"
+            )
+        return tuple(sides) if len(set(sides)) == 2 else sides[0]
+
     @model_validator(mode="after")
     def _shapes(self) -> "ModelConfig":
-        if self.input_size % self.patch_size:
+        _, height, width = self.latent_shape
+        if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"model.input_size={self.input_size} is not divisible by "
-                f"model.patch_size={self.patch_size}; choose {_divisors(self.input_size)}"
+                f"model.input_size={show_size(self.input_size)} is not divisible by "
+                f"model.patch_size={self.patch_size}; choose {_divisors(math.gcd(height, width))}"
             )
-        tokens = (self.input_size // self.patch_size) ** 2
+        tokens = math.prod(self.grid)
         if tokens > _MOST_TOKENS:
             raise ValueError(
-                f"model.input_size={self.input_size} in patches of model.patch_size="
+                f"model.input_size={show_size(self.input_size)} in patches of model.patch_size="
                 f"{self.patch_size} makes {tokens:,} tokens; at most {_MOST_TOKENS:,} are taken"
             )
         if self.head_width is None and self.width % self.heads:

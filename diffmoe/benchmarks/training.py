@@ -142,7 +142,7 @@ class TimedStep:
 def random_batches(config: Config, topology: Topology) -> Iterator[Iterator[Batch]]:
     """What this rank's share of `LANES` lanes reads from shards of noise, by the run's workers."""
     model = config.model
-    shape = (model.in_channels, model.input_size, model.input_size)
+    shape = model.latent_shape
     n = config.training.batch_size // LANES
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_moments(Path(folder), 2 * LANES, 8 * n, False, shape, model.num_classes)
@@ -276,7 +276,8 @@ def _parts(config: Config, device: torch.device) -> dict[str, Callable[[], objec
     network = network.to(device, dtype).train()
     attention = network.blocks[0].get_submodule("attention")
     mlp = network.feed_forwards[0]
-    shape = (config.training.batch_size, network.grid**2, config.model.width)
+    tokens = math.prod(config.model.grid)
+    shape = (config.training.batch_size, tokens, config.model.width)
     x = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
     parts = {
         "attention": forward_backward(

@@ -246,7 +246,8 @@ def _other_outputs(source: Source, config: Config, wanted: Shapes) -> Callable[[
 
 
 def _patches(model: Any) -> str:
-    return f"{model.input_size}x{model.input_size} in patches of {model.patch_size}"
+    _, height, width = model.latent_shape
+    return f"{height}x{width} in patches of {model.patch_size}"
 
 
 def _condition(model: Any) -> str:

@@ -50,9 +50,9 @@ def measure_difference(source: Source, folder: Path, rows: int) -> Difference | 
     metadata = source.metadata
     network = empty_network(metadata.model, metadata.moe)
     fill(network, lambda name, _: source.read(name))
-    size, null = metadata.model.input_size, metadata.model.num_classes
+    null = metadata.model.num_classes
     x = torch.randn(
-        (len(_TIMESTEPS), metadata.model.in_channels, size, size),
+        (len(_TIMESTEPS), *metadata.model.latent_shape),
         generator=keyed_generator("difference to diffusers"),
     )
     t, y = torch.tensor(_TIMESTEPS), torch.arange(len(_TIMESTEPS)) % (null + 1)

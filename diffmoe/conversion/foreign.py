@@ -244,11 +244,11 @@ def _check_positions(path: Path, tensors: dict[str, Tensor], metadata: Metadata)
     found = tensors.get("pos_embed")
     if found is None:
         return
-    grid = metadata.model.input_size // metadata.model.patch_size
-    expected = grid_positions(metadata.model.width, grid)[None]
+    rows, columns = metadata.model.grid
+    expected = grid_positions(metadata.model.width, (rows, columns))[None]
     if found.shape != expected.shape or not torch.allclose(found.float(), expected, atol=1e-5):
         raise UserError(
-            f"{path}: pos_embed is not the fixed sine-cosine table of a {grid}x{grid} grid; "
+            f"{path}: pos_embed is not the fixed sine-cosine table of a {rows}x{columns} grid; "
             "trained positions cannot be converted"
         )
 
@@ -267,6 +267,8 @@ def write_foreign(source: Source, target: Path, form: Format) -> tuple[str, ...]
         )
     if form in ("dit", "sit") and moe.type != "dense":
         raise UserError(f"moe.type={moe.type}: {form} is dense; choose --to release")
+    if not isinstance(model.input_size, int):
+        raise UserError(f"{source.where} draws rectangles, {form} has squares; choose --to diffmoe")
     objective = source.metadata.diffusion.objective
     wanted = _OBJECTIVES.get(form, objective)
     if wanted != objective:
@@ -278,8 +280,7 @@ def write_foreign(source: Source, target: Path, form: Format) -> tuple[str, ...]
     size = sum(torch.Size(shape).numel() for shape in source.shapes.values()) * 4
     with new_file(target, size) as temporary:
         state = translated(layout, source.read)
-        grid = model.input_size // model.patch_size
-        state["pos_embed"] = grid_positions(model.width, grid)[None]
+        state["pos_embed"] = grid_positions(model.width, model.grid)[None]
         for name in [n for n in state if n.endswith(".mlp.expert_threshold")]:
             prefix = name.rpartition(".")[0]
             state[f"{prefix}.ema_decay"] = torch.tensor([moe.threshold_ema])

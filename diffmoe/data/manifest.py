@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from diffmoe.config import BYTES, ModelConfig, TextConfig
+from diffmoe.config import BYTES, ModelConfig, TextConfig, show_size
 from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import does_not_exist, read_json, replacing
 from diffmoe.latent_spec import LatentSpec
@@ -302,31 +303,35 @@ class Manifest(BaseModel):
                 f"{max(lanes, 1)} shards"
             )
 
-    def model_settings(self, model: ModelConfig) -> dict[str, int]:
+    def model_settings(self, model: ModelConfig) -> dict[str, int | list[int]]:
         """The settings in which `model` does not fit the shape and classes of the data."""
-        wanted = {"in_channels": self.shape[0], "input_size": self.shape[1]}
-        if model.text is None:
-            wanted["num_classes"] = self.classes
-        return {
-            f"model.{key}": value for key, value in wanted.items() if getattr(model, key) != value
-        }
+        (channels, height, width), now = self.shape, model.latent_shape
+        wanted: dict[str, int | list[int]] = {}
+        if channels != now[0]:
+            wanted["model.in_channels"] = channels
+        if (height, width) != now[1:]:
+            wanted["model.input_size"] = height if height == width else [height, width]
+        if model.text is None and model.num_classes != self.classes:
+            wanted["model.num_classes"] = self.classes
+        return wanted
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise UserError unless in_channels, input_size, and num_classes or text fit the model."""
         own_channels, height, width = self.shape
-        shape, size = "x".join(map(str, self.shape)), model.input_size
-        settings = " ".join(f"{key}={value}" for key, value in self.model_settings(model).items())
+        shape = "x".join(map(str, self.shape))
+        wanted = self.model_settings(model).items()
+        settings = " ".join(shlex.quote(f"{key}={value}") for key, value in wanted)
         if model.in_channels != own_channels:
             raise UserError(
                 f"{FILE_NAME} of the data: shape={shape} has {own_channels} channels, but "
                 f"model.in_channels={model.in_channels}; set {settings}, or "
                 "data.path to other data"
             )
-        if (height, width) != (size, size):
-            way_out = f"set {settings}" if height == width else "pack square latents"
+        if (height, width) != model.latent_shape[1:]:
             raise UserError(
                 f"{FILE_NAME} of the data: shape={shape} is {height} high and {width} wide, but "
-                f"model.input_size={size}; {way_out}, or set data.path to other data"
+                f"model.input_size={show_size(model.input_size)}; set {settings}, or set data.path "
+                "to other data"
             )
         if model.text is not None:
             self._check_text(model.text)

@@ -63,14 +63,18 @@ class Metadata(_Part):
         sections["moe"] = _section(values, "moe")
         for section, fields in sections.items():
             for name, value in fields.items():
-                if isinstance(value, int | float) and not -_LONGEST <= value <= _LONGEST:
+                numbers = value if isinstance(value, list) else [value]
+                if any(
+                    isinstance(one, int | float) and not -_LONGEST <= one <= _LONGEST
+                    for one in numbers
+                ):
                     raise ValueError(f"{section}.{name}={value} is not the size of a network")
         return values
 
     @model_validator(mode="after")
     def _fit(self) -> "Metadata":
         model = self.model
-        shape = (model.in_channels, model.input_size, model.input_size)
+        shape = model.latent_shape
         if self.latents.shape != shape:
             raise ValueError(f"latents.shape={self.latents.shape}, but the model takes {shape}")
         names = self.class_names

@@ -48,9 +48,9 @@ def empty_network(
         network = DiT(model, moe, topology)
     cast_parameters(network, dtype)
     network.to_empty(device=device)
-    network.positions.copy_(grid_positions(model.width, network.grid))
+    network.positions.copy_(grid_positions(model.width, model.grid))
     if network.rotation is not None:
-        network.rotation.copy_(rotary_angles(network.grid, model.width_of_head))
+        network.rotation.copy_(rotary_angles(model.grid, model.width_of_head))
     return network.eval()
 
 

@@ -184,7 +184,7 @@ def probe(network: DiT, metadata: Metadata) -> dict[str, Tensor]:
     The second input has the null label or caption. Returns {routing: (2, C or 2C, H, W)}.
     """
     model, flow = metadata.model, metadata.diffusion.objective == "flow"
-    shape = (2, model.in_channels, model.input_size, model.input_size)
+    shape = (2, *model.latent_shape)
     x = torch.randn(shape, generator=keyed_generator("conversion probe"))
     t = torch.tensor([0.3, 0.8]) if flow else torch.tensor([250.0, 800.0])
     condition: Condition = torch.tensor([0, model.num_classes])

@@ -108,9 +108,12 @@ class CrossAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-def rotary_angles(grid: int, head_width: int) -> Tensor:
-    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y."""
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+def rotary_angles(grid: tuple[int, int], head_width: int) -> Tensor:
+    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y.
+
+    grid: rows and columns of tokens.
+    """
+    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
     # Once transformers has loaded a model, linspace ignores `with torch.device(...)`.
     frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4, device=y.device)
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)
@@ -143,10 +146,13 @@ class TimestepEmbedder(nn.Module):
         return self.fc2(F.silu(self.fc1(waves)))
 
 
-def grid_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (MAE, DiT): first half of the width for x, second for y."""
+def grid_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine positions (MAE, DiT): first half of the width for x, second for y.
+
+    grid: rows and columns of tokens. (T, width) in fp32.
+    """
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
     parts = [
         wave(axis.reshape(-1, 1) * omega)
         for axis in (x.double(), y.double())

@@ -70,7 +70,6 @@ class DiT(nn.Module):
         super().__init__()
         topology = topology or Topology()
         self.config, self.moe_config, self.topology = model, moe, topology
-        self.grid = model.input_size // model.patch_size
         self.out_channels = model.in_channels * (2 if model.learn_sigma else 1)
         self.patch_embed = nn.Conv2d(
             model.in_channels, model.width, model.patch_size, stride=model.patch_size
@@ -99,8 +98,8 @@ class DiT(nn.Module):
         self.final_norm = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
         self.final_adaln = zero_linear(model.width, 2 * model.width)
         self.final = zero_linear(model.width, model.patch_size**2 * self.out_channels)
-        self.register_buffer("positions", grid_positions(model.width, self.grid), persistent=False)
-        rotation = rotary_angles(self.grid, model.width_of_head) if model.rope else None
+        self.register_buffer("positions", grid_positions(model.width, model.grid), persistent=False)
+        rotation = rotary_angles(model.grid, model.width_of_head) if model.rope else None
         self.register_buffer("rotation", rotation, persistent=False)
         self._routing = RoutingMode(moe.inference) if self.has_thresholds else None
         if seed is not None and not self.positions.is_meta:
@@ -154,11 +153,11 @@ class DiT(nn.Module):
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p*p*C) -> (B, C, H, W), in fp32 at least."""
-        B, p, g = patches.shape[0], self.config.patch_size, self.grid
+        B, p, (rows, columns) = patches.shape[0], self.config.patch_size, self.config.grid
         channels = patches.shape[2] // p**2
-        image = patches.view(B, g, g, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        image = patches.view(B, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
         dtype = torch.promote_types(patches.dtype, torch.float32)
-        return image.reshape(B, channels, g * p, g * p).to(dtype)
+        return image.reshape(B, channels, rows * p, columns * p).to(dtype)
 
     @property
     def feed_forwards(self) -> list[nn.Module]:

@@ -11,7 +11,7 @@ _LABEL_TYPES = (torch.int64, torch.int32)  # those of nn.Embedding
 
 def check_inputs(model: ModelConfig, x: Tensor, t: Tensor, condition: Condition) -> None:
     """Raise ValueError naming the input that does not fit. Reads no values, so nothing waits."""
-    latent = (model.in_channels, model.input_size, model.input_size)
+    latent = model.latent_shape
     if x.dim() != 4 or tuple(x.shape[1:]) != latent or not x.is_floating_point():
         raise ValueError(
             f"latents x: {_describe(x)}, but the network takes (B, {', '.join(map(str, latent))}) "

@@ -4,6 +4,7 @@ Optimizer states and copies for saving are exact up to padding. What the process
 is an allowance that was not measured on a machine with GPUs.
 """
 
+import math
 from dataclasses import dataclass
 
 from diffmoe.config import BYTES
@@ -88,7 +89,7 @@ def _offloaded(layout: Layout) -> int:
 def _sample(layout: Layout) -> int:
     """Of one sample as the loop receives it, in fp32."""
     model = layout.config.model
-    latent = model.in_channels * model.input_size**2 * 4
+    latent = math.prod(model.latent_shape) * 4
     if model.text is None or model.text.encoder == BYTES:
         return latent
     return latent + (model.text.length * model.text.width + model.text.pooled) * 4

@@ -1,5 +1,6 @@
 """Ways to distribute a run over a machine."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -142,7 +143,7 @@ class Layout:
 
     @property
     def tokens_per_sample(self) -> int:
-        return (self.config.model.input_size // self.config.model.patch_size) ** 2
+        return math.prod(self.config.model.grid)
 
     @property
     def moe_layers(self) -> int:

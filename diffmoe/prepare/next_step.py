@@ -1,5 +1,6 @@
 """What to do with a data folder once it is packed."""
 
+import math
 import shlex
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def training_command(manifest: Manifest, directory: str | Path) -> str:
 
 def _divisible(config: Config, manifest: Manifest) -> dict[str, int]:
     """Patches that divide the image, and lanes for which there are shards, where others are set."""
-    size, shards = manifest.shape[1], len(manifest.shards)
+    size, shards = math.gcd(*manifest.shape[1:]), len(manifest.shards)
     patch, lanes = config.model.patch_size, config.data.lanes
     fitting = {
         "model.patch_size": max(n for n in range(1, patch + 1) if size % n == 0),

@@ -31,7 +31,7 @@ class SamplingRouting(NamedTuple):
 
     capacity: by time, layer and expert. unselected: (times, L), share of tokens that no expert
     takes. by_sample: (n,) C of each sample. compute: (n, T) experts at work on a token, mean over
-    layers.
+    layers. grid: rows and columns of the T tokens.
     places: (L, E, T) share of samples in which the expert takes the token there.
     overlap: (L, E, E): of the tokens that expert i takes, the share that j takes too.
     labels: (n,); images: uint8 (n, H, W, C). health: numbers by MoE layer, see capacity/health.py.
@@ -41,6 +41,7 @@ class SamplingRouting(NamedTuple):
     unselected: Tensor
     by_sample: Tensor
     compute: Tensor
+    grid: tuple[int, int]
     places: Tensor
     overlap: Tensor
     labels: Tensor
@@ -123,6 +124,7 @@ def sampling_routing(
         ),
         by_sample=torch.cat([seen.by_sample for seen in batches]),
         compute=torch.cat([seen.compute for seen in batches]),
+        grid=sampler.network.config.grid,
         places=_sum(seen.places * seen.samples for seen in batches) / len(labels),
         overlap=together_LEE / own_LE.clamp(min=1)[:, :, None],
         labels=torch.tensor(labels),

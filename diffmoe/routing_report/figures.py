@@ -37,8 +37,7 @@ def picture(figure: Figure) -> Image.Image:
 def compute_map(routing: SamplingRouting, sample: int) -> Figure:
     """How many experts worked on each token of a sample."""
     figure, axes = plt.subplots(figsize=(3.4, 2.8))
-    grid = int(routing.compute.shape[1] ** 0.5)
-    shown = axes.imshow(routing.compute[sample].view(grid, grid), vmin=0, cmap=COLORMAP)
+    shown = axes.imshow(routing.compute[sample].view(routing.grid), vmin=0, cmap=COLORMAP)
     axes.axis("off")
     figure.colorbar(shown, ax=axes)
     return figure
@@ -92,7 +91,6 @@ def classes(
 ) -> Figure:
     """Classes with their C, two samples of each and the compute on each token (Fig. 13, 14)."""
     figure, axes = plt.subplots(4, len(chosen), figsize=(1.25 * len(chosen), 5.4), squeeze=False)
-    grid = int(routing.compute.shape[1] ** 0.5)
     top = float(routing.compute.max())
     for column, (label, mean) in enumerate(chosen):
         mine = (routing.labels == label).nonzero().flatten()[:2]
@@ -100,7 +98,7 @@ def classes(
             axis.axis("off")
         for row, sample in enumerate(mine.tolist()):
             _show(axes[2 * row, column], routing.images[sample])
-            compute = routing.compute[sample].view(grid, grid)
+            compute = routing.compute[sample].view(routing.grid)
             axes[2 * row + 1, column].imshow(compute, vmin=0, vmax=top, cmap=COLORMAP)
         axes[0, column].set_title(f"{name(label)[:14]}\nC {mean:.2f}", fontsize=8, parse_math=False)
     return figure
@@ -108,15 +106,14 @@ def classes(
 
 def places(routing: SamplingRouting) -> Figure:
     """Where in the image each expert works: a row of experts for each layer."""
-    L, E, T = routing.places.shape
-    grid = int(T**0.5)
+    L, E, _ = routing.places.shape
     figure, axes = plt.subplots(L, E, figsize=(0.75 * E + 1, 0.8 * L + 0.4), squeeze=False)
     top = float(routing.places.max())
     for layer in range(L):
         for expert in range(E):
             axis = axes[layer, expert]
             image = axis.imshow(
-                routing.places[layer, expert].view(grid, grid), vmin=0, vmax=top, cmap=COLORMAP
+                routing.places[layer, expert].view(routing.grid), vmin=0, vmax=top, cmap=COLORMAP
             )
             axis.set(xticks=[], yticks=[])
             if layer == 0:

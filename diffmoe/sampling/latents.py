@@ -86,8 +86,7 @@ def sample_latents(
     sampler, guidance = settings.chosen_sampler(config), settings.guidance
     assert guidance is not None  # else settings.check refuses it
     device = next(network.parameters()).device
-    channels, size = config.model.in_channels, config.model.input_size
-    noise = SampleNoise(settings.seed, indices, (channels, size, size))
+    noise = SampleNoise(settings.seed, indices, config.model.latent_shape)
     wanted, null = conditions(labels, config, prompts, device)
     low, high = sorted(t_of(config, time) for time in settings.guidance_interval)
 
@@ -104,7 +103,7 @@ def sample_latents(
         wanted,
         null,
         scale=guidance,
-        channels=channels,
+        channels=config.model.in_channels,
         guided_channels=settings.guided_channels,
         interval=(low, high) if settings.guidance_interval != (0, 1) else None,
         keep_variance=config.diffusion.objective == "ddpm",

@@ -33,10 +33,7 @@ def source_of(config: Config, **metadata) -> Source:
         "model": model,
         "moe": config.moe,
         "diffusion": config.diffusion,
-        "latents": {
-            "shape": (model.in_channels, model.input_size, model.input_size),
-            "source": "noise",
-        },
+        "latents": {"shape": model.latent_shape, "source": "noise"},
         "provenance": {"kind": "test", "name": "random"},
         **metadata,
     }

@@ -67,7 +67,7 @@ def _noise(like: Tensor, scale: float, *key: int | str) -> Tensor:
 def random_batch(config: Config, step: int, lanes: range) -> Batch:
     """What the lanes of one rank could give at a step."""
     n, model = config.samples_per_lane, config.model
-    shape = (n, model.in_channels, model.input_size, model.input_size)
+    shape = (n, *model.latent_shape)
     generators = [keyed_generator("test batch", step, lane) for lane in lanes]
     return Batch(
         torch.cat([torch.randn(shape, generator=g) for g in generators]),

@@ -237,7 +237,7 @@ def test_a_bf16_network_routes_in_fp32_and_stays_close_to_fp32():
 def rotated_scores(grid: int, head_width: int) -> Tensor:
     """Dot products of one query at every token with one key at every token. (y, x, y', x')"""
     query, key = torch.randn(2, head_width, generator=torch.Generator().manual_seed(0))
-    rotation = rotary_angles(grid, head_width)
+    rotation = rotary_angles((grid, grid), head_width)
     T = grid * grid
     products = rotate(query.expand(T, -1), rotation) @ rotate(key.expand(T, -1), rotation).t()
     return products.view(grid, grid, grid, grid)
@@ -259,10 +259,10 @@ def test_rotary_attention_depends_on_relative_positions_only(head_width: int):
 
 def test_rotation_keeps_lengths_and_types_and_leaves_the_first_token_alone():
     x = torch.randn(2, 3, 25, 8)
-    turned = rotate(x, rotary_angles(5, 8))
+    turned = rotate(x, rotary_angles((5, 5), 8))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[:, :, 0], x[:, :, 0])  # token 0 is at (0, 0)
-    assert rotate(x.bfloat16(), rotary_angles(5, 8)).dtype == torch.bfloat16
+    assert rotate(x.bfloat16(), rotary_angles((5, 5), 8)).dtype == torch.bfloat16
 
 
 def initialized(topology: Topology | None = None, **changes) -> DiT:

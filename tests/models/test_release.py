@@ -76,7 +76,7 @@ def test_parameter_count_equals_the_release(release: Release):
 
 
 def test_fixed_positions_equal_the_release(release: Release):
-    close(grid_positions(32, 4), release.tensors["weights.pos_embed"][0].cpu())
+    close(grid_positions(32, (4, 4)), release.tensors["weights.pos_embed"][0].cpu())
 
 
 def test_training_forward_and_every_gradient_equal_the_release(release: Release):
