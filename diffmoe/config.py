@@ -57,7 +57,16 @@ class TextConfig(_Section):
         return self
 
 
-def show_size(size: int | tuple[int, int]) -> str:
+# Of a square, or (height, width).
+Size = int | tuple[int, int]
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def show_size(size: Size) -> str:
     """As it is written in a setting: 32, or [32, 48]."""
     return str(size if isinstance(size, int) else list(size))
 
@@ -69,7 +78,7 @@ _MOST_TOKENS = 1 << 18
 class ModelConfig(_Section):
     """The DiT backbone."""
 
-    input_size: int | tuple[int, int] = Field(
+    input_size: Size = Field(
         32, description="height and width of the latent; [height, width] of a rectangle"
     )
     in_channels: int = Field(4, ge=1, description="channels of the latent")
@@ -94,8 +103,7 @@ class ModelConfig(_Section):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network takes."""
-        size = self.input_size
-        return (self.in_channels, *((size, size) if isinstance(size, int) else size))
+        return (self.in_channels, *sides(self.input_size))
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -31,6 +31,17 @@ from diffmoe.cli import add_device
 from diffmoe.errors import run_command
 
 
+def image_size(text: str) -> int | tuple[int, int]:
+    """N, or HEIGHTxWIDTH."""
+    try:
+        height, *width = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HEIGHTxWIDTH") from None
+    if len(width) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HEIGHTxWIDTH")
+    return (height, width[0]) if width else height
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,7 +53,13 @@ def parse() -> argparse.Namespace:
         "--vae", metavar="PATH_OR_ID", help="folder or hub id of an autoencoder of diffusers"
     )
     kind.add_argument("--pixels", action="store_true", help="store pixels, no autoencoder")
-    parser.add_argument("--size", type=int, default=256, help="side of the crop; default 256")
+    parser.add_argument(
+        "--size",
+        type=image_size,
+        default=256,
+        metavar="N|HxW",
+        help="of the crop in pixels: a square, or height x width, such as 256x384; default 256",
+    )
     parser.add_argument(
         "--shards",
         type=int,

@@ -80,21 +80,22 @@ class DiffusersAutoencoder:
         autoencoder.scale, autoencoder.shift = scale, shift
         return autoencoder
 
-    def describe(self, size: int) -> tuple[tuple[int, int, int], bool]:
-        """Of a square image of `size` pixels the latent's (C,h,w), and whether it is drawn from a
-        distribution, or computed. Raises UserError for a size that it cannot take.
+    def describe(self, height: int, width: int) -> tuple[tuple[int, int, int], bool]:
+        """Of an image of height x width pixels the latent's (C,h,w), and whether it is drawn from
+        a distribution, or computed. Raises UserError for a size that it cannot take.
         """
+        size = f"--size {height}x{width}"
         try:
-            values, draws = self._encode(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+            values, draws = self._encode(torch.zeros(1, height, width, 3, dtype=torch.uint8))
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"--size {size} does not fit the autoencoder ({error})") from None
-        channels, height = values.shape[1] // (1 + draws), values.shape[2]
-        if size % height:
+            raise UserError(f"{size} does not fit the autoencoder ({error})") from None
+        _, channels, rows, columns = values.shape
+        if height % rows or width % columns:
             raise UserError(
-                f"--size {size} is not a multiple of {size // height}, by which the autoencoder "
+                f"{size} is not a multiple of {height // rows}, by which the autoencoder "
                 "downsamples"
             )
-        return (channels, height, values.shape[3]), draws
+        return (channels // (1 + draws), rows, columns), draws
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images (N,H,W,3) to fp32 latents (N,C,h,w), unscaled.

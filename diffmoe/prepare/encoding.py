@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from diffmoe.config import BYTES
+from diffmoe.config import BYTES, Size, sides
 from diffmoe.data.autoencoders import DiffusersAutoencoder, canonical_name
 from diffmoe.data.captions import Captions
 from diffmoe.data.latents import Sample, to_stored
@@ -31,14 +31,14 @@ from diffmoe.redaction import printable
 class Encoding:
     """What is stored of each image.
 
-    size: side of the square crop, in pixels.
+    size: of the crop in pixels, of a square or (height, width).
     vae: folder or hub id of an autoencoder of diffusers; None stores the pixels, -1..1.
     dtype: of the stored numbers; None: uint8 for pixels, float16 for moments.
     flips: half of the samples are to be mirrored in training. For that the moments of the mirrored
         images are stored, too; pixels are mirrored on reading.
     """
 
-    size: int
+    size: Size
     vae: str | None = None
     dtype: str | None = None
     flips: bool = True
@@ -50,7 +50,7 @@ class Encoding:
 
 
 class Loaded(NamedTuple):
-    """A decoded image, uint8 (size,size,3), and its captions."""
+    """A decoded image, uint8 (height,width,3), and its captions."""
 
     item: ImageItem
     pixels: np.ndarray
@@ -71,9 +71,11 @@ def encode_images(
     batch: images per pass of the autoencoder. workers: threads that decode images.
     Captions are packed as bytes. Raises UserError.
     """
-    size, vae, dtype = encoding.size, encoding.vae, encoding.stored_dtype
-    if size < 1 or batch < 1 or workers < 1:
-        raise UserError(f"--size {size}, --batch {batch}, --workers {workers} must be at least 1")
+    (height, width), vae, dtype = sides(encoding.size), encoding.vae, encoding.stored_dtype
+    if min(height, width, batch, workers) < 1:
+        raise UserError(
+            f"--size {height}x{width}, --batch {batch}, --workers {workers} must be at least 1"
+        )
     if dtype == "uint8" and vae is not None:
         raise UserError("--dtype uint8 is for --pixels; an autoencoder's moments are floats")
     items, class_names = find_images(images.folder, images.captioned, images.follow_links)
@@ -83,7 +85,9 @@ def encode_images(
         # A resumed command must give the same bytes for the same images.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         autoencoder = DiffusersAutoencoder.with_own_scale(vae, device, batch)
-    shape, draws = autoencoder.describe(size) if autoencoder else ((3, size, size), False)
+    shape, draws = (3, height, width), False
+    if autoencoder is not None:
+        shape, draws = autoencoder.describe(height, width)
     fields = {
         "content": "mean_logvar" if draws else "sample",
         "scaled": autoencoder is None,
@@ -96,13 +100,13 @@ def encode_images(
         "class_names": class_names,
         "autoencoder": canonical_name(vae) if vae is not None else "identity",
         "pixel_range": autoencoder.pixel_range if autoencoder else (-1.0, 1.0),
-        "source": f"images of {printable(str(Path(images.folder).resolve()))}, {size}x{size}",
+        "source": f"images of {printable(str(Path(images.folder).resolve()))}, {height}x{width}",
         "dtype": dtype,
         "text": TextContent(encoder=BYTES, length=CAPTION_BYTES) if images.captioned else None,
     }
 
     def convert(part: Sequence[ImageItem]) -> Iterator[Sample | Skipped]:
-        for results in _load_batches(part, images, size, batch, workers):
+        for results in _load_batches(part, images, encoding.size, batch, workers):
             yield from (result for result in results if isinstance(result, Skipped))
             loaded = [result for result in results if isinstance(result, Loaded)]
             if not loaded:
@@ -150,7 +154,7 @@ def _arrays(pixels: np.ndarray, autoencoder: DiffusersAutoencoder | None) -> np.
 
 
 def _load_batches(
-    items: Sequence[ImageItem], images: ImageSource, size: int, batch: int, workers: int
+    items: Sequence[ImageItem], images: ImageSource, size: Size, batch: int, workers: int
 ) -> Iterator[list[Loaded | Skipped]]:
     """Batches of decoded images and of the reasons why others cannot be; reads one batch ahead."""
 

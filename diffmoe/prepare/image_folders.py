@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from diffmoe.config import Size
 from diffmoe.data.captions import caption_lines
 from diffmoe.data.tar_index import Entry, Member, read_member, tar_entries
 from diffmoe.errors import UserError
@@ -110,11 +111,11 @@ def read_image(
     return decode_image(data, background)
 
 
-def load_image(item: ImageItem, size: int, background: Color = WHITE) -> np.ndarray:
-    """Read, decode and crop: uint8 (size,size,3). Raises OSError or ValueError for a bad image."""
+def load_image(item: ImageItem, size: Size, background: Color = WHITE) -> np.ndarray:
+    """Read, decode and crop: uint8 (height,width,3). Raises OSError or ValueError if it is bad."""
     image = read_image(item.path, item.member, background)
     if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} pixels: too narrow for a square")
+        raise ValueError(f"{image.width}x{image.height} pixels: too narrow to crop")
     return center_crop(image, size)
 
 

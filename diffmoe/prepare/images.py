@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageColor
 
+from diffmoe.config import Size, sides
 from diffmoe.errors import UserError
 
 # No others: Pillow would pass PostScript to Ghostscript, whatever the file is called.
@@ -55,20 +56,20 @@ def decode_image(data: bytes, background: Color = WHITE) -> Image.Image:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The center crop of ADM and DiT (center_crop_arr), uint8 (size,size,3).
+def center_crop(image: Image.Image, size: Size) -> np.ndarray:
+    """The center crop of ADM and DiT (center_crop_arr), uint8 (height,width,3).
 
-    The image is halved by box averaging while its shorter side is at least twice `size`, then
-    resized bicubically so that this side is `size`; the longer side is cropped evenly.
+    The image is halved by box averaging while it is at least twice as large, then resized
+    bicubically so that it covers `size` and one side fits; the other side is cropped evenly.
     """
-    while min(image.size) >= 2 * size:
-        width, height = image.size
-        image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    return pixels[top : top + size, left : left + size]
+    height, width = sides(size)
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    resized = (round(image.width * scale), round(image.height * scale))
+    pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
 def _upright(image: Image.Image) -> Image.Image:

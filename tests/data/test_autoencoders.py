@@ -124,7 +124,7 @@ def test_any_autoencoder_of_diffusers_is_opened_by_its_class(
     latents = encoded.latent_dist.mean[:, :, 0] if draws else next(iter(encoded.values()))
     found = opened.encode(images.to(torch.uint8))
     torch.testing.assert_close(found[:, : latents.shape[1]], latents)
-    assert opened.describe(32) == (tuple(latents.shape[1:]), draws)
+    assert opened.describe(32, 32) == (tuple(latents.shape[1:]), draws)
     # What the diffusion model would work on gives the autoencoder's own image of it.
     by, plus = (torch.as_tensor(value).reshape(-1, 1, 1) for value in (scale, shift))
     again = load_autoencoder(

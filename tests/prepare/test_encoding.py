@@ -235,7 +235,7 @@ def test_a_shard_without_any_usable_image_is_left_out(tmp_path, photos):
 
 
 def test_sizes_and_classes_that_do_not_fit_are_refused(photos, tmp_path, tiny_vae):
-    with pytest.raises(UserError, match="--size 15 is not a multiple of 2"):
+    with pytest.raises(UserError, match="--size 15x15 is not a multiple of 2"):
         pack_pixels(photos, tmp_path / "out", vae=str(tiny_vae), size=15)
     with pytest.raises(UserError, match="--batch 0"):
         pack_pixels(photos, tmp_path / "out", batch=0)

@@ -251,3 +251,29 @@ def test_crop_halves_by_box_averages_first():
 @pytest.mark.parametrize("size", [(17, 16), (255, 31), (16, 16), (5, 9), (64, 33), (1, 20)])
 def test_every_size_gives_the_wanted_square(size):
     assert center_crop(Image.new("RGB", size), 16).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ((240, 100), (40, 120)),
+        ((100, 240), (40, 120)),
+        ((330, 470), (200, 50)),
+        ((80, 80), (30, 70)),
+        ((20, 30), (40, 120)),
+    ],
+)
+def test_a_rectangle_is_filled_from_the_middle(given, wanted):
+    """The crop is the middle of the image, resized so that nothing of the rectangle stays empty."""
+    width, height = given
+    ramps = np.zeros((height, width, 3), np.uint8)
+    ramps[:, :, 0] = np.linspace(0, 250, width).astype(np.uint8)
+    ramps[:, :, 1] = np.linspace(0, 250, height).astype(np.uint8)[:, None]
+    found = center_crop(Image.fromarray(ramps), wanted)
+    assert found.shape == (*wanted, 3)
+    assert found[:, :, :2].mean((0, 1)) == pytest.approx([125, 125], abs=4)  # centered
+    scale = max(wanted[0] / height, wanted[1] / width)
+    spread = [wanted[1] / (width * scale), wanted[0] / (height * scale)]  # the share that is kept
+    steps = [np.ptp(found[:, :, axis].astype(float)) / 250 for axis in (0, 1)]
+    assert steps == pytest.approx(spread, abs=0.06)
+    assert max(spread) == pytest.approx(1)
