@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from diffmoe.config import BYTES, ModelConfig, TextConfig, show_size
+from diffmoe.config import BYTES, Config, ModelConfig, TextConfig, show_size
 from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import does_not_exist, read_json, replacing
 from diffmoe.latent_spec import LatentSpec
@@ -243,12 +243,15 @@ class Manifest(BaseModel):
         return os.path.abspath(os.path.join(directory, place))
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Manifest":
-        """Read `directory`/manifest.json. Raises UserError if it is missing or invalid."""
+    def load(cls, directory: str | Path, setting: str = "data.path") -> "Manifest":
+        """Read `directory`/manifest.json. Raises UserError if it is missing or invalid.
+
+        setting: where the user has named the folder.
+        """
         file = Path(directory) / FILE_NAME
         if not Path(directory).is_dir():
             raise UserError(
-                f"data folder {does_not_exist(directory)}; set data.path to a folder of shards, or "
+                f"data folder {does_not_exist(directory)}; set {setting} to a folder of shards, or "
                 "make one, for example: python tools/prepare_data.py mnist --out data/mnist"
             )
         if not file.exists():
@@ -303,6 +306,22 @@ class Manifest(BaseModel):
                 f"{max(lanes, 1)} shards"
             )
 
+    def run_settings(self, config: Config) -> dict[str, int | list[int]]:
+        """`model_settings`, and patches and lanes where a run's do not fit the size and shards."""
+        settings, shards = self.model_settings(config.model), len(self.shards)
+        patch, lanes, common = config.model.patch_size, config.data.lanes, math.gcd(*self.shape[1:])
+        if common % patch:
+            settings["model.patch_size"] = max(n for n in range(1, patch) if common % n == 0)
+        if lanes > shards:
+            fitting = (n for n in range(1, shards + 1) if lanes % n == 0)
+            settings["data.lanes"] = max(fitting)  # as many samples a step, in equal shares
+        return settings
+
+    def check_run(self, config: Config) -> None:
+        """`check_model` and `check_lanes`; what is refused names all settings to change at once."""
+        self.check_model(config.model, self.run_settings(config))
+        self.check_lanes(config.data.lanes)
+
     def model_settings(self, model: ModelConfig) -> dict[str, int | list[int]]:
         """The settings in which `model` does not fit the shape and classes of the data."""
         (channels, height, width), now = self.shape, model.latent_shape
@@ -315,12 +334,17 @@ class Manifest(BaseModel):
             wanted["model.num_classes"] = self.classes
         return wanted
 
-    def check_model(self, model: ModelConfig) -> None:
-        """Raise UserError unless in_channels, input_size, and num_classes or text fit the model."""
+    def check_model(
+        self, model: ModelConfig, wanted: dict[str, int | list[int]] | None = None
+    ) -> None:
+        """Raise UserError unless in_channels, input_size, and num_classes or text fit the model.
+
+        wanted: the settings to change, that it names; default `model_settings`.
+        """
         own_channels, height, width = self.shape
         shape = "x".join(map(str, self.shape))
-        wanted = self.model_settings(model).items()
-        settings = " ".join(shlex.quote(f"{key}={value}") for key, value in wanted)
+        wanted = self.model_settings(model) if wanted is None else wanted
+        settings = " ".join(shlex.quote(f"{key}={value}") for key, value in wanted.items())
         if model.in_channels != own_channels:
             raise UserError(
                 f"{FILE_NAME} of the data: shape={shape} has {own_channels} channels, but "
