@@ -218,8 +218,7 @@ def add_sampling(
     how.add_argument(
         "--shift",
         type=float,
-        default=usual.shift,
-        help=f"over 1: more steps at high noise; default {usual.shift:g}",
+        help="over 1: more steps at high noise; default: that of training",
     )
     how.add_argument(
         "--eta", type=float, default=usual.eta, help=f"noise of ddim; default {usual.eta:g}"

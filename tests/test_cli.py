@@ -40,7 +40,7 @@ def test_every_tool_samples_by_the_same_words(tool, monkeypatch):
     assert parsed(tool, ["--labels", "random"], monkeypatch).labels == "random"
     steps = 250 if tool in ("sample", "evaluate") else 50
     usual = settings_of(parsed(tool, [], monkeypatch))
-    assert usual == SamplingSettings(steps=steps, guidance=None)
+    assert usual == SamplingSettings(steps=steps, guidance=None, shift=None)
     with pytest.raises(UserError, match="--guidance-interval a,b: write numbers with commas"):
         parsed(tool, ["--guidance-interval", "a,b"], monkeypatch)
 

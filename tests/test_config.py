@@ -426,6 +426,10 @@ def test_replace_changes_validates_and_keeps_the_rest():
             ],
             "diffusion.timestep_shift=3.0 belongs to diffusion.objective=flow",
         ),
+        (
+            ["diffusion.timestep_shift=large"],
+            "diffusion.timestep_shift='large': Input should be 'by_size'",
+        ),
     ],
 )
 def test_values_that_do_not_go_together_are_told_with_the_way_out(overrides: list[str], told: str):

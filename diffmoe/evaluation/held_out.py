@@ -56,7 +56,7 @@ class HeldOut:
         manifest.check_model(config.model)
         check_samples(path, manifest, samples)
         self.config, self.samples = config, samples
-        self.objective = create_objective(config.diffusion)
+        self.objective = create_objective(config)
         self.mine = range(-(-samples // BATCH)) if mine is None else mine
         order = torch.randperm(samples, generator=keyed_generator(config.seed, "held-out times"))
         self.time_N = (order + 0.5) / samples
