@@ -155,6 +155,14 @@ def test_shards_behind_urls_are_not_looked_for_on_disk(folder):
         Manifest.load(folder).check(folder)
 
 
+def test_all_settings_that_must_change_are_told_at_once(folder):
+    fitting = "set model.in_channels=2 model.input_size=4 model.num_classes=7 model.patch_size=2"
+    with pytest.raises(UserError, match=f"{fitting} data.lanes=2, or data.path to other data"):
+        Manifest.load(folder).check_model(
+            ModelConfig(in_channels=3, input_size=9, patch_size=3, num_classes=1000), lanes=4
+        )
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
