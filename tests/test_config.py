@@ -240,7 +240,7 @@ def test_a_yaml_file_is_a_configuration_and_its_stem_names_the_run(tmp_path: Pat
 
 def test_a_missing_file_is_told_its_path(tmp_path: Path):
     message = refusal(name=str(tmp_path / "none.yaml"))
-    assert f"cannot read the configuration {tmp_path / 'none.yaml'}: No such file" in message
+    assert f"{tmp_path / 'none.yaml'} does not exist" in message
 
 
 @pytest.mark.parametrize(

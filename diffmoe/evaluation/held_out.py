@@ -52,7 +52,7 @@ class HeldOut:
     def __init__(
         self, config: Config, path: str, samples: int, mine: Sequence[int] | None = None
     ) -> None:
-        manifest = Manifest.load(path)
+        manifest = Manifest.load(path, "validation.path")
         manifest.check_model(config.model)
         check_samples(path, manifest, samples)
         self.config, self.samples = config, samples

@@ -42,10 +42,11 @@ def measure_once(
     """
     path, model = config.validation.path, sampler.model
     if path is None or not Path(path).is_dir():
-        missing = path is not None and not Path(path).exists()
-        told = does_not_exist(str(path)) if missing else f"{path} is not a folder"
+        told = f"={path} is not a folder"
+        if path is not None and not Path(path).exists():
+            told = f": {does_not_exist(path)}"
         raise UserError(
-            f"{model.path}: validation.path={told}; give --data, shards of samples that were not "
+            f"{model.path}: validation.path{told}; give --data, shards of samples that were not "
             "trained on"
         )
     manifest = Manifest.load(path)

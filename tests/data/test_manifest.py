@@ -156,6 +156,14 @@ def test_shards_behind_urls_are_not_looked_for_on_disk(folder):
         Manifest.load(folder).check(folder)
 
 
+def test_all_settings_that_must_change_are_told_at_once(folder):
+    fitting = "set model.in_channels=2 model.input_size=4 model.num_classes=7 model.patch_size=2"
+    with pytest.raises(UserError, match=f"{fitting} data.lanes=2, or data.path to other data"):
+        Manifest.load(folder).check_model(
+            ModelConfig(in_channels=3, input_size=9, patch_size=3, num_classes=1000), lanes=4
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "settings"),
     [
@@ -167,20 +175,13 @@ def test_shards_behind_urls_are_not_looked_for_on_disk(folder):
 def test_a_run_is_told_all_that_must_change_at_once(folder, changes, settings):
     config = tiny_config(model__in_channels=3, training__batch_size=24, **changes)
     with pytest.raises(UserError) as caught:
-        Manifest.load(folder).check_run(config)
+        Manifest.load(folder).check_model(config.model, config.data.lanes)
     wanted = " ".join(one if "." in one else f"model.{one}" for one in settings)
     assert f"; set {wanted}, or data.path to other data" in str(caught.value)
     told = dict(one.split("=") for one in wanted.split())
-    Manifest.load(folder).check_run(config.replace({k: int(v) for k, v in told.items()}))
-
-
-def test_patches_that_do_not_divide_the_data_are_among_them(folder):
-    config = tiny_config(model__patch_size=8, data__lanes=3, training__batch_size=24)
-    settings = Manifest.load(folder).run_settings(config)
-    assert settings == {
-        "model.input_size": 4, "model.num_classes": 7, "model.patch_size": 4
-    }  # fmt: skip
-    Manifest.load(folder).check_run(config.replace(settings))
+    fitting = config.replace({key: int(value) for key, value in told.items()})
+    Manifest.load(folder).check_model(fitting.model)
+    Manifest.load(folder).check_lanes(fitting.data.lanes)
 
 
 @pytest.mark.parametrize(
