@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class Batch(NamedTuple):
     latents: Tensor  # (samples,C,H,W) fp32
     labels: Tensor  # (samples,) int64
     text: Text | None = None  # one caption of each sample, if the stream yields captions
+    features: Tensor | None = None  # (samples,Z,h,w) fp16, if the stream yields features
 
 
 class Chunk(NamedTuple):
@@ -48,6 +50,7 @@ class LatentStream:
 
     clock: samples that the whole run has seen; each lane continues at its (clock / V)-th.
     captions: also yield one caption of each sample, drawn at random.
+    features_until: the clock up to which the image encoder's features are yielded, too.
     workers: processes that read ahead, at most one per lane; 0 reads in this process.
     prepare: makes what is yielded of each batch and its clock, ahead, in a thread; None yields the
         batches.
@@ -64,6 +67,7 @@ class LatentStream:
         *,
         clock: int = 0,
         captions: bool = False,
+        features_until: float = 0,
         workers: int = 0,
         prepare: Callable[[Batch, int], Any] | None = None,
         report: Callable[[str], None] | None = None,
@@ -80,8 +84,10 @@ class LatentStream:
             )
         if captions and source.manifest.text is None:
             raise ValueError("captions=True, but the manifest has no text")
+        if features_until and source.manifest.features is None:
+            raise ValueError(f"{features_until=}, but the manifest has no features")
         self.source, self.my_lanes, self.samples_per_lane = source, list(my_lanes), samples_per_lane
-        self.clock, self.captions = clock, captions
+        self.clock, self.captions, self.features_until = clock, captions, features_until
         self.workers = min(workers, len(self.my_lanes))
         self.prepare, self.report = prepare, report or _print
         self.bad_shards: dict[str, str] = {}
@@ -129,6 +135,7 @@ class LatentStream:
         lanes = [Lane(source, lane, bad_shards).samples(clock // source.lanes) for lane in block]
         while True:
             latents, labels, captions = [], [], []
+            features: list[np.ndarray] = []
             for lane, samples in zip(block, lanes, strict=True):
                 generator = keyed_generator(source.seed, "latent", clock, lane)
                 mirrored = draw_mirrored(n, manifest, generator)
@@ -143,6 +150,8 @@ class LatentStream:
                         # Now, because after its last sample a shard is closed.
                         found = ref.shard.captions(ref.number)
                         captions.append(choose_caption(found, draw, content))
+                    if clock < self.features_until:
+                        features.append(ref.shard.features(ref.number, flip))
                     refs.append(ref)
                 try:
                     latents.append(model_latents(arrays, manifest, generator))
@@ -150,7 +159,8 @@ class LatentStream:
                     shard, number = refs[error.index]
                     raise shard.not_finite(number) from None
             text = None if content is None or not captions else pad_captions(captions, content)
-            batch = Batch(torch.cat(latents), torch.tensor(labels), text)
+            aligned = torch.from_numpy(np.stack(features)) if features else None
+            batch = Batch(torch.cat(latents), torch.tensor(labels), text, aligned)
             yield Chunk(batch, dict(bad_shards))
             clock += source.lanes * n
 
@@ -169,6 +179,8 @@ class LatentStream:
             # Bytes become int64, features are float16; the mask takes a byte per token.
             token = 8 if text.encoder == BYTES else 2 * text.width
             sample += text.length * (token + 1) + 2 * text.pooled
+        if self.clock < self.features_until and manifest.features is not None:
+            sample += 2 * math.prod(manifest.features.shape)
         return len(self.my_lanes) * self.samples_per_lane * (sample + 8)
 
     def _prepared(

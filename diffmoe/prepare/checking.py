@@ -15,7 +15,7 @@ from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.data.captions import Captions
 from diffmoe.data.fetching import Fetch, Unreadable, open_shard
 from diffmoe.data.latents import Sample, from_stored, model_latents
-from diffmoe.data.manifest import Manifest, TextContent
+from diffmoe.data.manifest import FeatureContent, Manifest, TextContent
 from diffmoe.data.reading import OpenShard, unreadable
 from diffmoe.errors import UserError
 from diffmoe.prepare.blank_images import BlankImages, blank_on_sheet
@@ -85,6 +85,7 @@ def check_data(
         + f", scaled {manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
         f"autoencoder {manifest.autoencoder}, pixels {manifest.pixel_range}; {manifest.source}",
         *_histogram(labels, manifest),
+        *(["features " + _feature_line(manifest.features)] if manifest.features else []),
         *([] if manifest.text is None or not lengths else _caption_lines(lengths, manifest.text)),
     ]
     if labels:
@@ -120,6 +121,8 @@ def _samples(
                 try:
                     sample = opened.sample(index)
                     captions = None if manifest.text is None else opened.captions(index)
+                    for mirrored in range(len(manifest.feature_members)):
+                        opened.features(index, bool(mirrored))
                 except UserError as error:
                     report.problems.append(str(error))
                 else:
@@ -224,6 +227,11 @@ def _caption_lines(lengths: list[list[int]], text: TextContent) -> list[str]:
         f"  {min(each)} to {max(each)} per sample, {min(every)} to {max(every)} tokens each; "
         f"{full:.1%} have {text.length} or more and are cut off there",
     ]
+
+
+def _feature_line(content: FeatureContent) -> str:
+    channels, height, width = content.shape
+    return f"of {content.encoder}, {content.layer}: {channels} channels on {height}x{width}"
 
 
 def _write_sheet(

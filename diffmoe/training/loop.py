@@ -100,6 +100,7 @@ def train(
         config.samples_per_lane,
         clock=step.samples,
         captions=config.model.text is not None,
+        features_until=config.align.end,
         workers=config.data.workers,
         prepare=step.prepare,
         report=telemetry.say if topology.rank == 0 else None,

@@ -38,4 +38,5 @@ def check_data(config: Config) -> Manifest:
     check_addresses(config.data.path, manifest, Fetch.of(config.data))
     manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
     manifest.check_model(config.model)
+    manifest.check_align(config.align)
     return manifest
