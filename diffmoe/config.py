@@ -300,7 +300,7 @@ class DiffusionConfig(_Section):
 
 
 class AlignConfig(_Section):
-    """Representation alignment with a frozen encoder's features, docs/training.md."""
+    """Representation alignment with a frozen encoder's features, docs/alignment.md."""
 
     block: int | None = Field(
         None, ge=1, description="whose tokens are aligned, the first is 1; none: no alignment"

@@ -63,6 +63,7 @@ def micro_batches(
     for m in range(parts):
         data, eps, times = (part(tensor, m) for tensor in (batch.latents, all_noise, all_t))
         x_t = objective.corrupt(data, eps, times)
-        own, features = (tree_map(partial(part, m=m), x) for x in (condition, batch.features))
+        own = tree_map(partial(part, m=m), condition)
+        features = tree_map(partial(part, m=m), batch.features)
         examples.append(Examples(data, eps, x_t, times, own, features))
     return examples

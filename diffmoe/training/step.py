@@ -89,8 +89,8 @@ def losses_of(
     parts["routing_loss"] = torch.zeros_like(loss) + auxiliary
     if examples.features is not None:
         grid, spatial = config.model.grid, config.align.projector == "conv"
-        targets = alignment_targets(examples.features, grid, spatial)
-        parts["alignment_loss"] = alignment_loss(output.projected, targets)
+        wanted_BTZ = alignment_targets(examples.features, grid, spatial)
+        parts["alignment_loss"] = alignment_loss(output.projected, wanted_BTZ)
         loss = loss + config.align.weight * parts["alignment_loss"]
     return loss, parts, output.routing
 
