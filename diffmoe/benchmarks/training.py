@@ -156,10 +156,15 @@ def random_batches(config: Config, topology: Topology) -> Iterator[Iterator[Batc
         mine = LANES // topology.world
         yield iter(
             LatentStream(
-                DataSource(folder, manifest, lanes=LANES, seed=config.seed),
+                DataSource(
+                    folder,
+                    manifest,
+                    lanes=LANES,
+                    seed=config.seed,
+                    features_until=config.align.end,
+                ),
                 range(topology.rank * mine, (topology.rank + 1) * mine),
                 n,
-                features_until=config.align.end,
                 workers=config.data.workers,
             )
         )

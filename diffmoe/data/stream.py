@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     latents: Tensor  # (samples,C,H,W) fp32
     labels: Tensor  # (samples,) int64
     text: Text | None = None  # one caption of each sample, if the stream yields captions
-    features: Tensor | None = None  # (samples,Z,h,w) fp16, if the stream yields features
+    features: Tensor | None = None  # (samples,Z,h,w) fp16, if the source has them
 
 
 class Chunk(NamedTuple):
@@ -50,7 +50,6 @@ class LatentStream:
 
     clock: samples that the whole run has seen; each lane continues at its (clock / V)-th.
     captions: also yield one caption of each sample, drawn at random.
-    features_until: the clock up to which the image encoder's features are yielded, too.
     workers: processes that read ahead, at most one per lane; 0 reads in this process.
     prepare: makes what is yielded of each batch and its clock, ahead, in a thread; None yields the
         batches.
@@ -67,7 +66,6 @@ class LatentStream:
         *,
         clock: int = 0,
         captions: bool = False,
-        features_until: float = 0,
         workers: int = 0,
         prepare: Callable[[Batch, int], Any] | None = None,
         report: Callable[[str], None] | None = None,
@@ -84,10 +82,8 @@ class LatentStream:
             )
         if captions and source.manifest.text is None:
             raise ValueError("captions=True, but the manifest has no text")
-        if features_until and source.manifest.features is None:
-            raise ValueError(f"{features_until=}, but the manifest has no features")
         self.source, self.my_lanes, self.samples_per_lane = source, list(my_lanes), samples_per_lane
-        self.clock, self.captions, self.features_until = clock, captions, features_until
+        self.clock, self.captions = clock, captions
         self.workers = min(workers, len(self.my_lanes))
         self.prepare, self.report = prepare, report or _print
         self.bad_shards: dict[str, str] = {}
@@ -150,7 +146,7 @@ class LatentStream:
                         # Now, because after its last sample a shard is closed.
                         found = ref.shard.captions(ref.number)
                         captions.append(choose_caption(found, draw, content))
-                    if clock < self.features_until:
+                    if clock < source.features_until:
                         features.append(ref.shard.features(ref.number, flip))
                     refs.append(ref)
                 try:
@@ -179,7 +175,7 @@ class LatentStream:
             # Bytes become int64, features are float16; the mask takes a byte per token.
             token = 8 if text.encoder == BYTES else 2 * text.width
             sample += text.length * (token + 1) + 2 * text.pooled
-        if self.clock < self.features_until and manifest.features is not None:
+        if self.clock < self.source.features_until and manifest.features is not None:
             sample += 2 * math.prod(manifest.features.shape)
         return len(self.my_lanes) * self.samples_per_lane * (sample + 8)
 

@@ -93,6 +93,7 @@ def train(
         seed=config.seed,
         fetch=Fetch.of(config.data),
         max_bad_shards=config.data.max_bad_shards,
+        features_until=config.align.end,
     )
     data = LatentStream(
         source,
@@ -100,7 +101,6 @@ def train(
         config.samples_per_lane,
         clock=step.samples,
         captions=config.model.text is not None,
-        features_until=config.align.end,
         workers=config.data.workers,
         prepare=step.prepare,
         report=telemetry.say if topology.rank == 0 else None,
