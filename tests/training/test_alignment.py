@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from diffmoe.config import Config
+from diffmoe.data.examples import micro_batches
+from diffmoe.diffusion import create_objective
 from diffmoe.export.exported_model import ExportedModel
 from diffmoe.export.sources import checkpoint_source
 from diffmoe.export.writing import write_exported
+from diffmoe.models.alignment import alignment_loss, alignment_targets
+from diffmoe.models.dit import DiT
 from diffmoe.pipeline import Pipeline
+from diffmoe.training.step import losses_of
 from tests.helpers.runs import assert_identical, metrics, newest, pack, run_config, tensors, train
+from tests.helpers.tiny import random_batch, randomize, tiny_config
 
 CONTENT = {"encoder": "random", "layer": "last", "checksum": None, "shape": (6, 3, 3)}
 ALIGN = {"block": 2, "width": 6, "hidden": 10, "weight": 2.0}
@@ -95,6 +101,21 @@ def test_alignment_ends_at_a_clock(folder: Path, stage: int):
     torch.testing.assert_close(faded, expected, rtol=1e-5, atol=1e-9)
     moved = "weights/blocks.0.attention.qkv.weight"
     assert not torch.equal(before[moved], after[moved])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_the_step_adds_the_weighted_loss_to_the_others(kind: str):
+    config = tiny_config(align={**ALIGN, "projector": kind})
+    network = randomize(DiT(config.model, config.moe, align=config.align)).train()
+    lanes, objective = range(config.data.lanes), create_objective(config.diffusion)
+    batch = random_batch(config, 0, lanes)
+    (one,) = micro_batches(batch, config, lanes, 0, objective)
+    loss, parts, _ = losses_of(network, objective, one, config)
+    targets = alignment_targets(batch.features, config.model.grid, spatial=kind == "conv")
+    assert torch.equal(parts["alignment_loss"], alignment_loss(network(*one.inputs)[2], targets))
+    total = parts["loss"] + parts["routing_loss"] + 2 * parts["alignment_loss"]
+    torch.testing.assert_close(loss, total, rtol=1e-6, atol=0)
+    assert abs(parts["alignment_loss"].item()) > 1e-3
 
 
 @pytest.mark.parametrize(
