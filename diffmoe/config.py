@@ -455,6 +455,30 @@ class TrainingConfig(_Section):
         return self
 
 
+class AlignConfig(_Section):
+    """Representation alignment with a frozen encoder's features, docs/alignment.md."""
+
+    block: int | None = Field(
+        None, ge=1, description="whose tokens are aligned, the first is 1; none: no alignment"
+    )
+    projector: Literal["mlp", "conv"] = Field(
+        "mlp", description="REPA's three layers; iREPA's 3x3, with spatially normalized features"
+    )
+    width: int = Field(768, ge=1, le=1 << 20, description="channels of the features in the shards")
+    hidden: int = Field(2048, ge=1, description="width of the mlp's two hidden layers")
+    weight: float = Field(0.5, gt=0, description="of the loss, minus the mean cosine")
+    until_samples: int | None = Field(
+        None, ge=1, description="samples of the run after which it ends; none: with the run"
+    )
+
+    @property
+    def end(self) -> float:
+        """Samples of the run that are aligned; 0 without alignment."""
+        if self.block is None:
+            return 0
+        return math.inf if self.until_samples is None else self.until_samples
+
+
 class ValidationConfig(_Section):
     """The held-out loss of training.validate_every: fixed samples, noise and times."""
 
@@ -526,6 +550,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    align: AlignConfig = AlignConfig()
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -554,6 +579,11 @@ class Config(_Section):
                     f"{key}={ratio} times model.width={self.model.width} leaves no hidden unit; "
                     f"choose at least {1 / self.model.width}"
                 )
+        if self.align.block is not None and self.align.block > self.model.depth:
+            raise ValueError(
+                f"align.block={self.align.block} is none of the model.depth={self.model.depth} "
+                f"blocks; choose 1 to {self.model.depth}, such as a third of them"
+            )
         experts, ranks = self.moe.experts, self.parallel.expert_parallel
         if ranks > 1 and self.moe.type == "dense":
             raise ValueError(

@@ -31,7 +31,7 @@ def test_a_command_goes_by_its_name_or_a_unique_beginning(name: str):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("encode", "no command encode; could be encode-latents or encode-text"),
+        ("encode", "no command encode; could be encode-features or encode-latents or encode-text"),
         ("paint", "no command paint; there are train, benchmark, calibrate, "),
     ],
 )

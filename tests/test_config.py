@@ -1,5 +1,6 @@
 """The configuration: recipes, overrides, and what a wrong value is told."""
 
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -39,7 +40,7 @@ PARAMETERS = {
 
 def test_there_are_recipes_for_every_family_size_and_objective():
     names = recipe_names()
-    assert len(names) == len(set(names)) == 4 + 2 * (4 + 7 * 6)
+    assert len(names) == len(set(names)) == 6 + 2 * (4 + 7 * 6)
     assert {"mnist", "captioned_digits", "dense_xl_flow", "tc_b_e16_ddpm", "ec_l_e8_flow"} <= set(
         names
     )
@@ -61,6 +62,21 @@ def test_a_recipe_is_what_its_name_says(name: str):
         assert config.diffusion.objective == "flow"
         assert (config.model.input_size, config.model.in_channels) == (32, 4)
         assert config.model.text is not None
+        return
+    if name == "diffmoe_l_e16_repa":  # but for alignment and length the recipe without it
+        plain = load_config("diffmoe_l_e16_flow").model_dump(exclude={"align", "output"})
+        plain["training"]["total_samples"] = 80 * 1_280_000
+        assert config.model_dump(exclude={"align", "output"}) == plain
+        assert config.align.block == config.model.depth // 3
+        assert config.align.end == math.inf
+        return
+    if name == "diffmoe_xl_e16_rae":
+        assert config.model.latent_shape == (768, 16, 16)
+        assert config.model.width >= 768
+        shift = math.sqrt(math.prod(config.model.latent_shape) / 4096)
+        assert config.timestep_shift == pytest.approx(shift, abs=5e-4)
+        assert config.training.total_samples / config.training.batch_size == 100_000
+        assert config.align.end == 0
         return
     family, size, *experts, objective = name.split("_")
     types = {"paper": "diffmoe", "ec": "expert_choice", "tc": "token_choice"}
@@ -407,6 +423,7 @@ def test_replace_changes_validates_and_keeps_the_rest():
             ["model.heads=3"],
             "model.width=128 is not divisible by model.heads=3; choose 1, 2, 4, 8, 16, 32, 64 or",
         ),
+        (["align.block=7"], "align.block=7 is none of the model.depth=6 blocks; choose 1 to 6"),
         (["model.width=6", "model.heads=1"], "model.width=6 must be divisible by 4"),
         (
             ["model.rope=true", "model.heads=64"],

@@ -61,6 +61,11 @@ RUNS = [
         "python tools/import_latents.py --format mar .*", gives="data/imagenet256-mar/manifest.json"
     ),
     Run("python tools/encode_text.py data/photos data/photos-t5 .*", tells="model.text="),
+    Run(
+        "python tools/encode_features.py data/photos data/photos-lite0 .*",
+        "--encoder efficientnet_lite0@32",
+        tells="align.width=112",
+    ),
     Run("python tools/check_data.py data/photos", gives="data/photos/contact_sheet.png"),
     Run(".* data/photos --reshard 32 .*", gives="data/photos-32/000031.tar"),
     Run(
@@ -76,6 +81,7 @@ RUNS = [
     ),
     Run("python train.py --config mnist data.path=data/own .*", TRAINING, "runs/own/latest"),
     Run("python train.py --config mnist training.init=.*", TRAINING, "runs/tuned/latest"),
+    Run("python train.py .* align.block=2 .*", TRAINING, "runs/aligned/latest"),
     Run("torchrun .* train.py --config diffmoe_s_.*", TWO_RANKS, "runs/diffmoe_s_e16_flow/latest"),
     Run("deepspeed train.py --config diffmoe_l_.*", TWO_RANKS, "runs/diffmoe_l_e16_flow/latest"),
     Run("torchrun .* train.py --config captioned_.*", TWO_RANKS, "runs/captioned_digits/latest"),

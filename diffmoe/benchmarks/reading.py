@@ -13,7 +13,7 @@ import torch
 import webdataset
 
 from diffmoe.data.lanes import DataSource
-from diffmoe.data.manifest import Manifest
+from diffmoe.data.manifest import FeatureContent, Manifest
 from diffmoe.data.packing import ShardWriter
 from diffmoe.data.stream import LatentStream
 
@@ -27,8 +27,12 @@ def write_moments(
     flips: bool,
     shape: tuple[int, int, int] = (4, 32, 32),
     classes: int = 1000,
+    features: FeatureContent | None = None,
 ) -> Manifest:
-    """Shards of float16 moments; unless told otherwise like those of ImageNet at 256x256."""
+    """Shards of float16 moments; unless told otherwise like those of ImageNet at 256x256.
+
+    features: to align with, noise as well; without flips.
+    """
     writer = ShardWriter(
         directory,
         samples,
@@ -40,13 +44,18 @@ def write_moments(
         classes=classes,
         autoencoder="none",
         source="benchmark",
+        features=features,
     )
     rng = np.random.default_rng(0)
     with writer:
         channels, *size = shape
         for index in range(shards * samples):
-            arrays = rng.standard_normal((1 + flips, 2 * channels, *size)).astype(np.float16)
-            writer.add(f"{index:08d}", index % classes, *arrays)
+            array, *flip = rng.standard_normal((1 + flips, 2 * channels, *size)).astype(np.float16)
+            encoded = rng.standard_normal(features.shape).astype(np.float16) if features else None
+            own = () if encoded is None else (encoded,)
+            writer.add(
+                f"{index:08d}", index % classes, array, flip[0] if flips else None, features=own
+            )
     return writer.manifest
 
 

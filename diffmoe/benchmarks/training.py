@@ -35,6 +35,7 @@ from diffmoe.benchmarks.timing import (
 from diffmoe.config import Config
 from diffmoe.data.examples import Examples
 from diffmoe.data.lanes import DataSource
+from diffmoe.data.manifest import FeatureContent
 from diffmoe.data.stream import Batch, LatentStream
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
@@ -145,11 +146,23 @@ def random_batches(config: Config, topology: Topology) -> Iterator[Iterator[Batc
     shape = model.latent_shape
     n = config.training.batch_size // LANES
     with tempfile.TemporaryDirectory() as folder:
-        manifest = write_moments(Path(folder), 2 * LANES, 8 * n, False, shape, model.num_classes)
+        features = None
+        if config.align.block is not None:
+            map_shape = (config.align.width, *model.grid)
+            features = FeatureContent(encoder="none", layer="none", checksum=None, shape=map_shape)
+        manifest = write_moments(
+            Path(folder), 2 * LANES, 8 * n, False, shape, model.num_classes, features
+        )
         mine = LANES // topology.world
         yield iter(
             LatentStream(
-                DataSource(folder, manifest, lanes=LANES, seed=config.seed),
+                DataSource(
+                    folder,
+                    manifest,
+                    lanes=LANES,
+                    seed=config.seed,
+                    features_until=config.align.end,
+                ),
                 range(topology.rank * mine, (topology.rank + 1) * mine),
                 n,
                 workers=config.data.workers,

@@ -15,13 +15,23 @@ from diffmoe.tree import tree_map
 
 
 class Examples(NamedTuple):
-    """Noised samples of one micro-batch, ready for the network and the loss."""
+    """Noised samples of one micro-batch, ready for the network and the loss.
+
+    features: those of the batch, where there is something to align.
+    """
 
     data: Tensor
     noise: Tensor
     x_t: Tensor
     t: Tensor
     condition: Condition
+    features: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple:
+        """Arguments of the network's forward; with features it is asked for projected tokens."""
+        given = (self.x_t, self.t, self.condition)
+        return given if self.features is None else (*given, True)
 
 
 def micro_batches(
@@ -53,5 +63,7 @@ def micro_batches(
     for m in range(parts):
         data, eps, times = (part(tensor, m) for tensor in (batch.latents, all_noise, all_t))
         x_t = objective.corrupt(data, eps, times)
-        examples.append(Examples(data, eps, x_t, times, tree_map(partial(part, m=m), condition)))
+        own = tree_map(partial(part, m=m), condition)
+        features = tree_map(partial(part, m=m), batch.features)
+        examples.append(Examples(data, eps, x_t, times, own, features))
     return examples

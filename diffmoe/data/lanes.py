@@ -70,6 +70,7 @@ class DataSource:
 
     lanes: V. seed: of the order and of all draws.
     max_bad_shards: how many different shards may be unreadable before reading stops.
+    features_until: the clock up to which the image encoder's features are read, too.
 
     Raises UserError if there are fewer shards than lanes.
     """
@@ -80,9 +81,12 @@ class DataSource:
     seed: int
     fetch: Fetch = field(default_factory=Fetch)
     max_bad_shards: int = 0
+    features_until: float = 0
 
     def __post_init__(self) -> None:
         self.manifest.check_lanes(self.lanes)
+        if self.features_until and self.manifest.features is None:
+            raise ValueError(f"{self.features_until=}, but the manifest has no features")
 
     def address(self, number: int) -> str:
         """The path or URL of shard `number`."""

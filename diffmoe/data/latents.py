@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.data.captions import Captions
-from diffmoe.data.manifest import Manifest
+from diffmoe.data.manifest import FeatureContent, Manifest
 
 
 class Sample(NamedTuple):
@@ -19,6 +19,8 @@ class Sample(NamedTuple):
     array: the latent (C,H,W) or the moments (2C,H,W) of its posterior.
     flip: the same of the mirrored image, None without flips.
     captions: None where they are not read, or there are none.
+    features: of an image encoder, (Z,h,w) float16 of the image and, with flips, of its mirror
+        image; empty where they are not read, or there are none.
     """
 
     key: str
@@ -26,6 +28,7 @@ class Sample(NamedTuple):
     array: np.ndarray
     flip: np.ndarray | None = None
     captions: Captions | None = None
+    features: tuple[np.ndarray, ...] = ()
 
 
 class NotFinite(ValueError):
@@ -66,6 +69,17 @@ def stored_types(dtype: str | None) -> tuple[np.dtype, ...]:
     if dtype is None:
         return (np.dtype("float16"), np.dtype("float32"))
     return (np.dtype("uint16" if dtype == "bfloat16" else dtype),)
+
+
+def check_features(array: np.ndarray, content: FeatureContent) -> None:
+    """Raise ValueError for an array that does not fit the manifest's `features`."""
+    if array.dtype != np.float16 or array.shape != content.shape:
+        raise ValueError(
+            f"it is {array.dtype} {array.shape}, but the manifest's features say float16 "
+            f"{content.shape}"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError("it contains NaN or infinity")
 
 
 def draw_mirrored(n: int, manifest: Manifest, generator: torch.Generator) -> list[bool]:

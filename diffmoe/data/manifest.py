@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from diffmoe.config import BYTES, ModelConfig, TextConfig, show_size
+from diffmoe.config import BYTES, AlignConfig, ModelConfig, TextConfig, show_size
 from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import does_not_exist, read_json, replacing
 from diffmoe.latent_spec import LatentSpec
@@ -94,6 +94,30 @@ class TextContent(BaseModel):
         return as_words(self.settings())
 
 
+class FeatureContent(BaseModel):
+    """The features of each sample's image, a float16 map (Z,h,w) of a frozen encoder.
+
+    Member `features.npy`, and `features_flip.npy` of the mirrored image where data has flips.
+
+    encoder: its name, with the size that it sees as @SIZE. layer: which of its outputs. checksum:
+        the first digits of its weights' SHA-256; None of a function. shape: (Z,h,w).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: str = Field(min_length=1)
+    layer: str
+    checksum: str | None
+    shape: tuple[int, int, int]
+
+    @field_validator("shape")
+    @classmethod
+    def _shape_is_possible(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        if min(shape) < 1 or math.prod(shape) > _MAX_NUMBERS:
+            raise ValueError(f"{shape} must be of positive numbers, {_MAX_NUMBERS:,} in all")
+        return shape
+
+
 class Manifest(BaseModel):
     """What every shard of a folder holds.
 
@@ -117,6 +141,7 @@ class Manifest(BaseModel):
         shard's name, such as "pipe:aws s3 cp s3://bucket/latents/{} -". An address that starts a
         program is read only if the command line allows it (data.allow_commands=true).
     text: of samples with captions, else None.
+    features: of samples with an image encoder's features, else None.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -139,6 +164,7 @@ class Manifest(BaseModel):
     skipped: list[str] = []
     location: str | None = None
     text: TextContent | None = None
+    features: FeatureContent | None = None
 
     @field_validator("shape")
     @classmethod
@@ -187,6 +213,8 @@ class Manifest(BaseModel):
         fields = dump(self)
         if self.version == 1:
             fields.pop("mirrored", None)
+        if self.features is None:
+            fields.pop("features", None)
         return fields
 
     @property
@@ -224,6 +252,13 @@ class Manifest(BaseModel):
     def stores_flips(self) -> bool:
         """Whether each sample also holds the mirrored image's array."""
         return self.flips and self.mirrored == "stored"
+
+    @property
+    def feature_members(self) -> list[str]:
+        """The npy members of an image encoder's features: of the image, and of its mirror image."""
+        if self.features is None:
+            return []
+        return ["features.npy", "features_flip.npy"][: 1 + self.flips]
 
     @property
     def array_shape(self) -> tuple[int, int, int]:
@@ -371,6 +406,24 @@ class Manifest(BaseModel):
                 f"{FILE_NAME} of the data: classes={self.classes}, but model.num_classes="
                 f"{model.num_classes}; set {settings}, or data.path to other "
                 "data"
+            )
+
+    def check_align(self, align: AlignConfig) -> None:
+        """Raise UserError where alignment is wanted and the shards hold no such features."""
+        if align.block is None:
+            return
+        if self.features is None:
+            raise UserError(
+                f"{FILE_NAME} of the data: there are no features, but align.block={align.block} "
+                "aligns with them; add them (python tools/encode_features.py --help), or set "
+                "align.block=null"
+            )
+        channels = self.features.shape[0]
+        if channels != align.width:
+            raise UserError(
+                f"{FILE_NAME} of the data: features of {self.features.encoder} have {channels} "
+                f"channels, but align.width={align.width}; set align.width={channels}, or "
+                "data.path to other data"
             )
 
     def _check_text(self, model: TextConfig, settings: str) -> None:

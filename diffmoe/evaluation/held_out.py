@@ -99,11 +99,11 @@ class HeldOut:
         measured_2N = torch.zeros(2, self.samples, dtype=torch.float64)
         device = network.positions.device
         for number in self.mine:
-            data, noise, x_t, t, condition = tree_map(
-                lambda tensor: tensor.to(device), self.examples(number)
-            )
-            out = network(x_t, t, condition)
-            loss_B = self.objective.loss(out.prediction, x_t, data, noise, t)["loss"]
+            one = tree_map(lambda tensor: tensor.to(device), self.examples(number))
+            out = network(*one.inputs)
+            loss_B = self.objective.loss(out.prediction, one.x_t, one.data, one.noise, one.t)[
+                "loss"
+            ]
             first, size = number * BATCH, len(loss_B)
             measured_2N[0, first : first + size] = loss_B.double().cpu()
             if out.routing:

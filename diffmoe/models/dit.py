@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from diffmoe.conditions import Condition, Text, is_unconditional
-from diffmoe.config import ModelConfig, MoEConfig
+from diffmoe.config import AlignConfig, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
+from diffmoe.models.alignment import Projector, is_of_projector
 from diffmoe.models.blocks import (
     Block,
     TimestepEmbedder,
@@ -34,10 +35,14 @@ from diffmoe.seeding import keyed_generator
 
 
 class DiTOutput(NamedTuple):
-    """prediction (B, C or 2C, H, W) in fp32 at least, and each MoE layer's routing, in order."""
+    """prediction (B, C or 2C, H, W) in fp32 at least, and each MoE layer's routing, in order.
+
+    projected: (B, T, Z), the aligned block's tokens as the features of an encoder, if asked for.
+    """
 
     prediction: Tensor
     routing: list[LayerRouting]
+    projected: Tensor | None = None
 
 
 # torch.export.save and load find the types by these names; torch has no public function for it.
@@ -63,9 +68,12 @@ class DiT(nn.Module):
         moe: MoEConfig,
         topology: Topology | None = None,
         seed: int | None = 0,
+        align: AlignConfig | None = None,
     ) -> None:
         """seed: of the initial values, see `initialize`. None leaves the parameters uninitialized,
         for a network that is filled next; on the meta device there is nothing to initialize.
+
+        align: for training alone; its block's tokens get a projector.
         """
         super().__init__()
         topology = topology or Topology()
@@ -95,6 +103,10 @@ class DiT(nn.Module):
             )
             for index in range(model.depth)
         )
+        self.projector: Projector | None = None
+        self.aligned_block = None if align is None else align.block
+        if align is not None and align.block is not None:
+            self.projector = Projector(align, model.width, model.grid)
         self.final_norm = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
         self.final_adaln = zero_linear(model.width, 2 * model.width)
         self.final = zero_linear(model.width, model.patch_size**2 * self.out_channels)
@@ -112,17 +124,20 @@ class DiT(nn.Module):
         model = self.config
         return dense_mlp(model.width, int(model.width * model.mlp_ratio), model.mlp_activation)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> DiTOutput:
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Condition, project: bool = False
+    ) -> DiTOutput:
         """The prediction for noisy latents x (B, C, H, W) at times t (B,).
 
         condition: labels (B,), where num_classes is the null label; or captions, of a text model.
+        project: also return the projected tokens, of a network with a projector.
         Raises ValueError for inputs of other shapes or types.
         """
         check_inputs(self.config, x, t, condition)
         with autocast_to(self.autocast, x):
-            return self._forward(x, t, condition)
+            return self._forward(x, t, condition, project)
 
-    def _forward(self, x: Tensor, t: Tensor, condition: Condition) -> DiTOutput:
+    def _forward(self, x: Tensor, t: Tensor, condition: Condition, project: bool) -> DiTOutput:
         x_BDT = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2)
         # A sum has its first term's memory layout: without a copy, that of the patches in all
         # blocks.
@@ -136,11 +151,14 @@ class DiT(nn.Module):
         time_BD = self.timestep_embed(t)
         condition_BD = time_BD + vector
         null_B = is_unconditional(condition, self.config.num_classes)
-        routing = []
-        for block in self.blocks:
+        routing, projected = [], None
+        for number, block in enumerate(self.blocks, 1):
             x_BTD, layer_routing = block(
                 x_BTD, condition_BD, time_BD, null_B, self.rotation, context
             )
+            if project and number == self.aligned_block:
+                assert self.projector is not None
+                projected = self.projector(x_BTD)
             if layer_routing is None:
                 continue
             if layer_routing.target_prediction is not None:
@@ -149,7 +167,7 @@ class DiT(nn.Module):
             routing.append(layer_routing)
         shift, scale = self.final_adaln(F.silu(condition_BD)).chunk(2, dim=-1)
         patches = self.final(modulate(self.final_norm(x_BTD), shift, scale))
-        return DiTOutput(self._unpatchify(patches), routing)
+        return DiTOutput(self._unpatchify(patches), routing, projected)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p*p*C) -> (B, C, H, W), in fp32 at least."""
@@ -317,9 +335,10 @@ class DiT(nn.Module):
         return initializers_of(self)[name](shape, generator)
 
     def parameter_count(self) -> int:
-        """Trainable parameters of the whole model, all ranks' experts included."""
+        """Trainable parameters of the whole model, all ranks' experts included, no projector."""
         experts = self.expert_parameters()
         return sum(
             parameter.numel() * (self.topology.expert_parallel if name in experts else 1)
             for name, parameter in self.named_parameters()
+            if not is_of_projector(name)
         )

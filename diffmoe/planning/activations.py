@@ -36,10 +36,22 @@ def kept_bytes(layout: Layout) -> int:
         kept += moe_layers * _routing(layout)
     if model.text is not None:  # tokens before and after cross-attention
         kept += captions.embedding_bytes(layout) + model.depth * S * D * a
+    if config.align.block is not None:
+        kept += _alignment(layout)
     if config.training.activation_checkpointing:
         return kept
     attention, cross, dense, mixture = _checkpointed(layout)
     return kept + model.depth * (attention + cross) + dense_layers * dense + moe_layers * mixture
+
+
+def _alignment(layout: Layout) -> int:
+    """What the projector and its loss save; the block's tokens are counted there."""
+    align, S, a = layout.config.align, layout.tokens, layout.element
+    kept = 0
+    if align.projector == "mlp":  # both hidden layers, before and after the activation
+        kept += 4 * S * align.hidden * a
+    # Projected tokens and targets in fp32, and what the cosine makes of both.
+    return kept + 4 * S * align.width * F32
 
 
 def _checkpointed(layout: Layout) -> tuple[int, int, int, int]:

@@ -1,5 +1,7 @@
 """FLOPs of matrix products; a multiply-add counts as two."""
 
+from itertools import pairwise
+
 from diffmoe.parallel.orthogonalize import flops
 from diffmoe.planning import captions
 from diffmoe.planning.layouts import Layout
@@ -73,6 +75,17 @@ def mixture_flops(layout: Layout) -> int:
     return experts + shared
 
 
+def projector_products(layout: Layout) -> list[int]:
+    """FLOPs of the forward of each product of an aligned run's projector."""
+    align, S, D = layout.config.align, layout.tokens, layout.config.model.width
+    if align.block is None:
+        return []
+    if align.projector == "conv":
+        return [2 * S * 9 * D * align.width]
+    sizes = (D, align.hidden, align.hidden, align.width)
+    return [2 * S * into * out for into, out in pairwise(sizes)]
+
+
 def router_products(layout: Layout) -> list[tuple[int, bool]]:
     """Of one MoE layer: (FLOPs, whether the input has a gradient) of router and predictor."""
     moe, S, D = layout.config.moe, layout.tokens, layout.config.model.width
@@ -109,6 +122,7 @@ def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
         (2 * B * D * 2 * D, True),
         (2 * S * D * out, True),
         *((layout.moe_layers * work, has_input) for work, has_input in router_products(layout)),
+        *((work, True) for work in projector_products(layout)),
     ]
     attention = model.depth * 4 * S * T * inner
     if model.text is not None:

@@ -26,6 +26,7 @@ PINNED = 1.5
 # Batches per rank: prefetched by the workers; and, of data, noise and their mixture each, those
 # that are ready, the next one, and the one in use.
 BATCHES = 4 + 3 * (2 + 1 + 1)
+FEATURES = 4 + (2 + 1 + 1)  # the same of an aligned run's features, which are not noised
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class HostMemory:
     """Bytes of one node.
 
     network: the ranks' weights, created on the host and then moved to the GPUs. states: offloaded
-    optimizer states. saves: copies for saving checkpoints. loader: batches.
+    optimizer states. saves: copies for saving checkpoints. loader: batches, with the features of an
+    aligned run.
     """
 
     processes: int
@@ -58,7 +60,9 @@ def host_memory(layout: Layout) -> HostMemory:
         network=ranks * (sizes.dense + sizes.routing + sizes.experts) * MASTER,
         states=ranks * _offloaded(layout),
         saves=int(ranks * _saved(layout) * (1 if layout.zero.offload else PINNED)),
-        loader=ranks * BATCHES * (config.training.batch_size // layout.world) * _sample(layout),
+        loader=ranks
+        * (config.training.batch_size // layout.world)
+        * (BATCHES * _sample(layout) + FEATURES * layout.features_per_sample),
     )
 
 

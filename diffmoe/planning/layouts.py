@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffmoe.config import ZERO_BUCKET, Config, ModelConfig, MoEConfig
+from diffmoe.config import ZERO_BUCKET, AlignConfig, Config, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.matrices import hidden_matrices
@@ -57,6 +57,7 @@ class Zero:
 class Sizes:
     """Trainable elements of one rank: dense ones, those that route, and those of its experts.
 
+    The projector of an aligned run is dense.
     largest: elements of the largest parameter. matrices, expert_matrices: of dense parameters and
     of experts, those that Muon orthogonalizes, in the network's order.
     """
@@ -70,13 +71,14 @@ class Sizes:
 
 
 @lru_cache(maxsize=64)
-def sizes_of(model_json: str, moe_json: str, expert_parallel: int) -> Sizes:
+def sizes_of(model_json: str, moe_json: str, align_json: str, expert_parallel: int) -> Sizes:
     topology = Topology(expert_parallel=expert_parallel)
     with torch.device("meta"):
         network = DiT(
             ModelConfig.model_validate_json(model_json),
             MoEConfig.model_validate_json(moe_json),
             topology,
+            align=AlignConfig.model_validate_json(align_json),
         )
     of_experts = network.expert_parameters()
     experts = sum(parameter.numel() for parameter in of_experts.values())
@@ -128,7 +130,10 @@ class Layout:
     def sizes(self) -> Sizes:
         config = self.config
         return sizes_of(
-            config.model.model_dump_json(), config.moe.model_dump_json(), self.expert_parallel
+            config.model.model_dump_json(),
+            config.moe.model_dump_json(),
+            config.align.model_dump_json(),
+            self.expert_parallel,
         )
 
     @property
@@ -144,6 +149,12 @@ class Layout:
     @property
     def tokens_per_sample(self) -> int:
         return math.prod(self.config.model.grid)
+
+    @property
+    def features_per_sample(self) -> int:
+        """Bytes of an aligned sample's features, on a grid like that of the tokens, in float16."""
+        align = self.config.align
+        return 0 if align.block is None else self.tokens_per_sample * align.width * BYTES["bf16"]
 
     @property
     def moe_layers(self) -> int:

@@ -15,7 +15,7 @@ def parameter_table(config: Config) -> str:
     multiplied beside the rate. Experts are all there, whatever ranks share them.
     """
     with torch.device("meta"):
-        network = DiT(config.model, config.moe)
+        network = DiT(config.model, config.moe, align=config.align)
     optimizer = config.optimizer
     matrices = hidden_matrices(network) if optimizer.type == "muon" else {}
     lines, elements = [], {"muon": 0, "adamw": 0}

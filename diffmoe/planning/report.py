@@ -4,6 +4,7 @@ import math
 from dataclasses import fields
 
 from diffmoe.planning.estimate import Plan
+from diffmoe.planning.layouts import Layout
 from diffmoe.planning.memory import CONTEXT_BYTES, FRAGMENTATION, Memory
 
 GB = 1e9
@@ -53,6 +54,7 @@ def plan_details(one: Plan, node_memory: float) -> str:
         f"+ {host.states / GB:.1f} for offloaded states + {host.loader / GB:.1f} for batches",
         f"  work: {one.flops / 1e12:.2f} TFLOP per GPU and step; about {one.seconds:.3f} s/step, "
         f"{batch / one.seconds:.0f} samples/s",
+        *_features(layout),
         "  collectives of one step, MB sent per GPU:            in its node  between nodes",
     ]
     lines += [
@@ -61,6 +63,18 @@ def plan_details(one: Plan, node_memory: float) -> str:
         for c in one.traffic
     ]
     return "\n".join(lines)
+
+
+def _features(layout: Layout) -> list[str]:
+    """What an aligned run reads beside its latents."""
+    size, batch = layout.features_per_sample, layout.config.training.batch_size
+    if not size:
+        return []
+    step = size * batch // layout.world
+    return [
+        f"  features to align with: {size / 1e3:.1f} kB per sample, {step / 1e6:.1f} MB read per "
+        "GPU and step, if their grid is that of the tokens"
+    ]
 
 
 def _given(one: Plan, node_memory: float) -> str:

@@ -16,7 +16,7 @@ from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.data.captions import Captions
 from diffmoe.data.fetching import Fetch, Unreadable, open_shard
 from diffmoe.data.latents import Sample, from_stored, model_latents
-from diffmoe.data.manifest import Manifest, TextContent
+from diffmoe.data.manifest import FeatureContent, Manifest, TextContent
 from diffmoe.data.reading import OpenShard, unreadable
 from diffmoe.errors import UserError
 from diffmoe.prepare.blank_images import BlankImages, blank_on_sheet
@@ -86,6 +86,7 @@ def check_data(
         + f", scaled {manifest.scaled}, scale {manifest.scale}, shift {manifest.shift}",
         f"autoencoder {manifest.autoencoder}, pixels {manifest.pixel_range}; {manifest.source}",
         *_histogram(labels, manifest),
+        *(["features " + _feature_line(manifest.features)] if manifest.features else []),
         *([] if manifest.text is None or not lengths else _caption_lines(lengths, manifest.text)),
     ]
     if labels:
@@ -121,6 +122,8 @@ def _samples(
                 try:
                     sample = opened.sample(index)
                     captions = None if manifest.text is None else opened.captions(index)
+                    for mirrored in range(len(manifest.feature_members)):
+                        opened.features(index, bool(mirrored))
                 except UserError as error:
                     report.problems.append(str(error))
                 else:
@@ -230,6 +233,11 @@ def _caption_lines(lengths: list[list[int]], text: TextContent) -> list[str]:
 def _names(labels: list[int], names: list[str]) -> str:
     """Of the classes in a line of the sheet, which is sorted by them."""
     return ", ".join(names[label] for label in dict.fromkeys(labels))
+
+
+def _feature_line(content: FeatureContent) -> str:
+    channels, height, width = content.shape
+    return f"of {content.encoder}, {content.layer}: {channels} channels on {height}x{width}"
 
 
 def _write_sheet(

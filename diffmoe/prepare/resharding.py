@@ -91,6 +91,7 @@ def rewrite(
     fields = manifest.model_dump(exclude={"version", "shards", "skipped", "location"})
     fields |= changes or {}
     names = [f"{manifest.member}.npy"] + [f"{manifest.member}_flip.npy"] * manifest.stores_flips
+    of_image = manifest.feature_members
 
     def read(item: PackedItem) -> Sample:
         try:
@@ -98,10 +99,16 @@ def rewrite(
                 raw = {
                     name: read_member(stream.fileno(), member)
                     for name, member in item.members.items()
-                    if name in (*names, *FEATURES, "txt", "cls")
+                    if name in (*names, *FEATURES, *of_image, "txt", "cls")
                 }
             array, *flip = (decode_npy(raw[name]) for name in names)
-            sample = Sample(item.name, int(raw["cls"]), array, flip[0] if flip else None)
+            sample = Sample(
+                item.name,
+                int(raw["cls"]),
+                array,
+                flip[0] if flip else None,
+                features=tuple(decode_npy(raw[name]) for name in of_image),
+            )
             if fields["text"] is None:
                 return sample
             features = (decode_npy(raw[name]) if name in raw else None for name in FEATURES)

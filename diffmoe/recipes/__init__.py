@@ -14,7 +14,10 @@ from diffmoe.files import cannot_read, read_text
 _LIMIT = 64 << 10  # bytes of a file, and values in it; recipes have some two thousand bytes
 RECIPES = Path(__file__).parent
 # Recipes of one file each; the others are rows of presets.yaml over imagenet.yaml.
-_WHOLE = ("mnist", "captioned_digits", "t2i_s_e8", "t2i_l_e16")
+_WHOLE = (
+    *("mnist", "captioned_digits", "t2i_s_e8", "t2i_l_e16"),
+    *("diffmoe_l_e16_repa", "diffmoe_xl_e16_rae"),
+)
 _OBJECTIVES = ("flow", "ddpm")
 
 

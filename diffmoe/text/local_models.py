@@ -65,12 +65,15 @@ def _load(folder: str | Path, name: str, **options: Any) -> Any:
         ) from error
 
 
-def checksum_of(model: nn.Module, tokenizer: Any) -> str:
-    """Of the weights and the vocabulary, independent of file formats and library versions."""
+def checksum_of(model: nn.Module, tokenizer: Any = None) -> str:
+    """Of the weights, and the vocabulary if there is one, independent of file formats and library
+    versions.
+    """
     # Parameter names change between versions of transformers, their values do not.
     weights = sorted(_digest(parameter) for parameter in model.parameters())
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256("\n".join([*weights, vocabulary]).encode()).hexdigest()[:16]
+    if tokenizer is not None:
+        weights.append(json.dumps(sorted(tokenizer.get_vocab().items())))
+    return hashlib.sha256("\n".join(weights).encode()).hexdigest()[:16]
 
 
 def _digest(tensor: Tensor) -> str:

@@ -21,6 +21,7 @@ from diffmoe.checkpoints.run_file import Origin, RunFile, SavedBy, read_run_file
 from diffmoe.clock import Clock
 from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
+from diffmoe.models.alignment import is_of_projector
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.muon import Muon
 from diffmoe.parallel.zero import owned_ranges
@@ -66,7 +67,9 @@ def pieces(engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> dict[st
     optimizer = engine.optimizer.optimizer
     for owned in owned_ranges(engine, network, network.expert_parameters()):
         total = torch.Size(owned.shape).numel()
-        tensors = {"weights": owned.master, **ema.pieces(owned)}
+        tensors = {"weights": owned.master}
+        if not is_of_projector(owned.name):  # nothing samples with it
+            tensors |= ema.pieces(owned)
         tensors |= owned.state(optimizer)
         for key, tensor in tensors.items():
             state[f"{key}/{owned.name}"] = Piece.of(tensor, owned.start, total)

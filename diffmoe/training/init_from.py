@@ -16,6 +16,7 @@ from diffmoe.errors import UserError
 from diffmoe.export.exported_model import ExportedModel, is_exported
 from diffmoe.export.sources import Source
 from diffmoe.hash_cache import cached_sha256
+from diffmoe.models.alignment import is_of_projector
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.parallel.zero import owned_ranges
@@ -42,7 +43,7 @@ def load(
     """
     with _adapted(config, manifest, verify=True) as adapted:
         for owned in owned_ranges(engine, network, network.expert_parameters()):
-            if owned.name not in adapted.fresh:
+            if owned.name not in adapted.fresh and not is_of_projector(owned.name):
                 flat = adapted.read(owned.name).reshape(-1)
                 owned.master.copy_(flat[owned.start : owned.start + len(owned.master)])
         engine.optimizer.update_lp_params()

@@ -93,6 +93,7 @@ def train(
         seed=config.seed,
         fetch=Fetch.of(config.data),
         max_bad_shards=config.data.max_bad_shards,
+        features_until=config.align.end,
     )
     data = LatentStream(
         source,

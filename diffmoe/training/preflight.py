@@ -39,4 +39,5 @@ def check_data(config: Config) -> Manifest:
     manifest.check(config.data.path, max_bad_shards=config.data.max_bad_shards)
     manifest.check_model(config.model, config.data.lanes)  # which names the lanes, too
     manifest.check_lanes(config.data.lanes)
+    manifest.check_align(config.align)
     return manifest

@@ -27,6 +27,11 @@ _SHAPE = (
     "moe.expert_ratio",
     "moe.shared_expert_ratio",
     "moe.shared_expert_activation",
+    # Of the projector beside it.
+    "align.block",
+    "align.projector",
+    "align.width",
+    "align.hidden",
 )
 # Where it runs and what it tells; the numbers stay (to rounding, on another layout).
 _HARMLESS = (

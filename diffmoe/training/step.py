@@ -14,6 +14,7 @@ from diffmoe.config import Config
 from diffmoe.data.examples import Examples, micro_batches
 from diffmoe.data.stream import Batch
 from diffmoe.diffusion import Objective, create_objective
+from diffmoe.models.alignment import alignment_loss, alignment_targets
 from diffmoe.models.dit import DiT
 from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.moe import LayerRouting, routing_loss
@@ -33,7 +34,7 @@ def build(
     config: Config, ds_settings: dict[str, Any], topology: Topology, device: torch.device
 ) -> tuple[DiT, DeepSpeedEngine]:
     """The initialized network in training mode, and its DeepSpeed engine."""
-    network = DiT(config.model, config.moe, topology, config.seed).to(device)
+    network = DiT(config.model, config.moe, topology, config.seed, config.align).to(device)
     network.checkpoint_activations(config.training.activation_checkpointing)
     network.train()
     if config.training.precision == "bf16":
@@ -74,7 +75,7 @@ def losses_of(
     engine: DeepSpeedEngine, objective: Objective, examples: Examples, config: Config
 ) -> tuple[Tensor, dict[str, Tensor], list[LayerRouting]]:
     """Forward of one micro-batch. Returns (loss, its parts by name, routing of each MoE layer)."""
-    output = engine(examples.x_t, examples.t, examples.condition)
+    output = engine(*examples.inputs)
     given = (examples.x_t, examples.data, examples.noise, examples.t)
     parts = objective.loss(output.prediction, *given)
     parts = {name: part.mean() for name, part in parts.items()}
@@ -86,6 +87,11 @@ def losses_of(
         auxiliary = auxiliary + config.moe.target_loss_weight * parts["target_loss"]
     loss = parts["loss"] + auxiliary
     parts["routing_loss"] = torch.zeros_like(loss) + auxiliary
+    if examples.features is not None:
+        grid, spatial = config.model.grid, config.align.projector == "conv"
+        wanted_BTZ = alignment_targets(examples.features, grid, spatial)
+        parts["alignment_loss"] = alignment_loss(output.projected, wanted_BTZ)
+        loss = loss + config.align.weight * parts["alignment_loss"]
     return loss, parts, output.routing
 
 

@@ -64,8 +64,21 @@ def test_shipped_studies_compare_equal_work(name: str):
             assert of.parameters == pytest.approx(first["softmax"].parameters, rel=0.03), variant
 
 
+def test_the_study_of_alignment_changes_nothing_else():
+    """The same network on the same shards; a projector beside it, and what that costs."""
+    runs = [run for run in runs_of(read_study("alignment")) if run.seed == 0]
+    found = {run.variant: (run.config, size(run, 1.0)) for run in runs}
+    plain, of_plain = found.pop("plain")
+    assert plain.align.end == 0
+    for config, of in found.values():
+        assert config.replace({"align": {}, "output": plain.output}) == plain.replace({"align": {}})
+        assert 1 < of.forward_flops / of_plain.forward_flops < 1.2
+        assert of.parameters == of_plain.parameters
+    assert {config.align.end for config, _ in found.values()} == {math.inf, 25600}
+
+
 def test_a_study_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(UserError, match="study mnst: there is none; choose captioned"):
+    with pytest.raises(UserError, match="study mnst: there is none; choose alignment"):
         read_study("mnst")
 
 

@@ -112,6 +112,28 @@ def test_draws_differ_from_step_to_step_and_lane_to_lane(tmp_path, pack):
     assert len(set(values)) == 8
 
 
+def test_features_are_of_the_view_that_was_drawn_and_end_at_a_clock(tmp_path, pack):
+    content = {"encoder": "e", "layer": "l", "checksum": None, "shape": (3, 2, 2)}
+    manifest = pack(tmp_path, RAGGED, flips=True, features=content)
+    until = 3 * LANES * N
+    options = {"steps": 5, "features_until": until}
+    found = batches(tmp_path, manifest, **options)
+    assert [batch.features is None for batch in found] == [False] * 3 + [True] * 2
+    signs = set()
+    for batch in found[:3]:
+        assert batch.features.shape == (LANES * N, 3, 2, 2)
+        assert batch.features.dtype == torch.float16
+        own = batch.features[:, 0, 0, 0].float()
+        assert torch.equal(own, batch.latents[:, 0, 0, 0])
+        signs |= set(own.sign().tolist())
+    assert signs >= {1, -1}
+    assert equal(batches(tmp_path, manifest, workers=2, **options), found)
+    resumed = batches(tmp_path, manifest, steps=3, features_until=until, clock=2 * LANES * N)
+    assert equal(resumed, found[2:])
+    without = [batch._replace(features=None) for batch in found]
+    assert equal(batches(tmp_path, manifest, steps=5), without)
+
+
 def test_reading_leaves_the_global_generator_alone(plain):
     torch.manual_seed(0)
     expected = torch.rand(1)

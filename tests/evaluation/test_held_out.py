@@ -10,6 +10,7 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.evaluation import held_out
 from diffmoe.evaluation.held_out import BINS, HeldOut, training_routing
+from diffmoe.tree import tree_cat
 from tests.helpers.networks import network_of
 from tests.helpers.runs import pack
 from tests.helpers.tiny import tiny_config
@@ -108,11 +109,10 @@ def test_losses_are_those_of_the_objective_on_all_samples_at_once(folder: str):
     config = tiny_config()
     network = network_of(config)
     of = HeldOut(config, folder, SAMPLES)
-    columns = zip(*(of.examples(number) for number in of.mine), strict=True)
-    data, noise, x_t, t, condition = (torch.cat(column) for column in columns)
+    every = tree_cat([of.examples(number) for number in of.mine])
     with torch.no_grad():
-        prediction, routed = network(x_t, t, condition)
-    expected_N = (prediction - (data - noise)).square().flatten(1).mean(dim=1)
+        prediction, routed, _ = network(*every.inputs)
+    expected_N = (prediction - (every.data - every.noise)).square().flatten(1).mean(dim=1)
     found_N, experts_N = of.measure(network)
     torch.testing.assert_close(found_N, expected_N.double(), rtol=1e-6, atol=0)
     pairs = sum(layer.selected_ES.sum() for layer in routed).item()

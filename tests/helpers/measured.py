@@ -13,6 +13,7 @@ from diffmoe.checkpoints.pieces import HostCopy
 from diffmoe.config import Config
 from diffmoe.data.examples import micro_batches
 from diffmoe.diffusion import create_objective
+from diffmoe.models.alignment import alignment_loss, alignment_targets
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import create_topology
@@ -107,7 +108,7 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
 def saved_bytes(config: Config) -> int:
     """What autograd keeps at the end of one forward of one process, each storage once."""
     objective = create_objective(config.diffusion)
-    network = randomize(DiT(config.model, config.moe)).train()
+    network = randomize(DiT(config.model, config.moe, align=config.align)).train()
     network.checkpoint_activations(config.training.activation_checkpointing)
     if config.training.precision == "bf16":
         network.to_bf16()
@@ -116,11 +117,15 @@ def saved_bytes(config: Config) -> int:
         iter(micro_batches(random_batch(config, 0, lanes), config, lanes, 0, objective))
     )
     with Saved(network.parameters()) as saved:
-        output = network(examples.x_t, examples.t, examples.condition)
+        output = network(*examples.inputs)
         loss = objective.loss(
             output.prediction, examples.x_t, examples.data, examples.noise, examples.t
         )["loss"].mean()
         loss = loss + routing_loss(output.routing, config.moe)
+        if output.projected is not None:
+            spatial = config.align.projector == "conv"
+            targets = alignment_targets(examples.features, config.model.grid, spatial)
+            loss = loss + alignment_loss(output.projected, targets)
     return saved.bytes
 
 

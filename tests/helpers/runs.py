@@ -16,6 +16,7 @@ from torch import Tensor
 from diffmoe.checkpoints.pieces import IndexReader
 from diffmoe.config import Config
 from diffmoe.data.captions import Captions
+from diffmoe.data.manifest import Manifest
 from diffmoe.data.packing import ShardWriter
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny_config
@@ -32,6 +33,7 @@ def pack(
 ) -> Path:
     """A data folder that fits `tiny_config`; with `text` of bytes two captions a sample.
 
+    With `features` random ones; nothing else in the shards' members depends on them.
     wrong_label: (sample, the label it gets). first: number of the first sample.
     """
     counts = counts or SAMPLES
@@ -49,8 +51,20 @@ def pack(
             array = np.random.default_rng(i).standard_normal(writer.manifest.array_shape)
             label = wrong_label[1] if wrong_label and i == wrong_label[0] else i % 5
             captions = Captions([f"{i}", f"no {i}"]) if "text" in changes else None
-            writer.add(f"{i:05d}", label, array.astype(np.float32), captions=captions)
+            features = [
+                random_features(writer.manifest, i) for _ in writer.manifest.feature_members
+            ]
+            writer.add(
+                f"{i:05d}", label, array.astype(np.float32), captions=captions, features=features
+            )
     return folder
+
+
+def random_features(manifest: Manifest, sample: int) -> np.ndarray:
+    """Of a sample, as an image encoder's."""
+    assert manifest.features is not None
+    drawn = np.random.default_rng([sample, 1]).standard_normal(manifest.features.shape)
+    return drawn.astype(np.float16)
 
 
 def run_config(folder: Path, steps: int, **changes: Any) -> Config:

@@ -38,13 +38,19 @@ def pack(
     captions_of: Callable[[int], Captions | None] = lambda index: None,
     **changes,
 ) -> Manifest:
-    """Shards of these counts; the mirrored array of sample i, if wanted, begins with -i."""
+    """Shards of these counts; the mirrored array of sample i, if wanted, begins with -i.
+
+    The same holds for an image encoder's features, if wanted.
+    """
     writer = ShardWriter(directory, counts, **{**FIELDS, **changes})
     with writer:
         for i in range(sum(counts)):
             shape = writer.manifest.array_shape
             flip = array_of(i, shape, sign=-1) if writer.manifest.flips else None
-            writer.add(f"{i:05d}", i % 7, array_of(i, shape), flip, captions_of(i))
+            content = writer.manifest.features
+            signs = (1, -1)[: len(writer.manifest.feature_members)]
+            features = [array_of(i, content.shape, sign).astype(np.float16) for sign in signs]
+            writer.add(f"{i:05d}", i % 7, array_of(i, shape), flip, captions_of(i), features)
     return writer.manifest
 
 

@@ -73,7 +73,16 @@ def random_batch(config: Config, step: int, lanes: range) -> Batch:
         torch.cat([torch.randn(shape, generator=g) for g in generators]),
         torch.cat([torch.randint(model.num_classes, (n,), generator=g) for g in generators]),
         model.text and tree_cat([random_text(model.text, n, g) for g in generators]),
+        _random_features(config, n, generators),
     )
+
+
+def _random_features(config: Config, samples: int, generators: list) -> Tensor | None:
+    """On a grid of 3x5, which is not that of the tokens."""
+    if config.align.block is None:
+        return None
+    shape = (samples, config.align.width, 3, 5)
+    return torch.cat([torch.randn(shape, generator=g) for g in generators]).half()
 
 
 def random_text(text: TextConfig, samples: int, generator: torch.Generator) -> Text:

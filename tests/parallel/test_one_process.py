@@ -11,6 +11,7 @@ from diffmoe.checkpoints.network import routing_buffers
 from diffmoe.config import Config
 from diffmoe.data.examples import micro_batches
 from diffmoe.diffusion import create_objective
+from diffmoe.models.alignment import alignment_loss, alignment_targets
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import create_topology
@@ -33,13 +34,16 @@ def loss_of(output: Any, examples: Any, config: Config, objective: Any) -> Tenso
     loss = objective.loss(
         output.prediction, examples.x_t, examples.data, examples.noise, examples.t
     )["loss"].mean()
+    if examples.features is not None:
+        targets = alignment_targets(examples.features, config.model.grid, spatial=False)
+        loss = loss + config.align.weight * alignment_loss(output.projected, targets)
     return loss + routing_loss(output.routing, config.moe)
 
 
 def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
     """Plain torch: whole batch (in `pools` parts, one after the other), SGD, torch's clipping."""
     objective = create_objective(config.diffusion)
-    network = randomize(DiT(config.model, config.moe))
+    network = randomize(DiT(config.model, config.moe, align=config.align))
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
     trackers = [RoutingState(network) for _ in range(pools)]
     lanes = config.data.lanes // pools
@@ -51,7 +55,7 @@ def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
             mine = range(part * lanes, (part + 1) * lanes)
             batch = random_batch(config, step, mine)
             for examples in micro_batches(batch, config, mine, step, objective):
-                output = network(examples.x_t, examples.t, examples.condition)
+                output = network(*examples.inputs)
                 loss = loss_of(output, examples, config, objective)
                 loss = loss / pools / config.training.accumulation
                 loss.backward()
@@ -73,7 +77,7 @@ def on_rank(config: Config) -> dict[str, Any]:
     """The same through topology, engine and ZeRO; weights are this rank's."""
     objective = create_objective(config.diffusion)
     topology = create_topology(config.parallel.expert_parallel)
-    network = randomize(DiT(config.model, config.moe, topology)).train()
+    network = randomize(DiT(config.model, config.moe, topology, align=config.align)).train()
     engine = create_engine(
         network,
         experts=network.expert_parameters(),
@@ -92,7 +96,7 @@ def on_rank(config: Config) -> dict[str, Any]:
         for examples in micro_batches(
             random_batch(config, step, mine), config, mine, step, objective
         ):
-            output = engine(examples.x_t, examples.t, examples.condition)
+            output = engine(*examples.inputs)
             loss = loss_of(output, examples, config, objective)
             engine.backward(loss)
             engine.step()
@@ -209,5 +213,22 @@ def test_a_text_model_equals_one_process(text: dict, world: int, ranks: int, sta
         parallel__zero_stage=stage,
     )
     expected = one_process(config)
+    assert min(expected["norms"]) > CLIP
+    compare(run_ranks(world, on_rank, config), expected)
+
+
+@pytest.mark.parametrize(
+    ("world", "ranks", "stage"), [pytest.param(2, 1, 1, marks=SLOW), (2, 2, 2)]
+)
+def test_an_aligned_model_equals_one_process(world: int, ranks: int, stage: int):
+    config = tiny_config(
+        align={"block": 2, "width": 6, "hidden": 10, "weight": 2.0},
+        moe__token_pool="global",
+        optimizer__gradient_clipping=CLIP,
+        parallel__expert_parallel=ranks,
+        parallel__zero_stage=stage,
+    )
+    expected = one_process(config)
+    assert sum(name.startswith("projector.") for name in expected["weights"]) == 6
     assert min(expected["norms"]) > CLIP
     compare(run_ranks(world, on_rank, config), expected)

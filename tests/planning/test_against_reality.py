@@ -11,6 +11,7 @@ from diffmoe.benchmarks.memory import Saved
 from diffmoe.config import Config
 from diffmoe.data.examples import micro_batches
 from diffmoe.diffusion import create_objective
+from diffmoe.models.alignment import alignment_loss, alignment_targets
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
 from diffmoe.planning.activations import kept_bytes
@@ -45,6 +46,7 @@ LAYOUTS = [
     (2, 1, 2, "bf16", 2, {**MUON, "moe__experts": 3}),
     (4, 2, 1, "fp32", 1, {**MUON, "moe__experts": 2}),
     (2, 2, 1, "fp32", 1, {"moe__type": "race", "moe__token_pool": "global"}),
+    (2, 2, 1, "fp32", 1, {"align": {"block": 2, "width": 6, "hidden": 10}}),
     (2, 2, 2, "fp32", 2, {"moe__type": "race", "moe__capacity": 2.0, "moe__target_loss_weight": 1}),
     (2, 2, 1, "fp32", 1, {"moe__type": "promoe", "training__label_dropout": 0.0}),
     (2, 2, 1, "fp32", 1, {"moe__type": "dsmoe", "moe__top_k": 2, "moe__shared_expert_ratio": 1.0}),
@@ -218,6 +220,8 @@ FAMILIES = {
         "moe__shared_expert_activation": "swiglu",
     },
     "bytes": {"model__text": {"encoder": "bytes", "length": 96, "width": 128, "depth": 2}},
+    "aligned": {"align": {"block": 2, "width": 96, "hidden": 512}},
+    "aligned_conv": {"align": {"block": 2, "width": 96, "projector": "conv"}},
     "frozen": {"model__text": {"encoder": "t5", "length": 128, "width": 512, "pooled": 256}},
 }
 
@@ -263,7 +267,7 @@ def test_operations_are_within_2_percent(family: str, checkpointing: bool):
 
 def counted_flops(config: Config) -> tuple[int, int]:
     objective = create_objective(config.diffusion)
-    network = randomize(DiT(config.model, config.moe)).train()
+    network = randomize(DiT(config.model, config.moe, align=config.align)).train()
     network.checkpoint_activations(config.training.activation_checkpointing)
     lanes = range(config.data.lanes)
     batch = random_batch(config, 0, lanes)
@@ -286,10 +290,13 @@ def counted_flops(config: Config) -> tuple[int, int]:
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        output = network(examples.x_t, examples.t, examples.condition)
+        output = network(*examples.inputs)
         forward = counter.get_total_flops()
         loss = objective.loss(
             output.prediction, examples.x_t, examples.data, examples.noise, examples.t
         )["loss"].mean()
+        if output.projected is not None:
+            targets = alignment_targets(examples.features, config.model.grid, spatial=False)
+            loss = loss + alignment_loss(output.projected, targets)
         (loss + routing_loss(output.routing, config.moe)).backward()
     return forward, counter.get_total_flops()
