@@ -43,6 +43,16 @@ def add_weights(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
 
 
+def add_decoder(parser: argparse._ActionsContainer) -> None:
+    """--decoder, for `open_sampler`."""
+    parser.add_argument(
+        "--decoder",
+        metavar="NAME",
+        help="in place of the autoencoder that the data name: another of diffusers (folder or hub "
+        "id), or code to run: FILE.pt (TorchScript) or package.module:function",
+    )
+
+
 def add_device(parser: argparse._ActionsContainer) -> None:
     """--device, for parallel.device.setup_device."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
@@ -280,6 +290,7 @@ def open_sampler(
         device=device,
         dtype=dtype,
         with_autoencoder=with_autoencoder,
+        decoder=getattr(options, "decoder", None),
     )
     if with_prompts:
         sampler = replace(sampler, prompts=prompts_of(options, sampler.config, device))

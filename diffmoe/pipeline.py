@@ -28,6 +28,7 @@ class Pipeline:
         weights: str = "ema",
         text_encoder: str | Path | None = None,
         verify: bool = True,
+        decoder: str | None = None,
     ) -> None:
         """path: an exported folder, a run's folder or a checkpoint.
 
@@ -36,11 +37,14 @@ class Pipeline:
         `load`. weights: ema or live, of a run or checkpoint. text_encoder: the folder of the frozen
         encoder that a text model was trained with; a model that reads bytes needs none. verify:
         compare the files with their checksums; each is read once per machine, and again when it has
-        changed.
+        changed. decoder: in place of the model's autoencoder: another of diffusers, a TorchScript
+        FILE.pt or package.module:function, which are run.
         """
         device = torch.device(device or default_device())
         dtype = dtype or default_dtype(device)
-        self.sampler = Sampler.open(path, weights, device=device, dtype=dtype, verify=verify)
+        self.sampler = Sampler.open(
+            path, weights, device=device, dtype=dtype, verify=verify, decoder=decoder
+        )
         self.network, self.config = self.sampler.network, self.sampler.config
         self.autoencoder = self.sampler.autoencoder
         self.folder, self.weights, *_ = self.sampler.model

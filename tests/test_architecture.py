@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {
         *("errors", "redaction", "files", "npz_files", "hash_cache", "seeding", "tree", "clock"),
-        *("contact_sheet", "process"),
+        *("contact_sheet", "named_code", "process"),
     },
     {"config"},
     {"conditions", "latent_spec", "work", "recipes"},

@@ -12,7 +12,7 @@ import argparse
 import os
 import socket
 
-from diffmoe.cli import add_device, add_dtype, add_prompts, add_run, open_sampler
+from diffmoe.cli import add_decoder, add_device, add_dtype, add_prompts, add_run, open_sampler
 from diffmoe.errors import UserError, run_command
 
 
@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
     add_device(parser)
     add_dtype(parser)
+    add_decoder(parser)
     add_prompts(parser)
     return parser.parse_args()
 

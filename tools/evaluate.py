@@ -42,6 +42,7 @@ from diffmoe.cli import (
     add_batch,
     add_capacity,
     add_data,
+    add_decoder,
     add_device,
     add_dtype,
     add_expert_parallel,
@@ -90,6 +91,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add_batch(how)
     add_dtype(how)
     add_expert_parallel(how)
+    add_decoder(how)
     add_prompts(model)
     loss = commands.add_parser("loss", help="measure the held-out loss of a model")
     loss.set_defaults(command=evaluate_loss)

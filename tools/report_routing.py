@@ -16,6 +16,7 @@ from diffmoe.cli import (
     add_batch,
     add_capacity,
     add_data,
+    add_decoder,
     add_device,
     add_dtype,
     add_labels,
@@ -54,6 +55,7 @@ def parse() -> argparse.Namespace:
     add_batch(parser)
     add_device(parser)
     add_dtype(parser)
+    add_decoder(parser)
     add_prompts(parser)
     return parser.parse_args()
 

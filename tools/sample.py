@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from diffmoe.cli import (
     add_batch,
     add_capacity,
+    add_decoder,
     add_device,
     add_dtype,
     add_expert_parallel,
@@ -97,6 +98,7 @@ def parse() -> argparse.Namespace:
     where = parser.add_argument_group("where")
     add_batch(where)
     add_device(where)
+    add_decoder(where)
     add_dtype(where)
     add_expert_parallel(where)
     parser.add_argument(

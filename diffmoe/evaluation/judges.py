@@ -8,9 +8,9 @@ import torch
 
 from diffmoe.digits.nearest_neighbor import digit_classifier
 from diffmoe.errors import UserError
-from diffmoe.evaluation.extractors import import_function, open_torchscript
 from diffmoe.evaluation.image_sets import ImageSet, batches
 from diffmoe.files import sha256_of
+from diffmoe.named_code import SCRIPTS, import_function, open_torchscript
 
 # uint8 images (n, H, W, C) to labels (n,).
 Classify = Callable[[np.ndarray], np.ndarray]
@@ -27,7 +27,7 @@ def load_classifier(
     """
     if specification == "digits":
         return specification, None, digit_classifier()
-    if specification.endswith((".pt", ".ts")):
+    if specification.endswith(SCRIPTS):
         file, device = Path(specification), torch.device(device)
         network = open_torchscript(file, device)
         return file.stem, sha256_of(file), _by_scores(network, device)

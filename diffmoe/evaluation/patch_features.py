@@ -16,12 +16,11 @@ from torch import Tensor
 from diffmoe.errors import UserError
 from diffmoe.evaluation.extractors import (
     efficientnet_stem,
-    import_function,
     open_efficientnet,
-    open_torchscript,
     resized,
 )
 from diffmoe.files import read_json, sha256_of
+from diffmoe.named_code import SCRIPTS, import_function, open_torchscript
 from diffmoe.text.local_models import checksum_of, load_model
 
 _EFFICIENTNET_BLOCK = 11  # the last one of stride 16: 112 channels
@@ -88,7 +87,7 @@ def load_patch_encoder(
     if layer is not None:
         raise UserError(f"--layer {layer} belongs to efficientnet_lite0 or a folder; leave it out")
     shown = "" if size is None else f"@{size}"
-    if source.endswith((".pt", ".ts")):
+    if source.endswith(SCRIPTS):
         file = Path(source)
         network = open_torchscript(file, device)
         checksum = sha256_of(file)[:_DIGITS]

@@ -1,6 +1,7 @@
 """A model opened for sampling: latents, images and folders of images from one object."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,7 @@ from diffmoe.diffusion.settings import GUIDANCE, SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import locate, open_network, weights_of
 from diffmoe.export.tensors import parameter_dtype
-from diffmoe.files import read_bytes
+from diffmoe.files import read_bytes, sha256_of
 from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
 from diffmoe.models.precision import dtype_name
@@ -62,7 +63,8 @@ class Sampler:
     """A network with all that sampling from it needs. A value: `with_capacity` gives another one.
 
     autoencoder: None where latents alone are asked for. prompts: what a text model draws.
-    choice: how the network routes while it samples. origin: None of a live network.
+    choice: how the network routes while it samples. origin: None of a live network. decoder: the
+    user's, in place of the autoencoder that the latents name.
 
     Sampling raises UserError where settings, labels or prompts do not fit the network, before any
     work, and for latents that are not finite. Image k of a seed has noise of its own: with
@@ -75,6 +77,7 @@ class Sampler:
     prompts: Prompts | None = None
     choice: CapacityChoice = field(default_factory=CapacityChoice)
     origin: Origin | None = None
+    decoder: str | None = None
 
     @classmethod
     def open(
@@ -87,8 +90,11 @@ class Sampler:
         dtype: torch.dtype | str = torch.float32,
         verify: bool = True,
         with_autoencoder: bool = True,
+        decoder: str | None = None,
     ) -> "Sampler":
         """path: a run's folder (its newest checkpoint), a checkpoint or an exported model.
+
+        decoder: as of data.autoencoders.autoencoder_of; code that it names is run.
 
         weights, topology, device, verify: as of export.open.open_network, and dtype, too, but
         in bf16 only the network's products are computed (DiT.compute_in).
@@ -103,8 +109,9 @@ class Sampler:
         return cls(
             opened.network,
             opened.config,
-            autoencoder_of(opened.latents, device) if with_autoencoder else None,
+            autoencoder_of(opened.latents, device, decoder) if with_autoencoder else None,
             origin=Origin(path, weights, opened.latents, opened.class_names, opened.clock),
+            decoder=decoder,
         )
 
     @property
@@ -144,11 +151,16 @@ class Sampler:
         """What determines the images beside request and settings, for samples.json.
 
         sha256: of the model's checksums.json, which holds those of all its files. routing: None
-        where the model has no choice.
+        where the model has no choice. decoder: if the user named one; of a file its SHA-256, too.
         """
         path, weights = self.model.path, self.model.weights
+        named = {}
+        if self.decoder is not None:
+            named = {"decoder": self.decoder}
+            if os.path.isfile(self.decoder):
+                named["decoder_sha256"] = sha256_of(Path(self.decoder))
         with self.routed():
-            return {
+            return named | {
                 "checkpoint": path.name,
                 "sha256": hashlib.sha256(read_bytes(path / "checksums.json")).hexdigest(),
                 "weights": weights,

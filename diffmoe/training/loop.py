@@ -81,7 +81,8 @@ def train(
     if missing:
         telemetry.say(
             f"warning: the autoencoder of the data, {manifest.autoencoder}, cannot be opened "
-            f"({missing}). Training does not need it; samples and evaluations of this run will"
+            f"({missing}). Training does not need it; samples and evaluations of this run will, "
+            "or --decoder names one then"
         )
     if training.compile:
         telemetry.say("compiling the blocks: the first step takes a minute or more")
