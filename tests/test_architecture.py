@@ -29,7 +29,15 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The ground floor's own order; what is not named here imports nothing of the package.
-GROUND = {"errors": 1, "scratch": 1, "files": 2, "npz_files": 3, "hash_cache": 3, "process": 3}
+GROUND = {
+    "errors": 1,
+    "scratch": 1,
+    "files": 2,
+    "named_code": 2,
+    "npz_files": 3,
+    "hash_cache": 3,
+    "process": 3,
+}
 # Rooms that another may not import although its floor would allow it, now or after a move.
 NEVER = {
     "data": {"models", "text", "checkpoints"},
