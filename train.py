@@ -22,12 +22,28 @@ a rank.
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
 from typing import Any, NoReturn
 
-from diffmoe.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
+STOPPED = "stopped before the training began; nothing was changed"
+
+
+def stop_at_once(*_: object) -> None:
+    """Ctrl-C while libraries are imported: an exception there can turn into any other."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(sys.stderr.fileno(), f"{STOPPED}\n".encode())
+    os._exit(130)
+
+
+# A background job ignores it, and goes on doing so.
+interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if interruptible:
+    signal.signal(signal.SIGINT, stop_at_once)
+
+from diffmoe.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR  # noqa: E402
 
 PATIENCE = 10.0  # seconds for a machine's first rank to report a wrong setting
 
@@ -113,7 +129,7 @@ def main() -> int:
     except UserError as error:
         fail(f"error: {error}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        fail("stopped before the training began; nothing was changed", EXIT_INTERRUPTED)
+        fail(STOPPED, EXIT_INTERRUPTED)
     except Exception as error:
         missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
         if missing is not None:
@@ -132,6 +148,8 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ["DS_ACCELERATOR"] = arguments.device  # read while DeepSpeed is imported
     from diffmoe.training.start import start
 
+    if interruptible:  # ranks that join from here on are told
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     finished = start(
         config,
         arguments.ds_config,

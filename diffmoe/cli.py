@@ -174,9 +174,15 @@ def add_labels(parser: argparse._ActionsContainer) -> None:
 
 
 def add_sampling(
-    parser: argparse.ArgumentParser, steps: int, title: str = "how to sample"
+    parser: argparse.ArgumentParser,
+    steps: int,
+    title: str = "how to sample",
+    sweep: bool = False,
 ) -> argparse._ArgumentGroup:
-    """The settings of sampling, for `settings_of`. steps: the default. Returns the group."""
+    """The settings of sampling, for `settings_of`. steps: the default. Returns the group.
+
+    sweep: take several guidance scales, for `sweep_of`.
+    """
     usual = SamplingSettings()
     how = parser.add_argument_group(title)
     how.add_argument(
@@ -194,7 +200,9 @@ def add_sampling(
     how.add_argument(
         "--guidance",
         type=float,
-        help=f"1: none; default {GUIDANCE:g}, or 1 for a model trained without label dropout",
+        nargs="+" if sweep else None,
+        help=f"{'one or several; ' if sweep else ''}1: none; default {GUIDANCE:g}, or 1 for a "
+        "model trained without label dropout",
     )
     how.add_argument(
         "--guidance-interval",
@@ -210,8 +218,7 @@ def add_sampling(
     how.add_argument(
         "--shift",
         type=float,
-        default=usual.shift,
-        help=f"over 1: more steps at high noise; default {usual.shift:g}",
+        help="over 1: more steps at high noise; default: that of training",
     )
     how.add_argument(
         "--eta", type=float, default=usual.eta, help=f"noise of ddim; default {usual.eta:g}"
@@ -226,6 +233,13 @@ def _times(text: str) -> tuple[float, ...]:
         raise UserError(
             f"--guidance-interval {text}: write numbers with commas, such as 0.2,0.9"
         ) from None
+
+
+def sweep_of(options: argparse.Namespace) -> list[SamplingSettings]:
+    """The options of `add_sampling` with a sweep: settings for each guidance scale."""
+    given = vars(options)
+    scales = options.guidance or [None]
+    return [settings_of(argparse.Namespace(**{**given, "guidance": scale})) for scale in scales]
 
 
 def settings_of(options: argparse.Namespace) -> SamplingSettings:

@@ -284,8 +284,10 @@ class DiffusionConfig(_Section):
         "flow", description="flow matching, or noise prediction in 1,000 steps"
     )
     timesteps: Literal["uniform", "logit_normal"] = Field("uniform", description="flow only")
-    timestep_shift: float = Field(
-        1.0, ge=1e-3, le=1e3, description="above 1 trains more at high noise; flow only"
+    timestep_shift: Annotated[float, Field(ge=1e-3, le=1e3)] | Literal["by_size"] = Field(
+        1.0,
+        description="above 1 trains and samples more at high noise; by_size: as the latents' size "
+        "asks for; flow only",
     )
 
     @model_validator(mode="after")
@@ -554,6 +556,18 @@ class Config(_Section):
     parallel: ParallelConfig = ParallelConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def timestep_shift(self) -> float:
+        """diffusion.timestep_shift as a number.
+
+        by_size: the square root of the latents' numbers over 4,096 (RAE, arXiv 2510.11690, after
+        2403.03206, Eq. 23): the more numbers agree on an image, the more noise it outlives.
+        """
+        shift = self.diffusion.timestep_shift
+        if shift == "by_size":
+            return math.sqrt(math.prod(self.model.latent_shape) / 4096)
+        return shift
+
     @model_validator(mode="after")
     def _cross_checks(self) -> "Config":
         for key, ratio in (
@@ -702,7 +716,10 @@ def _explained_lines(section: _Section, values: dict[str, Any], indent: str) -> 
 
 
 def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    where = [str(part) for part in problem["loc"]]
+    if ".".join(where[:-1]) in setting_names() and not where[-1].isdigit():
+        where.pop()  # of a setting that takes several types, the one that pydantic tried
+    key = ".".join(where)
     if problem["type"] == "extra_forbidden":
         section: Any = Config
         for part in problem["loc"][:-1]:

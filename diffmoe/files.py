@@ -75,7 +75,7 @@ def read_json(file: str | Path, limit: int = TEXT_LIMIT) -> Any:
     try:
         return json.loads(read_text(file, limit))
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
+        raise UserError(cannot_read(file, error)) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error})") from None
 
@@ -233,13 +233,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def cannot_read(path: str | Path, error: OSError) -> str:
+    """Why not; of a file that is not there, with what it may be meant to be."""
+    if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+        return does_not_exist(path)
+    return f"cannot read {path}: {error.strerror}"
+
+
 def does_not_exist(path: str | Path) -> str:
     """The error for a path that is not there, with the existing one that is most like it."""
     there = Path(path)
     while not there.parent.is_dir():  # the first part that is wrong
         there = there.parent
     try:
-        names = os.listdir(there.parent)
+        names = [name for name in os.listdir(there.parent) if name != there.name]
     except OSError:
         names = []
     near = difflib.get_close_matches(there.name, names, 1, cutoff=0.6)

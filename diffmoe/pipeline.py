@@ -94,6 +94,7 @@ class Pipeline:
         else:
             numbers = label_numbers(labels, self.class_names, self.folder)
         sampler = replace(self.sampler, prompts=prompts).with_capacity(capacity)
+        settings = {"shift": None, **settings}
         chosen = SamplingSettings(steps=steps, guidance=guidance, seed=seed, **settings)
         chosen = sampler.fitted(chosen, lambda note: warnings.warn(note, stacklevel=4))
         made = sampler.images(numbers, chosen, batch=batch)

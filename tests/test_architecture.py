@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {
         *("errors", "redaction", "files", "npz_files", "hash_cache", "seeding", "tree", "clock"),
-        "process",
+        *("contact_sheet", "process"),
     },
     {"config"},
     {"conditions", "latent_spec", "work", "recipes"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.cli import settings_of
+from diffmoe.cli import settings_of, sweep_of
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from tests.helpers.processes import ROOT
@@ -34,14 +34,22 @@ def parsed(tool: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
 def test_every_tool_samples_by_the_same_words(tool, monkeypatch):
     words = [*WORDS.split(), "--guidance-interval", "0.2,0.9"]
     options = parsed(tool, words, monkeypatch)
-    assert settings_of(options) == EXPECTED
+    (found,) = sweep_of(options) if tool == "evaluate" else [settings_of(options)]
+    assert found == EXPECTED
     assert options.labels == "balanced"
     assert parsed(tool, ["--labels", "random"], monkeypatch).labels == "random"
     steps = 250 if tool in ("sample", "evaluate") else 50
     usual = settings_of(parsed(tool, [], monkeypatch))
-    assert usual == SamplingSettings(steps=steps, guidance=None)
+    assert usual == SamplingSettings(steps=steps, guidance=None, shift=None)
     with pytest.raises(UserError, match="--guidance-interval a,b: write numbers with commas"):
         parsed(tool, ["--guidance-interval", "a,b"], monkeypatch)
+
+
+def test_evaluate_takes_several_guidance_scales(monkeypatch):
+    options = parsed("evaluate", ["--guidance", "1", "1.5", "2", "--steps", "7"], monkeypatch)
+    assert [one.guidance for one in sweep_of(options)] == [1, 1.5, 2]
+    assert {one.steps for one in sweep_of(options)} == {7}
+    assert [one.guidance for one in sweep_of(parsed("evaluate", [], monkeypatch))] == [None]
 
 
 DTYPE_TOOLS = {**TOOLS, "demo": ["run"]}

@@ -74,7 +74,7 @@ def test_a_recipe_is_what_its_name_says(name: str):
         assert config.model.latent_shape == (768, 16, 16)
         assert config.model.width >= 768
         shift = math.sqrt(math.prod(config.model.latent_shape) / 4096)
-        assert config.diffusion.timestep_shift == pytest.approx(shift, abs=5e-4)
+        assert config.timestep_shift == pytest.approx(shift, abs=5e-4)
         assert config.training.total_samples / config.training.batch_size == 100_000
         assert config.align.end == 0
         return
@@ -256,7 +256,7 @@ def test_a_yaml_file_is_a_configuration_and_its_stem_names_the_run(tmp_path: Pat
 
 def test_a_missing_file_is_told_its_path(tmp_path: Path):
     message = refusal(name=str(tmp_path / "none.yaml"))
-    assert f"cannot read the configuration {tmp_path / 'none.yaml'}: No such file" in message
+    assert f"{tmp_path / 'none.yaml'} does not exist" in message
 
 
 @pytest.mark.parametrize(
@@ -442,6 +442,10 @@ def test_replace_changes_validates_and_keeps_the_rest():
                 "diffusion.timestep_shift=3",
             ],
             "diffusion.timestep_shift=3.0 belongs to diffusion.objective=flow",
+        ),
+        (
+            ["diffusion.timestep_shift=large"],
+            "diffusion.timestep_shift='large': Input should be 'by_size'",
         ),
     ],
 )

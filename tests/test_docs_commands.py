@@ -46,7 +46,13 @@ RUNS = [
     # Data.
     Run("python tools/prepare_data.py mnist --out data/mnist", gives="data/mnist/manifest.json"),
     Run("python tools/prepare_data.py captioned-digits .*", gives="data/captioned/unseen.txt"),
-    Run("python tools/encode_latents.py .* --pixels .*", gives="data/photos/manifest.json"),
+    Run("python tools/encode_latents.py .* --size 32 .*", gives="data/photos/manifest.json"),
+    Run(
+        "python tools/encode_latents.py .* data/own",
+        gives="data/own/manifest.json",
+        tells="train.py --config mnist data.path=data/own model.in_channels=3 model.input_size=64 "
+        "model.num_classes=3 output=runs/own",
+    ),
     Run(
         "python tools/encode_latents.py .* --captions .*", "--size 64", "data/photos/manifest.json"
     ),
@@ -73,6 +79,7 @@ RUNS = [
         f"{TRAINING} validation.samples=8 training.validate_every=8",
         "runs/mnist-validated/latest",
     ),
+    Run("python train.py --config mnist data.path=data/own .*", TRAINING, "runs/own/latest"),
     Run("python train.py --config mnist training.init=.*", TRAINING, "runs/tuned/latest"),
     Run("python train.py .* align.block=2 .*", TRAINING, "runs/aligned/latest"),
     Run("torchrun .* train.py --config diffmoe_s_.*", TWO_RANKS, "runs/diffmoe_s_e16_flow/latest"),
@@ -91,6 +98,7 @@ RUNS = [
     Run("python tools/plan.py --recipe mnist --parameters .*", tells="million by muon"),
     # Sampling.
     Run("python tools/sample.py runs/mnist .*", "--per-class 2 --steps 2", "grid.png"),
+    Run("python tools/sample.py runs/own .*", "--per-class 2 --steps 2", "cats.png"),
     Run("python tools/sample.py runs/[ct].* --prompt .*", "--per-prompt 2 --steps 2", "grid.png"),
     Run("torchrun .* tools/sample.py runs/mnist .*", f"{FEW} --out made", "made/samples.json"),
     Run("python tools/calibrate.py runs/mnist .*", "--samples 8 --steps 2", tells="stored as"),

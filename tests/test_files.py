@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from diffmoe import files
 from diffmoe.checkpoints.folder import checkpoints_of, find_complete
 from diffmoe.conversion.detect_format import open_source
+from diffmoe.conversion.info import info
 from diffmoe.conversion.state_dicts import load_state
 from diffmoe.data.fetching import Unreadable, open_shard
 from diffmoe.data.manifest import Manifest, Shard
 from diffmoe.data.tar_index import MEMBER_LIMIT, Member, read_member, tar_members
 from diffmoe.errors import UserError
 from diffmoe.evaluation import results
+from diffmoe.evaluation.evaluator import Evaluator, Judges
 from diffmoe.evaluation.image_sets import open_images
 from diffmoe.export.open import load
 from diffmoe.export.stored_tensors import StoredTensors
@@ -36,7 +38,10 @@ from diffmoe.files import (
     sha256_of,
 )
 from diffmoe.npz_files import decode_npy, npz_rows, read_npz
-from diffmoe.recipes import load_config
+from diffmoe.parallel.zero import read_ds_config
+from diffmoe.prepare.image_folders import find_images
+from diffmoe.recipes import load_config, read_yaml
+from diffmoe.text.prompts import read_captions
 from tests.helpers.damage import watched
 from tests.helpers.encoding import encode
 from tests.helpers.models import exported
@@ -422,6 +427,11 @@ def test_a_path_that_is_not_there_is_answered_with_the_nearest_that_is(tmp_path:
         told = f"{tmp_path / wrong} does not exist (did you mean {tmp_path / meant}?)"
         assert does_not_exist(tmp_path / wrong) == told
     assert does_not_exist(runs / "zzz") == f"{runs}/zzz does not exist"
-    for opened in (find_complete, checkpoints_of, Manifest.load, results.read):
+    openers = (
+        *(find_complete, checkpoints_of, Manifest.load, results.read, info, open_images, read_yaml),
+        *(find_images, read_captions, read_ds_config, lambda path: Evaluator(Judges(str(path)))),
+        lambda path: Manifest.load(path, "validation.path"),
+    )
+    for opened in openers:
         with pytest.raises(UserError, match=re.escape(near)):
             opened(runs / "mnsit")

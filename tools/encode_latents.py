@@ -129,7 +129,7 @@ def main() -> None:
         device=setup_device(options.device),
     )
     print(output.summary(manifest))
-    if manifest is not None and not options.captions:
+    if manifest is not None:
         print(f"next: {training_command(manifest, options.out)}")
 
 

@@ -2,6 +2,7 @@
 
   python tools/evaluate.py reference photos/test --out references/test.npz
   python tools/evaluate.py runs/photos --num 10000 --steps 50 --reference references/test.npz
+  python tools/evaluate.py runs/photos --num 10000 --guidance 1 1.5 2 --reference photos/test
   python tools/evaluate.py images samples/xl --num 50000 --reference VIRTUAL_imagenet256.npz
   python tools/evaluate.py runs/text --num 400 --prompts unseen.txt --truth unseen.json
   python tools/evaluate.py images samples/text --clip models/clip-vit-large-patch14
@@ -14,7 +15,8 @@ inference (--routing static: that of training). What was measured before is not 
 
 RUN is a run's folder, one checkpoint, or a converted model. Its samples go to --out, and so does
 results.jsonl, one line per evaluation with everything that defines the figures. The command can be
-interrupted at any time and picks up where it stopped; repeated, it gives the same figures.
+interrupted at any time and picks up where it stopped; repeated, it gives the same figures. Of
+several guidance scales, the first metric against them is drawn to guidance.png there, too.
 
 A reference is a file written by `reference`, ADM's npz, a folder of our samples or of image files,
 or our shards of pixels; images are given in the same ways. Every figure carries the name of its
@@ -53,7 +55,7 @@ from diffmoe.cli import (
     open_sampler,
     positive,
     say,
-    settings_of,
+    sweep_of,
 )
 from diffmoe.diffusion.settings import STEPS
 from diffmoe.errors import run_command
@@ -81,7 +83,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     model.add_argument("--every-snapshot", action="store_true", help="all averages of a run")
     model.add_argument("--out", metavar="DIR", help="default evaluation/ and the run's name")
     add_labels(model)
-    how = add_sampling(model, STEPS)
+    how = add_sampling(model, STEPS, sweep=True)
     add_weights(how)
     add_capacity(how)
     add_routing(how)
@@ -190,6 +192,7 @@ def main() -> None:
 def evaluate_run(options: argparse.Namespace) -> None:
     import torch.distributed as dist
 
+    from diffmoe.evaluation.curves import plot
     from diffmoe.evaluation.image_sets import open_images
     from diffmoe.evaluation.models import check_judges, sample_model, snapshots
     from diffmoe.parallel.device import setup_device
@@ -199,27 +202,31 @@ def evaluate_run(options: argparse.Namespace) -> None:
     device, ranks = setup_device(options.device), Ranks.of_environment()
     evaluator = evaluator_of(options, device)
     topology = share_experts(options.expert_parallel, ranks, device)
-    run = Path(options.run)
+    run, sweep, metric = Path(options.run), sweep_of(options), None
     out = Path(options.out or Path("evaluation") / run.resolve().name)
     for path in snapshots(run) if options.every_snapshot else [run]:
         options.run = path
         sampler = open_sampler(options, device, topology)
         sampler = sampler.with_capacity(options.capacity, options.routing)
         check_judges(sampler.prompts, options.classifier, options.truth, options.clip)
-        made = sample_model(
-            sampler,
-            out,
-            sampler.request(options.num_samples, options.labels),
-            settings_of(options),
-            batch=options.batch,
-            ranks=ranks,
-            rgb=bool(options.reference),
-            say=say,
-        )
-        if made is not None:
-            images = open_images(made.folder).expect(options.num_samples)
-            print(f"{sampler.model.path}, {made.clock.samples} training samples")
-            write_results(evaluator, images, out, made.about)
+        for settings in sweep:
+            made = sample_model(
+                sampler,
+                out,
+                sampler.request(options.num_samples, options.labels),
+                settings,
+                batch=options.batch,
+                ranks=ranks,
+                rgb=bool(options.reference),
+                say=say,
+            )
+            if made is not None:
+                images = open_images(made.folder).expect(options.num_samples)
+                scale = f", guidance {settings.guidance:g}" if len(sweep) > 1 else ""
+                print(f"{sampler.model.path}, {made.clock.samples} training samples{scale}")
+                metric = write_results(evaluator, images, out, made.about)
+    if metric is not None and len(sweep) > 1:
+        print(f"{plot([out], metric, 'guidance', out / 'guidance.png')}: {out / 'guidance.png'}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -285,13 +292,15 @@ def evaluator_of(options: argparse.Namespace, device: torch.device) -> Evaluator
     return Evaluator(judges, device)
 
 
-def write_results(evaluator: Evaluator, images: ImageSet, out: Path, about: dict[str, Any]) -> None:
-    """Print the figures, and add them to out/results.jsonl."""
+def write_results(evaluator: Evaluator, images: ImageSet, out: Path, about: dict[str, Any]) -> str:
+    """Print the figures, and add them to out/results.jsonl. Returns the first metric's name."""
     from diffmoe.evaluation import results
 
-    for result in evaluator.measure(images):
+    found = evaluator.measure(images)
+    for result in found:
         results.append(out / results.FILE_NAME, result | about)
         print(results.table(result))
+    return next(iter(found[0]["metrics"]))
 
 
 def make_reference(options: argparse.Namespace) -> None:

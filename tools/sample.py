@@ -160,6 +160,7 @@ def draw_picture(
     from PIL import Image
     from tqdm import tqdm
 
+    from diffmoe.contact_sheet import with_names
     from diffmoe.digits.nearest_neighbor import digit_agreement
     from diffmoe.sampling.images import grid
     from diffmoe.work import ensure_writable
@@ -177,7 +178,11 @@ def draw_picture(
             batch=options.batch,
             progress=lambda done: bar.update(round(done) - bar.n),
         )
-    grid(made.images, options.each).save(out)
+    names = sampler.model.class_names if sampler.prompts is None else sampler.prompts.captions
+    picture = grid(made.images, options.each)
+    if names:
+        picture = with_names(picture, [names[row] for row in rows])
+    picture.save(out)
     print_result(sampler, len(labels), out, made.capacity, made.evaluations)
     if options.check_digits:
         share = digit_agreement(made.images.numpy(), np.array(labels))

@@ -50,10 +50,12 @@ def write_moments(
     with writer:
         channels, *size = shape
         for index in range(shards * samples):
-            arrays = rng.standard_normal((1 + flips, 2 * channels, *size)).astype(np.float16)
-            own = [rng.standard_normal(one.shape).astype(np.float16) for one in [features] if one]
-            flip = arrays[1] if flips else None
-            writer.add(f"{index:08d}", index % classes, arrays[0], flip, features=own)
+            array, *flip = rng.standard_normal((1 + flips, 2 * channels, *size)).astype(np.float16)
+            encoded = rng.standard_normal(features.shape).astype(np.float16) if features else None
+            own = () if encoded is None else (encoded,)
+            writer.add(
+                f"{index:08d}", index % classes, array, flip[0] if flips else None, features=own
+            )
     return writer.manifest
 
 

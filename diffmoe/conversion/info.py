@@ -18,6 +18,7 @@ from diffmoe.errors import UserError
 from diffmoe.export.exported_model import ExportedModel, is_exported
 from diffmoe.export.model_card import conditioning, family, parameter_counts
 from diffmoe.export.tensors import Shapes
+from diffmoe.files import does_not_exist
 
 Lines = dict[str, str]
 
@@ -25,7 +26,7 @@ Lines = dict[str, str]
 def info(path: Path) -> Lines:
     """Facts by their names. Raises UserError if the path holds no model."""
     if not path.exists():
-        raise UserError(f"{path} does not exist")
+        raise UserError(does_not_exist(path))
     if is_exported(path):
         return _exported(path)
     if path.is_file():

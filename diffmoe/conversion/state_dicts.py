@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffmoe.errors import UserError
-from diffmoe.files import check_unpacked, refuse_special
+from diffmoe.files import check_unpacked, does_not_exist, refuse_special
 
 # The files of DiT, SiT and the release also hold the options of their training.
 _HARMLESS: list[Any] = [argparse.Namespace]
@@ -53,7 +53,7 @@ def load_file(path: Path) -> Any:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(does_not_exist(path)) from None
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it is not a file of torch.save, or its pickle holds more than "

@@ -27,6 +27,9 @@ from diffmoe.redaction import redact
 
 FILE_NAME = "manifest.json"
 
+# Of a run, by their names.
+Settings = dict[str, int | str | list[int]]
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:")
 # "pipe:..." is a command; gs:, hf:, scp: and all others may start one. These two do not.
 _HTTP = re.compile(r"https?:")
@@ -73,12 +76,22 @@ class TextContent(BaseModel):
         width = 0 if text.encoder == BYTES else text.width
         return cls(encoder=text.encoder, length=text.length, width=width, pooled=text.pooled)
 
-    def override(self) -> str:
-        """The override for train.py. A model that reads bytes still has its own width and depth."""
+    def settings(self, now: "TextContent | None" = None) -> Settings:
+        """A run's settings. A model that reads bytes still has its own width and depth.
+
+        now: what it expects; of the same encoder's fields only those that differ.
+        """
+        mine = self.model_dump()
+        if now is not None and now.encoder == self.encoder:
+            differing = [name for name in mine if getattr(now, name) != mine[name]]
+            return {f"model.text.{name}": mine[name] for name in differing}
         if self.encoder == BYTES:
-            return f"model.text.encoder={BYTES} model.text.length={self.length}"
-        fields = ", ".join(f"{name}: {value}" for name, value in self.model_dump().items())
-        return f"'model.text={{{fields}}}'"
+            return {"model.text.encoder": BYTES, "model.text.length": self.length}
+        return {"model.text": f"{{{', '.join(f'{name}: {mine[name]}' for name in mine)}}}"}
+
+    def override(self) -> str:
+        """`settings`, for train.py."""
+        return as_words(self.settings())
 
 
 class FeatureContent(BaseModel):
@@ -278,12 +291,15 @@ class Manifest(BaseModel):
         return os.path.abspath(os.path.join(directory, place))
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Manifest":
-        """Read `directory`/manifest.json. Raises UserError if it is missing or invalid."""
+    def load(cls, directory: str | Path, setting: str = "data.path") -> "Manifest":
+        """Read `directory`/manifest.json. Raises UserError if it is missing or invalid.
+
+        setting: that names the directory.
+        """
         file = Path(directory) / FILE_NAME
         if not Path(directory).is_dir():
             raise UserError(
-                f"data folder {does_not_exist(directory)}; set data.path to a folder of shards, or "
+                f"data folder {does_not_exist(directory)}; set {setting} to a folder of shards, or "
                 "make one, for example: python tools/prepare_data.py mnist --out data/mnist"
             )
         if not file.exists():
@@ -338,24 +354,39 @@ class Manifest(BaseModel):
                 f"{max(lanes, 1)} shards"
             )
 
-    def model_settings(self, model: ModelConfig) -> dict[str, int | list[int]]:
-        """The settings in which `model` does not fit the shape and classes of the data."""
+    def settings_to_change(self, model: ModelConfig, lanes: int | None = None) -> Settings:
+        """The settings in which a run does not fit the data, with values that do.
+
+        Shape, classes or captions, and, if given, lanes: a divisor of those, so that a batch that
+        they divide is divided still.
+        """
         (channels, height, width), now = self.shape, model.latent_shape
-        wanted: dict[str, int | list[int]] = {}
+        wanted: Settings = {}
         if channels != now[0]:
             wanted["model.in_channels"] = channels
         if (height, width) != now[1:]:
             wanted["model.input_size"] = height if height == width else [height, width]
         if model.text is None and model.num_classes != self.classes:
             wanted["model.num_classes"] = self.classes
+        side = math.gcd(height, width)
+        if side % model.patch_size:
+            patches = range(model.patch_size, 0, -1)
+            wanted["model.patch_size"] = next(patch for patch in patches if side % patch == 0)
+        if model.text is not None and self.text is not None:
+            wanted |= self.text.settings(TextContent.of(model.text))
+        if lanes is not None and lanes > len(self.shards) > 0:
+            fewer = range(len(self.shards), 0, -1)
+            wanted["data.lanes"] = next(count for count in fewer if lanes % count == 0)
         return wanted
 
-    def check_model(self, model: ModelConfig) -> None:
-        """Raise UserError unless in_channels, input_size, and num_classes or text fit the model."""
+    def check_model(self, model: ModelConfig, lanes: int | None = None) -> None:
+        """Raise UserError unless in_channels, input_size, and num_classes or text fit the model.
+
+        lanes: of the run; its message names them, too, if there are fewer shards.
+        """
         own_channels, height, width = self.shape
         shape = "x".join(map(str, self.shape))
-        wanted = self.model_settings(model).items()
-        settings = " ".join(shlex.quote(f"{key}={value}") for key, value in wanted)
+        settings = as_words(self.settings_to_change(model, lanes))
         if model.in_channels != own_channels:
             raise UserError(
                 f"{FILE_NAME} of the data: shape={shape} has {own_channels} channels, but "
@@ -369,7 +400,7 @@ class Manifest(BaseModel):
                 "to other data"
             )
         if model.text is not None:
-            self._check_text(model.text)
+            self._check_text(model.text, settings)
         elif model.num_classes != self.classes:
             raise UserError(
                 f"{FILE_NAME} of the data: classes={self.classes}, but model.num_classes="
@@ -395,7 +426,7 @@ class Manifest(BaseModel):
                 "data.path to other data"
             )
 
-    def _check_text(self, model: TextConfig) -> None:
+    def _check_text(self, model: TextConfig, settings: str) -> None:
         if self.text is None:
             raise UserError(
                 f"{FILE_NAME} of the data: there is no text, but model.text is set; set data.path "
@@ -405,14 +436,15 @@ class Manifest(BaseModel):
         for field in TextContent.model_fields:
             of_data, of_model = getattr(self.text, field), getattr(expected, field)
             if of_data != of_model:
-                way_out = f"model.text.{field}={of_data}"
-                if field == "encoder":  # the other fields depend on it
-                    way_out = self.text.override()
                 raise UserError(
                     f"{FILE_NAME} of the data: text.{field}={of_data}, but model.text.{field}="
-                    f"{of_model}"
-                    f"; set {way_out}, or data.path to other data"
+                    f"{of_model}; set {settings}, or data.path to other data"
                 )
+
+
+def as_words(settings: Settings) -> str:
+    """As they are written after a command."""
+    return " ".join(shlex.quote(f"{key}={value}") for key, value in settings.items())
 
 
 def _problem(path: Path, shard: Shard) -> str | None:

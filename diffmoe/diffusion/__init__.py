@@ -6,7 +6,7 @@ guidance. settings.py: the settings of sampling.
 
 from typing import TYPE_CHECKING, TypeAlias
 
-from diffmoe.config import DiffusionConfig
+from diffmoe.config import Config
 
 if TYPE_CHECKING:
     from diffmoe.diffusion.ddpm import GaussianDiffusion
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 Objective: TypeAlias = "FlowMatching | GaussianDiffusion"
 
 
-def create_objective(config: DiffusionConfig) -> Objective:
+def create_objective(config: Config) -> Objective:
     """The objective that a configuration names."""
     # Imported here: the command line reads diffusion.settings, and its --help imports no torch.
     from diffmoe.diffusion.ddpm import GaussianDiffusion
     from diffmoe.diffusion.flow import FlowMatching
 
-    if config.objective == "ddpm":
+    if config.diffusion.objective == "ddpm":
         return GaussianDiffusion()
-    return FlowMatching(config.timesteps, config.timestep_shift)
+    return FlowMatching(config.diffusion.timesteps, config.timestep_shift)

@@ -1,7 +1,7 @@
 """The settings of sampling, their defaults and their checks. Imports no torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from diffmoe.config import Config
@@ -23,6 +23,9 @@ SAMPLERS: dict[str, tuple[SamplerName, ...]] = {
 }
 
 
+SHIFTED: tuple[SamplerName, ...] = ("euler", "heun", "sde")  # whose steps a shift spaces
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How to get from noise to data. With the weights and the labels it determines the images.
@@ -31,7 +34,8 @@ class SamplingSettings:
     guidance: scale; 1 is none, None leaves it to `sampling.Sampler.fitted`.
     guidance_interval: times between which guidance acts, 0 is noise and 1 data.
     guided_channels: guide only the first ones, as the release's DDPM runs do with 3; None: all.
-    shift: spacing of a flow's times (samplers.time_grid). eta: noise of ddim.
+    shift: spacing of a flow's times (samplers.time_grid), None leaves it to `with_shift_of`.
+    eta: noise of ddim.
     """
 
     sampler: SamplerName | None = None
@@ -39,13 +43,20 @@ class SamplingSettings:
     guidance: float | None = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guided_channels: int | None = None
-    shift: float = 1.0
+    shift: float | None = 1.0
     eta: float = 0.0
     seed: int = 0
 
     def chosen_sampler(self, config: Config) -> SamplerName:
         """The sampler: the one that was set, or the default of the model's objective."""
         return self.sampler or SAMPLERS[config.diffusion.objective][0]
+
+    def with_shift_of(self, config: Config) -> "SamplingSettings":
+        """Where no shift was chosen, that of training, if the sampler has one."""
+        if self.shift is not None:
+            return self
+        shifts = self.chosen_sampler(config) in SHIFTED
+        return replace(self, shift=config.timestep_shift if shifts else 1.0)
 
     def check(self, config: Config) -> None:
         """Raise UserError where the settings do not fit the model's objective and channels."""
@@ -54,8 +65,8 @@ class SamplingSettings:
             raise UserError(
                 f"sampler {sampler}: a {objective} model takes {', '.join(SAMPLERS[objective])}"
             )
-        if self.guidance is None:
-            raise ValueError("guidance=None: give the settings to Sampler.fitted first")
+        if self.guidance is None or self.shift is None:
+            raise ValueError("None is left open: give the settings to Sampler.fitted first")
         for name in ("guidance", "shift", "eta"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name}={getattr(self, name)}: give a finite number")
@@ -69,8 +80,8 @@ class SamplingSettings:
         channels = config.model.in_channels
         if self.guided_channels is not None and not 1 <= self.guided_channels <= channels:
             raise UserError(f"guided_channels={self.guided_channels}: choose 1 to {channels}")
-        if self.shift != 1 and (objective == "ddpm" or sampler == "dopri5"):
-            raise UserError(f"shift={self.shift} spaces the steps of euler, heun and sde alone")
+        if self.shift != 1 and sampler not in SHIFTED:
+            raise UserError(f"shift={self.shift} spaces the steps of {', '.join(SHIFTED)} alone")
         if not 0 <= self.eta <= 1 or not 1e-3 <= self.shift <= 1e3:
             raise UserError(
                 f"eta={self.eta}, shift={self.shift}: eta is from 0 to 1, shift from 0.001 to 1000"

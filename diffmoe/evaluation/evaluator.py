@@ -14,6 +14,7 @@ from diffmoe.evaluation.image_sets import ImageSet
 from diffmoe.evaluation.judges import load_classifier
 from diffmoe.evaluation.references import Reference, check_reference, load_reference
 from diffmoe.evaluation.scenes import SceneReader, load_truth
+from diffmoe.files import does_not_exist
 from diffmoe.prepare.images import WHITE, Color
 
 
@@ -46,7 +47,7 @@ class Evaluator:
         self._reference: Reference | None = None
         if judges.reference:
             if not Path(judges.reference).exists():
-                raise UserError(f"reference {judges.reference} does not exist")
+                raise UserError(f"reference {does_not_exist(judges.reference)}")
             self._extractor = load_extractor(judges.extractor, device)
             check_reference(judges.reference, self._extractor)
         self._classifier = load_classifier(judges.classifier, device) if judges.classifier else None

@@ -52,11 +52,11 @@ class HeldOut:
     def __init__(
         self, config: Config, path: str, samples: int, mine: Sequence[int] | None = None
     ) -> None:
-        manifest = Manifest.load(path)
+        manifest = Manifest.load(path, "validation.path")
         manifest.check_model(config.model)
         check_samples(path, manifest, samples)
         self.config, self.samples = config, samples
-        self.objective = create_objective(config.diffusion)
+        self.objective = create_objective(config)
         self.mine = range(-(-samples // BATCH)) if mine is None else mine
         order = torch.randperm(samples, generator=keyed_generator(config.seed, "held-out times"))
         self.time_N = (order + 0.5) / samples

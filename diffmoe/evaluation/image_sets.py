@@ -12,6 +12,7 @@ from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import FILE_NAME, Manifest
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
+from diffmoe.files import does_not_exist
 from diffmoe.npz_files import npz_rows, npz_shape, read_npz
 from diffmoe.prepare.image_folders import EXTENSIONS, image_files, read_image
 from diffmoe.prepare.images import WHITE, Color
@@ -74,6 +75,8 @@ def open_images(path: str | Path, background: Color = WHITE) -> ImageSet:
     is incomplete. `parts` raises UserError for files that cannot be read.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"images {does_not_exist(path)}")
     if path.suffix == ".npz":
         return _adm(path)
     if not path.is_dir():

@@ -21,6 +21,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation import curves, held_out, results
 from diffmoe.evaluation.held_out import HeldOut, HeldOutLoss, check_untrained
 from diffmoe.export.exported_model import is_exported
+from diffmoe.files import does_not_exist
 from diffmoe.sampling.sampler import Sampler
 
 METRIC = "validation_loss"
@@ -41,9 +42,12 @@ def measure_once(
     """
     path, model = config.validation.path, sampler.model
     if path is None or not Path(path).is_dir():
+        told = f"={path} is not a folder"
+        if path is not None and not Path(path).exists():
+            told = f": {does_not_exist(path)}"
         raise UserError(
-            f"{model.path}: validation.path={path} is not a folder; give --data, shards of samples "
-            "that were not trained on"
+            f"{model.path}: validation.path{told}; give --data, shards of samples that were not "
+            "trained on"
         )
     manifest = Manifest.load(path)
     check_addresses(path, manifest, Fetch.of(config.data))

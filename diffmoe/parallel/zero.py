@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffmoe.config import ZERO_BUCKET, Config
 from diffmoe.errors import UserError
-from diffmoe.files import read_text
+from diffmoe.files import cannot_read, read_text
 from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.gradient_types import gradient_types
 from diffmoe.parallel.muon import Muon
@@ -44,7 +44,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(read_text(path))
     except OSError as error:
-        raise UserError(f"cannot read --ds_config {path}: {error.strerror}") from None
+        raise UserError(f"--ds_config: {cannot_read(path, error)}") from None
     except (ValueError, RecursionError) as error:  # not JSON, or not even text
         raise UserError(f"--ds_config {path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from diffmoe.contact_sheet import with_names
 from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.data.captions import Captions
 from diffmoe.data.fetching import Fetch, Unreadable, open_shard
@@ -229,6 +230,11 @@ def _caption_lines(lengths: list[list[int]], text: TextContent) -> list[str]:
     ]
 
 
+def _names(labels: list[int], names: list[str]) -> str:
+    """Of the classes in a line of the sheet, which is sorted by them."""
+    return ", ".join(names[label] for label in dict.fromkeys(labels))
+
+
 def _feature_line(content: FeatureContent) -> str:
     channels, height, width = content.shape
     return f"of {content.encoder}, {content.layer}: {channels} channels on {height}x{width}"
@@ -269,7 +275,13 @@ def _write_sheet(
         report.lines.append(f"no contact sheet: {channels} channels cannot be shown")
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(page.squeeze(-1) if channels == 1 else page).save(path)
+    picture = Image.fromarray(page.squeeze(-1) if channels == 1 else page)
+    if manifest.class_names is not None:
+        labels = [sample.label for sample in samples]
+        starts = range(0, len(labels), columns)
+        named = [_names(labels[at : at + columns], manifest.class_names) for at in starts]
+        picture = with_names(picture, named)
+    picture.save(path)
     report.lines.append(f"contact sheet, by class, each image above its mirror image: {path}")
     if manifest.autoencoder != "identity":  # all pixels were checked above
         report.problems += blank_on_sheet(strips[0])

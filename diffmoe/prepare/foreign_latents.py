@@ -11,7 +11,7 @@ from diffmoe.data.autoencoders import canonical_name
 from diffmoe.data.latents import Sample, from_stored, to_stored
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError, describe_problem
-from diffmoe.files import check_tree
+from diffmoe.files import check_tree, does_not_exist
 from diffmoe.prepare import latent_formats
 from diffmoe.prepare.latent_formats import CachedLatents, LatentItem
 from diffmoe.prepare.sharding import ShardOutput, Skipped, convert_items
@@ -47,6 +47,8 @@ def import_latents(
     Raises UserError.
     """
     root = Path(source)
+    if not root.exists():
+        raise UserError(f"--latents {does_not_exist(root)}")
     if not root.is_dir():
         raise UserError(f"--latents {root} is not a folder")
     check_tree(root, "")

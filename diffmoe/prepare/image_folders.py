@@ -16,7 +16,7 @@ from diffmoe.config import Size
 from diffmoe.data.captions import caption_lines
 from diffmoe.data.tar_index import Entry, Member, read_member, tar_entries
 from diffmoe.errors import UserError
-from diffmoe.files import contained, open_regular, read_bytes
+from diffmoe.files import contained, does_not_exist, open_regular, read_bytes
 from diffmoe.prepare.images import WHITE, Color, center_crop, decode_image
 from diffmoe.redaction import printable
 
@@ -69,6 +69,8 @@ def find_images(
     Raises UserError for a folder of any other form and for links that must not be followed.
     """
     root = Path(root)
+    if not root.exists():
+        raise UserError(f"--images {does_not_exist(root)}")
     if not root.is_dir():
         raise UserError(f"--images {root} is not a folder; give one of class folders or tar shards")
     out = None if follow_links else root

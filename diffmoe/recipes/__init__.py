@@ -9,7 +9,7 @@ import yaml
 
 from diffmoe.config import Config, set_value, validated
 from diffmoe.errors import UserError
-from diffmoe.files import read_text
+from diffmoe.files import cannot_read, read_text
 
 _LIMIT = 64 << 10  # bytes of a file, and values in it; recipes have some two thousand bytes
 RECIPES = Path(__file__).parent
@@ -118,7 +118,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = _parsed(read_text(path, _LIMIT))
     except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise UserError(cannot_read(path, error)) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

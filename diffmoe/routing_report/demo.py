@@ -40,8 +40,8 @@ def answer(
 ) -> tuple[Image.Image, Image.Image, Image.Image, str]:
     """The image, the compute on its tokens, C by time, and the compute in words."""
     settings = SamplingSettings(
-        steps=int(inputs.steps), guidance=inputs.guidance, seed=int(inputs.seed or 0)
-    )
+        steps=int(inputs.steps), guidance=inputs.guidance, shift=None, seed=int(inputs.seed or 0)
+    ).with_shift_of(sampler.config)
     label, prompts = inputs.wanted, sampler.prompts
     if prompts is not None:
         negative = inputs.negative.strip() or None

@@ -47,7 +47,9 @@ class Dial:
         # Where experts take every token there is nothing to interpolate.
         if sum(bool((logits_LE > EVERY_TOKEN).all()) for logits_LE in found.values()) < 2:
             labels = [k % sampler.choices for k in range(16)]
-            settings = sampler.fitted(SamplingSettings(steps=DIAL_STEPS, guidance=None), report)
+            settings = sampler.fitted(
+                SamplingSettings(steps=DIAL_STEPS, guidance=None, shift=None), report
+            )
             passes = trajectory_passes(sampler, labels, 16, settings)
             for capacity in CAPACITIES:
                 if capacity < sampler.config.moe.experts and capacity not in found:

@@ -85,6 +85,7 @@ def sample_latents(
     """
     sampler, guidance = settings.chosen_sampler(config), settings.guidance
     assert guidance is not None  # else settings.check refuses it
+    assert settings.shift is not None  # as above
     device = next(network.parameters()).device
     noise = SampleNoise(settings.seed, indices, config.model.latent_shape)
     wanted, null = conditions(labels, config, prompts, device)

@@ -42,7 +42,7 @@ def real_examples(config: Config, samples: int, batch: int, seed: int) -> Iterat
     manifest = Manifest.load(path)
     manifest.check_model(config.model)
     config = config.replace({"seed": seed, "training.accumulation": 1})
-    objective, lanes = create_objective(config.diffusion), range(config.data.lanes)
+    objective, lanes = create_objective(config), range(config.data.lanes)
     source = DataSource(
         path,
         manifest,

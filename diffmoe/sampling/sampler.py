@@ -168,8 +168,10 @@ class Sampler:
     ) -> SamplingSettings:
         """With guidance where none was chosen: the default, or 1 where the model cannot be guided.
 
-        say: is called with a note in the second case.
+        And with the shift of its training where none was chosen. say: is called with a note on a
+        model that cannot be guided.
         """
+        settings = settings.with_shift_of(self.config)
         if settings.guidance is not None:
             return settings
         if can_guide(self.config, self.prompts):

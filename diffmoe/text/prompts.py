@@ -10,7 +10,7 @@ from diffmoe.conditions import Condition, unconditional
 from diffmoe.config import Config
 from diffmoe.data.manifest import TextContent
 from diffmoe.errors import UserError
-from diffmoe.files import read_text
+from diffmoe.files import cannot_read, read_text
 from diffmoe.text.encoders import TextEncoder, open_encoder
 from diffmoe.tree import tree_map
 
@@ -52,7 +52,9 @@ def read_captions(file: str | Path) -> list[str]:
     """The lines of a text file, without empty ones. Raises UserError if it cannot be read."""
     try:
         text = read_text(file, encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"prompts: {cannot_read(file, error)}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"prompts {file} cannot be read: {error}") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 

@@ -229,5 +229,6 @@ def _settings(config: Config) -> SamplingSettings:
         sampler=cast(SamplerName | None, evaluation.sampler),  # checked with the settings
         steps=evaluation.steps,
         guidance=evaluation.guidance,
+        shift=None,
         seed=evaluation.seed,
-    )
+    ).with_shift_of(config)

@@ -36,7 +36,8 @@ def check_data(config: Config) -> Manifest:
         )
     manifest = Manifest.load(config.data.path)
     check_addresses(config.data.path, manifest, Fetch.of(config.data))
-    manifest.check(config.data.path, config.data.lanes, config.data.max_bad_shards)
-    manifest.check_model(config.model)
+    manifest.check(config.data.path, max_bad_shards=config.data.max_bad_shards)
+    manifest.check_model(config.model, config.data.lanes)  # which names the lanes, too
+    manifest.check_lanes(config.data.lanes)
     manifest.check_align(config.align)
     return manifest

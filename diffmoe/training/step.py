@@ -146,7 +146,7 @@ class TrainingStep:
         """network, engine: of `build`."""
         self.config, self.network, self.engine, self.ema = config, network, engine, ema
         self.device = device
-        self.objective = create_objective(config.diffusion)
+        self.objective = create_objective(config)
         self.routing_state = RoutingState(network)
         self.lanes = own_lanes(config, network.topology)
         self.samples = self.number = self.skipped = 0

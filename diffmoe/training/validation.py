@@ -31,7 +31,7 @@ def check(config: Config, manifest: Manifest) -> None:
     path = config.validation.path
     if not config.training.validate_every or path is None:
         return
-    held_out = Manifest.load(path)
+    held_out = Manifest.load(path, "validation.path")
     check_addresses(path, held_out, Fetch.of(config.data))
     held_out.check_model(config.model)
     check_samples(path, held_out, config.validation.samples)

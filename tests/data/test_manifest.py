@@ -7,6 +7,7 @@ import pytest
 from diffmoe.config import ModelConfig
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.fixture
@@ -153,6 +154,34 @@ def test_shards_behind_urls_are_not_looked_for_on_disk(folder):
     mend(folder, location="/else")
     with pytest.raises(UserError, match=r"shard /else/000000\.tar is missing"):
         Manifest.load(folder).check(folder)
+
+
+def test_all_settings_that_must_change_are_told_at_once(folder):
+    fitting = "set model.in_channels=2 model.input_size=4 model.num_classes=7 model.patch_size=2"
+    with pytest.raises(UserError, match=f"{fitting} data.lanes=2, or data.path to other data"):
+        Manifest.load(folder).check_model(
+            ModelConfig(in_channels=3, input_size=9, patch_size=3, num_classes=1000), lanes=4
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"data__lanes": 3}, ["in_channels=2", "input_size=4", "num_classes=7"]),
+        ({"data__lanes": 8}, ["in_channels=2", "input_size=4", "num_classes=7", "data.lanes=2"]),
+        ({"data__lanes": 3, "model__input_size": 4, "model__num_classes": 7}, ["in_channels=2"]),
+    ],
+)
+def test_a_run_is_told_all_that_must_change_at_once(folder, changes, settings):
+    config = tiny_config(model__in_channels=3, training__batch_size=24, **changes)
+    with pytest.raises(UserError) as caught:
+        Manifest.load(folder).check_model(config.model, config.data.lanes)
+    wanted = " ".join(one if "." in one else f"model.{one}" for one in settings)
+    assert f"; set {wanted}, or data.path to other data" in str(caught.value)
+    told = dict(one.split("=") for one in wanted.split())
+    fitting = config.replace({key: int(value) for key, value in told.items()})
+    Manifest.load(folder).check_model(fitting.model)
+    Manifest.load(folder).check_lanes(fitting.data.lanes)
 
 
 @pytest.mark.parametrize(

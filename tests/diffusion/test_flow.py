@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffmoe.diffusion.flow import FlowMatching
+from diffmoe.diffusion import create_objective
+from diffmoe.diffusion.flow import FlowMatching, shifted
 from diffmoe.errors import UserError
+from tests.helpers.tiny import tiny_config
 
 
 def batch(n: int = 5) -> tuple[torch.Tensor, ...]:
@@ -90,6 +92,31 @@ def test_a_shift_moves_every_timestep_towards_noise(timesteps):
     noise = 1 - plain.double()
     assert_close(moved.double(), 1 - 3 * noise / (1 + 2 * noise), atol=1e-6, rtol=0)
     assert (moved < plain).all()
+
+
+def test_a_shift_by_size_is_that_of_rae():
+    """The tests that arXiv 2510.11690's rule suggests: 0, 1, the middle, one after the other."""
+    latents = {"model.in_channels": 768, "model.input_size": 16}
+    config = tiny_config(diffusion__timestep_shift="by_size").replace(latents)
+    assert config.timestep_shift == pytest.approx((16 * 16 * 768 / 4096) ** 0.5)
+    assert config.timestep_shift == pytest.approx(6.93, abs=0.01)
+    assert shifted(0.5, config.timestep_shift) == pytest.approx(0.874, abs=1e-3)
+    assert shifted(0.0, 6.93) == 0
+    assert shifted(1.0, 6.93) == 1
+    assert shifted(shifted(0.3, 2.0), 3.0) == pytest.approx(shifted(0.3, 6.0))
+    assert shifted(shifted(0.3, 4.0), 0.25) == pytest.approx(0.3)
+    # What the published sizes of 4,096 numbers, 4x32x32, were tuned for stays as it was.
+    small = {"model.in_channels": 16, "model.input_size": [8, 32]}
+    assert config.replace(small).timestep_shift == 1
+
+
+def test_training_draws_its_times_by_size():
+    config = tiny_config(diffusion__timestep_shift="by_size", model__in_channels=256)
+    objective = create_objective(config)
+    assert objective.shift == 2  # 256 x 8 x 8 numbers
+    t = objective.sample_timesteps(1000, torch.Generator().manual_seed(0))
+    plain = FlowMatching().sample_timesteps(1000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(1 - t, 2 * (1 - plain) / (2 - plain))
 
 
 def test_a_shift_of_one_changes_no_bit():

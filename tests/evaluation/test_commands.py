@@ -74,6 +74,23 @@ def test_from_a_run_to_figures_that_repeat(run, reference, tmp_path):
     assert first["peak_memory_mb"] > 10
 
 
+def test_several_guidance_scales_are_measured_and_drawn(run, reference, tmp_path):
+    words = [TOOL, run, "--num-samples", "8", "--steps", "2", "--guidance", "1", "1.5", "3"]
+    words += ["--reference", reference, "--extractor", NAME, "--out", tmp_path]
+    output = told(*words)
+    found = results(tmp_path)
+    assert [one["images"]["guidance"] for one in found] == [1, 1.5, 3]
+    assert len({one["metrics"][FD] for one in found}) == 3
+    for one in found:
+        assert f"training samples, guidance {one['images']['guidance']:g}\n" in output
+    drawn = curve_points([tmp_path], FD, "guidance")[1]
+    assert list(drawn.values()) == [[(r["images"]["guidance"], r["metrics"][FD]) for r in found]]
+    assert Image.open(tmp_path / "guidance.png").size == (840, 540)
+    alone = told(*words[:7], "1.5", *words[10:-1], tmp_path / "alone")
+    assert results(tmp_path / "alone")[0]["metrics"] == found[1]["metrics"]
+    assert "guidance.png" not in alone
+
+
 def test_a_model_of_gray_images_is_refused_before_it_samples(run, tmp_path):
     gray = run.parent / "gray"
     pack(gray / "data", shape=(1, 8, 8))

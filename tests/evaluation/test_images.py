@@ -162,8 +162,8 @@ def test_damaged_missing_and_empty_input_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no images"):
         open_images(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"is not a folder or \.npz file"):
-        open_images(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"empyt does not exist \(did you mean .*empty\?\)"):
+        open_images(tmp_path / "empyt")
     (tmp_path / "broken.npz").write_bytes(b"PK broken")
     with pytest.raises(UserError, match="is not a readable npz file"):
         open_images(tmp_path / "broken.npz")

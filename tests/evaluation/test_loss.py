@@ -233,7 +233,7 @@ def test_what_cannot_be_measured_is_refused(trained, folder: Path, tmp_path: Pat
             measured(path, file, **changes)
         return str(caught.value)
 
-    assert "validation.path=absent is not a folder; give --data" in refused(
+    assert "validation.path: absent does not exist; give --data" in refused(
         validation__path="absent"
     )
     assert "validation.samples=35: " in refused(validation__samples=35)

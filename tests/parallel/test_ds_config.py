@@ -136,7 +136,7 @@ def test_a_missing_file_is_told_its_path(tmp_path: Path):
     path = str(tmp_path / "none.json")
     with pytest.raises(UserError) as caught:
         read_ds_config(path)
-    assert f"cannot read --ds_config {path}: No such file" in str(caught.value)
+    assert f"--ds_config: {path} does not exist" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from diffmoe.data.manifest import TextContent
 from diffmoe.data.reading import OpenShard
 from diffmoe.errors import UserError
 from diffmoe.prepare.image_folders import find_images, load_image
+from diffmoe.recipes import load_config
+from diffmoe.training import preflight
 from tests.helpers.encoding import encode
 from tests.helpers.shards import members, photograph
 
@@ -96,3 +98,10 @@ def test_the_command(folder, tmp_path, tool):
     arguments = ["--images", folder, "--pixels", "--size", 16, "--shards", 2, "--captions"]
     done = tool("encode_latents", *arguments, "--out", tmp_path / "out")
     assert "6 samples with captions in 2 shards" in done.stdout, done.stderr
+    *_, following = done.stdout.splitlines()
+    assert following == (
+        f"next: python train.py --config captioned_digits data.path={tmp_path / 'out'} "
+        "model.input_size=16 model.text.length=256 data.lanes=2 output=runs/out"
+    )
+    config = load_config("captioned_digits", following.split()[5:])
+    assert preflight.check_data(config).samples == 6

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffmoe.contact_sheet import with_names
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.packing import ShardWriter
 from diffmoe.data.reading import read_shard
@@ -13,6 +14,8 @@ from diffmoe.prepare.resharding import hold_out, reshard
 from diffmoe.prepare.sharding import ShardOutput
 from tests.helpers.encoding import encode
 from tests.helpers.shards import FIELDS, damage, members, relist
+
+LINES = ["Ant", "Ant, bee 2.0", "bee 2.0, cat", "cat"]  # of eight samples each
 
 
 def test_good_data_has_no_problems_and_a_sheet(photos, tmp_path):
@@ -29,7 +32,11 @@ def test_good_data_has_no_problems_and_a_sheet(photos, tmp_path):
     ]:
         assert part in text
     sheet = np.asarray(Image.open(tmp_path / "sheets" / "a.png"))
-    assert sheet.shape == (4 * 2 * 16, 8 * 16, 3)  # 30 samples, eight in a line
+    named = with_names(Image.new("RGB", (128, 128)), LINES)
+    margin = named.width - 128
+    assert sheet.shape == (4 * 2 * 16, margin + 8 * 16, 3)  # 30 samples, eight in a line
+    assert np.array_equal(sheet[:, :margin], np.asarray(named)[:, :margin])
+    sheet = sheet[:, margin:]
     assert np.array_equal(sheet[:16, :16], sheet[16:32, :16][:, ::-1])  # pixels: exactly mirrored
 
 
@@ -109,7 +116,8 @@ def test_bad_samples_are_problems(tmp_path, pack):
 def test_moments_are_decoded_onto_the_sheet(photos, tmp_path, tiny_vae):
     encode(photos, tmp_path, vae=str(tiny_vae), size=16, shards=2)
     report = check_data(tmp_path, tmp_path / "sheet.png")
-    assert np.asarray(Image.open(tmp_path / "sheet.png")).shape == (4 * 2 * 16, 8 * 16, 3)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))[:, -8 * 16 :]
+    assert sheet.shape == (4 * 2 * 16, 8 * 16, 3)
     assert "contact sheet" in str(report)
 
 

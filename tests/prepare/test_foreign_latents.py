@@ -170,7 +170,7 @@ def test_another_formats_folder_is_refused(tmp_path, kind):
     message = "contains no files of|gives no labels|statistics|0 folders"
     with pytest.raises(UserError, match=message):
         run(kind, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(UserError, match="nowhere is not a folder"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         run(kind, tmp_path / "nowhere", tmp_path / "out")
 
 

@@ -101,8 +101,12 @@ def test_tars_that_do_not_fit_are_named(photos, tmp_path, options, message):
 
 
 def test_folders_that_do_not_fit_are_named(photos, tmp_path):
-    with pytest.raises(UserError, match="nowhere is not a folder"):
+    (tmp_path / "somewhere").touch()
+    with pytest.raises(UserError, match=r"nowhere does not exist \(did you mean .*/somewhere\?\)"):
         find_images(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="somewhere is not a folder"):
+        find_images(tmp_path / "somewhere")
+    (tmp_path / "somewhere").unlink()
     with pytest.raises(UserError, match=r"holds 0 subfolders and 0 \.tar files"):
         find_images(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -219,7 +219,7 @@ def test_prompts_from_the_line_and_a_file_are_drawn_calibrated_and_reported(text
         ([], "draws captions, not classes: give at least one prompt"),
         (["--prompt", "7", "--classes", "1"], "--classes and --check-digits are for models that"),
         (["--prompt", "7", "--text-encoder", "t5"], "t5: this model reads bytes"),
-        (["--prompts", "nowhere.txt"], "prompts nowhere.txt cannot be read"),
+        (["--prompts", "nowhere.txt"], "prompts: nowhere.txt does not exist"),
         (["--prompt", "\udcff"], "is not UTF-8"),
     ],
     ids=["no prompt", "classes", "encoder", "no file", "bytes"],

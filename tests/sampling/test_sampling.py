@@ -46,6 +46,21 @@ def sampled(
     return latents, torch.stack(pairs.taken)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "shift"), [("euler", 3.0), ("heun", 3.0), ("sde", 3.0), ("dopri5", 1.0)]
+)
+def test_a_shift_that_nobody_chose_is_that_of_training(sampler, shift):
+    config = CONFIG.replace({"diffusion.timestep_shift": 3.0})
+    left_open = SamplingSettings(sampler=sampler, steps=3, guidance=2.0, shift=None)
+    assert left_open.with_shift_of(config) == replace(left_open, shift=shift)
+    assert left_open.with_shift_of(CONFIG).shift == 1
+    assert left_open.with_shift_of(DDPM.replace({"seed": 1})).shift == 1
+    chosen = replace(left_open, shift=2.0)
+    assert chosen.with_shift_of(config) == chosen
+    with pytest.raises(ValueError, match="left open"):
+        left_open.check(config)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.sampler or "euler")
 def test_an_image_does_not_depend_on_its_batch_or_order(settings):
     network = network_of(CONFIG)
@@ -104,7 +119,8 @@ def test_ddpm_samples_with_the_learned_variance(sampler):
     alone = latents_of(network, DDPM, [2], [2], settings)
     assert together.shape == (3, 2, 8, 8)
     assert together.isfinite().all()
-    torch.testing.assert_close(alone, together[2:], atol=1e-5, rtol=1e-5)
+    # Kernels of some CPUs round by the batch's size; in 10 steps that grew to 2.4e-5.
+    torch.testing.assert_close(alone, together[2:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("config", [CONFIG, DDPM], ids=["flow", "ddpm"])

@@ -76,7 +76,7 @@ def test_a_dry_run_shows_all_and_changes_nothing(data: Path, submit: Submit):
         (("data.lanes=6", "training.batch_size=24", "--nodes", "4"), "data.lanes=6 is not"),
         (("--nodes", "3"), "3 ranks are not divisible by parallel.expert_parallel=2"),
         (("data.path=/nowhere",), "/nowhere"),
-        (("--ds_config", "/none.json"), "cannot read --ds_config /none.json"),
+        (("--ds_config", "/none.json"), "--ds_config: /none.json does not exist"),
         (("model.color=red",), "unknown key model.color"),
         (("--gpu-memory", "2"), "--gpu-memory is 2"),
         (

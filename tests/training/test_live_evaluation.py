@@ -182,7 +182,7 @@ def test_a_text_model_is_judged_on_its_prompts(tmp_path: Path):
     ("changes", "message"),
     [
         ({"evaluation__prompts": None}, "set evaluation.prompts to a text file"),
-        ({"evaluation__prompts": "absent.txt"}, "prompts absent.txt cannot be read"),
+        ({"evaluation__prompts": "absent.txt"}, "prompts: absent.txt does not exist"),
         ({"evaluation__classifier": CLASSIFIER}, "judges classes, and the model takes captions"),
         ({"evaluation__truth": "truth.json"}, "truth truth.json does not contain 'one'"),
         ({"evaluation__text_encoder": "t5"}, "this model reads bytes"),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,43 @@ def test_a_second_ctrl_c_ends_at_once():
     assert done.stdout.split("\n")[:-1] == ["asked", "still here"]
     assert done.returncode == 130
     assert done.stderr.count("the run ends after this step and saves; again, it ends at once") == 1
+
+
+def test_ctrl_c_while_torch_is_imported_is_acknowledged():
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, "--config", "mnist", "data.path=nowhere", "--device", "cpu"],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        maps = Path(f"/proc/{process.pid}/maps")
+        deadline = time.monotonic() + 60
+        while "libtorch" not in maps.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert told == "stopped before the training began; nothing was changed\n"
+
+
+@pytest.mark.parametrize("module", ["diffmoe.errors", "diffmoe.process.launcher", "torch"])
+def test_ctrl_c_while_a_module_is_imported_is_acknowledged(module: str):
+    script = (
+        "import os, runpy, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"wanted = ('import', {module!r})\n"
+        "sys.addaudithook(lambda event, about: (event, about[:1]) == (wanted[0], wanted[1:])\n"
+        "    and os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['train.py', '--config', 'mnist', 'data.path=nowhere']\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    done = command(sys.executable, "-c", script)
+    assert done.returncode == 130
+    assert done.stderr == "stopped before the training began; nothing was changed\n"
 
 
 def test_ctrl_c_before_the_training_is_acknowledged():

@@ -123,7 +123,9 @@ def test_refusals_come_before_work(folder: Path):
     config = config_of(folder, "refused", validation__samples=35)
     with pytest.raises(UserError, match=r"validation\.samples=35: .* holds 34"):
         preflight.check(config, {}, 1)
-    with pytest.raises(UserError, match=r"held-out-none"):
+    with pytest.raises(
+        UserError, match=r"held-out-none does not exist.* set validation\.path to a folder"
+    ):
         preflight.check(config_of(folder, "x", validation__path="held-out-none"), {}, 1)
     with pytest.raises(UserError, match=r"validate_every=16 needs validation\.path"):
         config_of(folder, "x", validation__path=None)
