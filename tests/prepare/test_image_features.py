@@ -91,18 +91,19 @@ def test_of_stored_moments_the_means_are_seen(tmp_path: Path):
 
     def array(sample: int) -> np.ndarray:
         mean = pixels(sample).astype(np.float32) / 127.5 - 1
-        return np.concatenate([mean * 2 + 3, np.full_like(mean, 5)])
+        return np.concatenate([mean * 0.5 + 0.1, np.full_like(mean, 5)])
 
     fields = {**FIELDS, "shape": (1, 4, 4), "content": "mean_logvar", "flips": True}
-    with ShardWriter(tmp_path / "data", 3, **fields, shift=3.0, scale=0.5) as writer:
+    fields |= {"scaled": False, "shift": 0.1, "scale": 2.0}
+    with ShardWriter(tmp_path / "data", 3, **fields) as writer:
         for i in range(3):
             writer.add(f"{i}", 0, array(i), array(i + 100))
     encode_features(tmp_path / "data", ShardOutput(tmp_path / "out"), Corners())
     for key, (plain, mirrored) in features_in(tmp_path / "out").items():
-        # The decoder undoes scale and shift: what it sees is the mean itself, clamped to -1..1.
+        # The decoder undoes scale and shift: what is seen is the mean itself, but for rounding.
         for sample, own in ((int(key), plain), (int(key) + 100, mirrored)):
             image = (array(sample)[:1] * 127.5 + 127.5).round().clip(0, 255)
-            np.testing.assert_allclose(own, quarters(image), rtol=1e-3)
+            np.testing.assert_allclose(own, quarters(image), rtol=0, atol=0.3)
 
 
 def test_any_number_of_ranks_gives_the_same_shards(packed: Path, tmp_path: Path):

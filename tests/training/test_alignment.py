@@ -79,6 +79,22 @@ def test_off_is_the_run_of_before_and_on_is_another(folder: Path):
     )
 
 
+def test_a_run_begins_from_a_model_with_or_without_alignment(folder: Path):
+    plain = run(folder, "plain", 1, align={})
+    train(plain)
+    aligned = run(folder, "aligned", 1, training__init=plain.output)
+    train(aligned)
+    assert -1 < metrics(aligned)[0]["alignment_loss"] < 1
+    back, again = (
+        run(folder, name, 1, align={}, training__init=model)
+        for name, model in (("back", aligned.output), ("again", plain.output))
+    )
+    for config in (back, again):
+        train(config)
+    names = tensors(newest(back)).keys()
+    assert names == tensors(newest(again)).keys() == tensors(newest(plain)).keys()
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_alignment_ends_at_a_clock(folder: Path, stage: int):
     """From there on features are not even read, and blocks learn from the objective alone."""
