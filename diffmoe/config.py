@@ -416,6 +416,12 @@ class TrainingConfig(_Section):
     init: str | None = Field(
         None, description="model whose weights a fresh run starts from, adapted; none: random ones"
     )
+    freeze: tuple[str, ...] = Field(
+        (), description="patterns of parameters that stay as they are, as blocks.?.attention.*"
+    )
+    train_only: tuple[str, ...] = Field(
+        (), description="patterns of those that train, all others stay; instead of freeze"
+    )
     label_dropout: float = Field(
         0.1, ge=0, le=1, description="share of labels or captions left out, for guidance; 0: none"
     )
@@ -442,6 +448,15 @@ class TrainingConfig(_Section):
             raise ValueError(
                 f"training.snapshot_samples={self.snapshot_samples} saves the EMA alone, but "
                 "training.ema_decay is null and there are no ema_stds; set ema_decay"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trained(self) -> "TrainingConfig":
+        if self.freeze and self.train_only:
+            raise ValueError(
+                f"training.freeze={list(self.freeze)} and training.train_only="
+                f"{list(self.train_only)} say the same in two ways; leave one of them out"
             )
         return self
 

@@ -25,10 +25,12 @@ class StoredParallel(_Part):
 
 
 class StoredTraining(_Part):
-    """ema_stds: empty in files written before there were power-function averages."""
+    """Empty in files written before there were power-function averages and frozen parameters."""
 
     batch_size: _Positive
     ema_stds: tuple[float, ...] = ()
+    freeze: tuple[str, ...] = ()
+    train_only: tuple[str, ...] = ()
 
 
 class StoredOptimizer(_Part):

@@ -9,9 +9,21 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from torch import Tensor
 
+from diffmoe.parallel.frozen import Frozen
+
 
 class Engine(deepspeed.DeepSpeedEngine):
-    """The engine with bf16 beside fp32 parameters, and a short way from gradients to a step."""
+    """The engine with bf16 beside fp32 parameters, and a short way from gradients to a step.
+
+    frozen: the parameters that it does not know.
+    """
+
+    frozen: Frozen
+
+    def spread_masters(self) -> None:
+        """Fill the network from the fp32 masters of all ranks. Every rank calls it."""
+        self.optimizer.update_lp_params()
+        self.frozen.spread()
 
     def _configure_with_arguments(self, args: Any, mpu: Any) -> None:
         super()._configure_with_arguments(args, mpu)

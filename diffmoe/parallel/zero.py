@@ -18,6 +18,7 @@ from diffmoe.config import ZERO_BUCKET, Config
 from diffmoe.errors import UserError
 from diffmoe.files import cannot_read, read_text
 from diffmoe.parallel.engine import Engine
+from diffmoe.parallel.frozen import Frozen, hide_from_deepspeed
 from diffmoe.parallel.gradient_types import gradient_types
 from diffmoe.parallel.muon import Muon
 from diffmoe.parallel.orthogonalize import Matrices
@@ -193,10 +194,11 @@ def create_engine(
     settings: dict[str, Any],
     topology: Topology,
     matrices: Mapping[str, Matrices] = MappingProxyType({}),
-) -> deepspeed.DeepSpeedEngine:
+) -> Engine:
     """Wrap the network in a ZeRO engine.
 
-    network: in the types that it computes in, see `DiT.to_bf16`. experts: by name, the parameters
+    network: in the types that it computes in, see `DiT.to_bf16`; what takes no gradient is
+    `Engine.frozen`. experts: by name, the parameters
     of which every expert-parallel rank holds its own. matrices: by name, those of an optimizer that
     treats matrices apart; their parameter groups hold them as `matrices`.
     """
@@ -210,12 +212,14 @@ def create_engine(
         alike = [p for p in dense if p.dtype == dtype]
         parameter_groups += _split(alike, stacks, name=f"dense {dtype}")
     root: nn.Module = network
-    if experts:
+    hide_from_deepspeed(experts)
+    trained = [parameter for parameter in experts.values() if parameter.requires_grad]
+    if trained:
         name = expert_group_name(topology)
-        for parameter in experts.values():
+        for parameter in trained:
             parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed reads both
             parameter.group_name = name  # type: ignore[attr-defined]  # as above
-        parameter_groups += _split(list(experts.values()), stacks, moe=True, name=name)
+        parameter_groups += _split(trained, stacks, moe=True, name=name)
         root = ExpertParallelRoot(network, num_experts, topology)
     client = optimizer(parameter_groups, **optimizer_options)
     engine = Engine(  # what deepspeed.initialize does with a plain configuration
@@ -227,6 +231,7 @@ def create_engine(
         dist_init_required=False,
     )
     engine._configure_python_gc()
+    engine.frozen = Frozen(network, experts)
     if isinstance(client, Muon):
         client.attach(engine.optimizer)
     return engine
@@ -253,17 +258,20 @@ class OwnedRange(NamedTuple):
 
     The piece is [start, start + length) of the flattened global tensor, experts under their global
     numbers; `master` is a view of it. `state(optimizer)` is the optimizer's, of the same range.
+    partition: which holds it, from `offset` on; None of a frozen parameter, which has no state.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     master: Tensor
-    partition: nn.Parameter
+    partition: nn.Parameter | None
     offset: int
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """By its key, such as exp_avg; views."""
+        if self.partition is None:
+            return {}
         return {
             key: tensor.narrow(0, self.offset, len(self.master))
             for key, tensor in optimizer.state[self.partition].items()
@@ -272,18 +280,23 @@ class OwnedRange(NamedTuple):
 
 
 def owned_ranges(
-    engine: deepspeed.DeepSpeedEngine, network: nn.Module, experts: dict[str, nn.Parameter]
+    engine: Engine, network: nn.Module, experts: dict[str, nn.Parameter]
 ) -> Iterator[OwnedRange]:
     """What this rank owns of each named parameter; over all ranks every element once."""
     topology = cast(Topology, network.topology)
     for name, parameter in network.named_parameters():
-        piece = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed sets it
-        if piece is None:
-            continue
         shape, first = tuple(parameter.shape), 0
         if name in experts:
             shape = (shape[0] * topology.expert_parallel, *shape[1:])
             first = topology.expert_rank * parameter.numel()
+        frozen = engine.frozen.parts.get(name)
+        if frozen is not None:
+            if len(frozen.master):
+                yield OwnedRange(name, shape, first + frozen.start, frozen.master, None, 0)
+            continue
+        piece = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed sets it
+        if piece is None:
+            continue
         yield OwnedRange(
             name=name,
             shape=shape,

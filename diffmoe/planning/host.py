@@ -57,7 +57,7 @@ def host_memory(layout: Layout) -> HostMemory:
     readers = min(config.data.workers, config.data.lanes // layout.world)
     return HostMemory(
         processes=ranks * (RANK_BYTES + readers * READER_BYTES),
-        network=ranks * (sizes.dense + sizes.routing + sizes.experts) * MASTER,
+        network=ranks * (sizes.dense + sizes.routing + sizes.experts + sizes.frozen) * MASTER,
         states=ranks * _offloaded(layout),
         saves=int(ranks * _saved(layout) * (1 if layout.zero.offload else PINNED)),
         loader=ranks
@@ -71,7 +71,7 @@ def _saved(layout: Layout) -> int:
     training, kept = layout.config.training, average_count(layout)
     snapshot = ELEMENT[training.snapshot_precision] if training.snapshot_samples else 0
     each = (1 + kept) * MASTER + kept * snapshot
-    return partition_size(layout) * each + moment_bytes(layout)
+    return (partition_size(layout) + layout.frozen_share) * each + moment_bytes(layout)
 
 
 def _offloaded(layout: Layout) -> int:

@@ -1,6 +1,7 @@
 """Ways to distribute a run over a machine."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -8,9 +9,17 @@ from typing import Any
 
 import torch
 
-from diffmoe.config import ZERO_BUCKET, AlignConfig, Config, ModelConfig, MoEConfig
+from diffmoe.config import (
+    ZERO_BUCKET,
+    AlignConfig,
+    Config,
+    ModelConfig,
+    MoEConfig,
+    TrainingConfig,
+)
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
+from diffmoe.models.frozen import freeze
 from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.routing import expert_capacity
 from diffmoe.parallel.gradient_types import gradient_types
@@ -58,6 +67,7 @@ class Sizes:
     """Trainable elements of one rank: dense ones, those that route, and those of its experts.
 
     The projector of an aligned run is dense.
+    frozen_dense, frozen_routing, frozen_experts: elements of those that do not train.
     largest: elements of the largest parameter. matrices, expert_matrices: of dense parameters and
     of experts, those that Muon orthogonalizes, in the network's order.
     """
@@ -68,10 +78,19 @@ class Sizes:
     largest: int
     matrices: tuple[Matrices, ...]
     expert_matrices: tuple[Matrices, ...]
+    frozen_dense: int
+    frozen_routing: int
+    frozen_experts: int
+
+    @property
+    def frozen(self) -> int:
+        return self.frozen_dense + self.frozen_routing + self.frozen_experts
 
 
 @lru_cache(maxsize=64)
-def sizes_of(model_json: str, moe_json: str, align_json: str, expert_parallel: int) -> Sizes:
+def sizes_of(
+    model_json: str, moe_json: str, align_json: str, training_json: str, expert_parallel: int
+) -> Sizes:
     topology = Topology(expert_parallel=expert_parallel)
     with torch.device("meta"):
         network = DiT(
@@ -80,18 +99,24 @@ def sizes_of(model_json: str, moe_json: str, align_json: str, expert_parallel: i
             topology,
             align=AlignConfig.model_validate_json(align_json),
         )
-    of_experts = network.expert_parameters()
-    experts = sum(parameter.numel() for parameter in of_experts.values())
-    routing = sum(parameter.numel() for parameter in network.routing_parameters().values())
-    every = [parameter.numel() for parameter in network.parameters()]
-    matrices = hidden_matrices(network)
+    freeze(network, TrainingConfig.model_validate_json(training_json))
+    of_experts, of_routing = network.expert_parameters(), network.routing_parameters()
+    elements: Counter[tuple[str, bool]] = Counter()
+    for name, parameter in network.named_parameters():
+        kind = "experts" if name in of_experts else "routing" if name in of_routing else "dense"
+        elements[kind, parameter.requires_grad] += parameter.numel()
+    trained = {name: one.numel() for name, one in network.named_parameters() if one.requires_grad}
+    matrices = {name: s for name, s in hidden_matrices(network).items() if name in trained}
     return Sizes(
-        sum(every) - experts - routing,
-        routing,
-        experts,
-        max(every),
-        tuple(stack for name, stack in matrices.items() if name not in of_experts),
-        tuple(stack for name, stack in matrices.items() if name in of_experts),
+        dense=elements["dense", True],
+        routing=elements["routing", True],
+        experts=elements["experts", True],
+        largest=max(trained.values()),
+        matrices=tuple(stack for name, stack in matrices.items() if name not in of_experts),
+        expert_matrices=tuple(stack for name, stack in matrices.items() if name in of_experts),
+        frozen_dense=elements["dense", False],
+        frozen_routing=elements["routing", False],
+        frozen_experts=elements["experts", False],
     )
 
 
@@ -122,6 +147,19 @@ class Layout:
         return self.config.training.batch_size // (self.world * self.accumulation)
 
     @property
+    def frozen_share(self) -> int:
+        """Elements of frozen parameters that one rank keeps in fp32 and saves, to rounding.
+
+        In a bf16 run copies, but for those that route.
+        """
+        return self.sizes.frozen_routing // self.world + self.frozen_copies
+
+    @property
+    def frozen_copies(self) -> int:
+        sizes = self.sizes
+        return sizes.frozen_dense // self.world + sizes.frozen_experts // self.expert_replicas
+
+    @property
     def element(self) -> int:
         """Bytes of one element of parameters and activations, but for those that route: fp32."""
         return BYTES[self.config.training.precision]
@@ -130,9 +168,10 @@ class Layout:
     def sizes(self) -> Sizes:
         config = self.config
         return sizes_of(
-            config.model.model_dump_json(),
-            config.moe.model_dump_json(),
-            config.align.model_dump_json(),
+            *(
+                part.model_dump_json()
+                for part in (config.model, config.moe, config.align, config.training)
+            ),
             self.expert_parallel,
         )
 

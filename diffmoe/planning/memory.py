@@ -134,12 +134,15 @@ def memory(layout: Layout) -> Memory:
     passing = sizes.largest * element if layout.zero.offload else 0
     if layout.zero.offload and accumulated != element:
         passing += own * accumulated
+    frozen = (sizes.frozen - sizes.frozen_routing) * element + sizes.frozen_routing * MASTER
+    # Of fp32 parameters they are those themselves.
+    frozen_masters = 0 if element == MASTER else layout.frozen_copies
     return Memory(
-        parameters=sum(group.flat * group.element for group in groups),
+        parameters=sum(group.flat * group.element for group in groups) + frozen,
         gradients=(0 if stage_2 else kept)
         + here * (MASTER if accumulated == MASTER else MASTER + accumulated)
         + passing,
-        masters=here * MASTER,
+        masters=(here + frozen_masters) * MASTER,
         moments=0 if layout.zero.offload else moment_bytes(layout),
         ema=average_count(layout) * here * MASTER,
         activations=activation_bytes(layout),

@@ -54,7 +54,10 @@ def checkpoint_bytes(layout: Layout) -> int:
         *(group for group in expert_groups(layout) for _ in range(layout.expert_parallel)),
     ]
     kept = 1 + average_count(layout)
-    return sum(group.elements * (kept + group.moments) for group in groups) * MASTER
+    sizes = layout.sizes
+    frozen = sizes.frozen + sizes.frozen_experts * (layout.expert_parallel - 1)
+    trained = sum(group.elements * (kept + group.moments) for group in groups)
+    return (trained + frozen * kept) * MASTER
 
 
 def check_space(layout: Layout) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from diffmoe.files import write_atomically
 from diffmoe.models.dit import DiT
 from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.agree import from_first_rank
+from diffmoe.parallel.engine import Engine
 from diffmoe.training.checkpoint import all_finite, describe, for_sampling, pieces
 from diffmoe.training.ema import EMA
 from diffmoe.training.lease import Lease
@@ -38,7 +38,7 @@ class Saver:
 
     def __init__(
         self,
-        engine: deepspeed.DeepSpeedEngine,
+        engine: Engine,
         network: DiT,
         ema: EMA,
         config: Config,
@@ -82,7 +82,7 @@ class Saver:
         if self.failed:
             self.wait()
         self._problem = None
-        if not all_finite(self.ema):
+        if not all_finite(self.engine, self.ema):
             raise UserError(
                 f"weights or averages are not finite after step {clock.step}, so this step is "
                 f"not saved. Look at {self.folder / 'metrics.jsonl'} for when the loss or the "

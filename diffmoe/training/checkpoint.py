@@ -23,6 +23,8 @@ from diffmoe.config import Config
 from diffmoe.data.manifest import Manifest
 from diffmoe.models.alignment import is_of_projector
 from diffmoe.models.dit import DiT
+from diffmoe.models.frozen import frozen_names
+from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.muon import Muon
 from diffmoe.parallel.zero import owned_ranges
 from diffmoe.training.ema import EMA
@@ -33,7 +35,7 @@ MOMENTUM = ("momentum",)
 
 
 def describe(
-    engine: deepspeed.DeepSpeedEngine,
+    engine: Engine,
     network: DiT,
     config: Config,
     manifest: Manifest,
@@ -59,7 +61,7 @@ def describe(
     return RunFile.model_validate(fields if origin is None else fields | {"origin": origin})
 
 
-def pieces(engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> dict[str, Tensor]:
+def pieces(engine: Engine, network: DiT, ema: EMA) -> dict[str, Tensor]:
     """Views of all that this rank owns, by the names of the checkpoint."""
     if not engine.optimizer.optimizer.state:  # every step so far was skipped
         _create_optimizer_state(engine, 0)
@@ -81,38 +83,42 @@ def for_sampling(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in state.items() if name.startswith(("ema", "buffers/"))}
 
 
-def load(checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> Clock:
+def load(checkpoint: Path, engine: Engine, network: DiT, ema: EMA) -> Clock:
     """Restore weights, masters, moments, EMA and buffers on any layout. Returns the clock.
 
-    Of a run with another optimizer, that one's state stays behind: this one's begins at zero.
+    Of a run with another optimizer, or with other frozen parameters, that one's state stays behind:
+    this one's begins at zero.
     """
     record = read_run_file(checkpoint)
-    same = record.settings.optimizer.type == _optimizer_type(engine)
+    same = _same_optimizer(record, engine, network)
     _create_optimizer_state(engine, record.optimizer_steps if same else 0)
     with reading(checkpoint):
-        read_pieces(checkpoint, _stored(record, engine, pieces(engine, network, ema)))
-    engine.optimizer.update_lp_params()
+        read_pieces(checkpoint, _stored(record, engine, network, ema))
+    engine.spread_masters()
     engine.global_steps = record.clock.step
     return record.clock
 
 
-def all_finite(ema: EMA) -> bool:
+def all_finite(engine: Engine, ema: EMA) -> bool:
     """Whether the weights and averages of all ranks are finite; every rank calls it."""
     tensors = [*ema.masters, *(part for average in ema.averages.values() for part in average)]
+    tensors += [part.master for part in engine.frozen.parts.values()]
     bad = torch.stack([~tensor.isfinite().all() for tensor in tensors]).any().double()
     dist.all_reduce(bad)
     return not bad.item()
 
 
-def restored(checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, ema: EMA) -> str:
+def restored(checkpoint: Path, engine: Engine, network: DiT, ema: EMA) -> str:
     """One line on what `load` has restored, and from which layout."""
     record = read_run_file(checkpoint)
-    state = _stored(record, engine, pieces(engine, network, ema))
+    state = _stored(record, engine, network, ema)
     clock, parallel = record.clock, record.settings.parallel
     kinds = sorted({name.split("/")[0] for name in state} - {"buffers"})
     buffers = sum(name.startswith("buffers/") for name in state)
     before, now = record.settings.optimizer.type, _optimizer_type(engine)
-    anew = "" if before == now else f"; the state of {before} stays behind, {now}'s starts at 0"
+    anew = f"; the state of {before} stays behind, {now}'s starts at 0"
+    if _same_optimizer(record, engine, network):
+        anew = ""
     return (
         f"resumed {checkpoint} at {clock.samples} samples (step {clock.step}, "
         f"{clock.skipped} skipped, {record.optimizer_steps} of the optimizer), saved by "
@@ -122,25 +128,36 @@ def restored(checkpoint: Path, engine: deepspeed.DeepSpeedEngine, network: DiT, 
     )
 
 
-def _optimizer_type(engine: deepspeed.DeepSpeedEngine) -> str:
+def _optimizer_type(engine: Engine) -> str:
     return "muon" if isinstance(engine.optimizer.optimizer, Muon) else "adamw"
 
 
-def _stored(
-    record: RunFile, engine: deepspeed.DeepSpeedEngine, state: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Of `pieces`, what a checkpoint has: of another optimizer, all but the state of this one."""
-    if record.settings.optimizer.type == _optimizer_type(engine):
-        return state
-    return {n: t for n, t in state.items() if n.split("/")[0] not in (*MOMENTS, *MOMENTUM)}
+def _same_optimizer(record: RunFile, engine: Engine, network: DiT) -> bool:
+    """Whether a checkpoint's optimizer has the state of this one."""
+    same_type = record.settings.optimizer.type == _optimizer_type(engine)
+    return same_type and frozen_names(network, record.settings.training) == set(engine.frozen.parts)
 
 
-def _optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:
+def _stored(record: RunFile, engine: Engine, network: DiT, ema: EMA) -> dict[str, Tensor]:
+    """Of `pieces`, what is to be read: of another optimizer, all but the state of this one.
+
+    Averages of what is frozen are its weights.
+    """
+    left_out = () if _same_optimizer(record, engine, network) else (*MOMENTS, *MOMENTUM)
+    read = {}
+    for name, tensor in pieces(engine, network, ema).items():
+        kind, _, parameter = name.partition("/")
+        if kind not in left_out and (kind == "weights" or parameter not in engine.frozen.parts):
+            read[name] = tensor
+    return read
+
+
+def _optimizer_steps(engine: Engine) -> int:
     states = engine.optimizer.optimizer.state.values()
     return int(next((state["step"] for state in states if "step" in state), 0))
 
 
-def _create_optimizer_state(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+def _create_optimizer_state(engine: Engine, steps: int) -> None:
     """Optimizers make their state at their first step; make the same now, to be filled."""
     optimizer = engine.optimizer.optimizer
     for group in optimizer.param_groups:

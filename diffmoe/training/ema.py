@@ -68,7 +68,12 @@ class EMA:
         swap()
 
     def pieces(self, owned: OwnedRange) -> dict[str, Tensor]:
-        """Each average of an owned range, a view, by its prefix in a checkpoint."""
+        """Each average of an owned range, a view, by its prefix in a checkpoint.
+
+        Those of a frozen parameter are the parameter itself.
+        """
+        if owned.partition is None:
+            return dict.fromkeys(self.averages, owned.master)
         index = next(i for i, master in enumerate(self.masters) if master is owned.partition)
         return {
             prefix: averages[index].narrow(0, owned.offset, len(owned.master))

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import deepspeed
 import torch
 
 from diffmoe.checkpoints.folder import names
@@ -19,6 +18,7 @@ from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.alignment import is_of_projector
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import ROUTING_STATE
+from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.zero import owned_ranges
 
 
@@ -33,9 +33,7 @@ def check(config: Config, manifest: Manifest) -> None:
 
 
 @torch.no_grad()
-def load(
-    config: Config, manifest: Manifest, engine: deepspeed.DeepSpeedEngine, network: DiT
-) -> tuple[str, ...]:
+def load(config: Config, manifest: Manifest, engine: Engine, network: DiT) -> tuple[str, ...]:
     """Fill this rank's fp32 masters, the weights and the routing's state. Averages start there,
     too, if they are made afterwards. Raises UserError where a file is damaged.
 
@@ -46,7 +44,7 @@ def load(
             if owned.name not in adapted.fresh and not is_of_projector(owned.name):
                 flat = adapted.read(owned.name).reshape(-1)
                 owned.master.copy_(flat[owned.start : owned.start + len(owned.master)])
-        engine.optimizer.update_lp_params()
+        engine.spread_masters()
         for name, buffer in network.state_dict().items():
             if name.endswith(ROUTING_STATE) and name not in adapted.fresh:
                 buffer.copy_(adapted.read(name))

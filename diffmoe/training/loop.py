@@ -62,7 +62,7 @@ def train(
     if resume_from is not None:
         clock = checkpoint.load(resume_from, engine, network, ema)
         step.samples, step.number, step.skipped = clock.samples, clock.step, clock.skipped
-        if not checkpoint.all_finite(ema):
+        if not checkpoint.all_finite(engine, ema):
             raise UserError(
                 f"{resume_from} holds weights or averages that are not finite; resume an earlier "
                 "checkpoint by its PATH"

@@ -62,7 +62,8 @@ _HARMLESS = (
 # They alter nothing before the learning rate begins to fall.
 _END = ("training.total_samples", "optimizer.schedule", "optimizer.decay_samples")
 # What else an allowed change alters.
-_ALSO = {"optimizer.type": "; the optimizer's state starts anew"}
+_ANEW = "; the optimizer's state starts anew"
+_ALSO = dict.fromkeys(("optimizer.type", "training.freeze", "training.train_only"), _ANEW)
 
 
 class Resume(NamedTuple):

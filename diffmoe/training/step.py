@@ -16,10 +16,12 @@ from diffmoe.data.stream import Batch
 from diffmoe.diffusion import Objective, create_objective
 from diffmoe.models.alignment import alignment_loss, alignment_targets
 from diffmoe.models.dit import DiT
+from diffmoe.models.frozen import freeze
 from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.moe import LayerRouting, routing_loss
 from diffmoe.models.precision import DTYPES
 from diffmoe.parallel.agree import sum_over_ranks
+from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.muon import Muon
 from diffmoe.parallel.topology import Topology
 from diffmoe.parallel.zero import create_engine, engine_settings
@@ -32,13 +34,14 @@ from diffmoe.tree import tree_map
 
 def build(
     config: Config, ds_settings: dict[str, Any], topology: Topology, device: torch.device
-) -> tuple[DiT, DeepSpeedEngine]:
+) -> tuple[DiT, Engine]:
     """The initialized network in training mode, and its DeepSpeed engine."""
     network = DiT(config.model, config.moe, topology, config.seed, config.align).to(device)
     network.checkpoint_activations(config.training.activation_checkpointing)
     network.train()
     if config.training.precision == "bf16":
         network.to_bf16()
+    freeze(network, config.training)
     if config.training.compile:
         for layer in network.moe_layers if device.type == "cuda" else ():
             # The compiler of torch 2.11 fails there on a running count over a whole pool.

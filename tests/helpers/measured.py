@@ -81,12 +81,14 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
         for tensor in zero.optimizer.state[part].values()
         if tensor.dim()
     ]
+    frozen = engine.frozen.parts.values()
     return {
-        "parameters": size(zero.bit16_groups_flat),
+        "parameters": size(zero.bit16_groups_flat) + size(one.parameter for one in frozen),
         "gradients_kept": max(kept),
         "gradients_summed": max(summed),
         "gradient_partition": size(gradients),
-        "masters": size(zero.single_partition_of_fp32_groups),
+        "masters": size(zero.single_partition_of_fp32_groups)
+        + size(one.master for one in frozen if one.parameter.dtype == torch.bfloat16),
         "moments": size(moments),
         "ema": size([average for kind in ema.averages.values() for average in kind]),
         "sent": dict(+sent.bytes),

@@ -88,13 +88,22 @@ def train(
     prepare: Callable[[int], None] | None = None,
     ds_config: str | None = None,
     device: str = "cpu",
+    allow_changed: list[str] | None = None,
 ) -> list[bool]:
     """One run of `start` on real ranks; what it returned on each.
 
     prepare: called on every rank, with its number, before the start; can be sent to a process.
     """
     return run_ranks(
-        world, _start_on_rank, config, resume, prepare, ds_config, device, connect=False
+        world,
+        _start_on_rank,
+        config,
+        resume,
+        prepare,
+        ds_config,
+        device,
+        allow_changed,
+        connect=False,
     )
 
 
@@ -104,6 +113,7 @@ def _start_on_rank(
     prepare: Callable[[int], None] | None,
     ds_config: str | None,
     device: str,
+    allow_changed: list[str] | None = None,
 ) -> bool:
     from diffmoe.training.start import start
 
@@ -111,7 +121,7 @@ def _start_on_rank(
     multiprocessing.set_start_method("fork", force=True)
     if prepare is not None:
         prepare(int(os.environ["RANK"]))
-    return start(config, ds_config, resume, device)
+    return start(config, ds_config, resume, device, allow_changed=allow_changed)
 
 
 class SignalDuringStep:

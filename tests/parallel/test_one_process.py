@@ -13,6 +13,7 @@ from diffmoe.data.examples import micro_batches
 from diffmoe.diffusion import create_objective
 from diffmoe.models.alignment import alignment_loss, alignment_targets
 from diffmoe.models.dit import DiT
+from diffmoe.models.frozen import freeze, frozen_names
 from diffmoe.models.moe import routing_loss
 from diffmoe.parallel.topology import create_topology
 from diffmoe.parallel.zero import create_engine, engine_settings
@@ -44,7 +45,9 @@ def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
     """Plain torch: whole batch (in `pools` parts, one after the other), SGD, torch's clipping."""
     objective = create_objective(config.diffusion)
     network = randomize(DiT(config.model, config.moe, align=config.align))
-    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    freeze(network, config.training)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=LR)
     trackers = [RoutingState(network) for _ in range(pools)]
     lanes = config.data.lanes // pools
     told: dict[str, Any] = {"losses": [], "norms": []}
@@ -62,7 +65,7 @@ def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
                 losses.append(loss.detach())
                 tracker.observe(output.routing)
         told["losses"].append(sum(losses).item())
-        told["norms"].append(torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP).item())
+        told["norms"].append(torch.nn.utils.clip_grad_norm_(trained, CLIP).item())
         optimizer.step()
         if any(tracker.seen().numel() for tracker in trackers):
             network.move_routing_state(torch.stack([t.seen() for t in trackers]).mean(dim=0))
@@ -78,6 +81,7 @@ def on_rank(config: Config) -> dict[str, Any]:
     objective = create_objective(config.diffusion)
     topology = create_topology(config.parallel.expert_parallel)
     network = randomize(DiT(config.model, config.moe, topology, align=config.align)).train()
+    freeze(network, config.training)
     engine = create_engine(
         network,
         experts=network.expert_parameters(),
@@ -114,6 +118,7 @@ def on_rank(config: Config) -> dict[str, Any]:
         for name, p in network.named_parameters()
     }
     told["state"] = dict(routing_buffers(network))
+    told["optimized"] = [p.numel() for group in engine.optimizer.bit16_groups for p in group]
     return told
 
 
@@ -167,6 +172,41 @@ def test_baselines_equal_one_process(family: str):
         parallel__expert_parallel=2,
     )
     compare(run_ranks(2, on_rank, config), one_process(config))
+
+
+@pytest.mark.parametrize(("world", "ranks", "stage"), [(1, 1, 1), (2, 1, 2), (2, 2, 1)])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"training__freeze": ("blocks.1.*", "*.experts.w_out", "*.qkv.*")},
+        {"training__freeze": ("*.experts.*",)},  # then DeepSpeed knows of no experts
+        {"training__train_only": ("blocks.3.feed_forward.experts.*",)},  # and here of nothing else
+    ],
+)
+def test_frozen_parameters_stay_and_the_others_equal_one_process(
+    patterns: dict, world: int, ranks: int, stage: int
+):
+    config = tiny_config(
+        moe__token_pool="global",
+        optimizer__gradient_clipping=CLIP,
+        parallel__expert_parallel=ranks,
+        parallel__zero_stage=stage,
+        **patterns,
+    )
+    expected = one_process(config)
+    before = randomize(DiT(config.model, config.moe))
+    frozen = frozen_names(before, config.training)
+    for name, parameter in before.named_parameters():
+        assert torch.equal(expected["weights"][name], parameter) == (name in frozen), name
+    told = run_ranks(world, on_rank, config)
+    compare(told, expected)
+    for rank in told:
+        assert len(rank["optimized"]) == sum(name not in frozen for name in rank["weights"])
+        for name, (weight, first) in rank["weights"].items():
+            if name in frozen:
+                whole = expected["weights"][name]
+                part = whole if first is None else whole[first : first + len(weight)]
+                assert torch.equal(weight, part), name
 
 
 NEWER = {
