@@ -123,7 +123,7 @@ def test_alignment_ends_at_a_clock(folder: Path, stage: int):
 def test_the_step_adds_the_weighted_loss_to_the_others(kind: str):
     config = tiny_config(align={**ALIGN, "projector": kind})
     network = randomize(DiT(config.model, config.moe, align=config.align)).train()
-    lanes, objective = range(config.data.lanes), create_objective(config.diffusion)
+    lanes, objective = range(config.data.lanes), create_objective(config)
     batch = random_batch(config, 0, lanes)
     (one,) = micro_batches(batch, config, lanes, 0, objective)
     loss, parts, _ = losses_of(network, objective, one, config)
