@@ -45,7 +45,7 @@ LAYOUTS = [
     (2, 2, 1, "fp32", 1, {"model__text": BYTES}),
     (2, 2, 2, "bf16", 1, {"training__freeze": ("blocks.*", "label_embed.*")}),
     (4, 2, 1, "bf16", 1, {"training__train_only": ("*.experts.w_in", "*.attention.*")}),
-    (2, 1, 1, "fp32", 1, {**MUON, "training__freeze": ("*.experts.w_up", "*.qkv.*")}),
+    (2, 1, 1, "fp32", 1, {**MUON, "moe__experts": 3, "training__freeze": ("*.qkv.*",)}),
     (2, 1, 2, "bf16", 2, {**MUON, "moe__experts": 3}),
     (4, 2, 1, "fp32", 1, {**MUON, "moe__experts": 2}),
     (2, 2, 1, "fp32", 1, {"moe__type": "race", "moe__token_pool": "global"}),
