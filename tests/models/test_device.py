@@ -55,13 +55,13 @@ def network_on(device: torch.device, config: Config) -> DiT:
 
 def examples_on(device: torch.device, config: Config) -> Examples:
     lanes = range(config.data.lanes)
-    objective = create_objective(config.diffusion)
+    objective = create_objective(config)
     (examples,) = micro_batches(random_batch(config, 0, lanes), config, lanes, 0, objective)
     return tree_map(lambda tensor: tensor.to(device), examples)
 
 
 def loss_and_gradients(network: DiT, config: Config, device: torch.device) -> dict[str, Tensor]:
-    objective = create_objective(config.diffusion)
+    objective = create_objective(config)
     loss, parts, routing = losses_of(network, objective, examples_on(device, config), config)
     loss.backward()
     state = RoutingState(network)
@@ -155,7 +155,7 @@ def test_a_step_touches_no_tensor_of_the_cpu_and_waits_for_no_value(variant: str
     if config.moe.type in UNEQUAL and not bf16:
         pytest.skip(KNOWN_IN_BF16)
     network = on_meta_network(config, bf16)
-    objective, examples = create_objective(config.diffusion), examples_on(META, config)
+    objective, examples = create_objective(config), examples_on(META, config)
     state, metrics = RoutingState(network), RoutingMetrics(network)
     if config.model.learn_sigma:  # the first use copies the tables of the schedule
         given = (examples.x_t, examples.data, examples.noise, examples.t)

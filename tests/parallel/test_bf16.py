@@ -49,7 +49,7 @@ def build(
 def step(network: DiT, engine: DeepSpeedEngine, config: Config) -> None:
     lanes = config.data.lanes // network.topology.world
     mine = range(network.topology.rank * lanes, (network.topology.rank + 1) * lanes)
-    objective = create_objective(config.diffusion)
+    objective = create_objective(config)
     for examples in micro_batches(random_batch(config, 0, mine), config, mine, 0, objective):
         loss, _, _ = losses_of(engine, objective, examples, config)
         engine.backward(loss)

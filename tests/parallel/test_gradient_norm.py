@@ -38,7 +38,7 @@ def norms_on_rank(config: Config, spoiled: float | None) -> dict[str, Any]:
     zero.get_grad_norm_direct = both
     lanes = config.data.lanes // topology.world
     mine = range(topology.rank * lanes, (topology.rank + 1) * lanes)
-    objective = create_objective(config.diffusion)
+    objective = create_objective(config)
     weights = [master.clone() for master in zero.single_partition_of_fp32_groups]
     for one in micro_batches(random_batch(config, 0, mine), config, mine, 0, objective):
         engine.backward(losses_of(engine, objective, one, config)[0])

@@ -325,7 +325,7 @@ def in_bf16(
 def one_process(config: Config) -> dict[str, Any]:
     """Plain torch in float64: the definition of Muon, and AdamW."""
     optimizer = config.optimizer
-    objective = create_objective(config.diffusion)
+    objective = create_objective(config)
     network = randomize(DiT(config.model, config.moe)).double()
     weights = dict(network.named_parameters())
     rest = [one for name, one in weights.items() if split(name, one) is None]

@@ -43,7 +43,7 @@ def loss_of(output: Any, examples: Any, config: Config, objective: Any) -> Tenso
 
 def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
     """Plain torch: whole batch (in `pools` parts, one after the other), SGD, torch's clipping."""
-    objective = create_objective(config.diffusion)
+    objective = create_objective(config)
     network = randomize(DiT(config.model, config.moe, align=config.align))
     freeze(network, config.training)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -78,7 +78,7 @@ def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
 
 def on_rank(config: Config) -> dict[str, Any]:
     """The same through topology, engine and ZeRO; weights are this rank's."""
-    objective = create_objective(config.diffusion)
+    objective = create_objective(config)
     topology = create_topology(config.parallel.expert_parallel)
     network = randomize(DiT(config.model, config.moe, topology, align=config.align)).train()
     freeze(network, config.training)

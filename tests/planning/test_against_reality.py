@@ -269,7 +269,7 @@ def test_operations_are_within_2_percent(family: str, checkpointing: bool):
 
 
 def counted_flops(config: Config) -> tuple[int, int]:
-    objective = create_objective(config.diffusion)
+    objective = create_objective(config)
     network = randomize(DiT(config.model, config.moe, align=config.align)).train()
     network.checkpoint_activations(config.training.activation_checkpointing)
     lanes = range(config.data.lanes)
