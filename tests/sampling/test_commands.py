@@ -199,7 +199,9 @@ def test_prompts_from_the_line_and_a_file_are_drawn_calibrated_and_reported(text
         picture,
     )
     assert output.startswith("6 samples")
-    assert Image.open(picture).size == (16, 24)  # a row for each of three captions
+    width, height = Image.open(picture).size
+    assert height == 24  # a row for each of three captions
+    assert width > 16  # which stand beside them
     out = tmp_path / "out"
     told("tools/sample.py", text_run, *asked, *quick, *negative, "--num", "4", "--out", out)
     listed = json.loads((out / "samples.json").read_text())
