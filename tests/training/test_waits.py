@@ -49,9 +49,9 @@ class Counting:
         run, step = TrainingStep.run, Telemetry.step
         end = self.folder / f"counts-{rank}.json"
 
-        def began(*args: Any) -> Any:
+        def began(*args: Any, **kwargs: Any) -> Any:
             steps.append(Counter())
-            return run(*args)
+            return run(*args, **kwargs)
 
         def ended(*args: Any) -> None:
             step(*args)
