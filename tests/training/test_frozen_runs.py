@@ -93,6 +93,23 @@ def test_another_layout_goes_on_alike(run: Config, tmp_path: Path):
         assert torch.equal(found[f"weights/{name}"], expected[f"weights/{name}"]), name
 
 
+@pytest.mark.parametrize(("optimizer", "stage"), [("adamw", 1), ("adamw", 2), ("muon", 2)])
+def test_offloading_the_optimizer_gives_the_same_run(
+    run: Config, tmp_path: Path, optimizer: str, stage: int
+):
+    """From a checkpoint, and on to one; frozen masters stay with the network."""
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    found, expected = (
+        half_of(run, tmp_path / name, parallel__zero_stage=stage, optimizer__type=optimizer)
+        for name in ("offloaded", "plain")
+    )
+    allowed = ["optimizer.type"]
+    train(found, world=2, ds_config=str(ds_config), allow_changed=allowed)
+    train(expected, world=2, allow_changed=allowed)
+    assert_identical(tensors(newest(found)), tensors(newest(expected)))
+
+
 def test_other_frozen_parameters_are_refused_unless_allowed(run: Config, tmp_path: Path):
     config = half_of(run, tmp_path, training__freeze=(), parallel__expert_parallel=1)
     with pytest.raises(UserError, match=r"training\.freeze: \['blocks\.1\.\*', .* there, \[\] now"):
