@@ -81,6 +81,7 @@ RUNS = [
     ),
     Run("python train.py --config mnist data.path=data/own .*", TRAINING, "runs/own/latest"),
     Run("python train.py --config mnist training.init=.*", TRAINING, "runs/tuned/latest"),
+    Run("python train.py .* optimizer.rate_multipliers=.*", TRAINING, "runs/gently/latest"),
     Run("python train.py .* align.block=2 .*", TRAINING, "runs/aligned/latest"),
     Run("torchrun .* train.py --config diffmoe_s_.*", TWO_RANKS, "runs/diffmoe_s_e16_flow/latest"),
     Run("deepspeed train.py --config diffmoe_l_.*", TWO_RANKS, "runs/diffmoe_l_e16_flow/latest"),

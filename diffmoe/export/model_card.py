@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import ModelConfig, MoEConfig
-from diffmoe.diffusion.settings import GUIDANCE, PREVIEW_STEPS
+from diffmoe.diffusion.settings import PREVIEW_STEPS
 from diffmoe.errors import UserError
 from diffmoe.export.metadata import Metadata
 from diffmoe.export.tensors import Shapes
@@ -90,7 +90,7 @@ def model_card(metadata: Metadata, shapes: Shapes, capacities: list[str], run: P
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
-    guidance = 1 if metadata.label_dropout == 0 else GUIDANCE
+    guidance = metadata.guidance
     wanted = f"labels={list((metadata.class_names or (0, 1))[:2])}"
     if model.text is not None:
         wanted = 'prompt="A CAPTION"'

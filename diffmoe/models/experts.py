@@ -15,6 +15,9 @@ class Experts(nn.Module):
     init_std: each expert's matrices start normally distributed; None: Xavier uniform.
     """
 
+    matrices = ("w_in", "w_gate", "w_up", "w_out")
+    biases = ("b_in", "b_out")
+
     def __init__(
         self,
         experts: int,
@@ -28,8 +31,8 @@ class Experts(nn.Module):
         matrix = xavier_uniform if init_std is None else normal(init_std)
         # Of one expert's part of each tensor.
         self.initializers = {
-            **dict.fromkeys(("w_in", "w_gate", "w_up", "w_out"), matrix),
-            **dict.fromkeys(("b_in", "b_out"), zeros),
+            **dict.fromkeys(self.matrices, matrix),
+            **dict.fromkeys(self.biases, zeros),
         }
         if activation == "swiglu":
             self.w_gate = nn.Parameter(torch.empty(experts, width, hidden))

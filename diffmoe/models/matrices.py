@@ -27,7 +27,7 @@ def hidden_matrices(network: DiT) -> dict[str, Matrices]:
             found[f"{prefix}.{name}.weight"] = Matrices(count, rows // count, columns, False)
         if isinstance(module, Experts):
             for name, parameter in module.named_parameters():
-                if parameter.dim() == 3:
+                if name in Experts.matrices:
                     experts, width, hidden = parameter.shape
                     found[f"{prefix}.{name}"] = Matrices(experts, width, hidden, True)
     return found
