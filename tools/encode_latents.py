@@ -4,10 +4,11 @@
       --out data/imagenet256
   python tools/encode_latents.py --images photos --pixels --size 32 --out data/photos
 
---images is a folder of class folders (CLASS/NAME.jpg, classes numbered by sorted name) or of tar
-shards (KEY.jpg with KEY.cls; give --classes). Each image is cropped as in DiT, encoded, and stored
-as the mean and log-variance of its posterior, together with those of the mirrored image; training
-draws from them. With --pixels the image's bytes are stored once; training mirrors half of them.
+--images is a folder of class folders (CLASS/NAME.jpg, classes numbered by sorted name), of images
+alone, which are one class, or of tar shards (KEY.jpg with KEY.cls; give --classes). Each image is
+cropped as in DiT, encoded, and stored as the mean and log-variance of its posterior, together with
+those of the mirrored image; training draws from them. With --pixels the image's bytes are stored
+once; training mirrors half of them.
 
 With --captions, the folder holds NAME.jpg with NAME.txt, one caption per line, at any depth, or
 tars of KEY.jpg with KEY.txt. A mirrored image keeps its captions: if they mention left or right,
@@ -19,10 +20,11 @@ Under torchrun or srun several ranks share the work, each making shards of its o
   torchrun --nproc_per_node 8 tools/encode_latents.py --images ... --vae ... --out ...
 
 Images are decoded as viewers show them: rotated as EXIF says, transparency on --background, 16-bit
-and float grays scaled, CMYK and palettes converted, the first frame of an animation. Color profiles
-are not applied. Unreadable and ambiguous images (floats beyond 0..1, integers beyond 65535) are
-skipped and listed in manifest.json; more than --max-bad of them stop the work. Links that lead out
-of the folder need --follow-links. Check the result with tools/check_data.py.
+and float grays scaled, CMYK and palettes converted, the first frame of an animation. HEIC needs
+pip install "diffmoe[heic]". Color profiles are not applied. Unreadable and ambiguous images (floats
+beyond 0..1, integers beyond 65535) are skipped and listed in manifest.json; more than --max-bad of
+them stop the work. Links that lead out of the folder need --follow-links. Check the result with
+tools/check_data.py.
 """
 
 import argparse

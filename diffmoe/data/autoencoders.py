@@ -130,9 +130,9 @@ class DiffusersAutoencoder:
         draws = hasattr(encoded, "latent_dist")
         if draws:
             posterior = encoded.latent_dist
-            moments = (posterior.mean, posterior.logvar)
+            moments = [posterior.mean, posterior.logvar]
             if self._patch > 1:
-                moments = tuple(pixel_unshuffle(part, self._patch) for part in moments)
+                moments = [pixel_unshuffle(part, self._patch) for part in moments]
             values = torch.cat(moments, dim=1)
         else:
             values = next(iter(encoded.values()))

@@ -1,4 +1,4 @@
-"""Folders of images: class folders, tar shards, images with captions.
+"""Folders of images: class folders, tar shards, images of one class, images with captions.
 
 Only regular files are opened: a pipe or a device with an image's name counts as a bad image.
 """
@@ -20,8 +20,11 @@ from diffmoe.files import contained, does_not_exist, open_regular, read_bytes
 from diffmoe.prepare.images import WHITE, Color, center_crop, decode_image
 from diffmoe.redaction import printable
 
-# Those of torchvision's ImageFolder, plus .gif.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+# Those of torchvision's ImageFolder, and of animations and phones.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".gif", ".avif", ".heic", ".heif"),
+)
 # Files are read whole before they are decoded; larger ones are refused without being read.
 _MAX_IMAGE_BYTES = 512 << 20
 _MAX_TEXT_BYTES = 1 << 20
@@ -61,7 +64,8 @@ def find_images(
     """All images of a folder, and its class names (None for tars, whose classes are numbers).
 
     root: class folders (sorted by name as in torchvision's ImageFolder, subfolders included), or
-        uncompressed tars of KEY.jpg (or .png, ...) with KEY.cls.
+        uncompressed tars of KEY.jpg (or .png, ...) with KEY.cls, or images alone, which are one
+        class of the folder's name.
     captioned: the images have captions instead of classes: NAME.txt beside NAME.jpg at any depth,
         or KEY.txt in the tars. All labels are 0 and the class names are None.
     follow_links: see `image_files`.
@@ -78,9 +82,12 @@ def find_images(
     tars = [name for name in files if name.endswith(".tar")]
     if captioned and not tars:
         return _numbered([_of_file(root, file, 0) for file in _images_below(root, out)]), None
+    if not classes and not tars and any(name.lower().endswith(EXTENSIONS) for name in files):
+        flat = [_of_file(root, file, 0) for file in _images_below(root, out)]
+        return _numbered(flat), [printable(root.resolve().name)]
     if bool(classes) == bool(tars):
         found = f"{len(classes)} subfolders and {len(tars)} .tar files"
-        raise UserError(f"--images {root} holds {found}; it must hold one or the other")
+        raise UserError(f"--images {root} holds {found}; it must hold one or the other, or images")
     items: list[ImageItem] = []
     for tar in tars:
         items += _images_of_tar(root, tar, captioned)
