@@ -129,6 +129,7 @@ def main() -> None:
         batch=options.batch,
         workers=options.workers,
         device=setup_device(options.device),
+        report=print,
     )
     print(output.summary(manifest))
     if manifest is not None:

@@ -20,11 +20,13 @@ from diffmoe.prepare.sharding import ShardOutput, Skipped, convert_items
 FORMATS: dict[str, tuple[Callable[..., CachedLatents], tuple[str, ...]]] = {
     "fast-dit": (latent_formats.fast_dit, ("vae", "classes")),
     "mar": (latent_formats.mar, ("vae", "scale")),
+    "dcae": (latent_formats.dc_ae, ("vae", "scale")),
     "repa": (latent_formats.repa, ("vae", "classes")),
     "edm2": (latent_formats.edm2, ("vae", "classes")),
     "lightningdit": (latent_formats.lightning_dit, ("vae", "classes", "multiplier")),
     "webdataset": (latent_formats.webdataset, ("vae", "classes", "content", "scaled", "scale")),
 }
+_ZIPPED = ("repa", "edm2")  # which a zip file may hold, too
 _READ_ERRORS = (OSError, ValueError, KeyError, EOFError)
 
 
@@ -49,9 +51,10 @@ def import_latents(
     root = Path(source)
     if not root.exists():
         raise UserError(f"--latents {does_not_exist(root)}")
-    if not root.is_dir():
+    if root.is_dir():
+        check_tree(root, "")
+    elif not (kind in _ZIPPED and root.suffix == ".zip"):
         raise UserError(f"--latents {root} is not a folder")
-    check_tree(root, "")
     read, needed = FORMATS[kind]
     missing = [f"--{flag}" for flag in needed if answers.get(flag) is None]
     if missing:

@@ -13,7 +13,7 @@ from diffmoe.data.autoencoders import (
     why_missing,
 )
 from diffmoe.errors import UserError
-from tests.helpers.autoencoders import autoencoder
+from tests.helpers.autoencoders import autoencoder, tiny
 from tests.helpers.hub import COMMIT
 from tests.helpers.processes import environment
 from tests.helpers.ranks import ranks_of
@@ -66,36 +66,6 @@ def test_latents_are_decoded_in_batches(tmp_path, monkeypatch):
     assert seen == [16, 16, 3]
     expected = decode(latents / 0.5).sample.clamp(-1, 1).permute(0, 2, 3, 1)
     assert (images / 127.5 - 1 - expected).abs().max() <= 0.51 / 127.5
-
-
-def tiny(name: str) -> torch.nn.Module:
-    """A class of diffusers, small and random, and the side of its images."""
-    torch.manual_seed(0)
-    return {
-        "AutoencoderDC": lambda: diffusers.AutoencoderDC(
-            latent_channels=4, attention_head_dim=4,
-            encoder_block_types=("ResBlock", "EfficientViTBlock"),
-            decoder_block_types=("ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
-            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
-            encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
-            scaling_factor=0.41,
-        ),
-        "AutoencoderTiny": lambda: diffusers.AutoencoderTiny(
-            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
-        ),
-        "AutoencoderRAE": lambda: diffusers.AutoencoderRAE(
-            encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_patch_size=14,
-            decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
-            decoder_intermediate_size=32, patch_size=8, encoder_input_size=56, image_size=32,
-            latents_mean=torch.full((64, 1, 1), 0.3), latents_std=torch.full((64, 1, 1), 2.0),
-        ),
-        "AutoencoderKLQwenImage": lambda: diffusers.AutoencoderKLQwenImage(
-            base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
-            latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 4.0, 8.0],
-        ),
-    }[name]()  # fmt: skip
 
 
 @pytest.mark.parametrize(
