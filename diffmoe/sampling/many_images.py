@@ -126,9 +126,9 @@ def shard_size_of(folder: Path) -> int:
 
 
 def _begin(folder: Path, records: Records, plan: dict[str, Any]) -> None:
-    # Another rank may be about to begin.
-    others = {path.name for path in folder.glob("*")} - {records.folder.name}
-    if others and not records.begun:
+    # Another rank may be about to begin: its records and its probe are not files of somebody else.
+    others = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
+    if others - {records.folder.name} and not records.begun:
         raise UserError(
             f"{folder} holds files, but was not begun by this command; choose an empty --out"
         )

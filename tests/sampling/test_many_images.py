@@ -13,6 +13,7 @@ from diffmoe.capacity.thresholds import CapacityChoice
 from diffmoe.data.autoencoders import PixelAutoencoder
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
+from diffmoe.files import temporary_name
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.parallel.topology import create_topology
 from diffmoe.sampling import many_images
@@ -158,6 +159,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"")
     with pytest.raises(UserError, match="holds files, but was not begun by this command"):
         make(tmp_path)
+
+
+def test_another_rank_that_tries_whether_it_can_write_is_no_stranger(whole, tmp_path):
+    probe = temporary_name(tmp_path / "probe")
+    probe.touch()
+    make(tmp_path)
+    assert np.array_equal(images_of(tmp_path), images_of(whole))
 
 
 def test_a_shard_that_vanished_is_made_again(whole, tmp_path):
