@@ -6,6 +6,7 @@ Within 10 seconds and 1 GB, without a traceback. DIFFMOE_MUTATIONS=2000 looks ha
 """
 
 import contextlib
+import gzip
 import hashlib
 import itertools
 import json
@@ -215,10 +216,30 @@ def photo_tar(folder: Path) -> Path:
     return folder / "tars"
 
 
+def compressed_tar(folder: Path) -> Path:
+    tars = photo_tar(folder)
+    (tars / "0.tar.gz").write_bytes(gzip.compress((tars / "0.tar").read_bytes()))
+    (tars / "0.tar").unlink()
+    return tars
+
+
+def table_of(kind: str) -> Callable[[Path], Path]:
+    """A data set of Hugging Face."""
+
+    def make(folder: Path) -> Path:
+        from tests.helpers import tables
+
+        write = tables.write_parquet if kind == "parquet" else tables.write_arrow
+        write(folder / f"tables/train.{kind}", tables.labeled())
+        return folder / "tables"
+
+    return make
+
+
 def encoded(path: Path) -> int:
     out = path.parent / "packed"
     shutil.rmtree(out, ignore_errors=True)
-    classes = 2 if list(path.glob("*.tar")) else None
+    classes = 2 if list(path.glob("*.tar*")) else None
     images = ImageSource(path, classes=classes)
     return encode_images(images, Encoding(size=8), ShardOutput(out, shards=1), workers=1).samples
 
@@ -308,6 +329,9 @@ KINDS = {
     "image files": Kind(photo_folder, encoded),
     "image files to evaluate": Kind(photo_folder, read_images),
     "images in tars": Kind(photo_tar, encoded),
+    "images in compressed tars": Kind(compressed_tar, encoded),
+    "images in parquet": Kind(table_of("parquet"), encoded),
+    "images in arrow": Kind(table_of("arrow"), encoded),
     "mar": Kind(*latents_of("mar")),
     "repa": Kind(*latents_of("repa")),
     "edm2 zip": Kind(*latents_of("edm2")),

@@ -15,7 +15,7 @@ The formats, and the flags for what their files do not say:
   edm2          the same, but for pixels in 0..1, whitened per channel. --classes --vae
   lightningdit  *.safetensors with latents, latents_flip, labels, and latents_stats.pt (or --stats).
                 --multiplier (latent_multiplier of its config; 1 for VA-VAE) --classes --vae
-  webdataset    *.tar of KEY.npy and KEY.cls.
+  webdataset    *.tar of KEY.npy and KEY.cls; also .tar.gz, .tar.bz2, .tar.xz, .tar.zst.
                 --content --scaled yes|no --scale (--shift) --classes --vae
 
 --vae is only recorded, for decoding samples later: a hub id or folder of a diffusers autoencoder,

@@ -20,11 +20,14 @@ from diffmoe.errors import UserError
 from diffmoe.prepare.image_folders import (
     ImageItem,
     ImageSource,
+    check_label,
     find_images,
     load_captions,
     load_image,
 )
+from diffmoe.prepare.plain_tars import PlainTars
 from diffmoe.prepare.sharding import ShardOutput, Skipped, convert_items
+from diffmoe.prepare.tables import find_table_images, holds_tables
 from diffmoe.redaction import printable
 from diffmoe.seeding import keyed_generator
 
@@ -84,8 +87,6 @@ def encode_images(
         )
     if dtype == "uint8" and vae is not None:
         raise UserError("--dtype uint8 is for --pixels; an autoencoder's moments are floats")
-    items, class_names = find_images(images.folder, images.captioned, images.follow_links)
-    classes = _number_of_classes(images, class_names)
     autoencoder = None
     if vae is not None:
         # A resumed command must give the same bytes for the same images.
@@ -94,6 +95,11 @@ def encode_images(
     shape, draws = (3, height, width), False
     if autoencoder is not None:
         shape, draws = autoencoder.describe(height, width)
+    plain = PlainTars(Path(output.directory) / ".unpacked", output.ranks)
+    items, class_names = _find(images, plain)
+    classes = _number_of_classes(images, class_names)
+    for item in items:
+        check_label(f"--images {images.folder}: {item.name}", item.label, classes)
     fields = {
         "content": "mean_logvar" if draws else "sample",
         "scaled": autoencoder is None,
@@ -142,8 +148,25 @@ def encode_images(
         # Latents that do not fit into the stored type are reported when they are packed.
         with contextlib.suppress(NotFinite):
             report(_round_trip(pixels, autoencoder, Manifest(shards=[], **fields)))
-    settings = {"batch": batch if autoencoder else None, "background": images.background}
-    return convert_items(items, convert, fields, output, settings)
+    settings = {
+        "batch": batch if autoencoder else None,
+        "background": images.background,
+        "split": images.split,
+        "columns": images.columns or None,
+    }
+    manifest = convert_items(items, convert, fields, output, settings)
+    if manifest is not None:
+        plain.remove()
+    return manifest
+
+
+def _find(images: ImageSource, plain: PlainTars) -> tuple[list[ImageItem], list[str] | None]:
+    """The images and the names of their classes, whatever holds them."""
+    if holds_tables(images.folder):
+        return find_table_images(images, plain)
+    if images.split is not None or images.columns:
+        raise UserError(f"{images.folder} holds no tables, which --split and --columns are for")
+    return find_images(images.folder, images.captioned, images.follow_links, plain)
 
 
 def _number_of_classes(images: ImageSource, class_names: list[str] | None) -> int:
@@ -152,13 +175,13 @@ def _number_of_classes(images: ImageSource, class_names: list[str] | None) -> in
     if class_names is None:
         if images.classes is None:
             raise UserError(
-                f"the tars of {images.folder} hold class numbers but not how many classes there "
-                "are; give --classes N"
+                f"{images.folder} holds class numbers but not how many classes there are; give "
+                "--classes N"
             )
         return images.classes
     if images.classes not in (None, len(class_names)):
         raise UserError(
-            f"--classes {images.classes}, but {images.folder} has {len(class_names)} class folders"
+            f"--classes {images.classes}, but {images.folder} has {len(class_names)} classes"
         )
     return len(class_names)
 

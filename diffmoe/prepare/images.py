@@ -64,6 +64,8 @@ def parse_color(name: str) -> Color:
 
 def decode_image(data: bytes, background: Color = WHITE) -> Image.Image:
     """The RGB image in the bytes of a file. Raises ValueError with the reason if there is none."""
+    if not data:
+        raise ValueError("it is empty, without the bytes of an image")
     try:
         with Image.open(io.BytesIO(data), formats=_INSTALLED) as image:
             image.load()

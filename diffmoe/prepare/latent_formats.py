@@ -30,6 +30,7 @@ from diffmoe.files import (
 )
 from diffmoe.npz_files import decode_npy, read_npz
 from diffmoe.prepare.image_folders import index_tar, label_of, member_bytes
+from diffmoe.prepare.plain_tars import COMPRESSED, PlainTars
 
 _LABELS_LIMIT = 128 << 20  # bytes of dataset.json; ImageNet's has 60 MB
 _GROWTH = 20  # largest ratio of unpacked to packed size of a zip file
@@ -217,11 +218,15 @@ def lightning_dit(root: Path, stats: Path | None, multiplier: float) -> CachedLa
     return CachedLatents(items, load, fields)
 
 
-def webdataset(root: Path) -> CachedLatents:
-    """`*.tar` of KEY.npy and KEY.cls. The user must say what the numbers mean."""
+def webdataset(root: Path, plain: PlainTars) -> CachedLatents:
+    """`*.tar` of KEY.npy and KEY.cls. The user must say what the numbers mean.
+
+    plain: unpacks compressed tars.
+    """
     items = []
-    for tar in sorted(root.glob("*.tar")):
-        for entry, text in zip(*index_tar(tar), strict=True):
+    tars = sorted(file for file in root.iterdir() if file.name.endswith((".tar", *COMPRESSED)))
+    for tar, path in zip(tars, plain.unpacked(tars), strict=True):
+        for entry, text in zip(*index_tar(path, tar), strict=True):
             arrays = [member for kind, member in entry.members.items() if kind.endswith("npy")]
             if len(arrays) != 1:
                 raise UserError(
@@ -229,7 +234,7 @@ def webdataset(root: Path) -> CachedLatents:
                     f"{', '.join(entry.members)}; it must have one, and a cls"
                 )
             label = label_of(f"{tar}, {entry.key}", text)
-            items.append(LatentItem(f"{tar.name}/{entry.key}", str(tar), label, arrays[0]))
+            items.append(LatentItem(f"{tar.name}/{entry.key}", str(path), label, arrays[0]))
 
     def load(item: LatentItem) -> Arrays:
         member: Member = item.part

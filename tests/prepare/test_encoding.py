@@ -261,7 +261,7 @@ def test_sizes_and_classes_that_do_not_fit_are_refused(photos, tmp_path, tiny_va
         pack_pixels(photos, tmp_path / "out", vae=str(tiny_vae), size=15)
     with pytest.raises(UserError, match="--batch 0"):
         pack_pixels(photos, tmp_path / "out", batch=0)
-    with pytest.raises(UserError, match=r"--classes 9, but .* has 3 class folders"):
+    with pytest.raises(UserError, match=r"--classes 9, but .* has 3 classes"):
         pack_pixels(photos, tmp_path / "out", classes=9)
     with pytest.raises(UserError, match=r"nowhere cannot be loaded"):
         pack_pixels(photos, tmp_path / "out", vae=str(tmp_path / "nowhere"))
