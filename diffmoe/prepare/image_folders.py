@@ -21,10 +21,13 @@ from diffmoe.prepare.images import WHITE, Color, center_crop, decode_image
 from diffmoe.prepare.plain_tars import COMPRESSED, PlainTars
 from diffmoe.redaction import printable
 
-# Those of torchvision's ImageFolder, and of animations and phones.
+# Those of torchvision's ImageFolder, of animations and phones, rarer names of the same formats, and
+# formats that cannot be read but must be told.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".gif", ".avif", ".heic", ".heif"),
+    *(".jfif", ".jpe", ".apng", ".pbm", ".pnm"),
+    *(".jp2", ".jxl"),
 )
 # Files are read whole before they are decoded; larger ones are refused without being read.
 _MAX_IMAGE_BYTES = 512 << 20

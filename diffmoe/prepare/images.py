@@ -77,7 +77,8 @@ def decode_image(data: bytes, background: Color = WHITE) -> Image.Image:
         raise ValueError(f"not one of {', '.join(_INSTALLED)}, or damaged") from None
     # On damaged files decoders raise anything: struct.error, SyntaxError, IndexError, ...
     except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(kind + " ".join(str(error).split())) from None
 
 
 def center_crop(image: Image.Image, size: Size) -> np.ndarray:

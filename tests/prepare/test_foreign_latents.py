@@ -2,6 +2,7 @@
 
 import io
 import json
+import lzma
 import tarfile
 import zipfile
 from dataclasses import fields
@@ -229,6 +230,21 @@ def test_a_zip_file_is_read_as_its_folder(tmp_path, compression):
     (tmp_path / "torn.zip").write_bytes(raw[: place + 200] + bytes(8) + raw[place + 208 :])
     with pytest.raises(UserError, match=r"--max-bad allows.*img-mean-std-\d+\.npy: ValueError: "):
         run("edm2", tmp_path / "torn.zip", tmp_path / "out")
+
+
+def test_a_compressed_tar_is_read_as_the_plain_one(tmp_path):
+    webdataset(tmp_path / "in")
+    run("webdataset", tmp_path / "in", tmp_path / "plain")
+    tar = tmp_path / "in/1.tar"
+    (tmp_path / "in/1.tar.xz").write_bytes(lzma.compress(tar.read_bytes()))
+    tar.unlink()
+    manifest = run("webdataset", tmp_path / "in", tmp_path / "out")
+    assert manifest.samples == N
+    assert members(tmp_path / "out") == members(tmp_path / "plain")
+    assert not (tmp_path / "out/.unpacked").exists()
+    (tmp_path / "in/1.tar.xz").write_bytes(lzma.compress(b"no tar" * 100))
+    with pytest.raises(UserError, match=r"1\.tar\.xz cannot be read: .*copy it again"):
+        run("webdataset", tmp_path / "in", tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", CASES)

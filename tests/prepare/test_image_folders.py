@@ -134,6 +134,16 @@ def test_a_flat_folder_is_one_class(root, tmp_path):
     assert (manifest.samples, manifest.classes, manifest.class_names) == (4, 1, ["My cats"])
 
 
+def test_rarer_endings_are_read_and_what_cannot_be_is_named(root, tmp_path):
+    for name in ("a.jfif", "b.JPE"):
+        Image.new("RGB", (8, 8)).save(root / "cat" / name, "jpeg")
+    (root / "cat" / "c.jxl").write_bytes(b"\xff\x0a" + bytes(40))
+    manifest = pack(root, tmp_path / "out")
+    assert manifest.samples == 6
+    (skipped,) = manifest.skipped
+    assert skipped.startswith("cat/c.jxl: ValueError: not one of JPEG, ")
+
+
 def test_a_phones_image_without_its_plugin_is_named(root, tmp_path):
     (root / "cat" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
     manifest = pack(root, tmp_path / "out")

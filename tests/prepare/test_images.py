@@ -212,7 +212,7 @@ def test_what_starts_a_program_or_is_of_another_kind_is_no_image(tmp_path, monke
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     )
     others = [saved(Image.fromarray(RAMP), kind) for kind in ("ICO", "TGA", "PCX", "SGI")]
-    for data in [postscript, b"<html>404</html>", b"", *others]:
+    for data in [postscript, b"<html>404</html>", b"\0", *others]:
         with pytest.raises(ValueError, match="not one of JPEG, PNG"):
             decode_image(data)
     assert not ran.exists()
