@@ -83,7 +83,8 @@ CASES = {
         {"latents": FAR | {"shape": (3, 8, 8)}},
     ),
     "promoe": Case(
-        {"moe__type": "promoe", "moe__every_block": True, "moe__shared_expert_ratio": 0.5}, LABELS
+        {"moe__type": "promoe", "moe__every_block": True, "moe__shared_expert_ratio": 0.5},
+        {"labels": [3, 0], "steps": 3},
     ),
     "dsmoe": Case(
         {"moe__type": "dsmoe", "moe__top_k": 2, "moe__router_input": "plain_with_time"}, LABELS
@@ -177,6 +178,7 @@ def furthest(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_diffusers_draws_the_same_images_without_this_package(
     name: str, drawn: Path, folders: Path
@@ -191,12 +193,14 @@ def test_diffusers_draws_the_same_images_without_this_package(
     assert furthest(np.load(drawn / f"{name}.npy"), images) <= 1  # of 255; rounding
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(drawn: Path):
     together = np.load(drawn / "diffmoe.npy")
     assert furthest(np.load(drawn / "alone.npy"), together) <= 1
     assert furthest(together[0], together[2]) > 20  # of one class, but with other noise
 
 
+@pytest.mark.slow
 def test_the_same_folder_is_an_exported_model(drawn: Path, tmp_path: Path):
     folder = drawn / "dense"
     model = ExportedModel(folder)
@@ -209,6 +213,7 @@ def test_the_same_folder_is_an_exported_model(drawn: Path, tmp_path: Path):
         model.verify()
 
 
+@pytest.mark.slow
 def test_the_code_in_the_folder_imports_nothing_else(drawn: Path):
     allowed = {"torch", "diffusers", "PIL", *sys.stdlib_module_names}
     for name in ("pipeline.py", "transformer/diffmoe_transformer.py"):
@@ -251,6 +256,7 @@ def opened(folder: Path, **parts: Any) -> Any:
     return DiffMoEPipeline(transformer=transformer, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "call", "told"),
     [
@@ -280,6 +286,7 @@ def test_what_the_pipeline_does_not_have_is_named(
         opened(drawn / name)(**call)
 
 
+@pytest.mark.slow
 def test_another_text_encoder_is_refused(drawn: Path, folders: Path, tmp_path: Path):
     import transformers
 
