@@ -141,6 +141,7 @@ np.save(sys.argv[1], np.asarray(images[1]))
 """
 
 
+@pytest.mark.slow
 def test_what_a_pipeline_pushes_is_opened_by_diffusers_and_by_us(
     server: Hub, model: Path, tmp_path: Path
 ):
