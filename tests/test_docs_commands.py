@@ -122,6 +122,7 @@ RUNS = [
     # Conversion.
     Run(".* runs/mnist exported/mnist", gives="exported/mnist/config.json"),
     Run(".* info exported/mnist", tells="made from     training checkpoint mnist/step-"),
+    Run(".* exported/mnist shared/mnist --to diffusers", gives="shared/mnist/pipeline.py"),
     Run("python tools/publish.py exported/mnist .*", tells="not uploaded"),
     Run(".* exported/dense exported/moe --upcycle .*", gives="exported/moe/config.json"),
 ]
@@ -149,6 +150,7 @@ FIRST = [
     "python tools/prepare_data.py mnist --out data/mnist",
     "python train.py --config mnist",
     "python tools/convert_checkpoint.py runs/mnist exported/mnist",
+    "python tools/convert_checkpoint.py exported/mnist shared/mnist --to diffusers",
     "python tools/evaluate.py reference photos/test --out references/test.npz",
 ]
 

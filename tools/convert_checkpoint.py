@@ -4,6 +4,7 @@
   python tools/convert_checkpoint.py runs/mnist exported/avg --weights ema:0.10 --dtype bfloat16
   python tools/convert_checkpoint.py release.pt exported/release --objective flow
   python tools/convert_checkpoint.py exported/release release2.pt --to release
+  python tools/convert_checkpoint.py runs/mnist shared/mnist --to diffusers
   python tools/convert_checkpoint.py exported/dense exported/moe --upcycle --experts 8
   python tools/convert_checkpoint.py info exported/mnist            describe the model at a path
 
@@ -13,6 +14,11 @@ DiTTransformer2DModel or of a pipeline with one (its vae/ and scheduler are used
 exist. It is written atomically, and its predictions are checked to be bit-identical to FROM's. No
 GPU is needed, and the memory of one network. Open the result with diffmoe.load(TO) or
 diffmoe.Pipeline(TO).
+
+--to diffusers writes a folder that diffusers opens without this package: a dense DDPM model of
+classes as its own DiTTransformer2DModel, any other as an exported folder with its code in it
+(pipeline.py), which diffmoe opens, too, and tools/publish.py publishes. README.md there has the
+lines.
 """
 
 from __future__ import annotations
@@ -53,7 +59,7 @@ def parse() -> argparse.Namespace:
         "--to",
         choices=["diffmoe", *FORMATS],
         default="diffmoe",
-        help="format of TO (default diffmoe, the folder for inference)",
+        help="format of TO (default diffmoe, the folder for inference); diffusers takes any model",
     )
     parser.add_argument(
         "--max-shard-gb", type=float, default=5.0, help="size of a file (default 5)"
@@ -167,6 +173,7 @@ def main() -> None:
     options = parse()
     from diffmoe.conversion.detect_format import open_source
     from diffmoe.conversion.foreign import Options, write_foreign
+    from diffmoe.conversion.hugging_face import has_own_class
     from diffmoe.export.writing import refuse_existing, write_exported
 
     refuse_existing(options.target)
@@ -183,12 +190,13 @@ def main() -> None:
     with open_source(options.source, options.weights, options.format, unknown) as source:
         source = with_experts(source, options)
         print_notes(source.notes)
-        if options.to != "diffmoe":
+        custom = options.to == "diffusers" and not has_own_class(source.metadata)
+        if options.to != "diffmoe" and not custom:
             print_notes(write_foreign(source, options.target, options.to))
             print(printable(f"{options.target}: {source.where} in the format {options.to}"))
             return
         limit = int(options.max_shard_gb * 1e9)
-        written = write_exported(source, options.target, options.dtype, limit)
+        written = write_exported(source, options.target, options.dtype, limit, diffusers=custom)
     print_notes(written.notes)
     print(
         f"{printable(str(written.path))}: {written.bytes / 1e6:.2f} MB of {options.dtype}; "
