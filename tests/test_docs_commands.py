@@ -123,6 +123,7 @@ RUNS = [
     Run(".* runs/mnist exported/mnist", gives="exported/mnist/config.json"),
     Run(".* info exported/mnist", tells="made from     training checkpoint mnist/step-"),
     Run(".* exported/mnist shared/mnist --to diffusers", gives="shared/mnist/pipeline.py"),
+    Run(".* exported/mnist served/mnist --to pt2", gives="served/mnist/network.pt2"),
     Run("python tools/publish.py exported/mnist .*", tells="not uploaded"),
     Run(".* exported/dense exported/moe --upcycle .*", gives="exported/moe/config.json"),
 ]

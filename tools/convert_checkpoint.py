@@ -6,6 +6,7 @@
   python tools/convert_checkpoint.py exported/release release2.pt --to release
   python tools/convert_checkpoint.py runs/mnist shared/mnist --to diffusers
   python tools/convert_checkpoint.py exported/dense exported/moe --upcycle --experts 8
+  python tools/convert_checkpoint.py runs/mnist served/mnist --to pt2   runs with torch alone
   python tools/convert_checkpoint.py info exported/mnist            describe the model at a path
 
 FROM is a run's folder, a checkpoint step-XXXXXXXX or ema-XXXXXXXX saved by any number of ranks, an
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from diffmoe.export.sources import Source
 
 FORMATS = ("release", "dit", "sit", "diffusers")
+PROGRAMS = ("pt2", "onnx")
 
 
 def parse() -> argparse.Namespace:
@@ -57,9 +59,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--to",
-        choices=["diffmoe", *FORMATS],
+        choices=["diffmoe", *FORMATS, *PROGRAMS],
         default="diffmoe",
-        help="format of TO (default diffmoe, the folder for inference); diffusers takes any model",
+        help="format of TO (default diffmoe, the folder for inference); diffusers takes any model; "
+        "pt2, onnx: the network with static routing as a program of torch.export or ONNX, beside a "
+        "sample.py that needs torch alone, for ONNX onnxruntime, too",
     )
     parser.add_argument(
         "--max-shard-gb", type=float, default=5.0, help="size of a file (default 5)"
@@ -68,7 +72,8 @@ def parse() -> argparse.Namespace:
         "--capacity",
         type=float,
         metavar="C",
-        help="capacity of training: of a .pt file (default 1), or for an upcycled model",
+        help="capacity of training: of a .pt file (default 1), or for an upcycled model; or of "
+        "static routing, with --to pt2|onnx (default: that of training)",
     )
     more = parser.add_argument_group("more experts (continue training with training.init=TO)")
     how = more.add_mutually_exclusive_group()
@@ -190,6 +195,13 @@ def main() -> None:
     with open_source(options.source, options.weights, options.format, unknown) as source:
         source = with_experts(source, options)
         print_notes(source.notes)
+        if options.to in PROGRAMS:
+            from diffmoe.export.program import write_program
+
+            form, dtype, capacity = options.to, options.dtype, options.capacity
+            print_notes(write_program(source, options.target, form, dtype, capacity))
+            print(printable(f"{options.target}: {source.where} as {options.to}"))
+            return
         custom = options.to == "diffusers" and not has_own_class(source.metadata)
         if options.to != "diffmoe" and not custom:
             print_notes(write_foreign(source, options.target, options.to))
