@@ -81,6 +81,7 @@ RUNS = [
     ),
     Run("python train.py --config mnist data.path=data/own .*", TRAINING, "runs/own/latest"),
     Run("python train.py --config mnist training.init=.*", TRAINING, "runs/tuned/latest"),
+    Run("python train.py --config mnist lora.rank=.*", TRAINING, "runs/lora/latest"),
     Run("python train.py .* align.block=2 .*", TRAINING, "runs/aligned/latest"),
     Run("torchrun .* train.py --config diffmoe_s_.*", TWO_RANKS, "runs/diffmoe_s_e16_flow/latest"),
     Run("deepspeed train.py --config diffmoe_l_.*", TWO_RANKS, "runs/diffmoe_l_e16_flow/latest"),
@@ -115,6 +116,8 @@ RUNS = [
     Run("python tools/evaluate.py plot .*", gives="fd.png"),
     # Conversion.
     Run(".* runs/mnist exported/mnist", gives="exported/mnist/config.json"),
+    Run(".* runs/lora exported/lora", gives="exported/lora/config.json"),
+    Run(".* runs/lora adapters/lora --adapters", gives="adapters/lora/config.json"),
     Run(".* info exported/mnist", tells="made from     training checkpoint mnist/step-"),
     Run("python tools/publish.py exported/mnist .*", tells="not uploaded"),
     Run(".* exported/dense exported/moe --upcycle .*", gives="exported/moe/config.json"),

@@ -5,6 +5,7 @@
   python tools/convert_checkpoint.py release.pt exported/release --objective flow
   python tools/convert_checkpoint.py exported/release release2.pt --to release
   python tools/convert_checkpoint.py exported/dense exported/moe --upcycle --experts 8
+  python tools/convert_checkpoint.py runs/tuned adapters/tuned --adapters
   python tools/convert_checkpoint.py info exported/mnist            describe the model at a path
 
 FROM is a run's folder, a checkpoint step-XXXXXXXX or ema-XXXXXXXX saved by any number of ranks, an
@@ -63,6 +64,12 @@ def parse() -> argparse.Namespace:
         type=float,
         metavar="C",
         help="capacity of training: of a .pt file (default 1), or for an upcycled model",
+    )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="of a LoRA run: write what it trained alone, for sample.py RUN --adapters TO or "
+        "diffmoe.Pipeline(RUN, adapters=TO); default: merged into the weights",
     )
     more = parser.add_argument_group("more experts (continue training with training.init=TO)")
     how = more.add_mutually_exclusive_group()
@@ -142,6 +149,19 @@ def with_experts(source: Source, options: argparse.Namespace) -> Source:
     )
 
 
+def write_apart(options: argparse.Namespace) -> None:
+    """The adapters of a LoRA run, without its base."""
+    from diffmoe.export.adapter_writing import write_adapters
+    from diffmoe.export.sources import unmerged_source
+
+    if options.to != "diffmoe" or options.upcycle or options.grow:
+        raise UserError("--adapters writes a run's own factors; leave --to, --upcycle, --grow out")
+    with unmerged_source(options.source, options.weights) as source:
+        size = write_adapters(source, options.target, options.dtype)
+    target = printable(str(options.target))
+    print(f"{target}: {size / 1e6:.2f} MB of {options.dtype}, for the model {source.base}")
+
+
 def print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
         print(printable(note), file=sys.stderr)
@@ -170,6 +190,8 @@ def main() -> None:
     from diffmoe.export.writing import refuse_existing, write_exported
 
     refuse_existing(options.target)
+    if options.adapters:
+        return write_apart(options)
     unknown = Options(
         objective=options.objective,
         heads=options.heads,

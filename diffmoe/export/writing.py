@@ -34,6 +34,7 @@ from diffmoe.export.tensors import (
     write_tensors,
 )
 from diffmoe.files import sync
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.redaction import redact, without_folders
@@ -66,18 +67,13 @@ def write_exported(
     latents = source.metadata.latents
     autoencoder = local_folder(latents.autoencoder)
     notes: tuple[str, ...] = ()
-    stored_as: dict[str, str] = {"source": redact(without_folders(latents.source))}
-    if autoencoder is not None:
-        stored_as["autoencoder"] = FOLDER
     if autoencoder is not None and not autoencoder.is_dir():
         notes = (
             f"warning: the autoencoder {autoencoder} is not on this machine; copy it to "
             f"{target / FOLDER}, where it is expected",
         )
         autoencoder = None
-    metadata = source.metadata.replace(
-        dtype=dtype, latents=latents.model_copy(update=stored_as).model_dump()
-    )
+    metadata = source.metadata.replace(dtype=dtype, latents=without_places(latents).model_dump())
     kind = getattr(torch, dtype)
     size = total_bytes(source.shapes, kind)
     if autoencoder is not None:
@@ -95,6 +91,14 @@ def write_exported(
         write_file(temporary / CHECKSUMS, [json.dumps({"files": files}, indent=1).encode()])
         compared = _compare(source, temporary, kind)
     return Written(target, total_bytes(source.shapes, kind), compared, notes)
+
+
+def without_places(latents: LatentSpec) -> LatentSpec:
+    """As an exported folder has them: no path of this machine, and no secret of an address."""
+    stored_as = {"source": redact(without_folders(latents.source))}
+    if local_folder(latents.autoencoder) is not None:
+        stored_as["autoencoder"] = FOLDER
+    return latents.model_copy(update=stored_as)
 
 
 @contextlib.contextmanager

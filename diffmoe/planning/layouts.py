@@ -13,6 +13,7 @@ from diffmoe.config import (
     ZERO_BUCKET,
     AlignConfig,
     Config,
+    LoRAConfig,
     ModelConfig,
     MoEConfig,
     TrainingConfig,
@@ -20,6 +21,7 @@ from diffmoe.config import (
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.frozen import freeze
+from diffmoe.models.lora import is_factor
 from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.routing import expert_capacity
 from diffmoe.parallel.gradient_types import gradient_types
@@ -68,6 +70,7 @@ class Sizes:
 
     The projector of an aligned run is dense.
     frozen_dense, frozen_routing, frozen_experts: elements of those that do not train.
+    lora_dense, lora_experts: how many weights have LoRA's factors, a stack of experts' is one.
     largest: elements of the largest parameter. matrices, expert_matrices: of dense parameters and
     of experts, those that Muon orthogonalizes, in the network's order.
     """
@@ -81,6 +84,8 @@ class Sizes:
     frozen_dense: int
     frozen_routing: int
     frozen_experts: int
+    lora_dense: int
+    lora_experts: int
 
     @property
     def frozen(self) -> int:
@@ -89,7 +94,12 @@ class Sizes:
 
 @lru_cache(maxsize=64)
 def sizes_of(
-    model_json: str, moe_json: str, align_json: str, training_json: str, expert_parallel: int
+    model_json: str,
+    moe_json: str,
+    align_json: str,
+    lora_json: str,
+    training_json: str,
+    expert_parallel: int,
 ) -> Sizes:
     topology = Topology(expert_parallel=expert_parallel)
     with torch.device("meta"):
@@ -98,6 +108,7 @@ def sizes_of(
             MoEConfig.model_validate_json(moe_json),
             topology,
             align=AlignConfig.model_validate_json(align_json),
+            lora=LoRAConfig.model_validate_json(lora_json),
         )
     freeze(network, TrainingConfig.model_validate_json(training_json))
     of_experts, of_routing = network.expert_parameters(), network.routing_parameters()
@@ -105,6 +116,7 @@ def sizes_of(
     for name, parameter in network.named_parameters():
         kind = "experts" if name in of_experts else "routing" if name in of_routing else "dense"
         elements[kind, parameter.requires_grad] += parameter.numel()
+    factors = [name for name, _ in network.named_parameters() if is_factor(name)]
     trained = {name: one.numel() for name, one in network.named_parameters() if one.requires_grad}
     matrices = {name: s for name, s in hidden_matrices(network).items() if name in trained}
     return Sizes(
@@ -117,6 +129,8 @@ def sizes_of(
         frozen_dense=elements["dense", False],
         frozen_routing=elements["routing", False],
         frozen_experts=elements["experts", False],
+        lora_dense=sum(name not in of_experts for name in factors) // 2,
+        lora_experts=sum(name in of_experts for name in factors) // 2,
     )
 
 
@@ -170,7 +184,7 @@ class Layout:
         return sizes_of(
             *(
                 part.model_dump_json()
-                for part in (config.model, config.moe, config.align, config.training)
+                for part in (config.model, config.moe, config.align, config.lora, config.training)
             ),
             self.expert_parallel,
         )

@@ -17,7 +17,7 @@ def parameter_table(config: Config) -> str:
     share them.
     """
     with torch.device("meta"):
-        network = DiT(config.model, config.moe, align=config.align)
+        network = DiT(config.model, config.moe, align=config.align, lora=config.lora)
     optimizer = config.optimizer
     matrices = hidden_matrices(network) if optimizer.type == "muon" else {}
     frozen = frozen_names(network, config.training)
