@@ -441,7 +441,7 @@ class TrainingConfig(_Section):
         (), description="patterns of parameters that stay as they are, as blocks.?.attention.*"
     )
     train_only: tuple[str, ...] = Field(
-        (), description="patterns of those that train, all others stay; instead of freeze"
+        (), description="patterns of those that train, all others stay; with LoRA, beside it"
     )
     label_dropout: float = Field(
         0.1, ge=0, le=1, description="share of labels or captions left out, for guidance; 0: none"
@@ -488,6 +488,36 @@ class TrainingConfig(_Section):
                 f"training.ema_stds={list(self.ema_stds)} lists a length twice; [0.05, 0.1] lets "
                 "tools/checkpoint.py reconstruct any other"
             )
+        return self
+
+
+class LoRAConfig(_Section):
+    """LoRA: factors of low rank beside weights that stay as training.init has them."""
+
+    rank: int = Field(0, ge=0, le=1 << 12, description="of the factors; 0: no LoRA")
+    alpha: float | None = Field(
+        None, gt=0, description="their product counts alpha / rank times; none: once"
+    )
+    targets: tuple[str, ...] = Field(
+        ("attention",),
+        description="what gets them: attention, mlp (shared experts, too), experts, or patterns of "
+        "weights, as blocks.?.attention.qkv.weight",
+    )
+
+    @property
+    def scale(self) -> float:
+        """By what the product of the factors counts."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @model_validator(mode="after")
+    def _without_rank(self) -> "LoRAConfig":
+        if not self.rank and (self.alpha is not None or self.targets != ("attention",)):
+            raise ValueError(
+                f"lora.alpha={self.alpha} and lora.targets={list(self.targets)} belong to LoRA, "
+                "which is off; set lora.rank, such as lora.rank=8"
+            )
+        if not self.targets:
+            raise ValueError("lora.targets=[] names nothing; take attention, mlp or experts")
         return self
 
 
@@ -586,6 +616,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    lora: LoRAConfig = LoRAConfig()
     align: AlignConfig = AlignConfig()
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -45,6 +45,7 @@ class Pipeline:
         text_encoder: str | Path | None = None,
         verify: bool = True,
         decoder: str | None = None,
+        adapters: str | Path | None = None,
     ) -> None:
         """path: an exported folder, a run's folder or a checkpoint.
 
@@ -54,13 +55,20 @@ class Pipeline:
         encoder that a text model was trained with; a model that reads bytes needs none. verify:
         compare the files with their checksums; each is read once per machine, and again when it has
         changed. decoder: in place of the model's autoencoder: another of diffusers, a TorchScript
-        FILE.pt or package.module:function, which are run.
+        FILE.pt or package.module:function, which are run. adapters: a folder of those that a LoRA
+        run trained on this model.
         """
         device = torch.device(device or default_device())
         dtype = dtype or default_dtype(device)
         self.sampler = Sampler.open(
-            path, weights, device=device, dtype=dtype, verify=verify, decoder=decoder
-        )
+            path,
+            weights,
+            device=device,
+            dtype=dtype,
+            verify=verify,
+            with_autoencoder=decoder is None,
+            adapters=adapters,
+        ).with_decoder(decoder)
         self.network, self.config = self.sampler.network, self.sampler.config
         self.autoencoder = self.sampler.autoencoder
         self.folder, self.weights, *_ = self.sampler.model

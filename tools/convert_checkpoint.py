@@ -7,6 +7,7 @@
   python tools/convert_checkpoint.py runs/mnist shared/mnist --to diffusers
   python tools/convert_checkpoint.py exported/dense exported/moe --upcycle --experts 8
   python tools/convert_checkpoint.py runs/mnist served/mnist --to pt2   runs with torch alone
+  python tools/convert_checkpoint.py runs/tuned adapters/tuned --adapters
   python tools/convert_checkpoint.py info exported/mnist            describe the model at a path
 
 FROM is a run's folder, a checkpoint step-XXXXXXXX or ema-XXXXXXXX saved by any number of ranks, an
@@ -74,6 +75,12 @@ def parse() -> argparse.Namespace:
         metavar="C",
         help="capacity of training: of a .pt file (default 1), or for an upcycled model; or of "
         "static routing, with --to pt2|onnx (default: that of training)",
+    )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="of a LoRA run: write what it trained alone, for sample.py RUN --adapters TO or "
+        "diffmoe.Pipeline(RUN, adapters=TO); default: merged into the weights",
     )
     more = parser.add_argument_group("more experts (continue training with training.init=TO)")
     how = more.add_mutually_exclusive_group()
@@ -153,6 +160,19 @@ def with_experts(source: Source, options: argparse.Namespace) -> Source:
     )
 
 
+def write_apart(options: argparse.Namespace) -> None:
+    """The adapters of a LoRA run, without its base."""
+    from diffmoe.export.adapter_writing import write_adapters
+    from diffmoe.export.sources import unmerged_source
+
+    if options.to != "diffmoe" or options.upcycle or options.grow:
+        raise UserError("--adapters writes a run's own factors; leave --to, --upcycle, --grow out")
+    with unmerged_source(options.source, options.weights) as source:
+        size = write_adapters(source, options.target, options.dtype)
+    target = printable(str(options.target))
+    print(f"{target}: {size / 1e6:.2f} MB of {options.dtype}, for the model {source.base}")
+
+
 def print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
         print(printable(note), file=sys.stderr)
@@ -182,6 +202,8 @@ def main() -> None:
     from diffmoe.export.writing import refuse_existing, write_exported
 
     refuse_existing(options.target)
+    if options.adapters:
+        return write_apart(options)
     unknown = Options(
         objective=options.objective,
         heads=options.heads,

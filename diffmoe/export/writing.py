@@ -36,6 +36,7 @@ from diffmoe.export.tensors import (
     write_tensors,
 )
 from diffmoe.files import sync
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.redaction import redact, without_folders
@@ -75,9 +76,6 @@ def write_exported(
     latents = source.metadata.latents
     autoencoder = local_folder(latents.autoencoder)
     notes: tuple[str, ...] = ()
-    stored_as: dict[str, str] = {"source": redact(without_folders(latents.source))}
-    if autoencoder is not None:
-        stored_as["autoencoder"] = FOLDER
     if autoencoder is not None and not autoencoder.is_dir():
         if diffusers:
             raise UserError(
@@ -89,9 +87,7 @@ def write_exported(
             f"{target / FOLDER}, where it is expected",
         )
         autoencoder = None
-    metadata = source.metadata.replace(
-        dtype=dtype, latents=latents.model_copy(update=stored_as).model_dump()
-    )
+    metadata = source.metadata.replace(dtype=dtype, latents=without_places(latents).model_dump())
     kind = getattr(torch, dtype)
     size = total_bytes(source.shapes, kind)
     if autoencoder is not None:
@@ -118,6 +114,14 @@ def write_exported(
     if diffusers:
         notes += (_difference_note(largest),)
     return Written(target, total_bytes(source.shapes, kind), compared, notes)
+
+
+def without_places(latents: LatentSpec) -> LatentSpec:
+    """As an exported folder has them: no path of this machine, and no secret of an address."""
+    stored_as = {"source": redact(without_folders(latents.source))}
+    if local_folder(latents.autoencoder) is not None:
+        stored_as["autoencoder"] = FOLDER
+    return latents.model_copy(update=stored_as)
 
 
 @contextlib.contextmanager

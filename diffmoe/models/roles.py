@@ -10,6 +10,7 @@ from diffmoe.models.capacity_predictor import CapacityPredictor
 from diffmoe.models.dit import DiT
 from diffmoe.models.experts import Experts
 from diffmoe.models.families.race import ExpertRace
+from diffmoe.models.lora import weight_of
 from diffmoe.models.moe import MoEFeedForward
 from diffmoe.models.text_embedding import TextEmbedder
 
@@ -65,7 +66,8 @@ def _role(network: DiT, name: str) -> Role:
     role = role or _by_place(owner, last)
     if role is None:
         raise TypeError(f"{type(owner).__name__}: its parameter {name} has no role")
-    return Role(role, role not in _NEVER_DECAY and last in _MATRICES.get(type(owner), ()))
+    is_matrix = weight_of(last) in _MATRICES.get(type(owner), ())
+    return Role(role, role not in _NEVER_DECAY and is_matrix)
 
 
 def _by_place(owner: nn.Module, part: str) -> str | None:

@@ -50,7 +50,7 @@ def check(config: Config) -> None:
     if not multiplied:
         return
     with torch.device("meta"):
-        network = DiT(config.model, config.moe, align=config.align)
+        network = DiT(config.model, config.moe, align=config.align, lora=config.lora)
     there = dict.fromkeys(role.name for role in roles(network).values())
     for role, multiplier in multiplied.items():
         if role not in there:

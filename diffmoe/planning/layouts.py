@@ -13,6 +13,7 @@ from diffmoe.config import (
     ZERO_BUCKET,
     AlignConfig,
     Config,
+    LoRAConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
@@ -21,6 +22,7 @@ from diffmoe.config import (
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.frozen import freeze
+from diffmoe.models.lora import is_factor
 from diffmoe.models.routing import expert_capacity
 from diffmoe.models.updates import updates
 from diffmoe.parallel.gradient_types import gradient_types
@@ -81,6 +83,7 @@ class Sizes:
     """Elements of one rank. The projector of an aligned run is dense.
 
     frozen_dense, frozen_routing, frozen_experts: of those that do not train.
+    lora_dense, lora_experts: how many weights have LoRA's factors, a stack of experts' is one.
     largest: of the largest parameter that does.
     """
 
@@ -89,6 +92,8 @@ class Sizes:
     frozen_dense: int
     frozen_routing: int
     frozen_experts: int
+    lora_dense: int
+    lora_experts: int
 
     @property
     def dense(self) -> int:
@@ -110,6 +115,7 @@ def sizes_of(
     model_json: str,
     moe_json: str,
     align_json: str,
+    lora_json: str,
     training_json: str,
     optimizer_json: str,
     expert_parallel: int,
@@ -121,6 +127,7 @@ def sizes_of(
             MoEConfig.model_validate_json(moe_json),
             topology,
             align=AlignConfig.model_validate_json(align_json),
+            lora=LoRAConfig.model_validate_json(lora_json),
         )
     training = TrainingConfig.model_validate_json(training_json)
     freeze(network, training)
@@ -141,12 +148,15 @@ def sizes_of(
         stack = () if update.matrices is None else (update.matrices,)
         groups[key] = Flat(group.elements + elements, experts, routing, group.matrices + stack)
         largest = max(largest, elements)
+    factors = [name for name, _ in network.named_parameters() if is_factor(name)]
     return Sizes(
         groups=tuple(groups.values()),
         largest=largest,
         frozen_dense=frozen["dense"],
         frozen_routing=frozen["routing"],
         frozen_experts=frozen["experts"],
+        lora_dense=sum(name not in of_experts for name in factors) // 2,
+        lora_experts=sum(name in of_experts for name in factors) // 2,
     )
 
 
@@ -204,6 +214,7 @@ class Layout:
                     config.model,
                     config.moe,
                     config.align,
+                    config.lora,
                     config.training,
                     config.optimizer,
                 )

@@ -18,7 +18,7 @@ def parameter_table(config: Config) -> str:
     share them.
     """
     with torch.device("meta"):
-        network = DiT(config.model, config.moe, align=config.align)
+        network = DiT(config.model, config.moe, align=config.align, lora=config.lora)
     by_role, how = roles(network), updates(network, config.optimizer)
     frozen = frozen_names(network, config.training)
     row = f"{{:<{max(map(len, by_role))}}} {{:>14}}  {{:<10}}  {{:<6}}  {{:<8}} {{:<8}} {{}}"

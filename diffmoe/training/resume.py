@@ -32,6 +32,7 @@ _SHAPE = (
     "align.projector",
     "align.width",
     "align.hidden",
+    "lora",
 )
 # Where it runs and what it tells; the numbers stay (to rounding, on another layout).
 _HARMLESS = (

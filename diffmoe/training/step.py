@@ -36,7 +36,8 @@ def build(
     config: Config, ds_settings: dict[str, Any], topology: Topology, device: torch.device
 ) -> tuple[DiT, Engine]:
     """The initialized network in training mode, and its DeepSpeed engine."""
-    network = DiT(config.model, config.moe, topology, config.seed, config.align).to(device)
+    network = DiT(config.model, config.moe, topology, config.seed, config.align, config.lora)
+    network.to(device)
     network.checkpoint_activations(config.training.activation_checkpointing)
     network.train()
     if config.training.precision == "bf16":

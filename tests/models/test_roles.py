@@ -23,6 +23,7 @@ CASES = {
     "bytes": {"model__text": BYTES, "model__qk_norm": True},
     "target": {"moe__type": "race", "moe__target_loss_weight": 0.1},
     "mlp projector": ALIGNED,
+    "factors": {"lora": {"rank": 2, "targets": ["attention", "mlp", "experts"]}},
     "conv projector": {"align": {**ALIGNED["align"], "projector": "conv"}},
 }
 # By patterns of names: all there are, and of these what decays.
@@ -63,7 +64,7 @@ NEVER = [
 def network_of(changes: dict) -> DiT:
     config = tiny_config(**changes)
     with torch.device("meta"):
-        return DiT(config.model, config.moe, align=config.align)
+        return DiT(config.model, config.moe, align=config.align, lora=config.lora)
 
 
 @pytest.mark.parametrize("case", CASES)

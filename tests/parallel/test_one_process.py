@@ -44,7 +44,7 @@ def loss_of(output: Any, examples: Any, config: Config, objective: Any) -> Tenso
 def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
     """Plain torch: whole batch (in `pools` parts, one after the other), SGD, torch's clipping."""
     objective = create_objective(config)
-    network = randomize(DiT(config.model, config.moe, align=config.align))
+    network = randomize(DiT(config.model, config.moe, align=config.align, lora=config.lora))
     freeze(network, config.training)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LR)
@@ -81,7 +81,8 @@ def on_rank(config: Config, offload: bool = False) -> dict[str, Any]:
     zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
     objective = create_objective(config)
     topology = create_topology(config.parallel.expert_parallel)
-    network = randomize(DiT(config.model, config.moe, topology, align=config.align)).train()
+    network = DiT(config.model, config.moe, topology, align=config.align, lora=config.lora)
+    randomize(network).train()
     freeze(network, config.training)
     engine = create_engine(
         network,
@@ -185,6 +186,8 @@ def test_baselines_equal_one_process(family: str):
         {"training__freeze": ("blocks.1.*", "*.experts.w_out", "*.qkv.*")},
         {"training__freeze": ("*.experts.*",)},  # then DeepSpeed knows of no experts
         {"training__train_only": ("blocks.3.feed_forward.experts.*",)},  # and here of nothing else
+        {"lora": {"rank": 2, "alpha": 3.0, "targets": ("attention", "mlp", "experts")}},
+        {"lora": {"rank": 8, "targets": ("experts",)}, "training__train_only": ("final.*",)},
     ],
 )
 def test_frozen_parameters_stay_and_the_others_equal_one_process(
@@ -198,7 +201,7 @@ def test_frozen_parameters_stay_and_the_others_equal_one_process(
         **patterns,
     )
     expected = one_process(config)
-    before = randomize(DiT(config.model, config.moe))
+    before = randomize(DiT(config.model, config.moe, lora=config.lora))
     frozen = frozen_names(before, config.training)
     for name, parameter in before.named_parameters():
         assert torch.equal(expected["weights"][name], parameter) == (name in frozen), name
