@@ -106,7 +106,7 @@ def _static(
             f"{where}: moe.type={moe.type} has shapes that depend on data, which {form} cannot "
             f"hold; choose --to {way_out}"
         )
-    if capacity is not None:
+    if capacity is not None and capacity != moe.capacity:
         if moe.type not in ("diffmoe", "race"):
             raise UserError(
                 f"capacity {capacity:g}: a {moe.type} model has no capacity to choose; leave it out"
@@ -164,7 +164,7 @@ def _without_asides() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*LeafSpec. is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", ".*LeafSpec.. is deprecated", FutureWarning)
             yield
     finally:
         logger.setLevel(level)

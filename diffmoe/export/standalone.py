@@ -255,6 +255,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("images.png"), help="a .png, or .pt")
     options = parser.parse_args()
     try:
+        if not options.network.exists():
+            raise ValueError(f"{options.network} does not exist; give it as --network")
+        if options.out.suffix not in (".png", ".pt"):
+            raise ValueError(f"--out {options.out}: give a .png, or a .pt")
         network, about = load(options.network, options.device)
         if options.about:
             print(json.dumps(about, indent=1))

@@ -134,8 +134,10 @@ def test_its_samplers_compute_what_ours_do(changes, sampler: str, guidance: floa
     assert equal(theirs, expected)
 
 
-def in_memory(config: Config) -> tuple[Sampler, standalone.Network, dict[str, Any]]:
-    source = source_of(config)
+def in_memory(
+    config: Config, **metadata: Any
+) -> tuple[Sampler, standalone.Network, dict[str, Any]]:
+    source = source_of(config, **metadata)
     network = program.empty_network(config.model, config.moe)
     program.fill(network, lambda name, _: source.read(name))
     about = json.loads(json.dumps(program._about(source.metadata, network, "float32")))
@@ -170,9 +172,34 @@ def test_the_command_and_its_sampler_draw_the_pipelines_images(tmp_path: Path):
     rows = [np.concatenate([np.asarray(image) for image in expected[i : i + 2]], 1) for i in (0, 2)]
     # Rounding may end on the other side of a half.
     assert np.abs(found - np.concatenate(rows)).max() <= 1
-    done = subprocess.run([*words, "x.pt", "--guidance", "2", "--classes", "9"], cwd=out, text=True,
-                          capture_output=True)  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "error: labels [9, 9]: choose from 0 to 4\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "told"),
+    [
+        ({}, ["--classes", "1,5"], "labels [1, 5]: choose from 0 to 4"),
+        ({}, ["--classes", "dog"], "class 'dog': give a number, or one of plane, car, bird, "),
+        ({}, ["--sampler", "ddpm"], "sampler ddpm: choose euler or heun"),
+        ({"diffusion__objective": "ddpm"}, ["--steps", "1"], "steps 1, batch 50: 2 to 1000 steps"),
+        ({}, ["--out", "images.png"], "the network draws latents of vae; give a .pt"),
+        ({}, ["--out", "images.npy"], "--out images.npy: give a .png, or a .pt"),
+        ({}, ["--guidance", "2"], "guidance 2: trained without label dropout; choose 1"),
+        ({}, ["--network", "nowhere.pt2"], "nowhere.pt2 does not exist"),
+    ],
+)
+def test_its_command_names_what_does_not_fit(changes, words, told, monkeypatch):
+    _, network, about = in_memory(
+        tiny_config(moe__type="dense", **changes),
+        class_names=NAMES,
+        label_dropout=0.0,
+        latents={"shape": (2, 8, 8), "autoencoder": "vae"},
+    )
+    monkeypatch.setattr(standalone, "load", lambda *_: (network, about))
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--network", __file__, "--out", "x.pt", *words])
+    with pytest.raises(SystemExit) as caught:
+        standalone.main()
+    assert str(caught.value).startswith("error: ")
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -253,18 +280,17 @@ def test_onnxruntime_draws_the_same_latents(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler, g++")
 def test_aot_inductor_compiles_it_for_any_number_of_images(tmp_path: Path):
     """As docs/conversion.md says."""
     model = exported(tmp_path / "model", tiny_config(model__depth=2))
     out = served(model, tmp_path / "served")
-    stored = torch.export.load(out / "network.pt2")
-    compiled = tmp_path / "compiled.pt2"
-    torch._inductor.aoti_compile_and_package(stored, package_path=str(compiled))
-    network, (_, about) = (
-        torch._inductor.aoti_load_package(str(compiled)),
-        standalone.load(out / "network.pt2"),
-    )
+    stored, compiled = torch.export.load(out / "network.pt2"), str(tmp_path / "compiled.pt2")
+    torch._inductor.aoti_compile_and_package(stored, package_path=compiled)
+    network = torch._inductor.aoti_load_package(compiled)
+    _, about = standalone.load(out / "network.pt2")
     sampler = Sampler.open(model).with_capacity(None, "static")
     for batch in (2, 5):
         found = standalone.draw(network, about, LABELS, steps=4, batch=batch)
