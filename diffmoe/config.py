@@ -341,6 +341,24 @@ class MuonConfig(_Section):
     steps: int = Field(5, ge=1, le=20, description="of Newton-Schulz")
 
 
+Multiplier = Annotated[float, Field(gt=0)]
+
+
+class RateMultipliers(_Section):
+    """What the learning rates are multiplied by, by the role of a parameter (docs/training.md)."""
+
+    embedding: Multiplier = Field(1.0, description="patches, times and labels")
+    text: Multiplier = Field(1.0, description="captions: projections, the encoder of bytes")
+    attention: Multiplier = Field(1.0, description="self- and cross-attention")
+    mlp: Multiplier = Field(1.0, description="dense MLPs, shared and unconditional experts")
+    experts: Multiplier = Field(1.0, description="those that tokens are routed to")
+    router: Multiplier = Field(1.0, description="all that scores tokens for experts")
+    predictor: Multiplier = Field(1.0, description="capacity predictors")
+    modulation: Multiplier = Field(1.0, description="adaLN, of the last layer, too")
+    final: Multiplier = Field(1.0, description="the last layer, and race's heads for the target")
+    projector: Multiplier = Field(1.0, description="of alignment")
+
+
 class OptimizerConfig(_Section):
     """The optimizer and its schedule."""
 
@@ -351,7 +369,9 @@ class OptimizerConfig(_Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(
-        0.0, ge=0, description="decoupled, of all that AdamW updates; 0: off"
+        0.0,
+        ge=0,
+        description="decoupled, of AdamW's matrices but embeddings and routers, no biases; 0: off",
     )
     gradient_clipping: float = Field(0.0, ge=0, description="largest gradient norm; 0: off")
     schedule: Literal["constant", "cosine", "warmup_stable_decay"] = Field(
@@ -361,6 +381,7 @@ class OptimizerConfig(_Section):
     decay_samples: int = Field(
         0, ge=0, description="the last ones, of a rate that falls (warmup_stable_decay)"
     )
+    rate_multipliers: RateMultipliers = RateMultipliers()
     muon: MuonConfig = MuonConfig()
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ Within 10 seconds and 1 GB, without a traceback. DIFFMOE_MUTATIONS=2000 looks ha
 """
 
 import contextlib
+import gzip
 import hashlib
 import itertools
 import json
@@ -215,10 +216,30 @@ def photo_tar(folder: Path) -> Path:
     return folder / "tars"
 
 
+def compressed_tar(folder: Path) -> Path:
+    tars = photo_tar(folder)
+    (tars / "0.tar.gz").write_bytes(gzip.compress((tars / "0.tar").read_bytes()))
+    (tars / "0.tar").unlink()
+    return tars
+
+
+def table_of(kind: str) -> Callable[[Path], Path]:
+    """A data set of Hugging Face."""
+
+    def make(folder: Path) -> Path:
+        from tests.helpers import tables
+
+        write = tables.write_parquet if kind == "parquet" else tables.write_arrow
+        write(folder / f"tables/train.{kind}", tables.labeled())
+        return folder / "tables"
+
+    return make
+
+
 def encoded(path: Path) -> int:
     out = path.parent / "packed"
     shutil.rmtree(out, ignore_errors=True)
-    classes = 2 if list(path.glob("*.tar")) else None
+    classes = 2 if list(path.glob("*.tar*")) else None
     images = ImageSource(path, classes=classes)
     return encode_images(images, Encoding(size=8), ShardOutput(out, shards=1), workers=1).samples
 
@@ -234,13 +255,15 @@ def latents_of(kind: str) -> tuple[Callable[[Path], Path], Callable[[Path], Any]
             for index, array in enumerate(moments):
                 (root / f"{index % 2}").mkdir(exist_ok=True)
                 np.savez(root / f"{index % 2}/{index}.npz", moments=array, moments_flip=array)
-        elif kind == "repa":
+        elif kind in ("repa", "edm2"):
             (root / "00000").mkdir()
             names = [f"00000/img-mean-std-{index:08d}.npy" for index in range(4)]
             for name, array in zip(names, np.abs(moments), strict=True):
                 np.save(root / name, array)
             labels = [[name, 1] for name in names]
             (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+            if kind == "edm2":
+                return Path(shutil.make_archive(str(root), "zip", root))
         else:
             z = torch.from_numpy(moments[:, :4]).contiguous()
             stored = {"latents": z, "latents_flip": z.clone(), "labels": torch.arange(4)}
@@ -252,13 +275,15 @@ def latents_of(kind: str) -> tuple[Callable[[Path], Path], Callable[[Path], Any]
     def read(path: Path) -> int:
         from diffmoe.prepare import latent_formats
 
-        latent_formats._open_safetensors.cache_clear()  # which knows files by their names
+        # These know files by their names.
+        latent_formats._open_safetensors.cache_clear()
+        latent_formats._open_zip.cache_clear()
         out = path.parent / "imported"
         shutil.rmtree(out, ignore_errors=True)
         answers = {"vae": "somebody/vae", "classes": 5, "scale": 0.5, "multiplier": 1.0}
-        needed = {"mar": ("vae", "scale"), "repa": ("vae", "classes")}.get(kind)
-        answers = {k: v for k, v in answers.items() if k in (needed or answers)}
-        answers.pop("scale", None) if kind == "lightningdit" else None
+        needed = {"mar": ("vae", "scale"), "lightningdit": ("vae", "classes", "multiplier")}
+        needed = needed.get(kind, ("vae", "classes"))
+        answers = {name: value for name, value in answers.items() if name in needed}
         return import_latents(kind, path, ShardOutput(out, shards=1), answers=answers).samples
 
     return make, read
@@ -304,8 +329,12 @@ KINDS = {
     "image files": Kind(photo_folder, encoded),
     "image files to evaluate": Kind(photo_folder, read_images),
     "images in tars": Kind(photo_tar, encoded),
+    "images in compressed tars": Kind(compressed_tar, encoded),
+    "images in parquet": Kind(table_of("parquet"), encoded),
+    "images in arrow": Kind(table_of("arrow"), encoded),
     "mar": Kind(*latents_of("mar")),
     "repa": Kind(*latents_of("repa")),
+    "edm2 zip": Kind(*latents_of("edm2")),
     "lightningdit": Kind(*latents_of("lightningdit")),
     "yaml": Kind(text_file("run.yaml", YAML), lambda path: load_config(str(path))),
     "deepspeed json": Kind(text_file("ds.json", DS), lambda path: read_ds_config(str(path))),

@@ -56,6 +56,11 @@ RUNS = [
     Run(
         "python tools/encode_latents.py .* --captions .*", "--size 64", "data/photos/manifest.json"
     ),
+    Run(
+        "python tools/encode_latents.py --images food101 .*",
+        "--size 64",
+        "data/food101/manifest.json",
+    ),
     Run("torchrun .* tools/encode_latents.py .*", "--size 64", "data/imagenet256/manifest.json"),
     Run(
         "python tools/import_latents.py --format mar .*", gives="data/imagenet256-mar/manifest.json"
@@ -81,6 +86,7 @@ RUNS = [
     ),
     Run("python train.py --config mnist data.path=data/own .*", TRAINING, "runs/own/latest"),
     Run("python train.py --config mnist training.init=.*", TRAINING, "runs/tuned/latest"),
+    Run("python train.py .* optimizer.rate_multipliers=.*", TRAINING, "runs/gently/latest"),
     Run("python train.py --config mnist lora.rank=.*", TRAINING, "runs/lora/latest"),
     Run("python train.py .* align.block=2 .*", TRAINING, "runs/aligned/latest"),
     Run("torchrun .* train.py --config diffmoe_s_.*", TWO_RANKS, "runs/diffmoe_s_e16_flow/latest"),
@@ -119,6 +125,8 @@ RUNS = [
     Run(".* runs/lora exported/lora", gives="exported/lora/config.json"),
     Run(".* runs/lora adapters/lora --adapters", gives="adapters/lora/config.json"),
     Run(".* info exported/mnist", tells="made from     training checkpoint mnist/step-"),
+    Run(".* exported/mnist shared/mnist --to diffusers", gives="shared/mnist/pipeline.py"),
+    Run(".* exported/mnist served/mnist --to pt2", gives="served/mnist/network.pt2"),
     Run("python tools/publish.py exported/mnist .*", tells="not uploaded"),
     Run(".* exported/dense exported/moe --upcycle .*", gives="exported/moe/config.json"),
 ]
@@ -146,6 +154,7 @@ FIRST = [
     "python tools/prepare_data.py mnist --out data/mnist",
     "python train.py --config mnist",
     "python tools/convert_checkpoint.py runs/mnist exported/mnist",
+    "python tools/convert_checkpoint.py exported/mnist shared/mnist --to diffusers",
     "python tools/evaluate.py reference photos/test --out references/test.npz",
 ]
 
@@ -255,8 +264,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_samples(folder / "samples", pictures(8))
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=pictures(8, seed=1))
     pytest.importorskip("transformers", reason="transformers is not installed (extra text)")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra arrow)")
+    from tests.helpers import tables
     from tests.helpers.text_folders import save_t5
 
+    tables.save_to_disk(folder / "food101", {"train": [tables.labeled(0, 36)]})
     save_t5(folder / "models/t5-v1_1-xl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")

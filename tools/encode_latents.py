@@ -4,10 +4,17 @@
       --out data/imagenet256
   python tools/encode_latents.py --images photos --pixels --size 32 --out data/photos
 
---images is a folder of class folders (CLASS/NAME.jpg, classes numbered by sorted name) or of tar
-shards (KEY.jpg with KEY.cls; give --classes). Each image is cropped as in DiT, encoded, and stored
-as the mean and log-variance of its posterior, together with those of the mirrored image; training
-draws from them. With --pixels the image's bytes are stored once; training mirrors half of them.
+--images is a folder of class folders (CLASS/NAME.jpg, classes numbered by sorted name), of images
+alone, which are one class, or of tar shards (KEY.jpg with KEY.cls; give --classes), which may be
+compressed (.tar.gz, .tar.bz2, .tar.xz, .tar.zst). Or it is a data set of Hugging Face on disk, as
+save_to_disk leaves it or as the parquet files of a repository; --columns names those that are not
+plain, such as label=fine_label, and label= says that all images are of one class. Such a data set
+and .tar.zst need pip install "diffmoe[arrow]"; both, and compressed tars, need room for the files,
+unpacked, in --out until the work is done.
+
+Each image is cropped as in DiT, encoded, and stored as the mean and log-variance of its posterior,
+together with those of the mirrored image; training draws from them. With --pixels the image's bytes
+are stored once; training mirrors half of them.
 
 With --captions, the folder holds NAME.jpg with NAME.txt, one caption per line, at any depth, or
 tars of KEY.jpg with KEY.txt. A mirrored image keeps its captions: if they mention left or right,
@@ -19,10 +26,11 @@ Under torchrun or srun several ranks share the work, each making shards of its o
   torchrun --nproc_per_node 8 tools/encode_latents.py --images ... --vae ... --out ...
 
 Images are decoded as viewers show them: rotated as EXIF says, transparency on --background, 16-bit
-and float grays scaled, CMYK and palettes converted, the first frame of an animation. Color profiles
-are not applied. Unreadable and ambiguous images (floats beyond 0..1, integers beyond 65535) are
-skipped and listed in manifest.json; more than --max-bad of them stop the work. Links that lead out
-of the folder need --follow-links. Check the result with tools/check_data.py.
+and float grays scaled, CMYK and palettes converted, the first frame of an animation. HEIC needs
+pip install "diffmoe[heic]". Color profiles are not applied. Unreadable and ambiguous images (floats
+beyond 0..1, integers beyond 65535) are skipped and listed in manifest.json; more than --max-bad of
+them stop the work. Links that lead out of the folder need --follow-links. Check the result with
+tools/check_data.py.
 """
 
 import argparse
@@ -42,11 +50,19 @@ def image_size(text: str) -> int | tuple[int, int]:
     return (height, width[0]) if width else height
 
 
+def column(text: str) -> tuple[str, str]:
+    """KIND=NAME."""
+    kind, equals, name = text.partition("=")
+    if kind not in ("image", "label", "text") or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not image=, label= or text= and a name")
+    return kind, name
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", required=True, metavar="DIR", help="class folders or tars")
+    parser.add_argument("--images", required=True, metavar="DIR", help="see above")
     parser.add_argument("--out", required=True, metavar="DIR", help="the data folder to write")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(
@@ -66,7 +82,18 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="tar files; default one per 1,000 images, at least 32 (a run needs one per lane)",
     )
-    parser.add_argument("--classes", type=int, metavar="N", help="number of classes, for tars")
+    parser.add_argument(
+        "--classes", type=int, metavar="N", help="number of classes, where they have no names"
+    )
+    parser.add_argument("--split", metavar="NAME", help="of a data set of Hugging Face: train, ...")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=column,
+        default=[],
+        metavar="KIND=NAME",
+        help="of a data set of Hugging Face: image, label, and with --captions text",
+    )
     parser.add_argument(
         "--captions", action="store_true", help="images have captions, NAME.txt, instead of classes"
     )
@@ -121,12 +148,15 @@ def main() -> None:
             captioned=options.captions,
             background=parse_color(options.background),
             follow_links=options.follow_links,
+            split=options.split,
+            columns=dict(options.columns),
         ),
         Encoding(options.size, options.vae, options.dtype, flips=not options.no_flips),
         output,
         batch=options.batch,
         workers=options.workers,
         device=setup_device(options.device),
+        report=print,
     )
     print(output.summary(manifest))
     if manifest is not None:

@@ -8,12 +8,14 @@ The formats, and the flags for what their files do not say:
                 mirrored at random. --classes --vae
   mar           CLASS/NAME.npz with moments and moments_flip (mean and log-variance, unscaled): MAR,
                 and the DiffMoE release. --scale (0.2325 for MAR's KL-16, 0.18215 for SD) --vae
+  dcae          CLASS/NAME.npy of efficientvit's DC-AE, scaled.
+                --scale (the scaling_factor that they were generated with) --vae
   repa          NNNNN/img-mean-std-NNNNNNNN.npy (mean and standard deviation) and dataset.json; the
-                folder vae-sd. --classes --vae
-  edm2          the same files, but for pixels in 0..1, whitened per channel. --classes --vae
+                folder vae-sd, or a zip file of it. --classes --vae
+  edm2          the same, but for pixels in 0..1, whitened per channel. --classes --vae
   lightningdit  *.safetensors with latents, latents_flip, labels, and latents_stats.pt (or --stats).
                 --multiplier (latent_multiplier of its config; 1 for VA-VAE) --classes --vae
-  webdataset    *.tar of KEY.npy and KEY.cls.
+  webdataset    *.tar of KEY.npy and KEY.cls; also .tar.gz, .tar.bz2, .tar.xz, .tar.zst.
                 --content --scaled yes|no --scale (--shift) --classes --vae
 
 --vae is only recorded, for decoding samples later: a hub id or folder of a diffusers autoencoder,
@@ -28,7 +30,7 @@ import argparse
 
 from diffmoe.errors import run_command
 
-FORMATS = ("fast-dit", "mar", "repa", "edm2", "lightningdit", "webdataset")
+FORMATS = ("fast-dit", "mar", "dcae", "repa", "edm2", "lightningdit", "webdataset")
 
 
 def parse() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Images to latents and back. Pixels are latents of the identity autoencoder."""
 
 import os
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from diffmoe.errors import UserError
 from diffmoe.latent_spec import LatentSpec, Numbers
 from diffmoe.named_code import SCRIPTS, import_function, open_torchscript
+
+_FUNCTION = re.compile(r"[\w.]+:\w+")  # package.module:function
 
 
 class PixelAutoencoder:
@@ -39,7 +43,9 @@ class NoDecoder:
 class DiffusersAutoencoder:
     """Any autoencoder of images of diffusers, by the class that its configuration names.
 
-    Those of videos (Wan, Qwen-Image, ...) take an image as a video of one frame.
+    Those of videos (Wan, Qwen-Image, ...) take an image as a video of one frame. The latents of
+    FLUX.2 are, as for its own transformer, 2x2 of the autoencoder's z in one place: z (c,2h,2w) is
+    (4c,h,w), and its batch norm has their statistics.
 
     path_or_id: a local folder, a hub id OWNER/NAME, or OWNER/NAME/SUBFOLDER.
     scale, shift: the diffusion model works on (z - shift) * scale of the autoencoder's latents z.
@@ -63,6 +69,7 @@ class DiffusersAutoencoder:
         self.scale, self.shift, self.device, self.batch = scale, shift, device, batch
         self.pixel_range = pixel_range
         self._of_videos = any(isinstance(part, torch.nn.Conv3d) for part in model.modules())
+        self._patch = 2 if type(model).__name__ == "AutoencoderKLFlux2" else 1
 
     @classmethod
     def with_own_scale(
@@ -74,6 +81,11 @@ class DiffusersAutoencoder:
         if type(autoencoder.model).__name__ == "AutoencoderRAE":
             autoencoder.pixel_range = (0.0, 1.0)
             return autoencoder  # it normalizes latents itself
+        if type(autoencoder.model).__name__ == "AutoencoderKLFlux2":
+            norm = autoencoder.model.bn
+            autoencoder.shift = norm.running_mean.tolist()
+            autoencoder.scale = (norm.running_var + norm.eps).rsqrt().tolist()
+            return autoencoder
         scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
         # Some have per-channel statistics: (z - latents_mean) * scaling_factor / latents_std.
         if config.get("latents_mean") is not None:
@@ -118,7 +130,10 @@ class DiffusersAutoencoder:
         draws = hasattr(encoded, "latent_dist")
         if draws:
             posterior = encoded.latent_dist
-            values = torch.cat([posterior.mean, posterior.logvar], dim=1)
+            moments = [posterior.mean, posterior.logvar]
+            if self._patch > 1:
+                moments = [pixel_unshuffle(part, self._patch) for part in moments]
+            values = torch.cat(moments, dim=1)
         else:
             values = next(iter(encoded.values()))
         return (values[:, :, 0] if self._of_videos else values).float().cpu(), draws
@@ -129,6 +144,8 @@ class DiffusersAutoencoder:
         images = []
         for part in latents.split(self.batch):
             z = unscaled(part.to(self.device), self.scale, self.shift)
+            if self._patch > 1:
+                z = pixel_shuffle(z, self._patch)
             decoded = self.model.decode(z[:, :, None] if self._of_videos else z).sample
             images.append(decoded[:, :, 0] if self._of_videos else decoded)
         return _levels(torch.cat(images), self.pixel_range)
@@ -196,6 +213,11 @@ def _load(path_or_id: str) -> Any:
         ) from None
     where: dict[str, str] = {}
     name = path_or_id
+    if is_code(name) and not os.path.isdir(name):
+        raise UserError(
+            f"the autoencoder {name} cannot be loaded: it is a program, which no data and no model "
+            f"may start; if you trust it, give what decodes its latents as --decoder {name}"
+        )
     if not os.path.isdir(path_or_id) and path_or_id.count("/") == 2 and path_or_id[0] != "/":
         name, _, where["subfolder"] = path_or_id.rpartition("/")
     try:
@@ -243,7 +265,7 @@ def autoencoder_of(
 
 def is_code(decoder: str) -> bool:
     """Whether it is a program to run, and no autoencoder of diffusers."""
-    return decoder.endswith(SCRIPTS) or ":" in decoder
+    return decoder.endswith(SCRIPTS) or _FUNCTION.fullmatch(decoder) is not None
 
 
 def why_missing(name: str) -> str | None:
@@ -253,6 +275,8 @@ def why_missing(name: str) -> str | None:
     """
     if name == "identity":
         return None
+    if is_code(name) and not os.path.isdir(name):
+        return "it is a program, which runs only if you name it"
     if find_spec("diffusers") is None:
         return 'diffusers is not installed: pip install "diffmoe[vae]"'
     if os.path.isabs(name) and not os.path.isdir(name):

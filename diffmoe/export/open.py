@@ -97,6 +97,15 @@ def load(
     with their checksums; each is read once per machine, and again if it has changed. adapters: a
     folder of those that were trained on this model.
     Raises UserError if there is no model, or a file is damaged.
+
+    x (B, C, H, W) are noisy latents, t (B,) their times, labels (B,) classes, of which num_classes
+    is the null label; the prediction is (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+
+    >>> import diffmoe, torch
+    >>> model = diffmoe.load("exported/mnist", device="cpu")
+    >>> x, t, labels = torch.randn(2, 1, 28, 28), torch.rand(2), torch.tensor([3, 10])
+    >>> model(x, t, labels).prediction.shape
+    torch.Size([2, 1, 28, 28])
     """
     from diffmoe.parallel.device import default_device
 

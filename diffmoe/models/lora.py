@@ -43,6 +43,11 @@ def is_factor(name: str) -> bool:
     return name.endswith(_ENDINGS)
 
 
+def weight_of(name: str) -> str:
+    """The name of a factor's weight; any other parameter's own."""
+    return name[: -len(_ENDINGS[0])] if is_factor(name) else name
+
+
 def add_factors(network: nn.Module, lora: LoRAConfig) -> None:
     """Give the targeted weights their factors, still to be initialized. Raises UserError as
     `targeted`.

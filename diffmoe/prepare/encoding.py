@@ -1,7 +1,8 @@
 """Images into shards: as pixels, or through an autoencoder as the moments of their posteriors."""
 
+import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,24 @@ import torch
 from diffmoe.config import BYTES, Size, sides
 from diffmoe.data.autoencoders import DiffusersAutoencoder, canonical_name
 from diffmoe.data.captions import Captions
-from diffmoe.data.latents import Sample, to_stored
-from diffmoe.data.manifest import CAPTION_BYTES, Manifest, TextContent
+from diffmoe.data.latents import NotFinite, Sample, model_latents, to_stored
+from diffmoe.data.manifest import CAPTION_BYTES, FILE_NAME, Manifest, TextContent
 from diffmoe.errors import UserError
 from diffmoe.prepare.image_folders import (
     ImageItem,
     ImageSource,
+    check_label,
     find_images,
     load_captions,
     load_image,
 )
+from diffmoe.prepare.plain_tars import PlainTars
 from diffmoe.prepare.sharding import ShardOutput, Skipped, convert_items
+from diffmoe.prepare.tables import find_table_images, holds_tables
 from diffmoe.redaction import printable
+from diffmoe.seeding import keyed_generator
+
+_ROUND_TRIPS = 16  # images whose PSNR is reported
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,12 @@ def encode_images(
     batch: int = 32,
     workers: int = 4,
     device: str | torch.device = "cpu",
+    report: Callable[[str], object] = lambda line: None,
 ) -> Manifest | None:
     """Pack the images of a folder. Returns the manifest, or None while other ranks still work.
 
     batch: images per pass of the autoencoder. workers: threads that decode images.
+    report: is told, by the first rank, how well the autoencoder gives back some of the images.
     Captions are packed as bytes. Raises UserError.
     """
     (height, width), vae, dtype = sides(encoding.size), encoding.vae, encoding.stored_dtype
@@ -78,8 +87,6 @@ def encode_images(
         )
     if dtype == "uint8" and vae is not None:
         raise UserError("--dtype uint8 is for --pixels; an autoencoder's moments are floats")
-    items, class_names = find_images(images.folder, images.captioned, images.follow_links)
-    classes = _number_of_classes(images, class_names)
     autoencoder = None
     if vae is not None:
         # A resumed command must give the same bytes for the same images.
@@ -88,6 +95,11 @@ def encode_images(
     shape, draws = (3, height, width), False
     if autoencoder is not None:
         shape, draws = autoencoder.describe(height, width)
+    plain = PlainTars(Path(output.directory) / ".unpacked", output.ranks)
+    items, class_names = _find(images, plain)
+    classes = _number_of_classes(images, class_names)
+    for item in items:
+        check_label(f"--images {images.folder}: {item.name}", item.label, classes)
     fields = {
         "content": "mean_logvar" if draws else "sample",
         "scaled": autoencoder is None,
@@ -125,8 +137,36 @@ def encode_images(
                     captions,
                 )
 
-    settings = {"batch": batch if autoencoder else None, "background": images.background}
-    return convert_items(items, convert, fields, output, settings)
+    if (
+        autoencoder is not None
+        and output.ranks.rank == 0
+        and not (Path(output.directory) / FILE_NAME).exists()
+    ):
+        some = items[:: -(-len(items) // _ROUND_TRIPS)]
+        parts = _load_batches(some, images, encoding.size, batch, workers)
+        pixels = [image.pixels for part in parts for image in part if isinstance(image, Loaded)]
+        # Latents that do not fit into the stored type are reported when they are packed.
+        with contextlib.suppress(NotFinite):
+            report(_round_trip(pixels, autoencoder, Manifest(shards=[], **fields)))
+    settings = {
+        "batch": batch if autoencoder else None,
+        "background": images.background,
+        "split": images.split,
+        "columns": images.columns or None,
+    }
+    manifest = convert_items(items, convert, fields, output, settings)
+    if manifest is not None:
+        plain.remove()
+    return manifest
+
+
+def _find(images: ImageSource, plain: PlainTars) -> tuple[list[ImageItem], list[str] | None]:
+    """The images and the names of their classes, whatever holds them."""
+    if holds_tables(images.folder):
+        return find_table_images(images, plain)
+    if images.split is not None or images.columns:
+        raise UserError(f"{images.folder} holds no tables, which --split and --columns are for")
+    return find_images(images.folder, images.captioned, images.follow_links, plain)
 
 
 def _number_of_classes(images: ImageSource, class_names: list[str] | None) -> int:
@@ -135,15 +175,31 @@ def _number_of_classes(images: ImageSource, class_names: list[str] | None) -> in
     if class_names is None:
         if images.classes is None:
             raise UserError(
-                f"the tars of {images.folder} hold class numbers but not how many classes there "
-                "are; give --classes N"
+                f"{images.folder} holds class numbers but not how many classes there are; give "
+                "--classes N"
             )
         return images.classes
     if images.classes not in (None, len(class_names)):
         raise UserError(
-            f"--classes {images.classes}, but {images.folder} has {len(class_names)} class folders"
+            f"--classes {images.classes}, but {images.folder} has {len(class_names)} classes"
         )
     return len(class_names)
+
+
+def _round_trip(
+    images: list[np.ndarray], autoencoder: DiffusersAutoencoder, manifest: Manifest
+) -> str:
+    """A line with the mean PSNR of images (H,W,3) that are encoded, stored, drawn and decoded."""
+    if not images:
+        return "none of the first images can be read"
+    pixels = np.stack(images)
+    arrays = list(to_stored(_arrays(pixels, autoencoder), manifest.dtype or "float32"))
+    latents = model_latents(arrays, manifest, keyed_generator(0, "round trip"))
+    errors = (autoencoder.decode(latents).numpy() - pixels.astype(np.float64)) ** 2
+    # An image without any error counts as one with errors of half a level.
+    errors = np.maximum(errors.mean((1, 2, 3)), 0.25)
+    psnr = (10 * np.log10(255**2 / errors)).mean()
+    return f"PSNR of {len(images)} images through the autoencoder and back: {psnr:.1f} dB"
 
 
 def _arrays(pixels: np.ndarray, autoencoder: DiffusersAutoencoder | None) -> np.ndarray:

@@ -13,18 +13,22 @@ from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import check_tree, does_not_exist
 from diffmoe.prepare import latent_formats
+from diffmoe.prepare.image_folders import check_label
 from diffmoe.prepare.latent_formats import CachedLatents, LatentItem
+from diffmoe.prepare.plain_tars import PlainTars
 from diffmoe.prepare.sharding import ShardOutput, Skipped, convert_items
 
 # Each format's reader, and the flags for what its files do not say.
 FORMATS: dict[str, tuple[Callable[..., CachedLatents], tuple[str, ...]]] = {
     "fast-dit": (latent_formats.fast_dit, ("vae", "classes")),
     "mar": (latent_formats.mar, ("vae", "scale")),
+    "dcae": (latent_formats.dc_ae, ("vae", "scale")),
     "repa": (latent_formats.repa, ("vae", "classes")),
     "edm2": (latent_formats.edm2, ("vae", "classes")),
     "lightningdit": (latent_formats.lightning_dit, ("vae", "classes", "multiplier")),
     "webdataset": (latent_formats.webdataset, ("vae", "classes", "content", "scaled", "scale")),
 }
+_ZIPPED = ("repa", "edm2")  # which a zip file may hold, too
 _READ_ERRORS = (OSError, ValueError, KeyError, EOFError)
 
 
@@ -49,9 +53,10 @@ def import_latents(
     root = Path(source)
     if not root.exists():
         raise UserError(f"--latents {does_not_exist(root)}")
-    if not root.is_dir():
+    if root.is_dir():
+        check_tree(root, "")
+    elif not (kind in _ZIPPED and root.suffix == ".zip"):
         raise UserError(f"--latents {root} is not a folder")
-    check_tree(root, "")
     read, needed = FORMATS[kind]
     missing = [f"--{flag}" for flag in needed if answers.get(flag) is None]
     if missing:
@@ -61,8 +66,11 @@ def import_latents(
         )
     answers = {name: value for name, value in answers.items() if value is not None}
     vae, multiplier = answers.pop("vae"), answers.pop("multiplier", None)
+    plain = PlainTars(Path(output.directory) / ".unpacked", output.ranks)
     if kind == "lightningdit":
         data = read(root, Path(stats) if stats else None, multiplier)
+    elif kind == "webdataset":
+        data = read(root, plain)
     else:
         data = read(root)
     if not data.items:
@@ -79,7 +87,7 @@ def import_latents(
     fields["shape"] = _shape(data, fields["content"])
     for item in data.items:
         if item.label is not None:
-            _check_label(root, item, item.label, fields["classes"])
+            check_label(f"--latents {root}: {item.name}", item.label, fields["classes"])
     keys = {item.name: f"{number:08d}" for number, item in enumerate(data.items)}
     try:
         array_shape = Manifest(shards=[], **fields).array_shape
@@ -91,7 +99,7 @@ def import_latents(
         for item in items:
             try:
                 label, array, flip = data.load(item)
-                _check_label(root, item, label, fields["classes"])
+                check_label(f"--latents {root}: {item.name}", label, fields["classes"])
                 array = _stored(_checked(array, array_shape), dtype)
                 if flip is not None:
                     flip = _stored(_checked(flip, array_shape), dtype)
@@ -100,15 +108,10 @@ def import_latents(
             else:
                 yield Sample(keys[item.name], label, array, flip)
 
-    return convert_items(data.items, convert, fields, output)
-
-
-def _check_label(root: Path, item: LatentItem, label: int, classes: int) -> None:
-    if not 0 <= label < classes:
-        raise UserError(
-            f"--latents {root}: {item.name}: label {label} is outside the classes "
-            f"0..{classes - 1}; fix it or give another --classes"
-        )
+    manifest = convert_items(data.items, convert, fields, output)
+    if manifest is not None:
+        plain.remove()
+    return manifest
 
 
 def _shape(data: CachedLatents, content: str) -> tuple[int, int, int]:

@@ -1,11 +1,11 @@
-"""Folders of images: class folders, tar shards, images with captions.
+"""Folders of images: class folders, tar shards, images of one class, images with captions.
 
 Only regular files are opened: a pipe or a device with an image's name counts as a bad image.
 """
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +18,17 @@ from diffmoe.data.tar_index import Entry, Member, read_member, tar_entries
 from diffmoe.errors import UserError
 from diffmoe.files import contained, does_not_exist, open_regular, read_bytes
 from diffmoe.prepare.images import WHITE, Color, center_crop, decode_image
+from diffmoe.prepare.plain_tars import COMPRESSED, PlainTars
 from diffmoe.redaction import printable
 
-# Those of torchvision's ImageFolder, plus .gif.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+# Those of torchvision's ImageFolder, of animations and phones, rarer names of the same formats, and
+# formats that cannot be read but must be told.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".gif", ".avif", ".heic", ".heif"),
+    *(".jfif", ".jpe", ".apng", ".pbm", ".pnm"),
+    *(".jp2", ".jxl"),
+)
 # Files are read whole before they are decoded; larger ones are refused without being read.
 _MAX_IMAGE_BYTES = 512 << 20
 _MAX_TEXT_BYTES = 1 << 20
@@ -31,10 +38,12 @@ _MAX_TEXT_BYTES = 1 << 20
 class ImageSource:
     """The images to pack and how to read them.
 
-    folder: see `find_images`. classes: their number, needed for tars without captions.
+    folder: see `find_images` and `find_table_images`.
+    classes: their number, needed where labels have no names and there are no captions.
     captioned: each image has captions instead of a class.
     background: the color behind transparent images.
     follow_links: also follow links that lead out of the folder.
+    split, columns: of tables; `columns` has their names by "image", "label" or "text".
     """
 
     folder: str | Path
@@ -42,6 +51,8 @@ class ImageSource:
     captioned: bool = False
     background: Color = WHITE
     follow_links: bool = False
+    split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 class ImageItem(NamedTuple):
@@ -56,12 +67,17 @@ class ImageItem(NamedTuple):
 
 
 def find_images(
-    root: str | Path, captioned: bool = False, follow_links: bool = False
+    root: str | Path,
+    captioned: bool = False,
+    follow_links: bool = False,
+    plain: PlainTars | None = None,
 ) -> tuple[list[ImageItem], list[str] | None]:
     """All images of a folder, and its class names (None for tars, whose classes are numbers).
 
     root: class folders (sorted by name as in torchvision's ImageFolder, subfolders included), or
-        uncompressed tars of KEY.jpg (or .png, ...) with KEY.cls.
+        tars of KEY.jpg (or .png, ...) with KEY.cls, or images alone, which are one class of the
+        folder's name.
+    plain: unpacks compressed tars; None refuses them.
     captioned: the images have captions instead of classes: NAME.txt beside NAME.jpg at any depth,
         or KEY.txt in the tars. All labels are 0 and the class names are None.
     follow_links: see `image_files`.
@@ -75,15 +91,19 @@ def find_images(
         raise UserError(f"--images {root} is not a folder; give one of class folders or tar shards")
     out = None if follow_links else root
     classes, files = _listed(str(root), out)
-    tars = [name for name in files if name.endswith(".tar")]
+    tars = [name for name in files if name.endswith((".tar", *COMPRESSED))]
     if captioned and not tars:
-        return _numbered([_of_file(root, file, 0) for file in _images_below(root, out)]), None
+        return numbered([_of_file(root, file, 0) for file in _images_below(root, out)]), None
+    if not classes and not tars and any(name.lower().endswith(EXTENSIONS) for name in files):
+        flat = [_of_file(root, file, 0) for file in _images_below(root, out)]
+        return numbered(flat), [printable(root.resolve().name)]
     if bool(classes) == bool(tars):
         found = f"{len(classes)} subfolders and {len(tars)} .tar files"
-        raise UserError(f"--images {root} holds {found}; it must hold one or the other")
+        raise UserError(f"--images {root} holds {found}; it must hold one or the other, or images")
     items: list[ImageItem] = []
-    for tar in tars:
-        items += _images_of_tar(root, tar, captioned)
+    paths = [root / tar for tar in tars]
+    for tar, path in zip(tars, plain.unpacked(paths) if plain else paths, strict=True):
+        items += images_of_tar(path, root, tar, captioned)
     for label, name in enumerate(classes):
         inside = _images_below(root / name, out)
         if not inside:
@@ -93,7 +113,7 @@ def find_images(
             )
         items += [_of_file(root, file, label) for file in inside]
     names = None if captioned else [printable(name) for name in classes] or None
-    return _numbered(items), names
+    return numbered(items), names
 
 
 def image_files(folder: str | Path, follow_links: bool = False) -> list[str]:
@@ -130,8 +150,11 @@ def load_captions(item: ImageItem) -> list[str]:
     return caption_lines(member_bytes(item.path, item.txt, _MAX_TEXT_BYTES))
 
 
-def index_tar(path: str | Path) -> tuple[list[Entry], list[bytes | None]]:
-    """The samples of a tar and the bytes of each one's `cls` (None if it has none)."""
+def index_tar(path: Path, shown: Path) -> tuple[list[Entry], list[bytes | None]]:
+    """The samples of a plain tar and the bytes of each one's `cls` (None if it has none).
+
+    shown: what it was unpacked from, or itself; errors name it. Raises UserError.
+    """
     try:
         with open_regular(path) as stream:
             file = stream.fileno()
@@ -143,7 +166,7 @@ def index_tar(path: str | Path) -> tuple[list[Entry], list[bytes | None]]:
                 for entry in entries
             ]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; copy it again") from None
+        raise UserError(f"{shown} cannot be read: {error}; copy it again") from None
     return entries, labels
 
 
@@ -155,6 +178,15 @@ def label_of(where: str, text: bytes | None) -> int:
         raise UserError(
             f"{where}.cls holds {text and text[:20]!r}, not a class number; fix the tar"
         ) from None
+
+
+def check_label(where: str, label: int, classes: int) -> None:
+    """Raise UserError for a label that is none of the classes."""
+    if not 0 <= label < classes:
+        raise UserError(
+            f"{where}: label {label} is outside the classes 0..{classes - 1}; fix it or give "
+            "another --classes"
+        )
 
 
 def member_bytes(path: str | Path, member: Member, limit: int = _MAX_IMAGE_BYTES) -> bytes:
@@ -169,8 +201,8 @@ def _bytes_of(file: int, member: Member, limit: int) -> bytes:
     return read_member(file, member)
 
 
-def _numbered(items: list[ImageItem]) -> list[ImageItem]:
-    # Keys are numbers, because names may contain dots and spaces and keys may not.
+def numbered(items: list[ImageItem]) -> list[ImageItem]:
+    """With keys: numbers, because names may contain dots and spaces and keys may not."""
     return [item._replace(key=f"{number:08d}") for number, item in enumerate(items)]
 
 
@@ -178,20 +210,21 @@ def _of_file(root: Path, file: str, label: int) -> ImageItem:
     return ImageItem(printable(os.path.relpath(file, root)), file, label, "")
 
 
-def _images_of_tar(root: Path, tar: str, captioned: bool) -> list[ImageItem]:
+def images_of_tar(tar: Path, root: Path, name: str, captioned: bool) -> list[ImageItem]:
+    """The samples of a plain tar, without keys. root/name: what it was made of, or itself."""
     items = []
-    for entry, text in zip(*index_tar(root / tar), strict=True):
-        name = printable(f"{tar}/{entry.key}")
+    for entry, text in zip(*index_tar(tar, root / name), strict=True):
+        sample = printable(f"{name}/{entry.key}")
         images = [m for kind, m in entry.members.items() if f".{kind}" in EXTENSIONS]
         if len(images) != 1:
             beside = "txt" if captioned else "cls"
             raise UserError(
-                f"{root / name} has {len(images)} images, among {', '.join(entry.members)}; a "
+                f"{root / sample} has {len(images)} images, among {', '.join(entry.members)}; a "
                 f"sample must have one ({' '.join(EXTENSIONS)}) and a {beside}"
             )
-        label = 0 if captioned else label_of(str(root / name), text)
+        label = 0 if captioned else label_of(str(root / sample), text)
         txt = entry.members.get("txt")
-        items.append(ImageItem(name, str(root / tar), label, "", images[0], txt))
+        items.append(ImageItem(sample, str(tar), label, "", images[0], txt))
     return items
 
 

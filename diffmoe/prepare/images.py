@@ -1,21 +1,40 @@
 """From the bytes of an image file to 8-bit RGB as viewers show it, and to DiT's square crop.
 
 EXIF orientation is applied and transparency is composited on a background; 16-bit and float grays
-are scaled, palettes and CMYK converted; of an animation the first frame is used. Color profiles
-are not applied.
+are scaled, palettes and CMYK converted; of an animation the first frame is used. AVIF and HEIC
+are read if Pillow has what they need. Color profiles are not applied.
 """
 
 import io
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, features
 
 from diffmoe.config import Size, sides
 from diffmoe.errors import UserError
 
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    _HAS_HEIF = False
+else:
+    register_heif_opener()
+    _HAS_HEIF = True
+
 # No others: Pillow would pass PostScript to Ghostscript, whatever the file is called.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+_OPTIONAL = {"AVIF": features.check("avif"), "HEIF": _HAS_HEIF}
+_INSTALLED = (*FORMATS, *(name for name, is_there in _OPTIONAL.items() if is_there))
+# Of the bytes 4 to 12 of a file: what it needs.
+_NEEDS = {
+    b"ftypavif": "Pillow 11.3 or newer",
+    b"ftypavis": "Pillow 11.3 or newer",
+    **dict.fromkeys(
+        (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftypmif1"),
+        'pip install "diffmoe[heic]"',
+    ),
+}
 WHITE = (255, 255, 255)
 
 _ORIENTATION = 0x0112  # in EXIF
@@ -45,15 +64,21 @@ def parse_color(name: str) -> Color:
 
 def decode_image(data: bytes, background: Color = WHITE) -> Image.Image:
     """The RGB image in the bytes of a file. Raises ValueError with the reason if there is none."""
+    if not data:
+        raise ValueError("it is empty, without the bytes of an image")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_INSTALLED) as image:
             image.load()
             return _rgb(_upright(image), background)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"not one of {', '.join(FORMATS)}, or damaged") from None
+        kind = bytes(data[4:12])
+        if kind in _NEEDS and len(_INSTALLED) < len(FORMATS) + len(_OPTIONAL):
+            raise ValueError(f"{kind[4:].decode()} needs {_NEEDS[kind]}, or is damaged") from None
+        raise ValueError(f"not one of {', '.join(_INSTALLED)}, or damaged") from None
     # On damaged files decoders raise anything: struct.error, SyntaxError, IndexError, ...
     except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(kind + " ".join(str(error).split())) from None
 
 
 def center_crop(image: Image.Image, size: Size) -> np.ndarray:

@@ -7,6 +7,8 @@ implies; the user must supply the rest. Facts from the projects' public code, No
 import json
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,11 +20,20 @@ from safetensors import SafetensorError, safe_open
 
 from diffmoe.data.tar_index import MEMBER_LIMIT, Member
 from diffmoe.errors import UserError
-from diffmoe.files import check_safetensors, contained, read_bytes, read_text, refuse_special
+from diffmoe.files import (
+    check_safetensors,
+    check_unpacked,
+    contained,
+    read_bytes,
+    read_text,
+    refuse_special,
+)
 from diffmoe.npz_files import decode_npy, read_npz
 from diffmoe.prepare.image_folders import index_tar, label_of, member_bytes
+from diffmoe.prepare.plain_tars import COMPRESSED, PlainTars
 
 _LABELS_LIMIT = 128 << 20  # bytes of dataset.json; ImageNet's has 60 MB
+_GROWTH = 20  # largest ratio of unpacked to packed size of a zip file
 
 
 class LatentItem(NamedTuple):
@@ -31,7 +42,7 @@ class LatentItem(NamedTuple):
     name: str
     path: str
     label: int | None = None  # None: in a file of its own
-    part: Any = None  # an index or a tar's member
+    part: Any = None  # an index, or a member of a tar or zip
 
     @property
     def known_label(self) -> int:
@@ -81,12 +92,7 @@ def mar(root: Path) -> CachedLatents:
 
     MAR and the DiffMoE release. Classes are numbered by sorted folder name, as in these projects.
     """
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    items = [
-        LatentItem(f"{name}/{file.name}", str(file), label)
-        for label, name in enumerate(classes)
-        for file in sorted((root / name).glob("*.npz"))
-    ]
+    classes, items = _of_class_folders(root, "*.npz")
 
     def load(item: LatentItem) -> Arrays:
         try:
@@ -99,16 +105,31 @@ def mar(root: Path) -> CachedLatents:
     return CachedLatents(items, load, {**fields, "classes": len(classes), "class_names": classes})
 
 
+def dc_ae(root: Path) -> CachedLatents:
+    """`CLASS/NAME.npy` (C,H,W), scaled; classes are numbered by sorted folder name.
+
+    DC-AE's latents are computed, not drawn, and there are none of mirrored images.
+    """
+    classes, items = _of_class_folders(root, "*.npy")
+    fields = {"content": "sample", "scaled": True, "flips": False}
+    return CachedLatents(
+        items,
+        lambda item: Arrays(item.known_label, _load_npy(item.path)),
+        {**fields, "classes": len(classes), "class_names": classes},
+    )
+
+
 def mean_std(root: Path) -> CachedLatents:
     """`NNNNN/img-mean-std-NNNNNNNN.npy`: mean and STANDARD DEVIATION; labels in `dataset.json`.
 
-    REPA and EDM2: the same files, but of other pixel ranges and scales.
+    REPA and EDM2: the same files, but of other pixel ranges and scales. root: a folder or a zip.
     """
+    packed = root.suffix == ".zip"
     index = root / "dataset.json"
     try:
-        pairs = json.loads(read_text(index, _LABELS_LIMIT))["labels"]
-        labels = {name: int(label) for name, label in pairs}
-        for folder in {os.path.dirname(name) for name in labels}:
+        text = _zip_member(root, "dataset.json") if packed else read_text(index, _LABELS_LIMIT)
+        labels = {name: int(label) for name, label in json.loads(text)["labels"]}
+        for folder in {os.path.dirname(name) for name in labels if not packed}:
             contained(root, folder)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
@@ -116,12 +137,18 @@ def mean_std(root: Path) -> CachedLatents:
             '{"labels": [["00000/img-mean-std-00000000.npy", CLASS], ...]}'
         ) from None
     items = [
-        LatentItem(name, str(root / name), label)
+        LatentItem(f"{root.name}/{name}", str(root), label, name)
+        if packed
+        else LatentItem(name, str(root / name), label)
         for name, label in sorted(labels.items())
         if "img-mean-std-" in name
     ]
-    fields = {"content": "mean_std", "scaled": False, "flips": False}
-    return CachedLatents(items, lambda item: Arrays(item.known_label, _load_npy(item.path)), fields)
+
+    def load(item: LatentItem) -> Arrays:
+        array = decode_npy(_zip_member(root, item.part)) if packed else _load_npy(item.path)
+        return Arrays(item.known_label, array)
+
+    return CachedLatents(items, load, {"content": "mean_std", "scaled": False, "flips": False})
 
 
 def repa(root: Path) -> CachedLatents:
@@ -191,11 +218,15 @@ def lightning_dit(root: Path, stats: Path | None, multiplier: float) -> CachedLa
     return CachedLatents(items, load, fields)
 
 
-def webdataset(root: Path) -> CachedLatents:
-    """`*.tar` of KEY.npy and KEY.cls. The user must say what the numbers mean."""
+def webdataset(root: Path, plain: PlainTars) -> CachedLatents:
+    """`*.tar` of KEY.npy and KEY.cls. The user must say what the numbers mean.
+
+    plain: unpacks compressed tars.
+    """
     items = []
-    for tar in sorted(root.glob("*.tar")):
-        for entry, text in zip(*index_tar(tar), strict=True):
+    tars = sorted(file for file in root.iterdir() if file.name.endswith((".tar", *COMPRESSED)))
+    for tar, path in zip(tars, plain.unpacked(tars), strict=True):
+        for entry, text in zip(*index_tar(path, tar), strict=True):
             arrays = [member for kind, member in entry.members.items() if kind.endswith("npy")]
             if len(arrays) != 1:
                 raise UserError(
@@ -203,13 +234,44 @@ def webdataset(root: Path) -> CachedLatents:
                     f"{', '.join(entry.members)}; it must have one, and a cls"
                 )
             label = label_of(f"{tar}, {entry.key}", text)
-            items.append(LatentItem(f"{tar.name}/{entry.key}", str(tar), label, arrays[0]))
+            items.append(LatentItem(f"{tar.name}/{entry.key}", str(path), label, arrays[0]))
 
     def load(item: LatentItem) -> Arrays:
         member: Member = item.part
         return Arrays(item.known_label, decode_npy(member_bytes(item.path, member)))
 
     return CachedLatents(items, load, {"flips": False})
+
+
+def _of_class_folders(root: Path, pattern: str) -> tuple[list[str], list[LatentItem]]:
+    """The class names, sorted, and the files in their folders."""
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    items = [
+        LatentItem(f"{name}/{file.name}", str(file), label)
+        for label, name in enumerate(classes)
+        for file in sorted((root / name).glob(pattern))
+    ]
+    return classes, items
+
+
+def _zip_member(path: Path, name: str) -> bytes:
+    """Read a member of a zip file. Raises OSError or ValueError."""
+    try:
+        archive = _open_zip(str(path))
+        if archive.getinfo(name).file_size > MEMBER_LIMIT:
+            raise ValueError(f"{name} has more than {MEMBER_LIMIT:,} bytes")
+        return archive.read(name)
+    # RuntimeError: encryption or an unknown compression method.
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
+        raise ValueError(str(error)) from None
+
+
+@cache
+def _open_zip(path: str) -> zipfile.ZipFile:
+    refuse_special(path)
+    archive = zipfile.ZipFile(path)
+    check_unpacked(archive, os.path.getsize(path), _GROWTH)
+    return archive
 
 
 @cache

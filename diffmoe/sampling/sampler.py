@@ -211,7 +211,8 @@ class Sampler:
             return settings
         if can_guide(self.config, self.prompts):
             return replace(settings, guidance=GUIDANCE)
-        say("guidance 1: the model was trained without label dropout, so it cannot be guided")
+        how = "it cannot be guided" if self.prompts is None else "only a negative prompt guides it"
+        say(f"guidance 1: the model was trained without label dropout, so {how}")
         return replace(settings, guidance=1.0)
 
     def calibration_note(

@@ -13,7 +13,7 @@ from diffmoe.data.autoencoders import (
     why_missing,
 )
 from diffmoe.errors import UserError
-from tests.helpers.autoencoders import autoencoder
+from tests.helpers.autoencoders import autoencoder, tiny
 from tests.helpers.hub import COMMIT
 from tests.helpers.processes import environment
 from tests.helpers.ranks import ranks_of
@@ -68,36 +68,6 @@ def test_latents_are_decoded_in_batches(tmp_path, monkeypatch):
     assert (images / 127.5 - 1 - expected).abs().max() <= 0.51 / 127.5
 
 
-def tiny(name: str) -> torch.nn.Module:
-    """A class of diffusers, small and random, and the side of its images."""
-    torch.manual_seed(0)
-    return {
-        "AutoencoderDC": lambda: diffusers.AutoencoderDC(
-            latent_channels=4, attention_head_dim=4,
-            encoder_block_types=("ResBlock", "EfficientViTBlock"),
-            decoder_block_types=("ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
-            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
-            encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
-            scaling_factor=0.41,
-        ),
-        "AutoencoderTiny": lambda: diffusers.AutoencoderTiny(
-            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
-        ),
-        "AutoencoderRAE": lambda: diffusers.AutoencoderRAE(
-            encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_patch_size=14,
-            decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
-            decoder_intermediate_size=32, patch_size=8, encoder_input_size=56, image_size=32,
-            latents_mean=torch.full((64, 1, 1), 0.3), latents_std=torch.full((64, 1, 1), 2.0),
-        ),
-        "AutoencoderKLQwenImage": lambda: diffusers.AutoencoderKLQwenImage(
-            base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
-            latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 4.0, 8.0],
-        ),
-    }[name]()  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("name", "scale", "shift", "draws"),
     [
@@ -135,6 +105,42 @@ def test_any_autoencoder_of_diffusers_is_opened_by_its_class(
     levels = decoded if name == "AutoencoderRAE" else (decoded + 1) / 2
     expected = levels.clamp(0, 1).permute(0, 2, 3, 1) * 255
     assert (again.decode((latents - plus) * by) - expected).abs().max() <= 0.51
+
+
+@torch.no_grad()
+def test_the_latents_of_flux2_are_those_of_its_own_pipeline(tmp_path):
+    """2x2 of z in one place, with the statistics of the batch norm that its weights hold."""
+    pipeline = pytest.importorskip("diffusers.pipelines.flux2.pipeline_flux2").Flux2Pipeline
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, layers_per_block=1,
+    ).eval()  # fmt: skip
+    model.bn.running_mean = torch.randn(12)
+    model.bn.running_var = torch.rand(12) * 4
+    model.save_pretrained(tmp_path / "ae")
+    opened = DiffusersAutoencoder.with_own_scale(str(tmp_path / "ae"))
+    assert opened.describe(32, 48) == ((12, 8, 12), True)
+    with pytest.raises(UserError, match="--size 34x32 "):  # z is 17 high
+        opened.describe(34, 32)
+    images = torch.randint(0, 256, (2, 32, 48, 3), generator=torch.Generator().manual_seed(1))
+    moments = opened.encode(images.to(torch.uint8))
+    z = model.encode(images.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    # As prepared for an image that conditions the pipeline.
+    mean, deviation = (
+        part.view(1, -1, 1, 1)
+        for part in (model.bn.running_mean, (model.bn.running_var + 1e-4).sqrt())
+    )
+    wanted = (pipeline._patchify_latents(z.mean) - mean) / deviation
+    shift, scale = (torch.tensor(part).view(-1, 1, 1) for part in (opened.shift, opened.scale))
+    latents = (moments[:, :12] - shift) * scale
+    torch.testing.assert_close(latents, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(moments[:, 12:], pipeline._patchify_latents(z.logvar))
+    # And back, as from its transformer.
+    again = load_autoencoder(str(tmp_path / "ae"), opened.scale, opened.shift)
+    back = pipeline._unpatchify_latents(wanted * deviation + mean)
+    expected = (model.decode(back).sample.clamp(-1, 1).permute(0, 2, 3, 1) + 1) * 127.5
+    assert (again.decode(latents) - expected).abs().max() <= 0.52
 
 
 def test_a_subfolder_of_a_hub_id_is_found(tmp_path, monkeypatch):
@@ -178,5 +184,8 @@ def test_a_short_look_says_what_is_missing(tmp_path, monkeypatch):
     assert why_missing("identity") is None
     assert why_missing(str(tmp_path)) is None
     assert why_missing("stabilityai/sd-vae-ft-ema") is None
+    assert "is a program" in why_missing("elsewhere/decoder.pt")
+    assert "is a program" in why_missing("package.module:function")
+    assert "folder" in why_missing("/data/run:3/vae")  # a colon alone makes no program
     monkeypatch.setattr(autoencoders, "find_spec", lambda name: None)
     assert "pip install" in why_missing("stabilityai/sd-vae-ft-ema")

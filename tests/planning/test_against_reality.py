@@ -33,6 +33,10 @@ MUON = {
     "moe__activation": "swiglu",
     "moe__shared_expert_ratio": 1.0,
 }
+BY_ROLE = {
+    "optimizer__weight_decay": 0.1,
+    "optimizer__rate_multipliers": {"experts": 2.0, "router": 0.1, "attention": 0.5},
+}
 # Ranks, P, stage, precision, micro-batches, more.
 LAYOUTS = [
     (1, 1, 1, "fp32", 1, {"training__ema_stds": (0.05, 0.1)}),
@@ -49,6 +53,8 @@ LAYOUTS = [
     (2, 1, 1, "fp32", 1, {**MUON, "moe__experts": 3, "training__freeze": ("*.qkv.*",)}),
     (2, 1, 2, "bf16", 2, {**MUON, "moe__experts": 3}),
     (4, 2, 1, "fp32", 1, {**MUON, "moe__experts": 2}),
+    (2, 2, 1, "bf16", 1, BY_ROLE),
+    (2, 1, 2, "fp32", 1, {**MUON, "moe__experts": 3, **BY_ROLE}),
     (2, 2, 1, "fp32", 1, {"moe__type": "race", "moe__token_pool": "global"}),
     (2, 2, 1, "fp32", 1, {"align": {"block": 2, "width": 6, "hidden": 10}}),
     (2, 2, 2, "fp32", 2, {"moe__type": "race", "moe__capacity": 2.0, "moe__target_loss_weight": 1}),

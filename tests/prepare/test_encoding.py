@@ -85,6 +85,28 @@ def test_moments_are_the_autoencoders_own(photos, tmp_path, tiny_vae, dtype, err
         assert not np.allclose(flip, array[..., ::-1], atol=0.05)
 
 
+@torch.no_grad()
+def test_what_the_autoencoder_loses_is_told_before_the_work(photos, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "vae")
+    told = []
+    options = {"vae": str(tmp_path / "vae"), "dtype": "float32", "report": told.append}
+    pack_pixels(photos, tmp_path / "out", **options)
+    images = np.stack([load_image(item, 16) for item in find_images(photos)[0][::2]])
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    back = (model.decode(model.encode(x).latents).sample.clamp(-1, 1) + 1) * 127.5
+    errors = (back.permute(0, 2, 3, 1).round() - torch.from_numpy(images)).pow(2).mean((1, 2, 3))
+    wanted = (20 * np.log10(255) - 10 * errors.log10()).mean()
+    assert told == [f"PSNR of 15 images through the autoencoder and back: {wanted:.1f} dB"]
+    pack_pixels(photos, tmp_path / "out", **options)  # there is nothing left to do
+    assert len(told) == 1
+
+
 def test_a_config_with_latent_statistics_gives_them_per_channel(monkeypatch, tiny_vae):
     class Config(dict):
         __getattr__ = dict.__getitem__
@@ -239,7 +261,7 @@ def test_sizes_and_classes_that_do_not_fit_are_refused(photos, tmp_path, tiny_va
         pack_pixels(photos, tmp_path / "out", vae=str(tiny_vae), size=15)
     with pytest.raises(UserError, match="--batch 0"):
         pack_pixels(photos, tmp_path / "out", batch=0)
-    with pytest.raises(UserError, match=r"--classes 9, but .* has 3 class folders"):
+    with pytest.raises(UserError, match=r"--classes 9, but .* has 3 classes"):
         pack_pixels(photos, tmp_path / "out", classes=9)
     with pytest.raises(UserError, match=r"nowhere cannot be loaded"):
         pack_pixels(photos, tmp_path / "out", vae=str(tmp_path / "nowhere"))

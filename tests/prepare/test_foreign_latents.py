@@ -2,7 +2,9 @@
 
 import io
 import json
+import lzma
 import tarfile
+import zipfile
 from dataclasses import fields
 
 import numpy as np
@@ -10,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffmoe.data.autoencoders import autoencoder_of
 from diffmoe.data.latents import model_latents
 from diffmoe.data.reading import read_shard
 from diffmoe.errors import UserError
 from diffmoe.prepare.foreign_latents import import_latents
 from diffmoe.prepare.sharding import ShardOutput
 from diffmoe.seeding import keyed_generator
+from tests.helpers.autoencoders import tiny
+from tests.helpers.shards import members
 
 N, SHAPE = 12, (4, 3, 3)
 rng = np.random.default_rng(0)
@@ -41,6 +46,12 @@ def mar(root):
             np.concatenate([mean[i], 2 * np.log(SPREADS[i])]) for mean in (MEANS, FLIPS)
         )
         np.savez(folder / f"n0_{i}.JPEG.npz", moments=moments, moments_flip=flip)
+
+
+def dc_ae(root):
+    for i in range(N):
+        (root / f"n0{LABELS[i]}").mkdir(parents=True, exist_ok=True)
+        np.save(root / f"n0{LABELS[i]}/n0_{i}.npy", MEANS[i] * np.float32(0.4))
 
 
 def mean_std(root):
@@ -89,6 +100,7 @@ STATS = np.array([[1.0, 2, 3, 4], [2, 4, 5, 8]])[:, :, None, None]
 CASES = {
     "fast-dit": (fast_dit, {"classes": 5}, lambda z: z * 0.18215),
     "mar": (mar, {"scale": 0.2325}, lambda z: z * 0.2325),
+    "dcae": (dc_ae, {"scale": 0.4}, lambda z: z * 0.4),
     "repa": (mean_std, {"classes": 5}, lambda z: z * 0.18215),
     "edm2": (mean_std, {"classes": 5}, lambda z: (z - RAW_MEAN) / RAW_STD * 0.5),
     "lightningdit": (
@@ -102,6 +114,8 @@ CASES = {
         lambda z: (z - 0.1) * 0.3,
     ),
 }
+
+OF_FOLDERS = ("mar", "dcae")  # formats whose classes are folders
 
 
 def run(kind, root, out, **options):
@@ -118,20 +132,20 @@ def test_the_model_sees_what_the_project_trains_on(tmp_path, kind):
     manifest = run(kind, tmp_path / "in", tmp_path / "out", dtype="float32")
     assert (manifest.shape, manifest.classes, manifest.samples) == (
         SHAPE,
-        3 if kind == "mar" else 5,
+        3 if kind in OF_FOLDERS else 5,
         N,
     )
     assert manifest.autoencoder == "some/vae"
     samples = [
         s for shard in manifest.shards for s in read_shard(tmp_path / "out" / shard.name, manifest)
     ]
-    present = sorted(set(LABELS))  # mar numbers the folders that are there
+    present = sorted(set(LABELS))  # they number the folders that are there
     of_mean = {}
     for sample in samples:
         index = int(np.abs(MEANS - _unscaled_mean(kind, sample)).sum((1, 2, 3)).argmin())
         of_mean[index] = sample
         label = LABELS[index]
-        assert sample.label == (present.index(label) if kind == "mar" else label)
+        assert sample.label == (present.index(label) if kind in OF_FOLDERS else label)
     assert sorted(of_mean) == list(range(N))
     flips = [of_mean[i].flip for i in range(N)] if manifest.flips else None
     seen = [of_mean[i].array for i in range(N)]
@@ -144,7 +158,41 @@ def test_the_model_sees_what_the_project_trains_on(tmp_path, kind):
 
 
 def _unscaled_mean(kind, sample):
-    return sample.array[:4] / (0.18215 if kind == "fast-dit" else 1)
+    return sample.array[:4] / {"fast-dit": 0.18215, "dcae": 0.4}.get(kind, 1)
+
+
+def test_imported_latents_are_decoded_to_their_images(tmp_path):
+    """Of real autoencoders: DC-AE's scaled latents, and EDM2's whitened ones of pixels in 0..1."""
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for kind, name in [("dcae", "AutoencoderDC"), ("edm2", "AutoencoderTiny")]:
+        model = tiny(name).eval()
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            z = next(iter(model.encode(images * 2 - 1 if kind == "dcae" else images).values()))
+            back = model.decode(z).sample
+        wanted = (back + 1) / 2 if kind == "dcae" else back
+        root, labels = tmp_path / kind, []
+        for i, latent in enumerate(z.numpy()):
+            place = root / ("a" if kind == "dcae" else "00000")
+            place.mkdir(parents=True, exist_ok=True)
+            if kind == "dcae":
+                np.save(place / f"{i}.npy", latent * np.float32(0.41))
+            else:
+                moments = np.concatenate([latent, np.full_like(latent, 1e-7)])
+                np.save(place / f"img-mean-std-{i:08d}.npy", moments)
+                labels.append([f"00000/img-mean-std-{i:08d}.npy", 0])
+        (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+        answers = {"vae": str(tmp_path / name), "scale": 0.41} if kind == "dcae" else {
+            "vae": str(tmp_path / name), "classes": 1}  # fmt: skip
+        output = ShardOutput(tmp_path / f"{kind}-out", shards=1)
+        manifest = import_latents(kind, root, output, answers=answers, dtype="float32")
+        (shard,) = manifest.shards
+        samples = read_shard(tmp_path / f"{kind}-out" / shard.name, manifest)
+        latents = model_latents([s.array for s in samples], manifest, keyed_generator(0))
+        found = autoencoder_of(manifest.latent_spec).decode(latents)
+        order = [int(s.key) for s in samples]
+        levels = wanted[order].clamp(0, 1).permute(0, 2, 3, 1) * 255
+        assert (found - levels).abs().max() <= 0.52, kind
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -161,6 +209,42 @@ def test_edm2_and_repa_differ_in_the_pixels(tmp_path):
     mean_std(tmp_path / "in")
     assert run("edm2", tmp_path / "in", tmp_path / "a").pixel_range == (0, 1)
     assert run("repa", tmp_path / "in", tmp_path / "b").pixel_range == (-1, 1)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_file_is_read_as_its_folder(tmp_path, compression):
+    """EDM2's dataset tool stores the members, a zip command compresses them."""
+    mean_std(tmp_path / "in")
+    with zipfile.ZipFile(tmp_path / "in.zip", "w", compression) as archive:
+        for file in (tmp_path / "in").rglob("*.*"):
+            archive.write(file, file.relative_to(tmp_path / "in"))
+    for kind in ("edm2", "repa"):
+        run(kind, tmp_path / "in", tmp_path / f"{kind}-folder")
+        manifest = run(kind, tmp_path / "in.zip", tmp_path / f"{kind}-zip")
+        assert members(tmp_path / f"{kind}-zip") == members(tmp_path / f"{kind}-folder")
+        assert manifest.samples == N
+    with pytest.raises(UserError, match=r"in\.zip is not a folder"):
+        run("mar", tmp_path / "in.zip", tmp_path / "out")
+    raw = (tmp_path / "in.zip").read_bytes()
+    place = raw.index(b"\x93NUMPY") if compression == zipfile.ZIP_STORED else len(raw) // 2
+    (tmp_path / "torn.zip").write_bytes(raw[: place + 200] + bytes(8) + raw[place + 208 :])
+    with pytest.raises(UserError, match=r"--max-bad allows.*img-mean-std-\d+\.npy: ValueError: "):
+        run("edm2", tmp_path / "torn.zip", tmp_path / "out")
+
+
+def test_a_compressed_tar_is_read_as_the_plain_one(tmp_path):
+    webdataset(tmp_path / "in")
+    run("webdataset", tmp_path / "in", tmp_path / "plain")
+    tar = tmp_path / "in/1.tar"
+    (tmp_path / "in/1.tar.xz").write_bytes(lzma.compress(tar.read_bytes()))
+    tar.unlink()
+    manifest = run("webdataset", tmp_path / "in", tmp_path / "out")
+    assert manifest.samples == N
+    assert members(tmp_path / "out") == members(tmp_path / "plain")
+    assert not (tmp_path / "out/.unpacked").exists()
+    (tmp_path / "in/1.tar.xz").write_bytes(lzma.compress(b"no tar" * 100))
+    with pytest.raises(UserError, match=r"1\.tar\.xz cannot be read: .*copy it again"):
+        run("webdataset", tmp_path / "in", tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import struct
 import zlib
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diffmoe.errors import UserError
+from diffmoe.prepare import images
 from diffmoe.prepare.images import center_crop, decode_image, parse_color
 
 RNG = np.random.default_rng(0)
@@ -49,19 +51,32 @@ TURNED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
+def heif() -> None:
+    """Skip without the extra heic, which decode_image then does without, too."""
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (extra heic)")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG", "AVIF", "HEIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_is_turned_upright(kind, orientation):
     """Four flat quarters of other colors, on a picture wider than high."""
+    if kind == "HEIF":  # which turns by its own fields; its plugin writes them from EXIF
+        heif()
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, 16:], upright[8:, :16], upright[8:, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(TURNED[orientation](upright)))
-    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
-    found = pixels(saved(stored, kind, exif=exif, **lossless.get(kind, {})))
+    best = {
+        "WEBP": {"lossless": True},
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+        "HEIF": {"quality": 100, "chroma": 444},
+    }
+    found = pixels(saved(stored, kind, exif=exif.tobytes(), **best.get(kind, {})))
     assert found.shape == upright.shape
-    assert np.abs(found.astype(int) - upright).max() <= (4 if kind == "JPEG" else 0)
+    lossy = {"JPEG": 4, "AVIF": 4, "HEIF": 12}
+    assert np.abs(found.astype(int) - upright).max() <= lossy.get(kind, 0)
 
 
 def test_broken_exif_does_not_cost_the_image():
@@ -76,6 +91,20 @@ def test_sixteen_bits_are_scaled(kind):
     # Between two grays of 8 bits the nearer one is taken.
     near = np.array([[0, 128, 129, 385, 386, 65535 - 128, 65535]], np.uint16)
     assert gray(saved(Image.fromarray(near), kind)).tolist() == [[0, 0, 1, 1, 2, 255, 255]]
+
+
+def test_colors_of_sixteen_bits_are_scaled():
+    """Which Pillow reads, and does not write."""
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in SIXTEEN)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in [
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        png += struct.pack(">I", len(content)) + kind + content + checksum
+    assert np.array_equal(gray(png), RAMP)
 
 
 def test_big_endian_and_white_is_zero_are_understood():
@@ -183,10 +212,39 @@ def test_what_starts_a_program_or_is_of_another_kind_is_no_image(tmp_path, monke
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     )
     others = [saved(Image.fromarray(RAMP), kind) for kind in ("ICO", "TGA", "PCX", "SGI")]
-    for data in [postscript, b"<html>404</html>", b"", *others]:
+    for data in [postscript, b"<html>404</html>", b"\0", *others]:
         with pytest.raises(ValueError, match="not one of JPEG, PNG"):
             decode_image(data)
     assert not ran.exists()
+
+
+def test_what_a_phones_images_need_is_told(monkeypatch):
+    avif = saved(Image.new("RGB", (8, 8)), "AVIF")
+    heic = b"\0\0\0\x18ftypheic" + b"\0" * 40
+    monkeypatch.setattr(images, "_INSTALLED", images.FORMATS)
+    with pytest.raises(ValueError, match=r"avif needs Pillow 11\.3 or newer"):
+        decode_image(avif)
+    with pytest.raises(ValueError, match=r'heic needs pip install "diffmoe\[heic\]"'):
+        decode_image(heic)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_alpha_grays_and_many_bits_of_a_phones_images_are_read(kind):
+    if kind == "HEIF":
+        heif()
+    half = np.where(np.arange(64) < 32, 0, 255).astype(np.uint8)[None].repeat(64, 0)
+    color = Image.new("RGB", (64, 64), (200, 40, 90))
+    color.putalpha(Image.fromarray(half))
+    found = pixels(saved(color, kind, quality=100)).astype(int)
+    assert (found[:, :30] == 255).all()
+    assert np.abs(found[:, 34:] - (200, 40, 90)).max() <= 4
+    ramp = np.arange(0, 256, 4, dtype=np.uint8)[None].repeat(64, 0)
+    depths = [ramp]
+    if kind == "HEIF":  # 12 bits, as phones write HDR
+        depths.append(ramp.astype(np.uint16) * 257)
+    for grays in depths:
+        found = gray(saved(Image.fromarray(grays), kind, quality=100)).astype(int)
+        assert np.abs(found - ramp).max() < 4
 
 
 def test_bombs_are_bad_images():
@@ -197,9 +255,13 @@ def test_bombs_are_bad_images():
         decode_image(huge)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "AVIF", "HEIF"]
+)
 def test_cut_and_flipped_files_are_images_or_value_errors(kind):
     """300 seeded changes of a file: never another error, never another size of array type."""
+    if kind == "HEIF":
+        heif()
     data = saved(Image.fromarray(RNG.integers(0, 256, (9, 7, 3), np.uint8)), kind)
     rng = np.random.default_rng(1)
     refused = 0
