@@ -10,6 +10,7 @@ from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.frozen import frozen_names
 from diffmoe.models.lora import factor_names, is_factor, merged_state, targeted
+from diffmoe.models.matrices import hidden_matrices
 from tests.helpers.networks import examples, set_thresholds
 from tests.helpers.tiny import BYTES, random_text, randomize, refusal, tiny_config
 
@@ -149,6 +150,12 @@ def test_targets_are_groups_and_patterns_of_weights():
         network.parameter_count() - network.parameter_count(trained)
         == DiT(config.model, config.moe).parameter_count()
     )
+
+
+def test_muon_is_not_given_the_factors():
+    config = lora_config()
+    network = DiT(config.model, config.moe, lora=config.lora)
+    assert hidden_matrices(network) == hidden_matrices(DiT(config.model, config.moe))
 
 
 def test_what_trains_beside_the_factors_is_named():
