@@ -371,7 +371,7 @@ class OptimizerConfig(_Section):
     weight_decay: float = Field(
         0.0,
         ge=0,
-        description="decoupled, of AdamW's matrices but embeddings and routers, no biases; 0: off",
+        description="decoupled, of AdamW's matrices, no embeddings, routers or biases; 0: off",
     )
     gradient_clipping: float = Field(0.0, ge=0, description="largest gradient norm; 0: off")
     schedule: Literal["constant", "cosine", "warmup_stable_decay"] = Field(

@@ -59,7 +59,7 @@ def host_memory(layout: Layout) -> HostMemory:
         processes=ranks * (RANK_BYTES + readers * READER_BYTES),
         network=ranks * (sizes.dense + sizes.experts + sizes.frozen) * MASTER,
         states=ranks * _offloaded(layout),
-        saves=int(ranks * _saved(layout) * (1 if layout.zero.offload else PINNED)),
+        saves=ranks * _saved(layout),
         loader=ranks
         * (config.training.batch_size // layout.world)
         * (BATCHES * _sample(layout) + FEATURES * layout.features_per_sample),
@@ -67,11 +67,16 @@ def host_memory(layout: Layout) -> HostMemory:
 
 
 def _saved(layout: Layout) -> int:
-    """Bytes of a rank that saves copy: masters, moments and averages; of snapshots, averages."""
+    """Of a rank, for copies of masters, moments and averages; of snapshots, of averages.
+
+    Pinned of what is on the GPU: all but offloaded states, which frozen parameters are not.
+    """
     training, kept = layout.config.training, average_count(layout)
     snapshot = ELEMENT[training.snapshot_precision] if training.snapshot_samples else 0
     each = (1 + kept) * MASTER + kept * snapshot
-    return (partition_size(layout) + layout.frozen_share) * each + moment_bytes(layout)
+    states = partition_size(layout) * each + moment_bytes(layout)
+    pinned = layout.frozen_share * each * PINNED
+    return int(states * (1 if layout.zero.offload else PINNED) + pinned)
 
 
 def _offloaded(layout: Layout) -> int:

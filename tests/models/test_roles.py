@@ -9,8 +9,10 @@ from torch import nn
 from diffmoe.config import RateMultipliers
 from diffmoe.models.dit import DiT
 from diffmoe.models.families import FAMILIES
+from diffmoe.models.frozen import freeze
 from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.roles import roles
+from diffmoe.models.updates import logged_rates
 from tests.helpers.tiny import BYTES, FROZEN, tiny_config
 
 TIMED = {"moe__router_input": "plain_with_time", "moe__shared_expert_ratio": 1.0}
@@ -92,6 +94,27 @@ def test_a_parameter_without_a_role_is_an_error():
     network.blocks[1].scale = nn.Parameter(torch.zeros(2))
     with pytest.raises(TypeError, match=r"Block: its parameter blocks\.1\.scale has no role"):
         roles(network)
+
+
+def test_rates_are_logged_of_roles_with_a_multiplier_that_train():
+    config = tiny_config(
+        moe__activation="swiglu",  # whose experts Muon has whole
+        training__freeze=("*.router",),
+        optimizer__type="muon",
+        optimizer__learning_rate=0.5,
+        optimizer__muon__learning_rate=0.25,
+        optimizer__rate_multipliers={"experts": 2.0, "attention": 3.0, "router": 0.5},
+    )
+    with torch.device("meta"):
+        network = DiT(config.model, config.moe)
+    freeze(network, config.training)
+    assert logged_rates(network, config.optimizer) == {
+        "learning_rate": 0.5,
+        "muon_learning_rate": 0.25,
+        "experts_muon_learning_rate": 0.5,
+        "attention_muon_learning_rate": 0.75,
+        "attention_learning_rate": 1.5,  # of its biases
+    }
 
 
 def matches(name: str, patterns: list[str]) -> bool:

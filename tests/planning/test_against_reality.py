@@ -124,16 +124,27 @@ def test_memory_and_traffic_equal_a_real_step(
     assert sent == {name: world * size for name, size in predicted_bytes(layout).items()}
 
 
-@pytest.mark.parametrize("accumulated", ["fp32", "bf16"])
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_offloaded_states_equal_a_real_step(stage: int, steps: int, accumulated: str):
-    """They leave the GPU's memory for the host's, whatever device the test has."""
+FREEZE = ("blocks.1.*", "blocks.2.attention.*")
+OFFLOADED = [(*case, ()) for case in itertools.product((1, 2), (1, 2), ("fp32", "bf16"))]
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "accumulated", "freeze"),
+    [*OFFLOADED, (1, 2, "fp32", FREEZE), (2, 1, "bf16", FREEZE)],
+)
+def test_offloaded_states_equal_a_real_step(
+    stage: int, steps: int, accumulated: str, freeze: tuple[str, ...]
+):
+    """They leave the GPU's memory for the host's, whatever device the test has.
+
+    Not what is frozen, of which a bf16 network has fp32 copies.
+    """
     config = tiny_config(
         parallel__expert_parallel=2,
         parallel__zero_stage=stage,
         training__precision="bf16",
         training__accumulation=steps,
+        training__freeze=freeze,
     )
     settings = {
         "data_types": {"grad_accum_dtype": accumulated},
@@ -145,8 +156,10 @@ def test_offloaded_states_equal_a_real_step(stage: int, steps: int, accumulated:
     }
     layout = Layout(config, 1, 2, Zero.of(settings))
     planned, host = memory(layout), host_memory(layout)
-    assert (planned.masters, planned.moments, planned.ema) == (0, 0, 0)
-    states = 0
+    stay = 4 * layout.frozen_copies
+    assert (planned.masters, planned.moments, planned.ema) == (stay, 0, 0)
+    assert (stay > 0) == bool(freeze)
+    states = -2 * stay
     for told in run_ranks(2, step_on_rank, config, settings):
         returning, leaving, arriving = told["passing"]
         held = told["gradients_kept"] + told["gradients_summed"]
@@ -158,7 +171,9 @@ def test_offloaded_states_equal_a_real_step(stage: int, steps: int, accumulated:
     # whole.
     twice = stage == 2 and steps > 1 and accumulated == "bf16"
     assert host.states == states - (2 * shared_by_two_ranks(config) if twice else 0)
-    assert host.saves == pytest.approx(2 * 4 * 4 * partition_size(layout))  # not pinned once more
+    # Not pinned once more, but for the copies of what stays: with its average, as it is itself.
+    pinned = 2 * 2 * 4 * layout.frozen_share * PINNED
+    assert host.saves == pytest.approx(2 * 4 * 4 * partition_size(layout) + pinned)
 
 
 @pytest.mark.parametrize(("world", "ranks"), [(64, 8), (256, 16)])
