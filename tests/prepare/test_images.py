@@ -130,7 +130,7 @@ def test_floats_and_wide_integers_are_scaled(values, wanted):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0.0, 1.5]]), r"floats from 0 to 1\.5"),
+        (np.array([[0.0, 1.5]]), r"^floats from 0 to 1\.5"),
         (np.array([[-0.5, 1.0]]), r"floats from -0\.5 to 1"),
         (np.array([[np.nan, 1.0]]), "floats from nan to nan"),
         (np.array([[0.0, 256.0]]), "floats from 0 to 256"),
