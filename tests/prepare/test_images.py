@@ -222,9 +222,9 @@ def test_what_a_phones_images_need_is_told(monkeypatch):
     avif = saved(Image.new("RGB", (8, 8)), "AVIF")
     heic = b"\0\0\0\x18ftypheic" + b"\0" * 40
     monkeypatch.setattr(images, "_INSTALLED", images.FORMATS)
-    with pytest.raises(ValueError, match=r"avif needs Pillow 11\.3 or newer"):
+    with pytest.raises(ValueError, match=r"AVIF needs Pillow 11\.3 or newer"):
         decode_image(avif)
-    with pytest.raises(ValueError, match=r'heic needs pip install "diffmoe\[heic\]"'):
+    with pytest.raises(ValueError, match=r'HEIF needs pip install "diffmoe\[heic\]"'):
         decode_image(heic)
 
 
