@@ -12,6 +12,7 @@ TRAIN = [
     "megatron-core==0.16.1",
     "wandb>=0.31,<0.32",  # its `finish_timeout`
 ]
+ONNX = ["onnx>=1.18,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.5,<1"]
 HUB = ["huggingface-hub>=0.30,<3"]
 VAE = ["diffusers>=0.30,<1"]
 ARROW = ["pyarrow>=20,<27"]
@@ -78,6 +79,7 @@ setup(
         "arrow": ARROW,
         "heic": HEIC,
         "hub": HUB,
+        "onnx": ONNX,
         "ode": ["torchdiffeq>=0.2.4,<0.3"],
         "dev": [
             *TRAIN,
@@ -89,11 +91,9 @@ setup(
             *ARROW,
             *HEIC,
             *HUB,
+            *ONNX,
             "scipy>=1.13,<2",
             "torchmetrics>=1.4,<2",
-            "onnx>=1.18,<2",
-            "onnxruntime>=1.22,<2",
-            "onnxscript>=0.5,<1",
             "playwright>=1.49,<2",
             "torchdiffeq>=0.2.4,<0.3",
             "pytest>=8,<10",

@@ -43,6 +43,13 @@ def add_weights(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--weights", choices=["ema", "live"], default="ema", help="default ema")
 
 
+def add_adapters(parser: argparse._ActionsContainer) -> None:
+    """--adapters, for `open_sampler`."""
+    parser.add_argument(
+        "--adapters", metavar="DIR", help="of a LoRA run that was trained on RUN; they are merged"
+    )
+
+
 def add_decoder(parser: argparse._ActionsContainer) -> None:
     """--decoder, for `open_sampler`."""
     parser.add_argument(
@@ -283,15 +290,18 @@ def open_sampler(
     from diffmoe.sampling.sampler import Sampler
 
     dtype = (options.dtype or default_dtype(device)) if "dtype" in options else "fp32"
+    decoder = getattr(options, "decoder", None)
     sampler = Sampler.open(
         options.run,
         getattr(options, "weights", "ema"),
         topology=topology,
         device=device,
         dtype=dtype,
-        with_autoencoder=with_autoencoder,
-        decoder=getattr(options, "decoder", None),
+        with_autoencoder=with_autoencoder and decoder is None,
+        adapters=getattr(options, "adapters", None),
     )
+    if with_autoencoder:
+        sampler = sampler.with_decoder(decoder)
     if with_prompts:
         sampler = replace(sampler, prompts=prompts_of(options, sampler.config, device))
     return sampler

@@ -341,6 +341,24 @@ class MuonConfig(_Section):
     steps: int = Field(5, ge=1, le=20, description="of Newton-Schulz")
 
 
+Multiplier = Annotated[float, Field(gt=0)]
+
+
+class RateMultipliers(_Section):
+    """What the learning rates are multiplied by, by the role of a parameter (docs/training.md)."""
+
+    embedding: Multiplier = Field(1.0, description="patches, times and labels")
+    text: Multiplier = Field(1.0, description="captions: projections, the encoder of bytes")
+    attention: Multiplier = Field(1.0, description="self- and cross-attention")
+    mlp: Multiplier = Field(1.0, description="dense MLPs, shared and unconditional experts")
+    experts: Multiplier = Field(1.0, description="those that tokens are routed to")
+    router: Multiplier = Field(1.0, description="all that scores tokens for experts")
+    predictor: Multiplier = Field(1.0, description="capacity predictors")
+    modulation: Multiplier = Field(1.0, description="adaLN, of the last layer, too")
+    final: Multiplier = Field(1.0, description="the last layer, and race's heads for the target")
+    projector: Multiplier = Field(1.0, description="of alignment")
+
+
 class OptimizerConfig(_Section):
     """The optimizer and its schedule."""
 
@@ -351,7 +369,9 @@ class OptimizerConfig(_Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(
-        0.0, ge=0, description="decoupled, of all that AdamW updates; 0: off"
+        0.0,
+        ge=0,
+        description="decoupled, of AdamW's matrices but embeddings and routers, no biases; 0: off",
     )
     gradient_clipping: float = Field(0.0, ge=0, description="largest gradient norm; 0: off")
     schedule: Literal["constant", "cosine", "warmup_stable_decay"] = Field(
@@ -361,6 +381,7 @@ class OptimizerConfig(_Section):
     decay_samples: int = Field(
         0, ge=0, description="the last ones, of a rate that falls (warmup_stable_decay)"
     )
+    rate_multipliers: RateMultipliers = RateMultipliers()
     muon: MuonConfig = MuonConfig()
 
     @model_validator(mode="after")
@@ -420,7 +441,7 @@ class TrainingConfig(_Section):
         (), description="patterns of parameters that stay as they are, as blocks.?.attention.*"
     )
     train_only: tuple[str, ...] = Field(
-        (), description="patterns of those that train, all others stay; instead of freeze"
+        (), description="patterns of those that train, all others stay; with LoRA, beside it"
     )
     label_dropout: float = Field(
         0.1, ge=0, le=1, description="share of labels or captions left out, for guidance; 0: none"
@@ -467,6 +488,36 @@ class TrainingConfig(_Section):
                 f"training.ema_stds={list(self.ema_stds)} lists a length twice; [0.05, 0.1] lets "
                 "tools/checkpoint.py reconstruct any other"
             )
+        return self
+
+
+class LoRAConfig(_Section):
+    """LoRA: factors of low rank beside weights that stay as training.init has them."""
+
+    rank: int = Field(0, ge=0, le=1 << 12, description="of the factors; 0: no LoRA")
+    alpha: float | None = Field(
+        None, gt=0, description="their product counts alpha / rank times; none: once"
+    )
+    targets: tuple[str, ...] = Field(
+        ("attention",),
+        description="what gets them: attention, mlp (shared experts, too), experts, or patterns of "
+        "weights, as blocks.?.attention.qkv.weight",
+    )
+
+    @property
+    def scale(self) -> float:
+        """By what the product of the factors counts."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @model_validator(mode="after")
+    def _without_rank(self) -> "LoRAConfig":
+        if not self.rank and (self.alpha is not None or self.targets != ("attention",)):
+            raise ValueError(
+                f"lora.alpha={self.alpha} and lora.targets={list(self.targets)} belong to LoRA, "
+                "which is off; set lora.rank, such as lora.rank=8"
+            )
+        if not self.targets:
+            raise ValueError("lora.targets=[] names nothing; take attention, mlp or experts")
         return self
 
 
@@ -565,6 +616,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    lora: LoRAConfig = LoRAConfig()
     align: AlignConfig = AlignConfig()
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -14,7 +14,15 @@ TRAINING_PACKAGES = ("deepspeed", "megatron", "wandb")  # of the extra `train`
 
 
 class UserError(Exception):
-    """A wrong setting, file or folder. The message names it, its value, and what to do."""
+    """A wrong setting, file or folder. The message names it, its value, and what to do.
+
+    >>> import diffmoe
+    >>> try:
+    ...     diffmoe.load_config("mnist", ["moe.capacity=8"])
+    ... except diffmoe.UserError as error:
+    ...     print(error)
+    recipe mnist: moe.capacity=8.0 is more than moe.experts=4: every expert would take ...
+    """
 
 
 def describe_problem(problem: Mapping[str, Any]) -> str:

@@ -1,24 +1,40 @@
 """Images from a path in three lines: diffmoe.Pipeline(path)(labels=[207, 360]), or (prompt=...)."""
 
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffmoe.diffusion.settings import PREVIEW_STEPS, SamplingSettings
 from diffmoe.errors import UserError
+from diffmoe.export.exported_model import is_exported
 from diffmoe.parallel.device import default_device, default_dtype
 from diffmoe.sampling.classes import label_numbers
 from diffmoe.sampling.sampler import Sampler
 from diffmoe.text.prompts import create_prompts, encoder_of
 
+if TYPE_CHECKING:
+    from diffmoe.export.sources import Source
+
 
 class Pipeline:
-    """A model with its autoencoder, ready to make images."""
+    """A model with its autoencoder, ready to make images.
+
+    An image has the height and width of its latents, times what the autoencoder upsamples by.
+
+    >>> import diffmoe
+    >>> pipeline = diffmoe.Pipeline("exported/mnist")
+    >>> images = pipeline(labels=[2, 7, 7], seed=0, steps=2, guidance=1.5)
+    >>> [(image.size, image.mode) for image in images]
+    [((28, 28), 'L'), ((28, 28), 'L'), ((28, 28), 'L')]
+    """
 
     def __init__(
         self,
@@ -29,6 +45,7 @@ class Pipeline:
         text_encoder: str | Path | None = None,
         verify: bool = True,
         decoder: str | None = None,
+        adapters: str | Path | None = None,
     ) -> None:
         """path: an exported folder, a run's folder or a checkpoint.
 
@@ -38,13 +55,20 @@ class Pipeline:
         encoder that a text model was trained with; a model that reads bytes needs none. verify:
         compare the files with their checksums; each is read once per machine, and again when it has
         changed. decoder: in place of the model's autoencoder: another of diffusers, a TorchScript
-        FILE.pt or package.module:function, which are run.
+        FILE.pt or package.module:function, which are run. adapters: a folder of those that a LoRA
+        run trained on this model.
         """
         device = torch.device(device or default_device())
         dtype = dtype or default_dtype(device)
         self.sampler = Sampler.open(
-            path, weights, device=device, dtype=dtype, verify=verify, decoder=decoder
-        )
+            path,
+            weights,
+            device=device,
+            dtype=dtype,
+            verify=verify,
+            with_autoencoder=decoder is None,
+            adapters=adapters,
+        ).with_decoder(decoder)
         self.network, self.config = self.sampler.network, self.sampler.config
         self.autoencoder = self.sampler.autoencoder
         self.folder, self.weights, *_ = self.sampler.model
@@ -59,6 +83,11 @@ class Pipeline:
 
         revision: of the hub's model: a branch, tag or commit. options: as of `Pipeline`. Raises
         UserError where there is neither.
+
+        >>> import diffmoe
+        >>> pipeline = diffmoe.Pipeline.from_pretrained("owner/digits", device="cpu")
+        >>> pipeline.config.model.num_classes
+        10
         """
         if not Path(name).exists() and str(name).count("/") == 1:
             from diffmoe.export.hub import fetch
@@ -88,6 +117,12 @@ class Pipeline:
         in training; others must be calibrated (tools/calibrate.py), and where a calibration was
         made with other settings, a warning says which capacity the images met. batch: images at a
         time. settings: more fields of diffmoe.diffusion.settings.SamplingSettings.
+
+        >>> import diffmoe
+        >>> pipeline = diffmoe.Pipeline("exported/mnist")
+        >>> image, = pipeline("seven", steps=4, sampler="heun", guidance_interval=(0.2, 0.9))
+        >>> image.size
+        (28, 28)
         """
         captions = [prompt] if isinstance(prompt, str) else prompt or ()
         prompts = create_prompts(self.config, self.encoder, captions, negative_prompt)
@@ -106,3 +141,80 @@ class Pipeline:
         if note:
             warnings.warn(note, stacklevel=2)
         return [Image.fromarray(image.squeeze(-1).numpy()) for image in made.images]
+
+    def save_pretrained(
+        self, folder: str | Path, dtype: str = "float32", diffusers: bool = False
+    ) -> Path:
+        """Write the model as an exported folder, atomically. Returns the folder.
+
+        folder: must not exist. dtype: float32 or bfloat16, of the stored parameters. diffusers:
+        with the code by which diffusers opens it, too. Its tensors are those of the files that
+        were opened, not rounded to what the network computes in; a decoder that was named is no
+        part of it. Raises UserError where they are damaged, where the network was changed since,
+        and as `export.writing.write_exported`.
+
+        >>> import diffmoe
+        >>> saved = diffmoe.Pipeline("exported/mnist").save_pretrained("exported/half", "bfloat16")
+        >>> sorted(file.name for file in saved.iterdir())
+        ['README.md', 'checksums.json', 'config.json', 'model.safetensors']
+        """
+        from diffmoe.export.writing import write_exported
+
+        with self._source() as source:
+            written = write_exported(source, Path(folder), dtype, diffusers=diffusers)
+        for note in written.notes:
+            if note.startswith("warning: "):
+                warnings.warn(note.removeprefix("warning: "), stacklevel=2)
+        return written.path
+
+    def push_to_hub(
+        self, name: str, license: str | None = None, private: bool = False, **options: Any
+    ) -> str:
+        """Upload the model to the Hugging Face hub in one commit. Returns the commit's address.
+
+        name: OWNER/NAME, created if need be. license: such as "mit"; None: the one in the card of
+        an exported folder. private: of a new repository. options: of `save_pretrained`; without
+        any, an exported folder is uploaded as it is. Raises UserError as that does, where there is
+        no license, and where the hub refuses.
+
+        >>> import diffmoe
+        >>> pipeline = diffmoe.Pipeline("exported/mnist")
+        >>> pipeline.push_to_hub("owner/digits", license="mit")
+        'http.../owner/digits/commit/...'
+        """
+        from diffmoe.export.hub import publish
+
+        if not options and is_exported(self.folder):
+            with self._source() as source:
+                for tensor in source.shapes:
+                    source.read(tensor)
+            return publish(self.folder, name, license, private)
+        if license is None:
+            raise UserError(f'{name}: the model has no license yet; give one, license="apache-2.0"')
+        with tempfile.TemporaryDirectory() as folder:
+            saved = self.save_pretrained(Path(folder) / "model", **options)
+            return publish(saved, name, license, private)
+
+    @contextmanager
+    def _source(self) -> "Iterator[Source]":
+        """What was opened; reading a tensor that the network no longer has raises UserError."""
+        from diffmoe.export.sources import checkpoint_source, exported_source
+
+        exported = is_exported(self.folder)
+        held = self.network.state_dict()
+        with (
+            exported_source(self.folder)
+            if exported
+            else checkpoint_source(self.folder, self.weights)
+        ) as source:
+
+            def read(name: str) -> Tensor:
+                tensor = source.read(name)
+                if not torch.equal(tensor.to(held[name].dtype), held[name].cpu()):
+                    raise UserError(
+                        f"{name} was changed since {self.folder} was opened; a pipeline saves what "
+                        "it has opened, so train from there instead (training.init)"
+                    )
+                return tensor
+
+            yield replace(source, read=read)

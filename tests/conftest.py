@@ -116,6 +116,30 @@ def spread_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="session")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Six steps beside the weights of another run: two ranks that share the experts, in bf16."""
+    folder = tmp_path_factory.mktemp("lora")
+    names = ["plane", "car", "bird", "cat", "deer"]
+    pack_run(folder / "data", shape=(3, 8, 8), class_names=names)
+    rgb = {"model__in_channels": 3, "moe__token_pool": "global"}
+    base = run_config(folder, 2, output=str(folder / "base"), **rgb)
+    train(base)
+    config = run_config(
+        folder,
+        6,
+        training__checkpoint_samples=24,
+        training__init=base.output,
+        training__train_only=("label_embed.*",),
+        training__precision="bf16",
+        lora={"rank": 2, "alpha": 8.0, "targets": ("attention", "mlp", "experts")},
+        parallel__expert_parallel=2,
+        **rgb,
+    )
+    train(config, 2)
+    return config
+
+
+@pytest.fixture(scope="session")
 def single_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """One rank, stage 1."""
     return _run(tmp_path_factory.mktemp("single"), 1)

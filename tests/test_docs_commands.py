@@ -86,6 +86,8 @@ RUNS = [
     ),
     Run("python train.py --config mnist data.path=data/own .*", TRAINING, "runs/own/latest"),
     Run("python train.py --config mnist training.init=.*", TRAINING, "runs/tuned/latest"),
+    Run("python train.py .* optimizer.rate_multipliers=.*", TRAINING, "runs/gently/latest"),
+    Run("python train.py --config mnist lora.rank=.*", TRAINING, "runs/lora/latest"),
     Run("python train.py .* align.block=2 .*", TRAINING, "runs/aligned/latest"),
     Run("torchrun .* train.py --config diffmoe_s_.*", TWO_RANKS, "runs/diffmoe_s_e16_flow/latest"),
     Run("deepspeed train.py --config diffmoe_l_.*", TWO_RANKS, "runs/diffmoe_l_e16_flow/latest"),
@@ -120,7 +122,11 @@ RUNS = [
     Run("python tools/evaluate.py plot .*", gives="fd.png"),
     # Conversion.
     Run(".* runs/mnist exported/mnist", gives="exported/mnist/config.json"),
+    Run(".* runs/lora exported/lora", gives="exported/lora/config.json"),
+    Run(".* runs/lora adapters/lora --adapters", gives="adapters/lora/config.json"),
     Run(".* info exported/mnist", tells="made from     training checkpoint mnist/step-"),
+    Run(".* exported/mnist shared/mnist --to diffusers", gives="shared/mnist/pipeline.py"),
+    Run(".* exported/mnist served/mnist --to pt2", gives="served/mnist/network.pt2"),
     Run("python tools/publish.py exported/mnist .*", tells="not uploaded"),
     Run(".* exported/dense exported/moe --upcycle .*", gives="exported/moe/config.json"),
 ]
@@ -148,6 +154,7 @@ FIRST = [
     "python tools/prepare_data.py mnist --out data/mnist",
     "python train.py --config mnist",
     "python tools/convert_checkpoint.py runs/mnist exported/mnist",
+    "python tools/convert_checkpoint.py exported/mnist shared/mnist --to diffusers",
     "python tools/evaluate.py reference photos/test --out references/test.npz",
 ]
 

@@ -164,7 +164,7 @@ def test_what_help_repeats_is_what_the_code_does(monkeypatch: pytest.MonkeyPatch
     from diffmoe.conversion import foreign
     from diffmoe.evaluation.curves import AXES
     from diffmoe.evaluation.extractors import DEFAULT
-    from diffmoe.export import tensors
+    from diffmoe.export import program, tensors
     from diffmoe.prepare.foreign_latents import FORMATS
     from diffmoe.prepare.sharding import default_shards
 
@@ -174,6 +174,8 @@ def test_what_help_repeats_is_what_the_code_does(monkeypatch: pytest.MonkeyPatch
 
     assert tuple(option("import_latents", "--format").choices) == tuple(FORMATS)
     assert tuple(option("convert_checkpoint", "--format").choices) == foreign.FORMATS
+    formats = ("diffmoe", *foreign.FORMATS, *program.FORMS)
+    assert tuple(option("convert_checkpoint", "--to").choices) == formats
     assert option("convert_checkpoint", "--vae").default == foreign.Options.autoencoder
     assert option("convert_checkpoint", "--scale").default == foreign.Options.scale
     assert option("convert_checkpoint", "--max-shard-gb").default * 1e9 == tensors.MAX_SHARD_BYTES

@@ -145,6 +145,51 @@ def test_a_run_is_as_good_as_an_export(single_run: Config):
     assert len(pipeline(labels=["deer"], steps=2)) == 1
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_a_pipeline_saves_is_what_was_opened(dtype: str, single_run: Config, tmp_path: Path):
+    pipeline = diffmoe.Pipeline(single_run.output, device="cpu", weights="live", dtype=dtype)
+    saved = pipeline.save_pretrained(tmp_path / "saved")
+    assert saved == tmp_path / "saved"
+    there, again = open_network(single_run.output, "live"), open_network(saved)
+    assert again.config.model == there.config.model
+    assert again.latents == there.latents
+    for name, tensor in again.network.state_dict().items():
+        assert torch.equal(tensor, there.network.state_dict()[name]), name
+    with pytest.raises(UserError, match="saved exists; choose another name"):
+        pipeline.save_pretrained(tmp_path / "saved")
+
+
+def test_an_exported_model_is_saved_with_its_thresholds_in_another_type(tmp_path: Path):
+    model = exported(tmp_path / "model", class_names=NAMES)
+    entry = Calibrated(
+        weights="ema", capacity=0.8, measured=0.0, common=False, over="noise", samples=1,
+        log_odds=[[0.0] * 4] * 2,
+    )  # fmt: skip
+    store(model, "0.8", entry)
+    saved = diffmoe.Pipeline(model, device="cpu").save_pretrained(tmp_path / "saved", "bfloat16")
+    again = diffmoe.Pipeline(saved, device="cpu")
+    assert again.class_names == tuple(NAMES)
+    with pytest.warns(UserWarning, match="the thresholds of capacity 0.8 were calibrated"):
+        again(labels=["cat"], steps=1, capacity=0.8)
+    for name, tensor in diffmoe.load(model, device="cpu").named_parameters():
+        assert torch.equal(again.network.get_parameter(name), tensor.bfloat16().float()), name
+
+
+def test_a_network_that_was_changed_is_neither_saved_nor_pushed(folder: Path, tmp_path: Path):
+    pipeline = diffmoe.Pipeline(folder, device="cpu")
+    with torch.no_grad():
+        pipeline.network.final.bias += 1
+    for saved in (
+        lambda: pipeline.save_pretrained(tmp_path / "saved"),
+        lambda: pipeline.push_to_hub("somebody/new", license="mit"),
+    ):
+        with pytest.raises(UserError, match=r"final\.bias was changed since .* was opened"):
+            saved()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="somebody/new: the model has no license yet"):
+        pipeline.push_to_hub("somebody/new", dtype="bfloat16")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, "float16", "torch.float64"])
 def test_load_and_pipeline_take_the_same_types(dtype, folder: Path):
     network = diffmoe.load(folder, device="cpu", dtype=dtype)

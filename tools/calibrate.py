@@ -4,15 +4,17 @@
   python tools/sample.py runs/mnist --capacity 0.8
 
 Capacity C is the number of experts that an average token meets: 1 is what training gives, less is
-faster, more is often better. The thresholds are stored in the checkpoint's folder, under C's name.
-They are found on the sampling trajectory, with the sampler, steps and guidance given here, which
-are stored with them: sample with the same ones, since C changes with them (at C = 0.1 by up to a
-third). With --over noise they are found on real data at the noise levels of training.
+faster, more is often better. The thresholds are stored in the checkpoint's folder (with --adapters
+in theirs), under C's name. They are found on the sampling trajectory, with the sampler, steps and
+guidance given here, which are stored with them: sample with the same ones, since C changes with
+them (at C = 0.1 by up to a third). With --over noise they are found on real data at the noise
+levels of training.
 """
 
 import argparse
 
 from diffmoe.cli import (
+    add_adapters,
     add_batch,
     add_data,
     add_device,
@@ -53,6 +55,7 @@ def parse() -> argparse.Namespace:
     )
     add_batch(parser, 64)
     add_weights(parser)
+    add_adapters(parser)
     add_labels(parser)
     add_sampling(parser, PREVIEW_STEPS, "how the trajectory is sampled")
     add_device(parser)
@@ -73,7 +76,7 @@ def main() -> None:
     on_trajectory = options.over == "trajectory"
     device = setup_device(options.device)
     sampler = open_sampler(options, device, with_autoencoder=False, with_prompts=on_trajectory)
-    network, folder, weights = sampler.network, sampler.model.path, sampler.model.weights
+    network, folder, weights = sampler.network, sampler.model.calibrated_in, sampler.model.weights
     ensure_writable(folder)
     if on_trajectory:
         settings = sampler.fitted(settings_of(options), say)

@@ -4,7 +4,10 @@
   python tools/convert_checkpoint.py runs/mnist exported/avg --weights ema:0.10 --dtype bfloat16
   python tools/convert_checkpoint.py release.pt exported/release --objective flow
   python tools/convert_checkpoint.py exported/release release2.pt --to release
+  python tools/convert_checkpoint.py runs/mnist shared/mnist --to diffusers
   python tools/convert_checkpoint.py exported/dense exported/moe --upcycle --experts 8
+  python tools/convert_checkpoint.py runs/mnist served/mnist --to pt2   runs with torch alone
+  python tools/convert_checkpoint.py runs/tuned adapters/tuned --adapters
   python tools/convert_checkpoint.py info exported/mnist            describe the model at a path
 
 FROM is a run's folder, a checkpoint step-XXXXXXXX or ema-XXXXXXXX saved by any number of ranks, an
@@ -13,6 +16,11 @@ DiTTransformer2DModel or of a pipeline with one (its vae/ and scheduler are used
 exist. It is written atomically, and its predictions are checked to be bit-identical to FROM's. No
 GPU is needed, and the memory of one network. Open the result with diffmoe.load(TO) or
 diffmoe.Pipeline(TO).
+
+--to diffusers writes a folder that diffusers opens without this package: a dense DDPM model of
+classes as its own DiTTransformer2DModel, any other as an exported folder with its code in it
+(pipeline.py), which diffmoe opens, too, and tools/publish.py publishes. README.md there has the
+lines.
 """
 
 from __future__ import annotations
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
     from diffmoe.export.sources import Source
 
 FORMATS = ("release", "dit", "sit", "diffusers")
+PROGRAMS = ("pt2", "onnx")
 
 
 def parse() -> argparse.Namespace:
@@ -51,9 +60,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--to",
-        choices=["diffmoe", *FORMATS],
+        choices=["diffmoe", *FORMATS, *PROGRAMS],
         default="diffmoe",
-        help="format of TO (default diffmoe, the folder for inference)",
+        help="format of TO (default diffmoe, the folder for inference); diffusers takes any model; "
+        "pt2, onnx: the network with static routing as a program of torch.export or ONNX, beside a "
+        "sample.py that needs torch alone, for ONNX onnxruntime, too",
     )
     parser.add_argument(
         "--max-shard-gb", type=float, default=5.0, help="size of a file (default 5)"
@@ -62,7 +73,14 @@ def parse() -> argparse.Namespace:
         "--capacity",
         type=float,
         metavar="C",
-        help="capacity of training: of a .pt file (default 1), or for an upcycled model",
+        help="capacity of training: of a .pt file (default 1), or for an upcycled model; or of "
+        "static routing, with --to pt2|onnx (default: that of training)",
+    )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="of a LoRA run: write what it trained alone, for sample.py RUN --adapters TO or "
+        "diffmoe.Pipeline(RUN, adapters=TO); default: merged into the weights",
     )
     more = parser.add_argument_group("more experts (continue training with training.init=TO)")
     how = more.add_mutually_exclusive_group()
@@ -142,6 +160,19 @@ def with_experts(source: Source, options: argparse.Namespace) -> Source:
     )
 
 
+def write_apart(options: argparse.Namespace) -> None:
+    """The adapters of a LoRA run, without its base."""
+    from diffmoe.export.adapter_writing import write_adapters
+    from diffmoe.export.sources import unmerged_source
+
+    if options.to != "diffmoe" or options.upcycle or options.grow:
+        raise UserError("--adapters writes a run's own factors; leave --to, --upcycle, --grow out")
+    with unmerged_source(options.source, options.weights) as source:
+        size = write_adapters(source, options.target, options.dtype)
+    target = printable(str(options.target))
+    print(f"{target}: {size / 1e6:.2f} MB of {options.dtype}, for the model {source.base}")
+
+
 def print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
         print(printable(note), file=sys.stderr)
@@ -167,9 +198,12 @@ def main() -> None:
     options = parse()
     from diffmoe.conversion.detect_format import open_source
     from diffmoe.conversion.foreign import Options, write_foreign
+    from diffmoe.conversion.hugging_face import has_own_class
     from diffmoe.export.writing import refuse_existing, write_exported
 
     refuse_existing(options.target)
+    if options.adapters:
+        return write_apart(options)
     unknown = Options(
         objective=options.objective,
         heads=options.heads,
@@ -183,12 +217,20 @@ def main() -> None:
     with open_source(options.source, options.weights, options.format, unknown) as source:
         source = with_experts(source, options)
         print_notes(source.notes)
-        if options.to != "diffmoe":
+        if options.to in PROGRAMS:
+            from diffmoe.export.program import write_program
+
+            form, dtype, capacity = options.to, options.dtype, options.capacity
+            print_notes(write_program(source, options.target, form, dtype, capacity))
+            print(printable(f"{options.target}: {source.where} as {options.to}"))
+            return
+        custom = options.to == "diffusers" and not has_own_class(source.metadata)
+        if options.to != "diffmoe" and not custom:
             print_notes(write_foreign(source, options.target, options.to))
             print(printable(f"{options.target}: {source.where} in the format {options.to}"))
             return
         limit = int(options.max_shard_gb * 1e9)
-        written = write_exported(source, options.target, options.dtype, limit)
+        written = write_exported(source, options.target, options.dtype, limit, diffusers=custom)
     print_notes(written.notes)
     print(
         f"{printable(str(written.path))}: {written.bytes / 1e6:.2f} MB of {options.dtype}; "

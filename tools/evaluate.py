@@ -198,6 +198,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     from diffmoe.evaluation.image_sets import open_images
     from diffmoe.evaluation.models import check_judges, sample_model, snapshots
     from diffmoe.parallel.device import setup_device
+    from diffmoe.sampling.latents import check_sampling
     from diffmoe.sampling.sharing import share_experts
     from diffmoe.work import Ranks
 
@@ -211,7 +212,10 @@ def evaluate_run(options: argparse.Namespace) -> None:
         sampler = open_sampler(options, device, topology)
         sampler = sampler.with_capacity(options.capacity, options.routing)
         check_judges(sampler.prompts, options.classifier, options.truth, options.clip)
-        for settings in sweep:
+        chosen = [sampler.fitted(settings, say) for settings in sweep]
+        for settings in chosen:  # all of them, before any image is made
+            check_sampling(sampler.network, sampler.config, (), settings, sampler.prompts)
+        for settings in chosen:
             made = sample_model(
                 sampler,
                 out,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe.cli import (
+    add_adapters,
     add_batch,
     add_capacity,
     add_decoder,
@@ -92,6 +93,7 @@ def parse() -> argparse.Namespace:
     )
     add_prompts(parser)
     add_weights(add_sampling(parser, STEPS))
+    add_adapters(parser)
     compute = parser.add_argument_group("how much to compute")
     add_capacity(compute)
     add_routing(compute)

@@ -80,7 +80,7 @@ def benchmark_steps(
 def least_traffic(layout: Layout) -> int:
     """Bytes that a step moves at least: weights, gradients and optimizer state, no activations."""
     sizes = layout.sizes
-    parameters = sizes.dense + sizes.routing + sizes.experts
+    parameters = sizes.dense + sizes.experts
     weights = 3 * layout.element  # read forward and backward, written by the optimizer
     gradients = 2 * layout.zero.accumulated
     state = 2 * (1 + average_count(layout)) * MASTER

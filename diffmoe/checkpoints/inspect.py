@@ -49,7 +49,7 @@ class StoredCheckpoint:
                 "tensors; the two files are not of the same save"
             )
         with torch.device("meta"):
-            network = DiT(self.config.model, self.config.moe)
+            network = DiT(self.config.model, self.config.moe, lora=self.config.lora)
         parameters = {name: tuple(p.shape) for name, p in network.named_parameters()}
         self.parameters = parameters
         for name, item in stored.items():

@@ -16,6 +16,7 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
+from diffmoe.models.lora import merged_state
 from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.parallel.topology import Topology
 
@@ -36,7 +37,7 @@ class Snapshot(NamedTuple):
 def load_network(
     checkpoint: Path, weights: str = "ema", topology: Topology | None = None
 ) -> Snapshot:
-    """The network in fp32 on the CPU, in evaluation mode.
+    """The network in fp32 on the CPU, in evaluation mode; factors of LoRA are merged.
 
     weights: ema or live. topology: of the ranks that share the experts; each rank then reads its
     own experts and all other tensors. Default: this process reads everything. Raises UserError if
@@ -55,7 +56,7 @@ def load_network(
         missing = [n for n in stored.parameters if f"{prefix}/{n}" not in stored.shapes]
         if missing:
             raise UserError(f"{checkpoint} does not hold {prefix}/{missing[0]}; take another one")
-    network = DiT(config.model, config.moe, topology, seed=None)
+    network = DiT(config.model, config.moe, topology, seed=None, lora=config.lora)
     experts = network.expert_parameters()
     state: dict[str, Tensor] = dict(routing_buffers(network))
     for name, parameter in network.named_parameters():
@@ -66,6 +67,9 @@ def load_network(
         state[f"{prefix}/{name}"] = Piece.of(flat, first, parts * len(flat))
     with reading(checkpoint):
         read_pieces(checkpoint, state, alone=True)
+    if config.lora.rank:
+        tuned, network = network, DiT(config.model, config.moe, topology, seed=None)
+        network.load_state_dict(merged_state(tuned, config.lora.scale))
     latents = LatentSpec.from_manifest(record.latents, checkpoint / run_file.FILE_NAME)
     class_names = tuple(record.latents.get("class_names") or ())
     return Snapshot(network.eval(), config, latents, class_names, record.clock)

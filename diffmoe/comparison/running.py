@@ -1,8 +1,10 @@
 """Trains what a study still lacks, one run after another. Interrupted at any time, it continues."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 from diffmoe.checkpoints.folder import find_complete, names
 from diffmoe.checkpoints.run_file import read_run_file
@@ -11,6 +13,7 @@ from diffmoe.comparison.study import Study, StudyRun
 from diffmoe.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from diffmoe.training import preflight
 from diffmoe.training.resume import check_configuration
+from diffmoe.training.signals import SIGNALS
 
 
 def check_runs(study: Study, runs: list[StudyRun]) -> None:
@@ -70,15 +73,26 @@ def _saved(run: StudyRun) -> bool:
 
 
 def _run(command: list[str], doing: str) -> bool:
-    """False if it was asked to stop. Ctrl-C reaches the run as it reaches us: it saves and ends."""
-    process = subprocess.Popen(command)
+    """False if it was asked to stop: what asks us, asks the run, which saves and ends."""
+    process: subprocess.Popen | None = None
     stopped = False
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            stopped = True
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        if process is not None:  # a terminal's Ctrl-C has reached it already, this does no harm
+            process.send_signal(signal.SIGTERM)
+
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = [signal.signal(number, stop) for number in heard]
+    try:
+        process = subprocess.Popen(command)
+        if stopped:
+            process.send_signal(signal.SIGTERM)
+        code = process.wait()
+    finally:
+        for number, handler in zip(heard, before, strict=True):
+            signal.signal(number, handler)
     if stopped or code in (EXIT_STOPPED, EXIT_INTERRUPTED):
         return False
     if code:

@@ -31,11 +31,13 @@ _FINAL = ("final.weight", "final.bias")
 @dataclass(frozen=True)
 class Adapted:
     """read: gives a tensor of the new network by name. fresh: names that it does not have, and
-    that keep their initial values. notes: a line for each difference.
+    that keep their initial values. partly: names of those that start anew in some rows. notes: a
+    line for each difference.
     """
 
     read: Callable[[str], Tensor]
     fresh: frozenset[str]
+    partly: frozenset[str]
     notes: tuple[str, ...]
 
 
@@ -51,6 +53,7 @@ def adapt(source: Source, config: Config, class_names: Sequence[str] | None = No
     wanted = expected_shapes(now, config.moe)
     special: dict[str, Callable[[str], Tensor]] = {}
     fresh: set[str] = set()
+    partly: set[str] = set()
 
     if there.input_size != now.input_size or there.patch_size != now.patch_size:
         notes.append(f"size: {_patches(there)} there, {_patches(now)} here: new positions")
@@ -64,6 +67,7 @@ def adapt(source: Source, config: Config, class_names: Sequence[str] | None = No
         )
     elif there.learn_sigma != now.learn_sigma:
         special |= {name: _other_outputs(source, config, wanted) for name in _FINAL}
+        partly |= set(_FINAL) if now.learn_sigma else set()
         notes.append(
             "the predicted variance is left out"
             if there.learn_sigma
@@ -80,6 +84,7 @@ def adapt(source: Source, config: Config, class_names: Sequence[str] | None = No
         rows = _class_rows(source, config, class_names)
         if rows is not None:
             special[_LABELS] = _labels(source, config, rows)
+            partly |= {_LABELS} if len(rows) < now.num_classes else set()
             notes.append(
                 f"classes: {len(rows)} of {now.num_classes} known by name, the others start anew"
                 if rows
@@ -102,7 +107,7 @@ def adapt(source: Source, config: Config, class_names: Sequence[str] | None = No
     def read(name: str) -> Tensor:
         return special.get(name, source.read)(name)
 
-    return Adapted(read, frozenset(fresh | other), tuple(notes))
+    return Adapted(read, frozenset(fresh | other), frozenset(partly), tuple(notes))
 
 
 def _of_routing(names: set[str]) -> set[str]:

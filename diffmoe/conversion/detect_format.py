@@ -7,6 +7,7 @@ from pathlib import Path
 from diffmoe.conversion.foreign import Format, Options, foreign_source
 from diffmoe.conversion.hugging_face import transformer_folder
 from diffmoe.errors import UserError
+from diffmoe.export.adapters import refuse_adapters
 from diffmoe.export.exported_model import is_exported
 from diffmoe.export.sources import Source, checkpoint_source, exported_source
 from diffmoe.files import does_not_exist
@@ -26,6 +27,7 @@ def open_source(
     """
     if not path.exists():
         raise UserError(f"{does_not_exist(path)}; give a run, a checkpoint, or a model")
+    refuse_adapters(path)
     if is_exported(path):
         with exported_source(path) as source:
             yield source

@@ -96,6 +96,7 @@ def describe(found: Difference | None) -> str:
 
 def readme(found: Difference | None, metadata: Metadata, with_vae: bool) -> str:
     """README.md of the folder. with_vae: whether the autoencoder lies in it."""
+    about = describe(found).replace("README.md", "this file")
     if metadata.latents.autoencoder == "identity":
         code = f"""from diffusers import {CLASS}
 
@@ -105,15 +106,20 @@ transformer = {CLASS}.from_pretrained("PATH OF THIS FOLDER")
         vae = ""
         if not with_vae:
             vae = f', vae=AutoencoderKL.from_pretrained("{metadata.latents.autoencoder}")'
+        if metadata.guidance == 1:
+            about += ".\n\nTrained without label dropout, the model cannot be guided: "
+            about += "keep guidance_scale=1"
         code = f"""from diffusers import AutoencoderKL, {PIPELINE}
 
 pipeline = {PIPELINE}.from_pretrained("PATH OF THIS FOLDER"{vae})
 transformer = pipeline.transformer
-{_EXACT}images = pipeline(class_labels=[0], guidance_scale=1.5, num_inference_steps=50).images
+{_EXACT}images = pipeline(
+    class_labels=[0], guidance_scale={metadata.guidance:g}, num_inference_steps=50
+).images
 """
     return f"""# {CLASS}
 
-Written by DiffMoE. {describe(found).replace("README.md", "this file")}.
+Written by DiffMoE. {about}.
 
 ```python
 {code}```

@@ -30,6 +30,7 @@ from diffmoe.export.autoencoder_folder import (
     read_autoencoder_config,
 )
 from diffmoe.export.exported_model import CARD, CHECKSUMS
+from diffmoe.export.for_diffusers import WEIGHTS
 from diffmoe.export.metadata import Metadata, parse_metadata
 from diffmoe.export.sources import Source
 from diffmoe.export.stored_tensors import StoredTensors, verify_checksums
@@ -88,7 +89,7 @@ def _diffusers(path: Path, form: Format | None, options: Options) -> Source:
             f"{path} is not a folder of a {hugging_face.CLASS}"
             + (f", and --format {form} takes a file" if form not in (None, "diffusers") else "")
         )
-    stored = StoredTensors(folder, hugging_face.WEIGHTS)
+    stored = StoredTensors(folder, WEIGHTS)
     if (folder / CHECKSUMS).exists():
         verify_checksums(folder / CHECKSUMS, stored.files, sha256_of)
     check_downloads(folder, stored.files)
@@ -311,14 +312,14 @@ def _write_diffusers(source: Source, target: Path) -> tuple[str, ...]:
         transformer = temporary / "transformer" if is_pipeline else temporary
         transformer.mkdir(exist_ok=True)
         state = translated(layout, source.read)
-        save_file(state, transformer / hugging_face.WEIGHTS, metadata={"format": "pt"})
+        save_file(state, transformer / WEIGHTS, metadata={"format": "pt"})
         (transformer / "config.json").write_text(hugging_face.diffusers_config(model, rows))
         digests = {
             name: {
                 "bytes": (transformer / name).stat().st_size,
                 "sha256": sha256_of(transformer / name),
             }
-            for name in ("config.json", hugging_face.WEIGHTS)
+            for name in ("config.json", WEIGHTS)
         }
         (transformer / CHECKSUMS).write_text(json.dumps({"files": digests}, indent=1))
         if vae is not None:

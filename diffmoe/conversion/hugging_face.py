@@ -15,7 +15,6 @@ CLASS = "DiTTransformer2DModel"
 PIPELINE = "DiTPipeline"
 VAE = "AutoencoderKL"
 NULL_LABEL = 1000  # a constant of that class, however many classes the transformer has
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In a pipeline's folder, which has the model's in a subfolder.
 INDEX = "model_index.json"
 # Fields of a scheduler's configuration that we can convert, with their only values and defaults.
@@ -112,7 +111,9 @@ def diffusers_layout(model: ModelConfig, moe: MoEConfig, rows: int) -> Layout:
     """
     if moe.type != "dense":
         raise UserError(f"moe.type={moe.type}: diffusers' {CLASS} is dense and has no experts")
-    for key, wanted in (("qk_norm", False), ("rope", False), ("mlp_ratio", 4.0)):
+    supported = {"qk_norm": False, "rope": False, "mlp_ratio": 4.0, "mlp_activation": "gelu"}
+    supported["width_of_head"] = model.width // model.heads
+    for key, wanted in supported.items():
         if getattr(model, key) != wanted:
             raise UserError(f"model.{key}={getattr(model, key)}: {CLASS} supports only {wanted}")
     every = [f"transformer_blocks.{i}.norm1.emb" for i in range(model.depth)]
@@ -140,6 +141,20 @@ def diffusers_layout(model: ModelConfig, moe: MoEConfig, rows: int) -> Layout:
     labels = [f"{prefix}.class_embedder.embedding_table.weight" for prefix in every]
     layout["label_embed.weight"] = padded(repeated(labels, why), model.num_classes + 1, rows)
     return layout
+
+
+def has_own_class(metadata: Metadata) -> bool:
+    """Whether diffusers itself has such models: plain dense ones of classes, trained with DDPM."""
+    model = metadata.model
+    if metadata.diffusion.objective != "ddpm" or model.text is not None:
+        return False
+    try:
+        diffusers_layout(model, metadata.moe, model.num_classes + 1)
+        if metadata.latents.autoencoder != "identity":
+            check_pipeline(metadata)
+    except UserError:
+        return False
+    return isinstance(model.input_size, int)
 
 
 def check_pipeline(metadata: Metadata) -> None:

@@ -5,8 +5,10 @@ model.safetensors      the tensors, or model-00001-of-00003.safetensors ... with
 config.json            Metadata
 vae/                   the autoencoder, if it was a local folder when the model was exported
 thresholds.json        calibrated capacities by name, if there are any
-checksums.json         sizes and SHA-256 of the tensors and config.json
+checksums.json         sizes and SHA-256 of the files above, without the thresholds
 README.md              the model card
+
+One that diffusers opens, too, has its tensors in transformer/ and more files: for_diffusers.py.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 
 from diffmoe.errors import UserError
+from diffmoe.export.for_diffusers import WEIGHTS, tensors_folder
 from diffmoe.export.metadata import FILE_NAME, Metadata, read_metadata
 from diffmoe.export.stored_tensors import StoredTensors, verify_checksums
 from diffmoe.export.tensors import (
@@ -52,7 +55,8 @@ class ExportedModel(StoredTensors):
 
     def __init__(self, path: Path) -> None:
         self.metadata: Metadata = read_metadata(path)
-        super().__init__(path, SINGLE)
+        self.path, inner = path, tensors_folder(path)
+        super().__init__(inner or path, WEIGHTS if inner else SINGLE)
         check_state_dict(self.shapes, self.metadata.model, self.metadata.moe, str(path))
         for name, found in self.dtypes.items():
             dtype = stored_dtype(name, getattr(torch, self.metadata.dtype))
@@ -65,7 +69,9 @@ class ExportedModel(StoredTensors):
         digest: gives a file's SHA-256; the default reads the file. Raises UserError naming the
         first file that is missing or damaged.
         """
-        return verify_checksums(contained(self.folder, CHECKSUMS), [FILE_NAME, *self.files], digest)
+        inner = self.folder.relative_to(self.path)
+        needed = [FILE_NAME, *((inner / file).as_posix() for file in self.files)]
+        return verify_checksums(contained(self.path, CHECKSUMS), needed, digest)
 
 
 def load_exported(

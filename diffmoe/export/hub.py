@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from diffmoe.errors import UserError
 from diffmoe.export.exported_model import CARD, CHECKSUMS, ExportedModel, is_exported
+from diffmoe.export.for_diffusers import CODE
 from diffmoe.export.model_card import with_license
 from diffmoe.files import read_json, read_text
 
 # All that an exported folder holds (exported_model.py); anything else in a repository stays there.
-_FILES = ("*.json", "*.safetensors", CARD, "vae/*")
+# The code for diffusers is fetched to be compared with its checksums; nothing here runs it.
+_FILES = ("*.json", "*.safetensors", CARD, "vae/*", *CODE)
 
 
 class Publication(NamedTuple):

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffmoe.clock import Clock
 from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
+from diffmoe.diffusion.settings import GUIDANCE
 from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import contained, read_json
 from diffmoe.latent_spec import LatentSpec
@@ -92,6 +93,11 @@ class Metadata(_Part):
         if self.label_dropout is None:
             return config
         return config.replace({"training.label_dropout": self.label_dropout})
+
+    @property
+    def guidance(self) -> float:
+        """What samples take where nobody says another: 1 if the model cannot be guided."""
+        return 1.0 if self.label_dropout == 0 else GUIDANCE
 
     @property
     def calibrated_for(self) -> str:

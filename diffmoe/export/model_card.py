@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe.config import ModelConfig, MoEConfig
-from diffmoe.diffusion.settings import GUIDANCE, PREVIEW_STEPS
+from diffmoe.diffusion.settings import PREVIEW_STEPS
 from diffmoe.errors import UserError
+from diffmoe.export.for_diffusers import loading_lines
 from diffmoe.export.metadata import Metadata
 from diffmoe.export.tensors import Shapes
 from diffmoe.files import read_lines
@@ -65,10 +66,17 @@ def conditioning(model: ModelConfig, class_names: Sequence[str] | None = None) -
     return f"captions of up to {model.text.length} tokens, encoder {model.text.encoder}"
 
 
-def model_card(metadata: Metadata, shapes: Shapes, capacities: list[str], run: Path | None) -> str:
+def model_card(
+    metadata: Metadata,
+    shapes: Shapes,
+    capacities: list[str],
+    run: Path | None,
+    diffusers: bool = False,
+) -> str:
     """The text of README.md.
 
     capacities: names of calibrated thresholds. run: the folder whose results.jsonl is shown.
+    diffusers: whether diffusers opens the folder, too (for_diffusers.py).
     """
     model, latents = metadata.model, metadata.latents
     total, active = parameter_counts(shapes, metadata.moe)
@@ -90,7 +98,7 @@ def model_card(metadata: Metadata, shapes: Shapes, capacities: list[str], run: P
         rows.append(("calibrated capacities", ", ".join(capacities) or "none"))
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     capacity = ", capacity=1" if "1" in capacities else ""
-    guidance = 1 if metadata.label_dropout == 0 else GUIDANCE
+    guidance = metadata.guidance
     wanted = f"labels={list((metadata.class_names or (0, 1))[:2])}"
     if model.text is not None:
         wanted = 'prompt="A CAPTION"'
@@ -112,9 +120,28 @@ pipeline = diffmoe.Pipeline("{_PLACE}")
 images = pipeline({wanted}, seed=0, steps={PREVIEW_STEPS}, guidance={guidance:g}{capacity})
 ```
 
+{_with_diffusers(metadata, wanted, guidance, capacity) if diffusers else _CONVERT}
 `config.json` describes the network and its latents; `checksums.json` has the SHA-256 of each file.
 The method is described in arXiv 2503.14487.
 {_results(run)}"""
+
+
+# What a folder without the files for diffusers says of it.
+_CONVERT = """For diffusers: `python tools/convert_checkpoint.py THIS_FOLDER TO --to diffusers`.
+"""
+
+
+def _with_diffusers(metadata: Metadata, wanted: str, guidance: float, capacity: str) -> str:
+    call = (
+        f"{wanted.replace('labels', 'class_labels')}, seed=0, guidance_scale={guidance:g}{capacity}"
+    )
+    return f"""Or with diffusers alone: the same images up to rounding. That runs the code that lies
+here (`pipeline.py`, `transformer/diffmoe_transformer.py`):
+
+```python
+{loading_lines(metadata, _PLACE, call)}
+```
+"""
 
 
 def with_license(card: str, name: str, license: str | None, where: Path) -> str:
@@ -129,7 +156,7 @@ def with_license(card: str, name: str, license: str | None, where: Path) -> str:
             )
         card = card.replace(_NO_LICENSE, f"license: {license}").replace(_FILL_IN, f"{license}.")
     here, there = f'Pipeline("{_PLACE}")', f'Pipeline.from_pretrained("{name}")'
-    return card.replace(here, there)
+    return card.replace(here, there).replace(_PLACE, name)
 
 
 def _provenance(metadata: Metadata) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from diffmoe.clock import Clock
 from diffmoe.errors import UserError
+from diffmoe.export.adapters import Adapters, refuse_adapters, with_adapters
 from diffmoe.export.autoencoder_folder import with_own_autoencoder
 from diffmoe.export.exported_model import is_exported, load_exported
 from diffmoe.export.tensors import cast_parameters, parameter_dtype
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 def locate(path: str | Path) -> Path:
     """The folder of the model: an exported one, a checkpoint, or a run's newest checkpoint.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or adapters alone.
     """
     path = Path(path)
+    refuse_adapters(path)
     if is_exported(path):
         return path
     from diffmoe.checkpoints.folder import find_complete
@@ -31,8 +33,10 @@ def locate(path: str | Path) -> Path:
     return find_complete(path)
 
 
-def weights_of(path: Path, requested: str) -> str:
+def weights_of(path: Path, requested: str, adapters: Path | None = None) -> str:
     """Which weights `open_network` loads, ema or live: an exported folder has only one set."""
+    if adapters is not None:
+        return Adapters(adapters).metadata.model.calibrated_for
     if is_exported(path):
         from diffmoe.export.metadata import read_metadata
 
@@ -47,13 +51,20 @@ def open_network(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
     verify: bool = True,
+    adapters: str | Path | None = None,
 ) -> "Snapshot":
     """The network, for evaluation, with what sampling from it needs.
 
     weights: ema or live, of a checkpoint; an exported folder has one set. topology: of ranks that
     share the experts; each reads only its own. verify: compare every file with its checksum, once
-    per machine; raises UserError if one is damaged. The clock is 0 if it is unknown.
+    per machine; raises UserError if one is damaged. adapters: a folder of those that were trained
+    on this model; they are merged, which takes the memory of two networks. The clock is 0 if it is
+    unknown.
     """
+    if adapters is not None:
+        path, base = locate(path), open_network(path, weights, topology, verify=verify)
+        dtype = parameter_dtype(dtype)
+        return with_adapters(base, Path(adapters), path, device, dtype, verify)
     from diffmoe.checkpoints.checksums import find_damage
     from diffmoe.checkpoints.network import Snapshot, load_network
 
@@ -76,19 +87,31 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
     verify: bool = True,
+    adapters: str | Path | None = None,
 ) -> DiT:
     """A model ready to run: model(x, t, labels).prediction, or model(x, t, text).prediction.
 
     path: an exported folder, a run's folder or a checkpoint (their EMA weights). device: the GPU
     by default, if there is one. dtype: of the parameters: float32, bfloat16, float16 or float64;
     router scores and the capacity predictor's logits are fp32 at least. verify: compare the files
-    with their checksums; each is read once per machine, and again if it has changed.
+    with their checksums; each is read once per machine, and again if it has changed. adapters: a
+    folder of those that were trained on this model.
     Raises UserError if there is no model, or a file is damaged.
+
+    x (B, C, H, W) are noisy latents, t (B,) their times, labels (B,) classes, of which num_classes
+    is the null label; the prediction is (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+
+    >>> import diffmoe, torch
+    >>> model = diffmoe.load("exported/mnist", device="cpu")
+    >>> x, t, labels = torch.randn(2, 1, 28, 28), torch.rand(2), torch.tensor([3, 10])
+    >>> model(x, t, labels).prediction.shape
+    torch.Size([2, 1, 28, 28])
     """
     from diffmoe.parallel.device import default_device
 
     dtype = parameter_dtype(dtype)
     device = device or default_device()
-    if is_exported(Path(path)):  # loads no module of training or checkpoints
+    if adapters is None and is_exported(Path(path)):  # loads no module of training or checkpoints
         return load_exported(Path(path), device, dtype, verify=verify)[0]
-    return open_network(path, device=device, dtype=dtype, verify=verify).network
+    opened = open_network(path, device=device, dtype=dtype, verify=verify, adapters=adapters)
+    return opened.network

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffmoe.capacity.thresholds import Calibrated, stored
@@ -18,6 +19,7 @@ from diffmoe.checkpoints.checksums import find_damage
 from diffmoe.checkpoints.folder import find_complete
 from diffmoe.checkpoints.inspect import StoredCheckpoint, open_checkpoint
 from diffmoe.checkpoints.posthoc import combined_average
+from diffmoe.config import Config, LoRAConfig
 from diffmoe.errors import UserError
 from diffmoe.export.autoencoder_folder import with_own_autoencoder
 from diffmoe.export.exported_model import ExportedModel
@@ -25,6 +27,9 @@ from diffmoe.export.metadata import Metadata, parse_metadata
 from diffmoe.export.tensors import Read, Shapes, check_state_dict, require_finite
 from diffmoe.files import sha256_of
 from diffmoe.latent_spec import LatentSpec
+from diffmoe.models.dit import DiT
+from diffmoe.models.frozen import frozen_names
+from diffmoe.models.lora import factor_names, is_factor, merged
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,47 @@ class Source:
         return require_finite(name, self.read(name), self.where)
 
 
+@dataclass(frozen=True)
+class Unmerged(Source):
+    """A LoRA run's checkpoint as it is stored: the weights of its base, and their factors.
+
+    trained: names of what the run has changed: factors, other parameters, routing's state. base:
+    name of the model that it started from.
+    """
+
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    trained: frozenset[str] = frozenset()
+    base: str | None = None
+
+    def checked(self) -> "Unmerged":
+        """The same source; each tensor is checked for NaN when it is read."""
+        return replace(self, read=self._read_finite)
+
+    def merged(self) -> Source:
+        """The model that the run trains, with the factors merged into their weights."""
+
+        def read(name: str) -> Tensor:
+            a, b = factor_names(name)
+            weight = self.read(name)
+            if a not in self.shapes:
+                return weight
+            return merged(weight, self.read(a), self.read(b), self.lora.scale)
+
+        shapes = {name: shape for name, shape in self.shapes.items() if not is_factor(name)}
+        made = self.metadata.provenance
+        step = f"LoRA of rank {self.lora.rank} merged"
+        made = made.model_copy(update={"steps": (*made.steps, step)})
+        return Source(
+            self.where,
+            self.metadata.model_copy(update={"provenance": made}),
+            shapes,
+            read,
+            self.thresholds,
+            self.run,
+            self.notes,
+        )
+
+
 @contextlib.contextmanager
 def exported_source(path: Path) -> Iterator[Source]:
     """An exported folder, for example to write it in another type. Its checksums are verified."""
@@ -70,9 +116,37 @@ def checkpoint_source(path: Path, weights: str = "ema") -> Iterator[Source]:
     """A run's newest checkpoint or a given one, saved by any number of ranks, P and ZeRO stage.
 
     weights: ema, live, or ema:STD, a power-function average reconstructed from those of the run
-    (path is then the run's folder). Checksums are verified, and the checkpoint is not pruned while
-    it is read. Raises UserError if it is damaged or does not have these weights.
+    (path is then the run's folder). Factors of LoRA are merged. Checksums are verified, and the
+    checkpoint is not pruned while it is read. Raises UserError if it is damaged or does not have
+    these weights.
     """
+    with _stored_source(path, weights) as source:
+        yield source.merged() if isinstance(source, Unmerged) else source
+
+
+@contextlib.contextmanager
+def unmerged_source(path: Path, weights: str = "ema") -> Iterator[Unmerged]:
+    """Of a LoRA run, as `checkpoint_source`, but with the factors apart. weights: ema or live."""
+    if weights not in ("ema", "live"):
+        raise UserError(f"--weights {weights}: adapters are of ema or live weights")
+    with open_checkpoint(find_complete(path)) as checkpoint:
+        if not checkpoint.config.lora.rank:
+            raise UserError(
+                f"{checkpoint.path} has no adapters: it was trained without LoRA (lora.rank); "
+                "leave --adapters out"
+            )
+        if "weights" not in checkpoint.prefixes:
+            raise UserError(
+                f"{checkpoint.path} holds averages alone, its base may be rounded; take a "
+                "step-XXXXXXXX for --adapters"
+            )
+    with _stored_source(path, weights) as source:
+        assert isinstance(source, Unmerged)
+        yield source
+
+
+@contextlib.contextmanager
+def _stored_source(path: Path, weights: str) -> Iterator[Source]:
     kind, _, std = weights.partition(":")
     if kind not in ("ema", "live") or (std and kind == "live"):
         raise UserError(f"--weights {weights}: choose ema, live, or ema:STD such as ema:0.10")
@@ -130,13 +204,26 @@ def _source(checkpoint: StoredCheckpoint, weights: str, read: Callable[[str], Te
         for name, entry in stored(path).items()
         if entry.weights == kind and weights == kind
     }
-    return Source(
+    source = Source(
         where=str(path),
         metadata=metadata,
         shapes=shapes,
         read=lambda name: checkpoint.read(f"buffers/{name}") if name in buffers else read(name),
         thresholds=calibrated,
         run=path.resolve().parent,
+    )
+    return source if not config.lora.rank else _unmerged(source, config)
+
+
+def _unmerged(source: Source, config: Config) -> Unmerged:
+    with torch.device("meta"):
+        network = DiT(config.model, config.moe, align=config.align, lora=config.lora)
+    frozen = frozen_names(network, config.training)
+    return Unmerged(
+        **vars(source),
+        lora=config.lora,
+        trained=frozenset(source.shapes) - frozen,
+        base=config.training.init and Path(config.training.init).name,
     )
 
 

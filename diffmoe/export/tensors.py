@@ -26,7 +26,6 @@ Shapes = dict[str, tuple[int, ...]]
 Read = Callable[[str], Tensor]
 
 SINGLE = "model.safetensors"
-INDEX = f"{SINGLE}.index.json"
 # Where Hugging Face splits files, too.
 MAX_SHARD_BYTES = 5_000_000_000
 # Names in the header of safetensors.
@@ -142,7 +141,9 @@ class Shard(NamedTuple):
     names: list[str]
 
 
-def plan_shards(shapes: Shapes, dtype: torch.dtype, limit: int = MAX_SHARD_BYTES) -> list[Shard]:
+def plan_shards(
+    shapes: Shapes, dtype: torch.dtype, limit: int = MAX_SHARD_BYTES, single: str = SINGLE
+) -> list[Shard]:
     """One file, or several with at most `limit` bytes of tensors (a larger tensor gets its own)."""
     # fp32 before bf16, so that every tensor is aligned to the size of its numbers.
     ordered = sorted(shapes, key=lambda name: stored_dtype(name, dtype) != torch.float32)
@@ -156,9 +157,10 @@ def plan_shards(shapes: Shapes, dtype: torch.dtype, limit: int = MAX_SHARD_BYTES
         groups[-1].append(name)
         size += more
     if len(groups) == 1:
-        return [Shard(SINGLE, groups[0])]
+        return [Shard(single, groups[0])]
+    stem = single.removesuffix(".safetensors")
     return [
-        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names)
+        Shard(f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", names)
         for number, names in enumerate(groups, 1)
     ]
 
@@ -169,14 +171,19 @@ def total_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
 
 
 def write_tensors(
-    folder: Path, shapes: Shapes, read: Read, dtype: torch.dtype, limit: int = MAX_SHARD_BYTES
+    folder: Path,
+    shapes: Shapes,
+    read: Read,
+    dtype: torch.dtype,
+    limit: int = MAX_SHARD_BYTES,
+    single: str = SINGLE,
 ) -> dict[str, dict[str, Any]]:
-    """Write model.safetensors, or shards with an index.
+    """Write the file `single`, or shards named after it with an index.
 
     read: gives a tensor by name; called once for each. Returns {file: {"bytes": ..., "sha256":
     ...}}.
     """
-    shards = plan_shards(shapes, dtype, limit)
+    shards = plan_shards(shapes, dtype, limit, single)
     written = {
         shard.file: _write_file(folder / shard.file, shard.names, shapes, read, dtype)
         for shard in shards
@@ -186,7 +193,8 @@ def write_tensors(
             "metadata": {"total_size": total_bytes(shapes, dtype)},
             "weight_map": {name: shard.file for shard in shards for name in shard.names},
         }
-        written[INDEX] = write_file(folder / INDEX, [json.dumps(index, indent=1).encode()])
+        name = f"{single}.index.json"
+        written[name] = write_file(folder / name, [json.dumps(index, indent=1).encode()])
     return written
 
 

@@ -14,6 +14,7 @@ from diffmoe.capacity.thresholds import store
 from diffmoe.conditions import Condition, Text
 from diffmoe.config import BYTES, TextConfig
 from diffmoe.errors import UserError
+from diffmoe.export import for_diffusers
 from diffmoe.export.autoencoder_folder import (
     FOLDER,
     autoencoder_files,
@@ -26,6 +27,7 @@ from diffmoe.export.model_card import model_card
 from diffmoe.export.sources import Source
 from diffmoe.export.tensors import (
     MAX_SHARD_BYTES,
+    SINGLE,
     cast_parameters,
     empty_network,
     fill,
@@ -34,6 +36,7 @@ from diffmoe.export.tensors import (
     write_tensors,
 )
 from diffmoe.files import sync
+from diffmoe.latent_spec import LatentSpec
 from diffmoe.models.dit import DiT
 from diffmoe.models.routing_mode import RoutingMode
 from diffmoe.redaction import redact, without_folders
@@ -53,48 +56,72 @@ class Written(NamedTuple):
 
 
 def write_exported(
-    source: Source, target: Path, dtype: str = "float32", max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Source,
+    target: Path,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    diffusers: bool = False,
 ) -> Written:
     """Write the source as an exported folder, load that and compare predictions bit for bit.
 
     An autoencoder in a local folder is copied along; no other path, and no secret of an address,
     is written. Memory: one tensor while writing, one network in fp32 while comparing.
-    dtype: float32 or bfloat16. Raises UserError if the source is damaged, the target exists, the
-    disk is full, or the result differs; then nothing is left of it.
+    dtype: float32 or bfloat16. diffusers: also what diffusers opens it with (for_diffusers.py); its
+    predictions are then compared, too, up to rounding. Raises UserError if the source is damaged,
+    the target exists, the disk is full, or the result differs; then nothing is left of it.
     """
+    if diffusers:
+        for_diffusers.check(source.metadata, source.where)
     source = source.checked()
     latents = source.metadata.latents
     autoencoder = local_folder(latents.autoencoder)
     notes: tuple[str, ...] = ()
-    stored_as: dict[str, str] = {"source": redact(without_folders(latents.source))}
-    if autoencoder is not None:
-        stored_as["autoencoder"] = FOLDER
     if autoencoder is not None and not autoencoder.is_dir():
+        if diffusers:
+            raise UserError(
+                f"the autoencoder {autoencoder} is not on this machine, and a pipeline for "
+                "diffusers needs its files; put it there, or choose --to diffmoe"
+            )
         notes = (
             f"warning: the autoencoder {autoencoder} is not on this machine; copy it to "
             f"{target / FOLDER}, where it is expected",
         )
         autoencoder = None
-    metadata = source.metadata.replace(
-        dtype=dtype, latents=latents.model_copy(update=stored_as).model_dump()
-    )
+    metadata = source.metadata.replace(dtype=dtype, latents=without_places(latents).model_dump())
     kind = getattr(torch, dtype)
     size = total_bytes(source.shapes, kind)
     if autoencoder is not None:
         size += sum((autoencoder / name).stat().st_size for name in autoencoder_files(autoencoder))
     with new_folder(target, size) as temporary:
-        files = write_tensors(temporary, source.shapes, source.read, kind, max_shard_bytes)
+        home, single = temporary, SINGLE
+        if diffusers:
+            home, single = temporary / for_diffusers.TRANSFORMER, for_diffusers.WEIGHTS
+            home.mkdir()
+        tensors = write_tensors(home, source.shapes, source.read, kind, max_shard_bytes, single)
+        files = {(home / name).relative_to(temporary).as_posix(): tensors[name] for name in tensors}
         if autoencoder is not None:
             files |= copy_autoencoder(autoencoder, temporary)
+        if diffusers:
+            files |= for_diffusers.write_parts(temporary, metadata, source.thresholds)
         text = json.dumps(metadata.model_dump(mode="json"), indent=1)
         files[FILE_NAME] = write_file(temporary / FILE_NAME, [text.encode()])
         for name, entry in source.thresholds.items():
             store(temporary, name, entry)
-        card = model_card(metadata, source.shapes, sorted(source.thresholds), source.run)
+        card = model_card(metadata, source.shapes, sorted(source.thresholds), source.run, diffusers)
         write_file(temporary / CARD, [card.encode()])
         write_file(temporary / CHECKSUMS, [json.dumps({"files": files}, indent=1).encode()])
-        compared = _compare(source, temporary, kind)
+        compared, largest = _compare(source, temporary, kind, diffusers)
+    if diffusers:
+        notes += (_difference_note(largest),)
     return Written(target, total_bytes(source.shapes, kind), compared, notes)
+
+
+def without_places(latents: LatentSpec) -> LatentSpec:
+    """As an exported folder has them: no path of this machine, and no secret of an address."""
+    stored_as = {"source": redact(without_folders(latents.source))}
+    if local_folder(latents.autoencoder) is not None:
+        stored_as["autoencoder"] = FOLDER
+    return latents.model_copy(update=stored_as)
 
 
 @contextlib.contextmanager
@@ -154,10 +181,13 @@ def refuse_existing(target: Path) -> None:
         raise UserError(f"{target} exists; choose another name, or remove it first")
 
 
-def _compare(source: Source, folder: Path, kind: torch.dtype) -> int:
+def _compare(
+    source: Source, folder: Path, kind: torch.dtype, diffusers: bool
+) -> tuple[int, float | None]:
     """Compare the fp32 predictions of the source and of what was written. Returns how many.
 
-    Raises UserError unless they are equal bit for bit.
+    And the largest difference of diffusers' predictions, if asked for and if it is installed.
+    Raises UserError unless ours are equal bit for bit, and diffusers' up to rounding.
     """
     metadata = source.metadata
     network = empty_network(metadata.model, metadata.moe)
@@ -174,7 +204,17 @@ def _compare(source: Source, folder: Path, kind: torch.dtype) -> int:
                 f"{source.where}: the written model's output ({routing}) differs from the source's "
                 f"by up to {largest:.3g}; nothing was kept. Check the disk"
             )
-    return sum(output.numel() for output in expected.values())
+    largest = None
+    if diffusers:
+        ours = expected[metadata.moe.inference]
+        largest = for_diffusers.difference(folder, _probe_inputs(metadata), ours, source.where)
+    return sum(output.numel() for output in expected.values()), largest
+
+
+def _difference_note(largest: float | None) -> str:
+    if largest is None:
+        return "diffusers is not installed: what it computes of the folder was not compared"
+    return f"what diffusers computes of the folder differs by up to {largest:.1g}"
 
 
 @torch.inference_mode()
@@ -183,6 +223,16 @@ def probe(network: DiT, metadata: Metadata) -> dict[str, Tensor]:
 
     The second input has the null label or caption. Returns {routing: (2, C or 2C, H, W)}.
     """
+    x, t, condition = _probe_inputs(metadata)
+    outputs: dict[str, Tensor] = {metadata.moe.inference: network(x, t, condition).prediction}
+    if network.routing is not None:
+        with network.routed(RoutingMode("static")):
+            outputs["static"] = network(x, t, condition).prediction
+    return outputs
+
+
+def _probe_inputs(metadata: Metadata) -> tuple[Tensor, Tensor, Condition]:
+    """x, t and condition of two samples, of which the second has the null label or caption."""
     model, flow = metadata.model, metadata.diffusion.objective == "flow"
     shape = (2, *model.latent_shape)
     x = torch.randn(shape, generator=keyed_generator("conversion probe"))
@@ -190,11 +240,7 @@ def probe(network: DiT, metadata: Metadata) -> dict[str, Tensor]:
     condition: Condition = torch.tensor([0, model.num_classes])
     if model.text is not None:
         condition = _probe_text(model.text)
-    outputs: dict[str, Tensor] = {metadata.moe.inference: network(x, t, condition).prediction}
-    if network.routing is not None:
-        with network.routed(RoutingMode("static")):
-            outputs["static"] = network(x, t, condition).prediction
-    return outputs
+    return x, t, condition
 
 
 def _probe_text(text: TextConfig) -> Text:

@@ -1,6 +1,6 @@
 """The backbone: patchify, embed, blocks, unpatchify."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from diffmoe.conditions import Condition, Text, is_unconditional
-from diffmoe.config import AlignConfig, ModelConfig, MoEConfig
+from diffmoe.config import AlignConfig, LoRAConfig, ModelConfig, MoEConfig
 from diffmoe.errors import UserError
 from diffmoe.models.alignment import Projector, is_of_projector
 from diffmoe.models.blocks import (
@@ -25,6 +25,7 @@ from diffmoe.models.experts import Experts
 from diffmoe.models.families import create_moe
 from diffmoe.models.initialization import initializers_of, normal, starting, zero_linear
 from diffmoe.models.inputs import check_inputs
+from diffmoe.models.lora import add_factors
 from diffmoe.models.moe import LayerRouting, MoEFeedForward
 from diffmoe.models.precision import autocast_to
 from diffmoe.models.routing_mode import Kind, RoutingMode, check_capacity
@@ -69,11 +70,13 @@ class DiT(nn.Module):
         topology: Topology | None = None,
         seed: int | None = 0,
         align: AlignConfig | None = None,
+        lora: LoRAConfig | None = None,
     ) -> None:
         """seed: of the initial values, see `initialize`. None leaves the parameters uninitialized,
         for a network that is filled next; on the meta device there is nothing to initialize.
 
-        align: for training alone; its block's tokens get a projector.
+        align: for training alone; its block's tokens get a projector. lora: likewise; weights get
+        factors. Raises UserError for a target that the network does not have.
         """
         super().__init__()
         topology = topology or Topology()
@@ -110,6 +113,8 @@ class DiT(nn.Module):
         self.final_norm = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
         self.final_adaln = zero_linear(model.width, 2 * model.width)
         self.final = zero_linear(model.width, model.patch_size**2 * self.out_channels)
+        if lora is not None and lora.rank:
+            add_factors(self, lora)
         self.register_buffer("positions", grid_positions(model.width, model.grid), persistent=False)
         rotation = rotary_angles(model.grid, model.width_of_head) if model.rope else None
         self.register_buffer("rotation", rotation, persistent=False)
@@ -334,11 +339,14 @@ class DiT(nn.Module):
         shape, generator = self.get_parameter(name).shape, keyed_generator(seed, "init", name)
         return initializers_of(self)[name](shape, generator)
 
-    def parameter_count(self) -> int:
-        """Trainable parameters of the whole model, all ranks' experts included, no projector."""
+    def parameter_count(self, names: Collection[str] | None = None) -> int:
+        """Elements of parameters of the whole model, all ranks' experts included, no projector.
+
+        names: of those to count; None: all.
+        """
         experts = self.expert_parameters()
         return sum(
             parameter.numel() * (self.topology.expert_parallel if name in experts else 1)
             for name, parameter in self.named_parameters()
-            if not is_of_projector(name)
+            if not is_of_projector(name) and (names is None or name in names)
         )

@@ -1,5 +1,7 @@
 """The experts of one rank: stacked weights and one batched MLP."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,12 +10,23 @@ from diffmoe.models.initialization import normal, xavier_uniform, zeros
 from diffmoe.models.precision import autocast_dtype
 
 
+class LowRank(NamedTuple):
+    """Names of the factors (e, D, r) and (e, r, H) of a stack of matrices, and their scale."""
+
+    a: str
+    b: str
+    scale: float
+
+
 class Experts(nn.Module):
     """e MLPs with their weights stacked, so that all of them run in one batched product per layer.
 
     GELU (tanh form, with biases) as in DiT, or SwiGLU (three matrices, no biases).
     init_std: each expert's matrices start normally distributed; None: Xavier uniform.
     """
+
+    matrices = ("w_in", "w_gate", "w_up", "w_out")
+    biases = ("b_in", "b_out")
 
     def __init__(
         self,
@@ -28,8 +41,8 @@ class Experts(nn.Module):
         matrix = xavier_uniform if init_std is None else normal(init_std)
         # Of one expert's part of each tensor.
         self.initializers = {
-            **dict.fromkeys(("w_in", "w_gate", "w_up", "w_out"), matrix),
-            **dict.fromkeys(("b_in", "b_out"), zeros),
+            **dict.fromkeys(self.matrices, matrix),
+            **dict.fromkeys(self.biases, zeros),
         }
         if activation == "swiglu":
             self.w_gate = nn.Parameter(torch.empty(experts, width, hidden))
@@ -39,15 +52,24 @@ class Experts(nn.Module):
             self.b_in = nn.Parameter(torch.empty(experts, hidden))
             self.b_out = nn.Parameter(torch.empty(experts, width))
         self.w_out = nn.Parameter(torch.empty(experts, hidden, width))
+        self.low_rank: dict[str, LowRank] = {}  # by matrix, of a LoRA run (lora.py)
 
     def forward(self, rows: Tensor, counts_e: Tensor | None) -> Tensor:
         """rows: (e, N, D) if every expert has N rows (counts_e None), else (N, D) by expert."""
         multiply = _batched_linear if counts_e is None else _GroupedLinear(rows, counts_e)
+
+        def product(x: Tensor, name: str, b_eH: Tensor | None = None) -> Tensor:
+            y = multiply(x, getattr(self, name), b_eH)
+            if name not in self.low_rank:
+                return y
+            a, b, scale = self.low_rank[name]
+            return y + multiply(scale * multiply(x, getattr(self, a)), getattr(self, b))
+
         if self.activation == "swiglu":
-            hidden = F.silu(multiply(rows, self.w_gate)) * multiply(rows, self.w_up)
-            return multiply(hidden, self.w_out)
-        hidden = F.gelu(multiply(rows, self.w_in, self.b_in), approximate="tanh")
-        return multiply(hidden, self.w_out, self.b_out)
+            hidden = F.silu(product(rows, "w_gate")) * product(rows, "w_up")
+            return product(hidden, "w_out")
+        hidden = F.gelu(product(rows, "w_in", self.b_in), approximate="tanh")
+        return product(hidden, "w_out", self.b_out)
 
 
 def _batched_linear(rows_eND: Tensor, w_eDH: Tensor, b_eH: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which parameters a run leaves as they are: training.freeze and training.train_only."""
+"""Which parameters a run leaves as they are: by training.freeze, training.train_only and LoRA."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,9 @@ import torch
 
 from diffmoe.config import Config, TrainingConfig
 from diffmoe.errors import UserError
+from diffmoe.models.alignment import is_of_projector
 from diffmoe.models.dit import DiT
+from diffmoe.models.lora import is_factor
 
 
 class Trained(Protocol):
@@ -23,10 +25,10 @@ class Trained(Protocol):
 
 
 def check(config: Config) -> None:
-    """Raise UserError for a pattern without a parameter, and if none is left to train."""
-    if config.training.freeze or config.training.train_only:
+    """Raise UserError for a pattern that matches nothing, and if nothing is left to train."""
+    if config.training.freeze or config.training.train_only or config.lora.rank:
         with torch.device("meta"):
-            network = DiT(config.model, config.moe)
+            network = DiT(config.model, config.moe, align=config.align, lora=config.lora)
         frozen_names(network, config.training)
 
 
@@ -40,13 +42,18 @@ def freeze(network: DiT, training: TrainingConfig) -> None:
 def frozen_names(network: DiT, training: Trained) -> frozenset[str]:
     """Of the parameters that do not train.
 
-    Patterns are those of the shell, of whole names. Raises UserError for one that matches no
-    parameter, and if all are frozen.
+    With LoRA they are all of its base that train_only does not name; a projector trains. Patterns
+    are those of the shell, of whole names. Raises UserError for one that matches no parameter, and
+    if all are frozen.
     """
     names = [name for name, _ in network.named_parameters()]
     frozen = _matching("training.freeze", training.freeze, names)
-    if training.train_only:
-        frozen = frozenset(names) - _matching("training.train_only", training.train_only, names)
+    train_only = _matching("training.train_only", training.train_only, names)
+    if any(map(is_factor, names)):
+        base = {name for name in names if not is_factor(name) and not is_of_projector(name)}
+        frozen |= base - train_only
+    elif train_only:
+        frozen = frozenset(names) - train_only
     if len(frozen) == len(names):
         raise UserError(
             f"training.freeze={list(training.freeze)} leaves no parameter to train; take fewer"

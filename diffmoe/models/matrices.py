@@ -1,7 +1,8 @@
 """Which parameters are matrices of blocks: those that Muon orthogonalizes."""
 
+from torch import nn
+
 from diffmoe.models.blocks import MLP, Attention, CrossAttention, SwiGLU
-from diffmoe.models.dit import DiT
 from diffmoe.models.experts import Experts
 from diffmoe.parallel.orthogonalize import Matrices
 
@@ -14,7 +15,7 @@ _STACKED: dict[type, dict[str, int]] = {
 }
 
 
-def hidden_matrices(network: DiT) -> dict[str, Matrices]:
+def hidden_matrices(network: nn.Module) -> dict[str, Matrices]:
     """By name: attention, feed-forwards and this rank's experts, of the encoder of bytes, too.
 
     Queries, keys and values are three matrices (arXiv 2608.02502), and each expert's are its own.
@@ -27,7 +28,7 @@ def hidden_matrices(network: DiT) -> dict[str, Matrices]:
             found[f"{prefix}.{name}.weight"] = Matrices(count, rows // count, columns, False)
         if isinstance(module, Experts):
             for name, parameter in module.named_parameters():
-                if parameter.dim() == 3:
+                if name in Experts.matrices:
                     experts, width, hidden = parameter.shape
                     found[f"{prefix}.{name}"] = Matrices(experts, width, hidden, True)
     return found

@@ -33,10 +33,6 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, **adamw)
         self.muon, self.dtype = muon, dtype
         self.layouts: dict[Tensor, MatrixLayout] = {}
-        for group in self.param_groups:
-            if "matrices" in group:
-                group["lr"] = muon.learning_rate or group["lr"]
-                group["weight_decay"] = muon.weight_decay
 
     def attach(self, zero: Any) -> None:
         """Learn how DeepSpeed's optimizer has laid the matrices out in its partitions."""

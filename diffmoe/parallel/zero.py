@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -21,8 +21,8 @@ from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.frozen import Frozen, hide_from_deepspeed
 from diffmoe.parallel.gradient_types import gradient_types
 from diffmoe.parallel.muon import Muon
-from diffmoe.parallel.orthogonalize import Matrices
 from diffmoe.parallel.topology import Topology
+from diffmoe.parallel.update import Update
 
 # Only DeepSpeed's inference uses this extension; building it needs a compiler and over a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -193,24 +193,24 @@ def create_engine(
     optimizer_options: dict[str, Any],
     settings: dict[str, Any],
     topology: Topology,
-    matrices: Mapping[str, Matrices] = MappingProxyType({}),
+    updates: Mapping[str, Update] = MappingProxyType({}),
 ) -> Engine:
     """Wrap the network in a ZeRO engine.
 
     network: in the types that it computes in, see `DiT.to_bf16`; what takes no gradient is
     `Engine.frozen`. experts: by name, the parameters
-    of which every expert-parallel rank holds its own. matrices: by name, those of an optimizer that
-    treats matrices apart; their parameter groups hold them as `matrices`.
+    of which every expert-parallel rank holds its own. updates: by name, what differs from
+    optimizer_options, of all parameters or none; groups of Muon's hold theirs as `matrices`.
     """
     expert_ids = {id(parameter) for parameter in experts.values()}
-    stacks = {id(network.get_parameter(name)): stack for name, stack in matrices.items()}
+    by_id = {id(network.get_parameter(name)): update for name, update in updates.items()}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     dense = [parameter for parameter in parameters if id(parameter) not in expert_ids]
     # ZeRO flattens a group. Its first one's type is what DeepSpeed takes for the network's.
     parameter_groups: list[dict[str, Any]] = []
     for dtype in dict.fromkeys(p.dtype for p in dense):
         alike = [p for p in dense if p.dtype == dtype]
-        parameter_groups += _split(alike, stacks, name=f"dense {dtype}")
+        parameter_groups += _groups(alike, by_id, name=f"dense {dtype}")
     root: nn.Module = network
     hide_from_deepspeed(experts)
     trained = [parameter for parameter in experts.values() if parameter.requires_grad]
@@ -219,7 +219,7 @@ def create_engine(
         for parameter in trained:
             parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed reads both
             parameter.group_name = name  # type: ignore[attr-defined]  # as above
-        parameter_groups += _split(trained, stacks, moe=True, name=name)
+        parameter_groups += _groups(trained, by_id, moe=True, name=name)
         root = ExpertParallelRoot(network, num_experts, topology)
     client = optimizer(parameter_groups, **optimizer_options)
     engine = Engine(  # what deepspeed.initialize does with a plain configuration
@@ -237,20 +237,19 @@ def create_engine(
     return engine
 
 
-def _split(
-    parameters: list[nn.Parameter], stacks: dict[int, Matrices], **named: Any
+def _groups(
+    parameters: Iterable[nn.Parameter], updates: Mapping[int, Update], **named: Any
 ) -> list[dict[str, Any]]:
-    """A parameter group of those without matrices, and one of those with, if there are any.
-
-    stacks: by id of their parameter.
-    """
-    plain = [parameter for parameter in parameters if id(parameter) not in stacks]
-    stacked = [parameter for parameter in parameters if id(parameter) in stacks]
-    groups = [{"params": plain, **named}] if plain else []
-    if stacked:
-        own = [stacks[id(parameter)] for parameter in stacked]
-        groups.append({"params": stacked, "matrices": own, **named})
-    return groups
+    """Parameter groups of those that are updated alike, AdamW's first. updates: by id."""
+    found: dict[Any, dict[str, Any]] = {}
+    for parameter in parameters:
+        update = updates.get(id(parameter))
+        options = {} if update is None else update.options
+        group = found.setdefault(update and update.shared, {"params": [], **options, **named})
+        group["params"].append(parameter)
+        if update is not None and update.matrices is not None:
+            group.setdefault("matrices", []).append(update.matrices)
+    return sorted(found.values(), key=lambda group: "matrices" in group)
 
 
 class OwnedRange(NamedTuple):

@@ -40,6 +40,9 @@ def kept_bytes(layout: Layout) -> int:
         kept += _alignment(layout)
     if config.training.activation_checkpointing:
         return kept
+    # Of LoRA what lies between its factors, once for each token or row of its weight.
+    sizes, rank = layout.sizes, config.lora.rank
+    kept += rank * (sizes.lora_dense * S + sizes.lora_experts * layout.rows) * a
     attention, cross, dense, mixture = _checkpointed(layout)
     return kept + model.depth * (attention + cross) + dense_layers * dense + moe_layers * mixture
 

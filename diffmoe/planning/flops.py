@@ -17,7 +17,8 @@ def forward_flops(layout: Layout) -> int:
 def step_flops(layout: Layout) -> int:
     """Of one optimizer step on one GPU: forward and backward of all micro-batches.
 
-    With checkpointing, the forward of attention and feed-forwards counts twice.
+    With checkpointing, the forward of attention and feed-forwards counts twice. Weights that do not
+    train count as if they did, which is more than LoRA's factors add.
     """
     products, attention = _forward(layout)
     # Backward of a product: one for the weight's gradient, one for the input's if it has one.

@@ -57,7 +57,7 @@ def host_memory(layout: Layout) -> HostMemory:
     readers = min(config.data.workers, config.data.lanes // layout.world)
     return HostMemory(
         processes=ranks * (RANK_BYTES + readers * READER_BYTES),
-        network=ranks * (sizes.dense + sizes.routing + sizes.experts + sizes.frozen) * MASTER,
+        network=ranks * (sizes.dense + sizes.experts + sizes.frozen) * MASTER,
         states=ranks * _offloaded(layout),
         saves=int(ranks * _saved(layout) * (1 if layout.zero.offload else PINNED)),
         loader=ranks

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,15 +13,18 @@ from diffmoe.config import (
     ZERO_BUCKET,
     AlignConfig,
     Config,
+    LoRAConfig,
     ModelConfig,
     MoEConfig,
+    OptimizerConfig,
     TrainingConfig,
 )
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.models.frozen import freeze
-from diffmoe.models.matrices import hidden_matrices
+from diffmoe.models.lora import is_factor
 from diffmoe.models.routing import expert_capacity
+from diffmoe.models.updates import updates
 from diffmoe.parallel.gradient_types import gradient_types
 from diffmoe.parallel.orthogonalize import Matrices
 from diffmoe.parallel.topology import Topology
@@ -62,25 +65,45 @@ class Zero:
         )
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Trainable elements of one rank: dense ones, those that route, and those of its experts.
+class Flat(NamedTuple):
+    """Trainable elements of one rank that are updated alike: a parameter group.
 
-    The projector of an aligned run is dense.
-    frozen_dense, frozen_routing, frozen_experts: elements of those that do not train.
-    largest: elements of the largest parameter. matrices, expert_matrices: of dense parameters and
-    of experts, those that Muon orthogonalizes, in the network's order.
+    experts: of the rank's experts. routing: fp32 in a bf16 run. matrices: those that Muon
+    orthogonalizes, in the network's order, which make up the whole group; none: AdamW's.
     """
 
-    dense: int
-    routing: int
-    experts: int
-    largest: int
+    elements: int
+    experts: bool
+    routing: bool
     matrices: tuple[Matrices, ...]
-    expert_matrices: tuple[Matrices, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of one rank. The projector of an aligned run is dense.
+
+    frozen_dense, frozen_routing, frozen_experts: of those that do not train.
+    lora_dense, lora_experts: how many weights have LoRA's factors, a stack of experts' is one.
+    largest: of the largest parameter that does.
+    """
+
+    groups: tuple[Flat, ...]
+    largest: int
     frozen_dense: int
     frozen_routing: int
     frozen_experts: int
+    lora_dense: int
+    lora_experts: int
+
+    @property
+    def dense(self) -> int:
+        """Trainable, but for experts."""
+        return sum(group.elements for group in self.groups if not group.experts)
+
+    @property
+    def experts(self) -> int:
+        """Trainable, of this rank's experts."""
+        return sum(group.elements for group in self.groups if group.experts)
 
     @property
     def frozen(self) -> int:
@@ -89,7 +112,13 @@ class Sizes:
 
 @lru_cache(maxsize=64)
 def sizes_of(
-    model_json: str, moe_json: str, align_json: str, training_json: str, expert_parallel: int
+    model_json: str,
+    moe_json: str,
+    align_json: str,
+    lora_json: str,
+    training_json: str,
+    optimizer_json: str,
+    expert_parallel: int,
 ) -> Sizes:
     topology = Topology(expert_parallel=expert_parallel)
     with torch.device("meta"):
@@ -98,25 +127,36 @@ def sizes_of(
             MoEConfig.model_validate_json(moe_json),
             topology,
             align=AlignConfig.model_validate_json(align_json),
+            lora=LoRAConfig.model_validate_json(lora_json),
         )
-    freeze(network, TrainingConfig.model_validate_json(training_json))
+    training = TrainingConfig.model_validate_json(training_json)
+    freeze(network, training)
     of_experts, of_routing = network.expert_parameters(), network.routing_parameters()
-    elements: Counter[tuple[str, bool]] = Counter()
+    how = updates(network, OptimizerConfig.model_validate_json(optimizer_json))
+    frozen: Counter[str] = Counter()
+    groups: dict[Any, Flat] = {}
+    largest = 0
     for name, parameter in network.named_parameters():
-        kind = "experts" if name in of_experts else "routing" if name in of_routing else "dense"
-        elements[kind, parameter.requires_grad] += parameter.numel()
-    trained = {name: one.numel() for name, one in network.named_parameters() if one.requires_grad}
-    matrices = {name: s for name, s in hidden_matrices(network).items() if name in trained}
+        elements, update = parameter.numel(), how[name]
+        if not parameter.requires_grad:
+            kind = "experts" if name in of_experts else "routing" if name in of_routing else "dense"
+            frozen[kind] += elements
+            continue
+        experts, routing = name in of_experts, name in of_routing and training.precision == "bf16"
+        key = (experts, routing, update.shared)
+        group = groups.get(key, Flat(0, experts, routing, ()))
+        stack = () if update.matrices is None else (update.matrices,)
+        groups[key] = Flat(group.elements + elements, experts, routing, group.matrices + stack)
+        largest = max(largest, elements)
+    factors = [name for name, _ in network.named_parameters() if is_factor(name)]
     return Sizes(
-        dense=elements["dense", True],
-        routing=elements["routing", True],
-        experts=elements["experts", True],
-        largest=max(trained.values()),
-        matrices=tuple(stack for name, stack in matrices.items() if name not in of_experts),
-        expert_matrices=tuple(stack for name, stack in matrices.items() if name in of_experts),
-        frozen_dense=elements["dense", False],
-        frozen_routing=elements["routing", False],
-        frozen_experts=elements["experts", False],
+        groups=tuple(groups.values()),
+        largest=largest,
+        frozen_dense=frozen["dense"],
+        frozen_routing=frozen["routing"],
+        frozen_experts=frozen["experts"],
+        lora_dense=sum(name not in of_experts for name in factors) // 2,
+        lora_experts=sum(name in of_experts for name in factors) // 2,
     )
 
 
@@ -170,7 +210,14 @@ class Layout:
         return sizes_of(
             *(
                 part.model_dump_json()
-                for part in (config.model, config.moe, config.align, config.training)
+                for part in (
+                    config.model,
+                    config.moe,
+                    config.align,
+                    config.lora,
+                    config.training,
+                    config.optimizer,
+                )
             ),
             self.expert_parallel,
         )

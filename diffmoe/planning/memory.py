@@ -70,32 +70,19 @@ class Group:
 
 
 def dense_groups(layout: Layout) -> list[Group]:
-    sizes, world, element = layout.sizes, layout.world, layout.element
-    if element == MASTER or not sizes.routing:
-        return _split(layout, sizes.dense + sizes.routing, sizes.matrices, world)
     return [
-        *_split(layout, sizes.dense, sizes.matrices, world),
-        Group(sizes.routing, world, MASTER),
+        Group(one.elements, layout.world, MASTER if one.routing else layout.element, one.matrices)
+        for one in layout.sizes.groups
+        if not one.experts
     ]
 
 
 def expert_groups(layout: Layout) -> list[Group]:
-    sizes = layout.sizes
-    return _split(layout, sizes.experts, sizes.expert_matrices, layout.expert_replicas)
-
-
-def _split(
-    layout: Layout, elements: int, matrices: tuple[Matrices, ...], ranks: int
-) -> list[Group]:
-    """With Muon its matrices are a group of their own."""
-    if layout.config.optimizer.type != "muon":
-        matrices = ()
-    stacked = sum(stack.number * stack.size for stack in matrices)
-    groups = [
-        Group(elements - stacked, ranks, layout.element),
-        Group(stacked, ranks, layout.element, matrices),
+    return [
+        Group(one.elements, layout.expert_replicas, layout.element, one.matrices)
+        for one in layout.sizes.groups
+        if one.experts
     ]
-    return [group for group in groups if group.elements]
 
 
 def parameter_groups(layout: Layout) -> list[Group]:

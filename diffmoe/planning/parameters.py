@@ -1,45 +1,45 @@
-"""Every parameter of a configuration, and the optimizer that it goes to."""
+"""Every parameter of a configuration: its role, and how the optimizer updates it."""
 
 import torch
 
 from diffmoe.config import Config
 from diffmoe.models.dit import DiT
 from diffmoe.models.frozen import frozen_names
-from diffmoe.models.matrices import hidden_matrices
+from diffmoe.models.roles import roles
+from diffmoe.models.updates import updates
 from diffmoe.parallel.orthogonalize import Matrices
 
 
 def parameter_table(config: Config) -> str:
-    """One line per parameter: name, shape, optimizer, rate after the warm-up, weight decay.
+    """One line per parameter: name, shape, role, optimizer, rate after the warm-up, weight decay.
 
     Frozen ones have neither. Of Muon also the matrices that it orthogonalizes, (out, in), and by
     what their updates are multiplied beside the rate. Experts are all there, whatever ranks
     share them.
     """
     with torch.device("meta"):
-        network = DiT(config.model, config.moe, align=config.align)
-    optimizer = config.optimizer
-    matrices = hidden_matrices(network) if optimizer.type == "muon" else {}
+        network = DiT(config.model, config.moe, align=config.align, lora=config.lora)
+    by_role, how = roles(network), updates(network, config.optimizer)
     frozen = frozen_names(network, config.training)
+    row = f"{{:<{max(map(len, by_role))}}} {{:>14}}  {{:<10}}  {{:<6}}  {{:<8}} {{:<8}} {{}}"
     lines, elements = [], {"muon": 0, "adamw": 0, "frozen": 0}
     for name, parameter in network.named_parameters():
-        kind, rate, decay, more = "adamw", optimizer.learning_rate, optimizer.weight_decay, ""
+        kind, (rate, decay, stack), more = "adamw", how[name], ""
         if name in frozen:
             kind, rate, decay = "frozen", 0.0, 0.0
-        elif name in matrices:
-            kind, decay = "muon", optimizer.muon.weight_decay
-            rate = optimizer.muon.learning_rate or rate
-            more = _shown(matrices[name], config)
+        elif stack is not None:
+            kind, more = "muon", _shown(stack, config)
         elements[kind] += parameter.numel()
-        shape = "x".join(map(str, parameter.shape))
-        lines.append(f"{name:<48} {shape:>14}  {kind:<6}  {rate:<8g} {decay:<8g} {more}".rstrip())
-    head = f"{'parameter':<48} {'shape':>14}  {'by':<6}  {'rate':<8} {'decay':<8} matrices"
+        shape, role = "x".join(map(str, parameter.shape)), by_role[name].name
+        lines.append(row.format(name, shape, role, kind, f"{rate:g}", f"{decay:g}", more).rstrip())
+    of_muon = "matrices" if elements["muon"] else ""
+    head = row.format("parameter", "shape", "role", "by", "rate", "decay", of_muon).rstrip()
     total = ", ".join(
         f"{count / 1e6:.1f} million {'' if kind == 'frozen' else 'by '}{kind}"
         for kind, count in elements.items()
         if count
     )
-    return "\n".join([head if matrices else head.removesuffix(" matrices"), *lines, total])
+    return "\n".join([head, *lines, total])
 
 
 def _shown(stack: Matrices, config: Config) -> str:

@@ -39,7 +39,7 @@ def traffic(layout: Layout) -> list[Collective]:
             "dense gradients",
             1,
             layout.world,
-            (sizes.dense + sizes.routing) * reduced,
+            sizes.dense * reduced,
             2,
         ),
         _ring(

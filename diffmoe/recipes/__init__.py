@@ -46,6 +46,11 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     The name of an ImageNet recipe is what it holds, FAMILY_SIZE[_eEXPERTS]_OBJECTIVE, of the tables
     in diffmoe/recipes/presets.yaml.
     Raises UserError naming the key, its value and the way out.
+
+    >>> import diffmoe
+    >>> config = diffmoe.load_config("mnist", ["moe.experts=8", "output=runs/eight"])
+    >>> config.moe.experts, config.output, config.model.latent_shape  # (C, H, W)
+    (8, 'runs/eight', (1, 28, 28))
     """
     if name_or_path.endswith((".yaml", ".yml")):
         values = read_yaml(Path(name_or_path))

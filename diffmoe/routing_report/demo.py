@@ -72,7 +72,10 @@ def build_page(sampler: Sampler, dial: Dial, name: str) -> "gradio.Blocks":
     negative = gradio.Textbox(
         (prompts and prompts.negative) or "", label="Not this", visible=prompts is not None
     )
-    guidance = sampler.fitted(SamplingSettings(guidance=None), print).guidance
+    notes: list[str] = []
+    guidance = sampler.fitted(SamplingSettings(guidance=None), notes.append).guidance
+    # A negative prompt guides a text model, too.
+    can_guide = guidance != 1 or prompts is not None
     least, most = dial.capacities[0], dial.capacities[-1]
 
     def shown(label: str) -> gradio.Image:
@@ -85,7 +88,8 @@ def build_page(sampler: Sampler, dial: Dial, name: str) -> "gradio.Blocks":
             raise gradio.Error(str(error)) from None
 
     with gradio.Blocks(title=f"DiffMoE: {name}", analytics_enabled=False) as page:
-        gradio.Markdown(f"## {name}\nCapacity is how many experts work on an average token.")
+        about = ["Capacity is how many experts work on an average token.", *notes]
+        gradio.Markdown(f"## {name}\n" + "\n\n".join(about))
         with gradio.Row():
             with gradio.Column(scale=1):
                 fields = [
@@ -94,7 +98,7 @@ def build_page(sampler: Sampler, dial: Dial, name: str) -> "gradio.Blocks":
                     gradio.Number(0, precision=0, label="Seed"),
                     gradio.Slider(2, 250, value=PREVIEW_STEPS, step=1, label="Steps"),
                     gradio.Slider(
-                        1, 5, value=guidance, step=0.1, label="Guidance", visible=guidance != 1
+                        1, 5, value=guidance, step=0.1, label="Guidance", visible=can_guide
                     ),
                     gradio.Slider(
                         least,

@@ -48,7 +48,8 @@ class Origin(NamedTuple):
     """Where a sampler was opened.
 
     path: of the checkpoint or exported model. weights: ema or live. latents: what the network's
-    numbers stand for. class_names: empty if unknown. clock: how far the training was.
+    numbers stand for. class_names: empty if unknown. clock: how far the training was. adapters: the
+    folder of those that were merged.
     """
 
     path: Path
@@ -56,6 +57,12 @@ class Origin(NamedTuple):
     latents: LatentSpec
     class_names: tuple[str, ...]
     clock: Clock
+    adapters: Path | None = None
+
+    @property
+    def calibrated_in(self) -> Path:
+        """The folder of calibrated thresholds."""
+        return self.adapters or self.path
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,28 +97,26 @@ class Sampler:
         dtype: torch.dtype | str = torch.float32,
         verify: bool = True,
         with_autoencoder: bool = True,
-        decoder: str | None = None,
+        adapters: str | Path | None = None,
     ) -> "Sampler":
         """path: a run's folder (its newest checkpoint), a checkpoint or an exported model.
 
-        decoder: as of data.autoencoders.autoencoder_of; code that it names is run.
-
-        weights, topology, device, verify: as of export.open.open_network, and dtype, too, but
-        in bf16 only the network's products are computed (DiT.compute_in).
+        weights, topology, device, verify, adapters: as of export.open.open_network, and dtype, too,
+        but in bf16 only the network's products are computed (DiT.compute_in).
         """
         path, dtype = locate(path), parameter_dtype(dtype)
-        weights = weights_of(path, weights)
+        apart = None if adapters is None else Path(adapters)
         in_bf16 = dtype == torch.bfloat16
         stored = torch.float32 if in_bf16 else dtype
-        opened = open_network(path, weights, topology, device, stored, verify)
+        opened = open_network(path, weights, topology, device, stored, verify, apart)
+        weights = weights_of(path, weights, apart)
         if in_bf16:
             opened.network.compute_in(dtype)
         return cls(
             opened.network,
             opened.config,
-            autoencoder_of(opened.latents, device, decoder) if with_autoencoder else None,
-            origin=Origin(path, weights, opened.latents, opened.class_names, opened.clock),
-            decoder=decoder,
+            autoencoder_of(opened.latents, device) if with_autoencoder else None,
+            origin=Origin(path, weights, opened.latents, opened.class_names, opened.clock, apart),
         )
 
     @property
@@ -133,9 +138,20 @@ class Sampler:
 
     def with_capacity(self, capacity: float | None, routing: Kind | None = None) -> "Sampler":
         """The same model at another capacity and kind of routing (capacity.thresholds)."""
-        path, weights = self.model.path, self.model.weights
-        choice = choose_capacity(self.network, path, routing, capacity, weights)
+        folder, weights = self.model.calibrated_in, self.model.weights
+        choice = choose_capacity(self.network, folder, routing, capacity, weights)
         return replace(self, choice=choice)
+
+    def with_decoder(self, decoder: str | None) -> "Sampler":
+        """The same model, with the user's decoder in place of its autoencoder.
+
+        decoder: as of data.autoencoders.autoencoder_of; code that it names is run. None: no change.
+        """
+        if decoder is None:
+            return self
+        device = self.network.positions.device
+        autoencoder = autoencoder_of(self.model.latents, device, decoder)
+        return replace(self, autoencoder=autoencoder, decoder=decoder)
 
     def without_decoder(self) -> "Sampler":
         """The same model; its "images" are latents, as its autoencoder's decoder takes them."""
@@ -152,6 +168,7 @@ class Sampler:
 
         sha256: of the model's checksums.json, which holds those of all its files. routing: None
         where the model has no choice. decoder: if the user named one; of a file its SHA-256, too.
+        adapters: if there are any, with the SHA-256 of their checksums.json.
         """
         path, weights = self.model.path, self.model.weights
         named = {}
@@ -159,6 +176,12 @@ class Sampler:
             named = {"decoder": self.decoder}
             if os.path.isfile(self.decoder):
                 named["decoder_sha256"] = sha256_of(Path(self.decoder))
+        adapters = self.model.adapters
+        if adapters is not None:
+            named |= {
+                "adapters": adapters.name,
+                "adapters_sha256": sha256_of(adapters / "checksums.json"),
+            }
         with self.routed():
             return named | {
                 "checkpoint": path.name,
@@ -188,7 +211,8 @@ class Sampler:
             return settings
         if can_guide(self.config, self.prompts):
             return replace(settings, guidance=GUIDANCE)
-        say("guidance 1: the model was trained without label dropout, so it cannot be guided")
+        how = "it cannot be guided" if self.prompts is None else "only a negative prompt guides it"
+        say(f"guidance 1: the model was trained without label dropout, so {how}")
         return replace(settings, guidance=1.0)
 
     def calibration_note(

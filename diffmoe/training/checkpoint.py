@@ -103,7 +103,9 @@ def all_finite(engine: Engine, ema: EMA) -> bool:
     """Whether the weights and averages of all ranks are finite; every rank calls it."""
     tensors = [*ema.masters, *(part for average in ema.averages.values() for part in average)]
     tensors += [part.master for part in engine.frozen.parts.values()]
-    bad = torch.stack([~tensor.isfinite().all() for tensor in tensors]).any().double()
+    # Offloaded masters are on the CPU, frozen ones where the network is.
+    bad = torch.stack([~tensor.isfinite().all().to(engine.device) for tensor in tensors])
+    bad = bad.any().double()
     dist.all_reduce(bad)
     return not bad.item()
 

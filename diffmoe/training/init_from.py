@@ -17,6 +17,8 @@ from diffmoe.export.sources import Source
 from diffmoe.hash_cache import cached_sha256
 from diffmoe.models.alignment import is_of_projector
 from diffmoe.models.dit import DiT
+from diffmoe.models.frozen import frozen_names
+from diffmoe.models.lora import is_factor
 from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.zero import owned_ranges
@@ -25,11 +27,33 @@ from diffmoe.parallel.zero import owned_ranges
 def check(config: Config, manifest: Manifest) -> None:
     """Hold training.init, if a fresh run starts from it, against the configuration and its data.
 
-    Raises UserError naming what cannot be adapted.
+    Raises UserError naming what cannot be adapted, and what LoRA would leave at random values.
     """
-    if config.training.init is not None and not names(Path(config.output)):
-        with _adapted(config, manifest):
-            pass
+    if names(Path(config.output)):
+        return
+    if config.training.init is None:
+        if config.lora.rank:
+            raise UserError(
+                f"lora.rank={config.lora.rank} trains factors beside the weights of a model, and "
+                "training.init names none; give a run or a model, training.init=PATH"
+            )
+        return
+    with _adapted(config, manifest) as adapted:
+        if config.lora.rank:
+            _check_new_parts(config, adapted)
+
+
+def _check_new_parts(config: Config, adapted: Adapted) -> None:
+    with torch.device("meta"):
+        network = DiT(config.model, config.moe, align=config.align, lora=config.lora)
+    stuck = sorted(frozen_names(network, config.training) & (adapted.fresh | adapted.partly))
+    if stuck:
+        parts = dict.fromkeys(name.rpartition(".")[0] + ".*" for name in stuck)
+        wanted = ", ".join((*config.training.train_only, *parts))
+        raise UserError(
+            f"training.init={config.training.init}: {stuck[0]} starts anew, and with lora.rank="
+            f"{config.lora.rank} it would stay so; add training.train_only='[{wanted}]'"
+        )
 
 
 @torch.no_grad()
@@ -41,7 +65,9 @@ def load(config: Config, manifest: Manifest, engine: Engine, network: DiT) -> tu
     """
     with _adapted(config, manifest, verify=True) as adapted:
         for owned in owned_ranges(engine, network, network.expert_parameters()):
-            if owned.name not in adapted.fresh and not is_of_projector(owned.name):
+            if is_of_projector(owned.name) or is_factor(owned.name):  # which start as they do
+                continue
+            if owned.name not in adapted.fresh:
                 flat = adapted.read(owned.name).reshape(-1)
                 owned.master.copy_(flat[owned.start : owned.start + len(owned.master)])
         engine.spread_masters()

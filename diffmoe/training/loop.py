@@ -166,9 +166,9 @@ def train(
         if skipped_in_a_row == PATIENCE:
             raise UserError(
                 f"{PATIENCE} steps in a row had no finite loss and gradient norm, the last at "
-                f"{after} samples with optimizer.learning_rate={result.learning_rate:g}. Look at "
-                f"{Path(config.output) / 'metrics.jsonl'} for when they grew; lower the learning "
-                "rate, set optimizer.gradient_clipping, or resume an older checkpoint"
+                f"{after} samples with optimizer.learning_rate={result.rates['learning_rate']:g}. "
+                f"Look at {Path(config.output) / 'metrics.jsonl'} for when they grew; lower the "
+                "learning rate, set optimizer.gradient_clipping, or resume an older checkpoint"
             )
         # The bar shows the step before: looking at this one's loss would wait for the device.
         done = after >= training.total_samples
@@ -189,8 +189,7 @@ def train(
                     "step": step.number,
                     **result.losses,
                     "gradient_norm": result.gradient_norm,
-                    "learning_rate": result.learning_rate,
-                    **result.more_rates,
+                    **result.rates,
                     "skipped_steps": step.skipped,
                     "bad_shards": bad_shards,
                     "data_wait_seconds": waited,

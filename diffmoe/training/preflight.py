@@ -10,7 +10,7 @@ from diffmoe.config import Config
 from diffmoe.data.fetching import Fetch, check_addresses
 from diffmoe.data.manifest import Manifest
 from diffmoe.errors import UserError
-from diffmoe.models import frozen
+from diffmoe.models import frozen, updates
 from diffmoe.parallel.zero import engine_settings
 from diffmoe.training import init_from, live_evaluation, validation
 
@@ -23,6 +23,7 @@ def check(config: Config, ds_settings: dict[str, Any], world: int) -> None:
     config.check_world(world)
     engine_settings(config, ds_settings, world)
     frozen.check(config)
+    updates.check(config)
     manifest = check_data(config)
     init_from.check(config, manifest)
     live_evaluation.check(config, manifest)

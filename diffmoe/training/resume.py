@@ -32,6 +32,7 @@ _SHAPE = (
     "align.projector",
     "align.width",
     "align.hidden",
+    "lora",
 )
 # Where it runs and what it tells; the numbers stay (to rounding, on another layout).
 _HARMLESS = (
@@ -237,6 +238,8 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
     for field in sorted(there.keys() | now.keys()):
         # A field that the checkpoint's version did not have was at its default.
         old, new = there.get(field, defaults.get(field)), now.get(field)
+        if field == "optimizer.weight_decay" and old and new and _decays_all(record):
+            old, new = f"{old} of all parameters", f"{new} of matrices alone"
         if old == new or field == "output":
             continue
         line = f"{field}: {old} there, {new} now"
@@ -268,6 +271,11 @@ def check_configuration(checkpoint: Path, config: Config, allowed: list[str]) ->
     return [f"changed since {checkpoint.name}: {line}" for line in taken] + _other_pools(
         record, config
     )
+
+
+def _decays_all(record: RunFile) -> bool:
+    """Whether the checkpoint's version decayed biases, norms, embeddings and routers, too."""
+    return "rate_multipliers" not in record.config.get("optimizer", {})
 
 
 def _other_pools(record: RunFile, config: Config) -> list[str]:

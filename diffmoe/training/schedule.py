@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffmoe.config import Config, OptimizerConfig
+from diffmoe.config import OptimizerConfig
 
 
 def learning_rate(
@@ -27,15 +27,6 @@ def learning_rate(
         left = min(optimizer.decay_samples, max(0, total_samples - samples))
         rate *= 1 - math.sqrt(1 - left / optimizer.decay_samples)
     return rate
-
-
-def learning_rates(config: Config, samples: int) -> tuple[float, float | None]:
-    """Of AdamW, and of Muon if the run has it."""
-    optimizer, total = config.optimizer, config.training.total_samples
-    rate = learning_rate(optimizer, samples, total)
-    if optimizer.type != "muon":
-        return rate, None
-    return rate, learning_rate(optimizer, samples, total, optimizer.muon.learning_rate)
 
 
 def end_matters_from(settings: Mapping[str, Any]) -> float:

@@ -34,6 +34,16 @@ def start(
     ds_config: a DeepSpeed JSON. resume: auto, none, or a path. device: cpu or cuda; default: cuda
     where there is one. print_only: show the settings instead. allow_changed: settings in which a
     resumed run may differ from its checkpoint. Raises UserError before any work starts.
+
+    The data folder holds latents (C, H, W) of the shape that the model takes.
+
+    >>> import diffmoe
+    >>> short = ["training.total_samples=16", "training.batch_size=8", "model.depth=2"]
+    >>> config = diffmoe.load_config("mnist", [*short, "output=runs/short", "logging.wandb=false"])
+    >>> diffmoe.train(config, device="cpu")
+    True
+    >>> diffmoe.load(config.output).config.depth  # of its newest checkpoint
+    2
     """
     if print_only:
         print(_reconciled(config, ds_config)[0].explained(), end="")

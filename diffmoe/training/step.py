@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from diffmoe.diffusion import Objective, create_objective
 from diffmoe.models.alignment import alignment_loss, alignment_targets
 from diffmoe.models.dit import DiT
 from diffmoe.models.frozen import freeze
-from diffmoe.models.matrices import hidden_matrices
 from diffmoe.models.moe import LayerRouting, routing_loss
 from diffmoe.models.precision import DTYPES
+from diffmoe.models.updates import logged_rates, updates
 from diffmoe.parallel.agree import sum_over_ranks
 from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.muon import Muon
@@ -28,7 +28,7 @@ from diffmoe.parallel.zero import create_engine, engine_settings
 from diffmoe.training.ema import EMA
 from diffmoe.training.routing_metrics import RoutingMetrics
 from diffmoe.training.routing_state import RoutingState
-from diffmoe.training.schedule import learning_rates
+from diffmoe.training.schedule import learning_rate
 from diffmoe.tree import tree_map
 
 
@@ -36,7 +36,8 @@ def build(
     config: Config, ds_settings: dict[str, Any], topology: Topology, device: torch.device
 ) -> tuple[DiT, Engine]:
     """The initialized network in training mode, and its DeepSpeed engine."""
-    network = DiT(config.model, config.moe, topology, config.seed, config.align).to(device)
+    network = DiT(config.model, config.moe, topology, config.seed, config.align, config.lora)
+    network.to(device)
     network.checkpoint_activations(config.training.activation_checkpointing)
     network.train()
     if config.training.precision == "bf16":
@@ -54,13 +55,10 @@ def build(
         "lr": optimizer.learning_rate,
         "betas": optimizer.betas,
         "eps": optimizer.eps,
-        "weight_decay": optimizer.weight_decay,
         "fused": True,
     }
-    matrices = {}
     if optimizer.type == "muon":
         options |= {"muon": optimizer.muon, "dtype": DTYPES[config.training.precision]}
-        matrices = hidden_matrices(network)
     engine = create_engine(
         network,
         experts=network.expert_parameters(),
@@ -69,7 +67,7 @@ def build(
         optimizer_options=options,
         settings=engine_settings(config, ds_settings, topology.world),
         topology=topology,
-        matrices=matrices,
+        updates=updates(network, optimizer),
     )
     return network, engine
 
@@ -109,8 +107,7 @@ class StepResult:
     """
 
     numbers: dict[str, Tensor]
-    learning_rate: float
-    more_rates: dict[str, float]  # muon_learning_rate, of a run with Muon
+    rates: dict[str, float]  # of `logged_rates`, at this step
     skipped: bool  # a loss or gradient was not finite: weights, EMA and thresholds stayed
     flags: dict[str, float]  # sums over the ranks of what `run` was given
     routing: dict[str, list]  # see RoutingMetrics.summary; empty unless asked for
@@ -150,6 +147,7 @@ class TrainingStep:
         self.config, self.network, self.engine, self.ema = config, network, engine, ema
         self.device = device
         self.objective = create_objective(config)
+        self._peaks = logged_rates(network, config.optimizer)
         self.routing_state = RoutingState(network)
         self.lanes = own_lanes(config, network.topology)
         self.samples = self.number = self.skipped = 0
@@ -180,9 +178,9 @@ class TrainingStep:
         """
         config, world = self.config, self.network.topology.world
         samples = self.samples + config.training.batch_size
-        rate, muon_rate = learning_rates(config, samples)
+        rate_now = partial(learning_rate, config.optimizer, samples, config.training.total_samples)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = muon_rate if "matrices" in group else rate
+            group["lr"] = rate_now(group["peak_lr"])
 
         # Forward and backward. The engine acts at the last micro-batch only.
         metrics = RoutingMetrics(self.network) if measure_routing else None
@@ -231,8 +229,7 @@ class TrainingStep:
                 self.ema.update(self.number - self.skipped)
         return StepResult(
             numbers=numbers,
-            learning_rate=rate,
-            more_rates={} if muon_rate is None else {"muon_learning_rate": muon_rate},
+            rates={name: rate_now(peak) for name, peak in self._peaks.items()},
             skipped=skipped,
             flags=flags,
             routing={} if metrics is None else metrics.summary(tensors["routing"] / world),

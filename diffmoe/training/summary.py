@@ -19,6 +19,9 @@ def beginning(config: Config, network: DiT, device: torch.device, manifest: Mani
     counted = f"{total / 1e6:.2f} million parameters"
     if capacity is not None:
         counted += f", of which {active / 1e6:.2f} million work on an average token"
+    trained = [name for name, one in network.named_parameters() if one.requires_grad]
+    if len(trained) < len(list(network.parameters())):
+        counted += f"; {network.parameter_count(trained) / 1e6:.2f} million train"
     where = f"{world} rank{'s' if world > 1 else ''} on {device.type}, {config.training.precision}"
     return (
         f"{where}; {counted}; {manifest.samples:,} samples of {config.data.path}; "

@@ -1,5 +1,6 @@
 """A study trains what its file says, continues after an interruption, and compares seed by seed."""
 
+import contextlib
 import json
 import math
 import os
@@ -106,6 +107,17 @@ def study_file(tmp_path: Path) -> Path:
     return file
 
 
+def _processes_of(study: Study) -> list[Path]:
+    """Those of its runs."""
+    mine = f"{study.output}/configs".encode()
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mine in file.read_bytes():
+                found.append(file)
+    return found
+
+
 @pytest.mark.slow
 def test_a_study_trains_continues_and_reports(study_file: Path):
     tool = [sys.executable, "tools/compare.py", str(study_file)]
@@ -129,6 +141,16 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
         time.sleep(0.2)
     os.killpg(started.pid, signal.SIGINT)  # as a terminal's Ctrl-C
     assert started.wait(90) == 85, started.stderr.read()
+    assert measured(runs[-1]) is None
+    assert not _processes_of(study)
+
+    started = subprocess.Popen(tool, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not _processes_of(study):
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.2)
+    started.terminate()  # as `kill` does, or a scheduler: only the tool hears it
+    assert started.wait(90) == 85, started.stderr.read()
+    assert not _processes_of(study)
     assert measured(runs[-1]) is None
 
     done = command(*tool, timeout=300)

@@ -232,6 +232,21 @@ def test_latents_that_a_pipeline_does_not_have_are_refused(changes, told: str, t
         write_foreign(source, tmp_path / "out", "diffusers")
 
 
+@pytest.mark.parametrize(("dropout", "guidance"), [(0.0, "1"), (0.1, "1.5"), (None, "1.5")])
+def test_a_pipeline_is_called_with_guidance_only_if_it_can_be_guided(
+    dropout: float | None, guidance: str, tmp_path: Path
+):
+    source, vae = dense(), autoencoder(tmp_path / "vae", scale=0.7)
+    latents = {"shape": (4, 8, 8), "autoencoder": str(vae)}
+    metadata = source.metadata.replace(latents=latents, label_dropout=dropout)
+    source = dataclasses.replace(source, metadata=metadata)
+    notes = write_foreign(source, tmp_path / "out", "diffusers")
+    readme = (tmp_path / "out/README.md").read_text()
+    assert f"guidance_scale={guidance}, num_inference_steps=50" in readme
+    assert ("the model cannot be guided: keep guidance_scale=1." in readme) == (dropout == 0)
+    assert any("call the pipeline with guidance_scale=1" in one for one in notes) == (dropout == 0)
+
+
 def test_more_classes_than_a_pipeline_guides_are_refused(tmp_path: Path):
     config = tiny_config(moe__type="dense", diffusion__objective="ddpm", model__num_classes=1001)
     source = source_of(config, latents={"shape": (2, 8, 8), "autoencoder": "some/vae"})

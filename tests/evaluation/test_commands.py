@@ -12,6 +12,7 @@ from diffmoe.errors import UserError
 from diffmoe.evaluation.curves import curve_points
 from diffmoe.evaluation.models import sample_model
 from diffmoe.sampling.sampler import Sampler
+from tests.helpers.models import exported
 from tests.helpers.pictures import NAME, pictures, write_files, write_samples
 from tests.helpers.runs import pack, run_config, train
 from tests.helpers.tools import command, told
@@ -72,6 +73,19 @@ def test_from_a_run_to_figures_that_repeat(run, reference, tmp_path):
     assert first["reference"]["source"]["path"] == str(run.parent / "data")
     assert first["versions"]["torch"]
     assert first["peak_memory_mb"] > 10
+
+
+def test_a_scale_that_a_model_does_not_have_is_refused_before_any_image(reference, tmp_path):
+    model, out = exported(tmp_path / "model", label_dropout=0.0), tmp_path / "out"
+    words = [TOOL, model, "--num-samples", "4", "--steps", "2", "--out", out]
+    words += ["--reference", reference, "--extractor", NAME]
+    refused = command(*words, "--guidance", "1", "2")
+    assert refused.returncode == 2
+    assert "guidance 2: the model was trained with training.label_dropout=0" in refused.stderr
+    assert not list(out.rglob("samples.json"))
+    done = command(*words)
+    assert done.stderr.count("guidance 1: the model was trained without label dropout") == 1
+    assert [one["images"]["guidance"] for one in results(out)] == [1]
 
 
 def test_several_guidance_scales_are_measured_and_drawn(run, reference, tmp_path):

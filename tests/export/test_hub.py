@@ -37,16 +37,16 @@ FETCH = """
 import sys
 import numpy as np
 import diffmoe
-pipeline = diffmoe.Pipeline.from_pretrained("somebody/digits", device="cpu")
+pipeline = diffmoe.Pipeline.from_pretrained(sys.argv[2], device="cpu")
 np.save(sys.argv[1], np.asarray(pipeline(labels=[0, 1], seed=3, steps=2)[1]))
 """
 
 
-def fetched(server: Hub, folder: Path, **more: str) -> np.ndarray:
+def fetched(server: Hub, folder: Path, name: str = "somebody/digits", **more: str) -> np.ndarray:
     """An image of the published model, made by a process that has the hub alone."""
     file = folder / "image.npy"
     subprocess.run(
-        [sys.executable, "-c", FETCH, file],
+        [sys.executable, "-c", FETCH, file, name],
         env=environment(HF_ENDPOINT=server.address, HF_HOME=str(folder / "cache"), **more),
         check=True,
     )
@@ -120,3 +120,48 @@ def test_a_model_that_the_hub_does_not_have(server: Hub, tmp_path: Path):
 def test_a_path_is_taken_before_the_hub(model: Path):
     here = os.path.relpath(model)
     assert diffmoe.Pipeline.from_pretrained(here, device="cpu").network is not None
+
+
+PUSH = """
+import sys
+import diffmoe
+pipeline = diffmoe.Pipeline(sys.argv[1], device="cpu")
+print(pipeline.push_to_hub("somebody/pushed", license="mit", diffusers=True))
+"""
+WITH_DIFFUSERS = """
+import sys
+sys.modules["diffmoe"] = None
+import numpy as np
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(
+    "somebody/pushed", custom_pipeline="somebody/pushed", trust_remote_code=True
+)
+images = pipeline(class_labels=[0, 1], seed=3, num_inference_steps=2).images
+np.save(sys.argv[1], np.asarray(images[1]))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_pipeline_pushes_is_opened_by_diffusers_and_by_us(
+    server: Hub, model: Path, tmp_path: Path
+):
+    pytest.importorskip("diffusers", reason="diffusers is not installed (extra vae)")
+    where = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", PUSH, model],
+        env=environment(HF_TOKEN="hf_test", **where),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith(f"{server.address}/somebody/pushed/commit/"), done.stderr
+    card = server.files["somebody/pushed"]["README.md"].decode()
+    assert "PATH OF THIS FOLDER" not in card
+    assert 'custom_pipeline="somebody/pushed"' in card
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_DIFFUSERS, tmp_path / "theirs.npy"],
+        env=environment(**where), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = np.asarray(diffmoe.Pipeline(model, device="cpu")(labels=[0, 1], seed=3, steps=2)[1])
+    theirs = np.load(tmp_path / "theirs.npy").astype(int)
+    assert np.abs(theirs - expected).max() <= 1
+    assert np.array_equal(fetched(server, tmp_path, name="somebody/pushed"), expected)

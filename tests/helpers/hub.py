@@ -50,9 +50,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json({"id": name, "sha": COMMIT, "siblings": siblings})
             if path.startswith(f"/api/models/{name}/tree/"):
                 return self._json([self._entry(file, files[file]) for file in files])
-            where = f"/{name}/resolve/{COMMIT}/"
-            if path.startswith(where) and path.removeprefix(where) in files:
-                return self._file(files[path.removeprefix(where)])
+            for revision in (COMMIT, "main"):
+                where = f"/{name}/resolve/{revision}/"
+                if path.startswith(where) and path.removeprefix(where) in files:
+                    return self._file(files[path.removeprefix(where)])
         return self._json({"error": "Repository not found"}, 404, "RepoNotFound")
 
     def do_POST(self) -> None:

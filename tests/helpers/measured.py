@@ -110,7 +110,8 @@ def step_on_rank(config: Config, ds_settings: dict[str, Any] | None = None) -> d
 def saved_bytes(config: Config) -> int:
     """What autograd keeps at the end of one forward of one process, each storage once."""
     objective = create_objective(config)
-    network = randomize(DiT(config.model, config.moe, align=config.align)).train()
+    network = DiT(config.model, config.moe, align=config.align, lora=config.lora)
+    randomize(network).train()
     network.checkpoint_activations(config.training.activation_checkpointing)
     if config.training.precision == "bf16":
         network.to_bf16()

@@ -212,7 +212,7 @@ def steps_on_rank(config: Config, topology: Any) -> dict[str, Any]:
     for number in range(STEPS):
         before = {one.name: one.master.detach().clone() for one in owned}
         result = step.run(step.prepare(random_batch(config, number, step.lanes), number))
-        assert result.more_rates["muon_learning_rate"] == config.optimizer.muon.learning_rate
+        assert result.rates["muon_learning_rate"] == config.optimizer.muon.learning_rate
         told["losses"].append(result.losses["loss"])
         told["norms"].append(result.gradient_norm)
         told["steps"].append(
@@ -263,6 +263,11 @@ def split(name: str, tensor: Tensor) -> list[Tensor] | None:
     if name.startswith("blocks.") and name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
         return [tensor]
     return None
+
+
+def decays(name: str) -> bool:
+    """Of AdamW's: predictors, adaLN and the last layer, no biases."""
+    return name.endswith(".weight") and "_embed." not in name
 
 
 @torch.no_grad()
@@ -328,13 +333,13 @@ def one_process(config: Config) -> dict[str, Any]:
     objective = create_objective(config)
     network = randomize(DiT(config.model, config.moe)).double()
     weights = dict(network.named_parameters())
-    rest = [one for name, one in weights.items() if split(name, one) is None]
+    groups = [
+        {"params": [one], "weight_decay": optimizer.weight_decay * decays(name)}
+        for name, one in weights.items()
+        if split(name, one) is None
+    ]
     adamw = torch.optim.AdamW(
-        rest,
-        lr=optimizer.learning_rate,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
+        groups, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps
     )
     momenta = {name: torch.zeros_like(one) for name, one in weights.items()}
     lanes = range(config.data.lanes)

@@ -44,7 +44,7 @@ def loss_of(output: Any, examples: Any, config: Config, objective: Any) -> Tenso
 def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
     """Plain torch: whole batch (in `pools` parts, one after the other), SGD, torch's clipping."""
     objective = create_objective(config)
-    network = randomize(DiT(config.model, config.moe, align=config.align))
+    network = randomize(DiT(config.model, config.moe, align=config.align, lora=config.lora))
     freeze(network, config.training)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LR)
@@ -76,11 +76,13 @@ def one_process(config: Config, pools: int = 1) -> dict[str, Any]:
     return told
 
 
-def on_rank(config: Config) -> dict[str, Any]:
+def on_rank(config: Config, offload: bool = False) -> dict[str, Any]:
     """The same through topology, engine and ZeRO; weights are this rank's."""
+    zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
     objective = create_objective(config)
     topology = create_topology(config.parallel.expert_parallel)
-    network = randomize(DiT(config.model, config.moe, topology, align=config.align)).train()
+    network = DiT(config.model, config.moe, topology, align=config.align, lora=config.lora)
+    randomize(network).train()
     freeze(network, config.training)
     engine = create_engine(
         network,
@@ -88,7 +90,7 @@ def on_rank(config: Config) -> dict[str, Any]:
         num_experts=config.moe.experts,
         optimizer=torch.optim.SGD,
         optimizer_options={"lr": LR},
-        settings=engine_settings(config, {}, topology.world),
+        settings=engine_settings(config, {"zero_optimization": zero}, topology.world),
         topology=topology,
     )
     tracker = RoutingState(network)
@@ -174,17 +176,22 @@ def test_baselines_equal_one_process(family: str):
     compare(run_ranks(2, on_rank, config), one_process(config))
 
 
-@pytest.mark.parametrize(("world", "ranks", "stage"), [(1, 1, 1), (2, 1, 2), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("world", "ranks", "stage", "offload"),
+    [(1, 1, 1, False), (2, 1, 2, False), (2, 2, 1, False), (2, 1, 1, True), (2, 2, 2, True)],
+)
 @pytest.mark.parametrize(
     "patterns",
     [
         {"training__freeze": ("blocks.1.*", "*.experts.w_out", "*.qkv.*")},
         {"training__freeze": ("*.experts.*",)},  # then DeepSpeed knows of no experts
         {"training__train_only": ("blocks.3.feed_forward.experts.*",)},  # and here of nothing else
+        {"lora": {"rank": 2, "alpha": 3.0, "targets": ("attention", "mlp", "experts")}},
+        {"lora": {"rank": 8, "targets": ("experts",)}, "training__train_only": ("final.*",)},
     ],
 )
 def test_frozen_parameters_stay_and_the_others_equal_one_process(
-    patterns: dict, world: int, ranks: int, stage: int
+    patterns: dict, world: int, ranks: int, stage: int, offload: bool
 ):
     config = tiny_config(
         moe__token_pool="global",
@@ -194,11 +201,11 @@ def test_frozen_parameters_stay_and_the_others_equal_one_process(
         **patterns,
     )
     expected = one_process(config)
-    before = randomize(DiT(config.model, config.moe))
+    before = randomize(DiT(config.model, config.moe, lora=config.lora))
     frozen = frozen_names(before, config.training)
     for name, parameter in before.named_parameters():
         assert torch.equal(expected["weights"][name], parameter) == (name in frozen), name
-    told = run_ranks(world, on_rank, config)
+    told = run_ranks(world, on_rank, config, offload)
     compare(told, expected)
     for rank in told:
         assert len(rank["optimized"]) == sum(name not in frozen for name in rank["weights"])

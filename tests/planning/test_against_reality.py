@@ -33,6 +33,10 @@ MUON = {
     "moe__activation": "swiglu",
     "moe__shared_expert_ratio": 1.0,
 }
+BY_ROLE = {
+    "optimizer__weight_decay": 0.1,
+    "optimizer__rate_multipliers": {"experts": 2.0, "router": 0.1, "attention": 0.5},
+}
 # Ranks, P, stage, precision, micro-batches, more.
 LAYOUTS = [
     (1, 1, 1, "fp32", 1, {"training__ema_stds": (0.05, 0.1)}),
@@ -45,9 +49,12 @@ LAYOUTS = [
     (2, 2, 1, "fp32", 1, {"model__text": BYTES}),
     (2, 2, 2, "bf16", 1, {"training__freeze": ("blocks.*", "label_embed.*")}),
     (4, 2, 1, "bf16", 1, {"training__train_only": ("*.experts.w_in", "*.attention.*")}),
+    (4, 2, 1, "bf16", 1, {"lora": {"rank": 3, "targets": ("attention", "mlp", "experts")}}),
     (2, 1, 1, "fp32", 1, {**MUON, "moe__experts": 3, "training__freeze": ("*.qkv.*",)}),
     (2, 1, 2, "bf16", 2, {**MUON, "moe__experts": 3}),
     (4, 2, 1, "fp32", 1, {**MUON, "moe__experts": 2}),
+    (2, 2, 1, "bf16", 1, BY_ROLE),
+    (2, 1, 2, "fp32", 1, {**MUON, "moe__experts": 3, **BY_ROLE}),
     (2, 2, 1, "fp32", 1, {"moe__type": "race", "moe__token_pool": "global"}),
     (2, 2, 1, "fp32", 1, {"align": {"block": 2, "width": 6, "hidden": 10}}),
     (2, 2, 2, "fp32", 2, {"moe__type": "race", "moe__capacity": 2.0, "moe__target_loss_weight": 1}),
@@ -243,6 +250,14 @@ def test_activations_are_within_15_percent(family: str, precision: str, checkpoi
     if precision == "bf16" and config.model.qk_norm and not checkpointing:
         saved -= kept_by_norms_on_a_cpu(config)
     assert kept_bytes(Layout(config, 1, 1)) == pytest.approx(saved, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["diffmoe", "rich", "token_choice"])
+def test_what_lies_between_factors_is_counted(family: str):
+    plain = latents(**FAMILIES[family])
+    config = plain.replace({"lora": {"rank": 5, "targets": ("attention", "mlp", "experts")}})
+    planned = kept_bytes(Layout(config, 1, 1)) - kept_bytes(Layout(plain, 1, 1))
+    assert planned == saved_bytes(config) - saved_bytes(plain)
 
 
 def kept_by_norms_on_a_cpu(config: Config) -> int:

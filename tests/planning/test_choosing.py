@@ -76,16 +76,19 @@ def test_parameters_are_listed_with_what_updates_them():
         optimizer__weight_decay=0.5,
         optimizer__muon__learning_rate=0.125,
         optimizer__muon__scale="original",
+        optimizer__rate_multipliers={"router": 0.5, "experts": 2.0},
     )
     head, *lines, total = parameter_table(config).splitlines()
-    assert head.split() == ["parameter", "shape", "by", "rate", "decay", "matrices"]
+    assert head.split() == ["parameter", "shape", "role", "by", "rate", "decay", "matrices"]
     found = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert list(found) == [name for name, _ in DiT(config.model, config.moe).named_parameters()]
     prefix = "blocks.1.feed_forward"
-    assert found[f"{prefix}.experts.w_in"] == "4x16x64 muon 0.125 0 4 of 64x16, times 2"
-    assert found["blocks.1.attention.qkv.weight"] == "48x16 muon 0.125 0 3 of 16x16, times 1"
-    assert found[f"{prefix}.router"] == "4x16 adamw 0.25 0.5"
-    assert found[f"{prefix}.experts.b_in"] == "4x64 adamw 0.25 0.5"
+    assert found[f"{prefix}.experts.w_in"] == "4x16x64 experts muon 0.25 0 4 of 64x16, times 2"
+    qkv = "48x16 attention muon 0.125 0 3 of 16x16, times 1"
+    assert found["blocks.1.attention.qkv.weight"] == qkv
+    assert found[f"{prefix}.router"] == "4x16 router adamw 0.125 0"
+    assert found[f"{prefix}.experts.b_in"] == "4x64 experts adamw 0.5 0"
+    assert found["final_adaln.weight"] == "32x16 modulation adamw 0.25 0.5"
     assert total.endswith("million by adamw")
     adamw = parameter_table(tiny_config())
     assert " muon " not in adamw

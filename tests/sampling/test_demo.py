@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -22,9 +23,11 @@ from diffmoe.clock import Clock
 from diffmoe.data.manifest import TextContent
 from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.latent_spec import LatentSpec
+from diffmoe.routing_report.demo import build_page
 from diffmoe.sampling.dial import Dial
 from diffmoe.sampling.passes import trajectory_passes
 from diffmoe.sampling.sampler import Origin, Sampler
+from diffmoe.text.prompts import create_prompts, encoder_of
 from tests.helpers.networks import CONFIG, network_of
 from tests.helpers.processes import free_port
 from tests.helpers.runs import pack, run_config, train
@@ -96,6 +99,30 @@ def test_a_model_without_label_dropout_is_calibrated_without_guidance(tmp_path):
     dial = Dial.of(opened(tmp_path, config), report=said.append)
     assert said[0].startswith("guidance 1: the model was trained without label dropout")
     assert dial.capacities == [0.25, 0.5, 1.0, 1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "dropout", "told", "visible"),
+    [
+        (None, 0.0, "label dropout, so it cannot be guided", False),
+        (BYTES, 0.0, "label dropout, so only a negative prompt guides it", True),
+        (None, 0.1, "", True),
+    ],
+)
+def test_the_page_says_how_a_model_can_be_guided(text, dropout, told, visible, tmp_path):
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    config = tiny_config(model__text=text, training__label_dropout=dropout)
+    prompts = create_prompts(config, encoder_of(config), ["red"] if text else [])
+    dial = Dial({0.25: torch.ones(2, 4), 1.0: torch.zeros(2, 4)})
+    page = build_page(replace(opened(tmp_path, config), prompts=prompts), dial, "a model")
+    parts = page.get_config_file()["components"]
+    heading = next(part["props"]["value"] for part in parts if part["type"] == "markdown")
+    assert heading.startswith("## a model")
+    assert told in heading
+    assert ("trained without" in heading) == (dropout == 0)
+    (slider,) = [part["props"] for part in parts if part["props"].get("label") == "Guidance"]
+    assert slider["visible"] == visible
+    assert slider["value"] == (1.5 if dropout else 1)
 
 
 @contextlib.contextmanager

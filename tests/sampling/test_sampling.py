@@ -219,6 +219,10 @@ def test_a_negative_prompt_takes_the_place_of_a_null_caption_that_was_never_trai
     latents_of(network_of(config), config, [0], [0], settings, prompts=negative)
     sampler = Sampler(network_of(config), config, prompts=negative)
     assert sampler.fitted(replace(settings, guidance=None)).guidance == 1.5
+    said: list[str] = []
+    sampler = replace(sampler, prompts=plain)
+    assert sampler.fitted(replace(settings, guidance=None), said.append).guidance == 1
+    assert said[0].endswith("without label dropout, so only a negative prompt guides it")
 
 
 def test_a_caption_that_was_not_given_is_refused():

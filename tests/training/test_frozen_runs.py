@@ -14,6 +14,7 @@ from diffmoe.planning.layouts import Layout
 from diffmoe.planning.submission import checkpoint_bytes
 from diffmoe.training import preflight
 from diffmoe.training.resume import find_checkpoint
+from tests.helpers.devices import GPU
 from tests.helpers.runs import (
     assert_identical,
     newest,
@@ -91,6 +92,35 @@ def test_another_layout_goes_on_alike(run: Config, tmp_path: Path):
     assert found.keys() == expected.keys()
     for name in frozen_of(run):
         assert torch.equal(found[f"weights/{name}"], expected[f"weights/{name}"]), name
+
+
+@pytest.mark.parametrize(("optimizer", "stage"), [("adamw", 1), ("adamw", 2), ("muon", 2)])
+def test_offloading_the_optimizer_gives_the_same_run(
+    run: Config, tmp_path: Path, optimizer: str, stage: int
+):
+    """From a checkpoint, and on to one; frozen masters stay with the network."""
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    found, expected = (
+        half_of(run, tmp_path / name, parallel__zero_stage=stage, optimizer__type=optimizer)
+        for name in ("offloaded", "plain")
+    )
+    allowed = ["optimizer.type"]
+    train(found, world=2, ds_config=str(ds_config), allow_changed=allowed)
+    train(expected, world=2, allow_changed=allowed)
+    assert_identical(tensors(newest(found)), tensors(newest(expected)))
+
+
+@pytest.mark.parametrize("place", [pytest.param("cuda", marks=GPU)])
+def test_offloaded_and_frozen_masters_are_on_two_devices(run: Config, tmp_path: Path, place: str):
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    config = half_of(run, tmp_path, parallel__expert_parallel=1)
+    train(config, ds_config=str(ds_config), device=place)
+    state, half = tensors(newest(config)), tensors(Path(config.output) / HALF)
+    for name in (name for name in state if name.startswith("weights/")):
+        stayed = name.partition("/")[2] in frozen_of(run)
+        assert torch.equal(state[name], half[name]) == stayed, name
 
 
 def test_other_frozen_parameters_are_refused_unless_allowed(run: Config, tmp_path: Path):

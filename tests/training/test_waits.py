@@ -26,7 +26,7 @@ class Counting:
         import torch
         import torch.distributed as dist
 
-        from diffmoe.training import step as training_step
+        from diffmoe.training.step import TrainingStep
         from diffmoe.training.telemetry import Telemetry
 
         steps: list[Counter[str]] = [Counter()]
@@ -46,18 +46,18 @@ class Counting:
         counted(dist, "all_reduce")
         for name in READS:
             counted(torch.Tensor, name)
-        begin, step = training_step.learning_rates, Telemetry.step
+        run, step = TrainingStep.run, Telemetry.step
         end = self.folder / f"counts-{rank}.json"
 
-        def began(*args: Any) -> Any:
+        def began(*args: Any, **kwargs: Any) -> Any:
             steps.append(Counter())
-            return begin(*args)
+            return run(*args, **kwargs)
 
         def ended(*args: Any) -> None:
             step(*args)
             end.write_text(json.dumps(steps[1:]))
 
-        training_step.learning_rates, Telemetry.step = began, ended
+        TrainingStep.run, Telemetry.step = began, ended
 
 
 def counts(folder: Path, config: Config, world: int) -> list[dict[str, int]]:
