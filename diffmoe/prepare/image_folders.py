@@ -88,18 +88,22 @@ def find_images(
     if not root.exists():
         raise UserError(f"--images {does_not_exist(root)}")
     if not root.is_dir():
-        raise UserError(f"--images {root} is not a folder; give one of class folders or tar shards")
+        raise UserError(f"--images {root} is not a folder; give one of images or tars")
     out = None if follow_links else root
     classes, files = _listed(str(root), out)
     tars = [name for name in files if name.endswith((".tar", *COMPRESSED))]
     if captioned and not tars:
         return numbered([_of_file(root, file, 0) for file in _images_below(root, out)]), None
-    if not classes and not tars and any(name.lower().endswith(EXTENSIONS) for name in files):
-        flat = [_of_file(root, file, 0) for file in _images_below(root, out)]
+    images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+    if bool(classes) + bool(tars) + bool(images) != 1:
+        raise UserError(
+            f"--images {root} holds {len(classes)} subfolders, {len(tars)} tar files and "
+            f"{len(images)} images; it must hold class folders, tars, or images of one class, and "
+            "nothing of the others"
+        )
+    if images:
+        flat = [_of_file(root, str(root / name), 0) for name in images]
         return numbered(flat), [printable(root.resolve().name)]
-    if bool(classes) == bool(tars):
-        found = f"{len(classes)} subfolders and {len(tars)} .tar files"
-        raise UserError(f"--images {root} holds {found}; it must hold one or the other, or images")
     items: list[ImageItem] = []
     paths = [root / tar for tar in tars]
     for tar, path in zip(tars, plain.unpacked(paths) if plain else paths, strict=True):

@@ -24,17 +24,15 @@ else:
 
 # No others: Pillow would pass PostScript to Ghostscript, whatever the file is called.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-_OPTIONAL = {"AVIF": features.check("avif"), "HEIF": _HAS_HEIF}
-_INSTALLED = (*FORMATS, *(name for name, is_there in _OPTIONAL.items() if is_there))
-# Of the bytes 4 to 12 of a file: what it needs.
-_NEEDS = {
-    b"ftypavif": "Pillow 11.3 or newer",
-    b"ftypavis": "Pillow 11.3 or newer",
-    **dict.fromkeys(
-        (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftypmif1"),
-        'pip install "diffmoe[heic]"',
-    ),
+# An older Pillow warns when it is asked for AVIF.
+_HAS_AVIF = "avif" in features.modules and features.check("avif")
+_INSTALLED = (*FORMATS, *(["AVIF"] if _HAS_AVIF else []), *(["HEIF"] if _HAS_HEIF else []))
+# The bytes 4 to 12 of a file, and what a format needs.
+_BRANDS = {
+    **dict.fromkeys((b"ftypavif", b"ftypavis"), "AVIF"),
+    **dict.fromkeys((b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftypmif1"), "HEIF"),
 }
+_NEEDS = {"AVIF": "Pillow 11.3 or newer", "HEIF": 'pip install "diffmoe[heic]"'}
 WHITE = (255, 255, 255)
 
 _ORIENTATION = 0x0112  # in EXIF
@@ -71,9 +69,9 @@ def decode_image(data: bytes, background: Color = WHITE) -> Image.Image:
             image.load()
             return _rgb(_upright(image), background)
     except Image.UnidentifiedImageError:
-        kind = bytes(data[4:12])
-        if kind in _NEEDS and len(_INSTALLED) < len(FORMATS) + len(_OPTIONAL):
-            raise ValueError(f"{kind[4:].decode()} needs {_NEEDS[kind]}, or is damaged") from None
+        kind = _BRANDS.get(data[4:12])
+        if kind is not None and kind not in _INSTALLED:
+            raise ValueError(f"{kind} needs {_NEEDS[kind]}") from None
         raise ValueError(f"not one of {', '.join(_INSTALLED)}, or damaged") from None
     # On damaged files decoders raise anything: struct.error, SyntaxError, IndexError, ...
     except Exception as error:

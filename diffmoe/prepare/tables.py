@@ -106,6 +106,10 @@ def _columns(root: Path, file: Path, images: ImageSource) -> tuple[Columns, list
         schema = _schema(file)
         fields = [(field.name, field.type) for field in schema]
     features = _features(schema)
+    if images.captioned and "label" in images.columns:
+        raise UserError("--columns label= does not go with --captions")
+    if not images.captioned and "text" in images.columns:
+        raise UserError("--columns text= needs --captions")
 
     def pick(kind: str, fitting: list[str], feature: str = "", way_out: str = "") -> str:
         """feature: what `datasets` calls the one that is meant, if there is one alone."""

@@ -108,13 +108,13 @@ def test_folders_that_do_not_fit_are_named(photos, tmp_path):
     with pytest.raises(UserError, match="somewhere is not a folder"):
         find_images(tmp_path / "somewhere")
     (tmp_path / "somewhere").unlink()
-    with pytest.raises(UserError, match=r"holds 0 subfolders and 0 \.tar files"):
+    with pytest.raises(UserError, match="holds 0 subfolders, 0 tar files and 0 images"):
         find_images(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"class folder .*empty holds no image"):
         find_images(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"holds 1 subfolders and 1 \.tar files"):
+    with pytest.raises(UserError, match="holds 1 subfolders, 1 tar files and 0 images"):
         find_images(tmp_path)
     (tmp_path / "empty").rmdir()
     with pytest.raises(UserError, match=r"a\.tar cannot be read: not a tar, or cut off"):
@@ -132,6 +132,9 @@ def test_a_flat_folder_is_one_class(root, tmp_path):
     assert [(item.name, item.label) for item in items] == [(f"IMG {n}.PNG", 0) for n in range(4)]
     manifest = pack(flat, tmp_path / "out")
     assert (manifest.samples, manifest.classes, manifest.class_names) == (4, 1, ["My cats"])
+    (flat / "more").mkdir()  # or would all but its images be lost?
+    with pytest.raises(UserError, match="holds 1 subfolders, 0 tar files and 4 images; it must"):
+        find_images(flat)
 
 
 def test_rarer_endings_are_read_and_what_cannot_be_is_named(root, tmp_path):

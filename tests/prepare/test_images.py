@@ -130,7 +130,7 @@ def test_floats_and_wide_integers_are_scaled(values, wanted):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0.0, 1.5]]), r"floats from 0 to 1\.5"),
+        (np.array([[0.0, 1.5]]), r"^floats from 0 to 1\.5"),
         (np.array([[-0.5, 1.0]]), r"floats from -0\.5 to 1"),
         (np.array([[np.nan, 1.0]]), "floats from nan to nan"),
         (np.array([[0.0, 256.0]]), "floats from 0 to 256"),
@@ -222,9 +222,9 @@ def test_what_a_phones_images_need_is_told(monkeypatch):
     avif = saved(Image.new("RGB", (8, 8)), "AVIF")
     heic = b"\0\0\0\x18ftypheic" + b"\0" * 40
     monkeypatch.setattr(images, "_INSTALLED", images.FORMATS)
-    with pytest.raises(ValueError, match=r"avif needs Pillow 11\.3 or newer"):
+    with pytest.raises(ValueError, match=r"AVIF needs Pillow 11\.3 or newer"):
         decode_image(avif)
-    with pytest.raises(ValueError, match=r'heic needs pip install "diffmoe\[heic\]"'):
+    with pytest.raises(ValueError, match=r'HEIF needs pip install "diffmoe\[heic\]"'):
         decode_image(heic)
 
 

@@ -137,6 +137,11 @@ def test_columns_that_are_not_plain_must_be_named(folder, tmp_path):
     for options, message in [
         ({"captioned": True}, r"which column is the text\? Give .* text=NAME \(captions, first\)"),
         ({"columns": {"label": "first"}}, r"the label\? .* label=NAME \(width\), or label= if"),
+        ({"columns": {"text": "first"}}, "--columns text= needs --captions"),
+        (
+            {"columns": {"label": "width"}, "captioned": True},
+            "--columns label= does not go with --captions",
+        ),
         ({"columns": {"image": "width"}}, r"the image\? .* image=NAME \(picture\)"),
         ({"columns": {"image": "nothing"}}, r"the image\? .* image=NAME \(picture\)"),
         ({"columns": {"label": "width"}}, r"holds class numbers but not how many .* --classes N"),
