@@ -75,7 +75,7 @@ def write_parts(
 
 def _index(folder: Path, metadata: Metadata) -> dict[str, Any]:
     """model_index.json: the parts by library and class, and what DiffMoEPipeline registers."""
-    vae = [None, None]
+    vae: list[str | None] = [None, None]
     if metadata.latents.autoencoder == FOLDER:
         kind = read_autoencoder_config(folder / FOLDER).get("_class_name", "AutoencoderKL")
         vae = ["diffusers", kind]

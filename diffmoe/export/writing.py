@@ -204,11 +204,11 @@ def _compare(
                 f"{source.where}: the written model's output ({routing}) differs from the source's "
                 f"by up to {largest:.3g}; nothing was kept. Check the disk"
             )
-    largest = None
+    theirs = None
     if diffusers:
         ours = expected[metadata.moe.inference]
-        largest = for_diffusers.difference(folder, _probe_inputs(metadata), ours, source.where)
-    return sum(output.numel() for output in expected.values()), largest
+        theirs = for_diffusers.difference(folder, _probe_inputs(metadata), ours, source.where)
+    return sum(output.numel() for output in expected.values()), theirs
 
 
 def _difference_note(largest: float | None) -> str:

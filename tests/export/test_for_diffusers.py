@@ -287,6 +287,18 @@ def test_what_the_pipeline_does_not_have_is_named(
 
 
 @pytest.mark.slow
+def test_the_network_computes_in_bf16_too(drawn: Path):
+    pipeline, call = opened(drawn / "diffmoe"), {"class_labels": [1, 2], "num_inference_steps": 3}
+    wanted, autocast = pipeline(**call).images, opened(drawn / "diffmoe")
+    with torch.autocast("cpu", torch.bfloat16):
+        under = autocast(**call).images
+    cast = pipeline.to(torch.bfloat16)(**call).images
+    for images in (under, cast):
+        far = np.abs(np.stack(images).astype(int) - np.stack(wanted))
+        assert 0 < far.mean() < 5  # of 255
+
+
+@pytest.mark.slow
 def test_another_text_encoder_is_refused(drawn: Path, folders: Path, tmp_path: Path):
     import transformers
 

@@ -107,7 +107,7 @@ class DiffMoETransformer(ModelMixin, ConfigMixin):
     @property
     def null_label(self) -> int:
         """What stands for no class."""
-        return self.config.model["num_classes"]
+        return self.config["model"]["num_classes"]
 
     def thresholds_of(
         self, capacity: float | None, device: torch.device | str = "cpu"
@@ -118,7 +118,7 @@ class DiffMoETransformer(ModelMixin, ConfigMixin):
         """
         if capacity is None:
             return {}
-        calibrated = self.config.calibrated or {}
+        calibrated = self.config["calibrated"] or {}
         if f"{capacity:g}" not in calibrated:
             raise ValueError(
                 f"capacity={capacity:g}: calibrated are {', '.join(calibrated) or 'none'}"
@@ -127,7 +127,7 @@ class DiffMoETransformer(ModelMixin, ConfigMixin):
         return dict(zip(self.moe_blocks, rows, strict=True))
 
     def _unpatchify(self, patches_BTP: Tensor) -> Tensor:
-        (rows, columns), p = self.grid, self.config.model["patch_size"]
+        (rows, columns), p = self.grid, self.config["model"]["patch_size"]
         B = patches_BTP.shape[0]
         image = patches_BTP.view(B, rows, columns, p, p, self.out_channels)
         image = image.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * p, columns * p)
@@ -174,7 +174,7 @@ class Block(nn.Module):
         shift, scale, gate = modulation[:3]
         h_BTD = self.attention(modulate(self.norm1(x_BTD), shift, scale), rotation)
         x_BTD = x_BTD + gate[:, None] * h_BTD
-        if self.cross_attention is not None:
+        if self.cross_attention is not None and context is not None:
             x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *context)
         shift, scale, gate = modulation[3:]
         plain_BTD = self.norm2(x_BTD)
@@ -262,7 +262,7 @@ class MoE(nn.Module):
         """What tokens are selected by and experts' outputs weighed by, (S, E), in fp32 at least."""
         modulated = self.moe["router_input"] == "modulated"
         seen_SD = tokens_SD if modulated else plain_BTD.flatten(0, 1)
-        router_ED = self.router
+        router_ED: Tensor = self.router
         if self.moe["type"] == "race":
             seen_SD = F.gelu(self.router_hidden(seen_SD), approximate="tanh")
         elif self.moe["type"] == "promoe":  # cosines to prototypes
@@ -379,7 +379,7 @@ class TextEmbedder(nn.Module):
             pooled_BD = torch.einsum("bl,bld->bd", weights_BL, features_BLD)
         tokens_BLD = self.project(F.layer_norm(features_BLD, features_BLD.shape[-1:]))
         context = (torch.where(null_B[:, None, None], self.null_token, tokens_BLD), mask_BL)
-        if self.pooled_embed is None or pooled_BD is None:
+        if self.pooled_embed is None or self.null_pooled is None or pooled_BD is None:
             return context, 0.0, null_B
         pooled_BD = F.layer_norm(pooled_BD.to(dtype), pooled_BD.shape[-1:])
         vector_BD = self.pooled_embed(pooled_BD)

@@ -19,7 +19,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor, nn
 
@@ -78,7 +79,11 @@ class Settings:
 class DiffMoEPipeline(DiffusionPipeline):
     """A network with what decodes its latents, and of a text model what encodes its captions."""
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (as in diffusers)
 
     def __init__(
@@ -123,7 +128,7 @@ class DiffMoEPipeline(DiffusionPipeline):
         batch_size: images at a time. sampling: other fields of `Settings`. Raises ValueError before
         any work for what does not fit, and for latents that are not finite.
         """
-        model, trained = self.transformer.config.model, self.config.sampling
+        model, trained = self.transformer.config.model, self.config["sampling"]
         captions = [prompt] if isinstance(prompt, str) else list(prompt or ())
         if (model["text"] is None) == bool(captions):
             raise ValueError(
@@ -153,6 +158,7 @@ class DiffMoEPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(numbers)) as progress:
             for start in range(0, len(numbers), batch_size):
                 chosen = range(start, min(start + batch_size, len(numbers)))
+                wanted: dict[str, Any]
                 if captions:
                     wanted = {"text": self._encode([captions[k] for k in chosen])}
                 else:
@@ -167,7 +173,7 @@ class DiffMoEPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images)
 
     def _class_numbers(self, labels: Sequence[int | str] | str | None) -> list[int]:
-        names = {name: int(number) for number, name in (self.config.id2label or {}).items()}
+        names = {name: int(number) for number, name in (self.config["id2label"] or {}).items()}
         given = [labels] if isinstance(labels, str) else list(labels if labels is not None else ())
         numbers = [
             names.get(one, -1) if isinstance(one, str) else operator.index(one) for one in given
@@ -184,7 +190,7 @@ class DiffMoEPipeline(DiffusionPipeline):
 
     def _check_parts(self) -> None:
         """Raise ValueError where a part that does not lie in the folder is missing or another."""
-        name = self.config.latents["autoencoder"]
+        name = self.config["latents"]["autoencoder"]
         if self.vae is None and name != "identity":
             raise ValueError(f"the autoencoder {name} is missing; give from_pretrained vae=...")
         text = self.transformer.config.model["text"]
@@ -212,7 +218,6 @@ class DiffMoEPipeline(DiffusionPipeline):
                 row[: len(values)] = values
             lengths_B1 = torch.tensor([[len(row)] for row in rows])
             return tokens.to(device), (torch.arange(L) < lengths_B1).to(device), None
-        assert self.text_encoder is not None
         self.tokenizer.padding_side = "right"
         ids = self.tokenizer(
             captions, padding=True, truncation=True, max_length=L, return_tensors="pt"
@@ -244,7 +249,7 @@ class DiffMoEPipeline(DiffusionPipeline):
         noise_of: tuple[int, range],
     ) -> Tensor:
         """Latents (n, C, H, W) in fp32. noise_of: the seed and the numbers of the images."""
-        model, objective = self.transformer.config.model, self.config.sampling["objective"]
+        model, objective = self.transformer.config.model, self.config["sampling"]["objective"]
         sides, channels = model["input_size"], model["in_channels"]
         height, width = (sides, sides) if isinstance(sides, int) else sides
         noise = Noise(*noise_of, (channels, height, width), self._execution_device)
@@ -275,7 +280,7 @@ class DiffMoEPipeline(DiffusionPipeline):
         return latents
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
-        spec = self.config.latents
+        spec = self.config["latents"]
         scale, shift = (
             torch.as_tensor(spec[name]).to(latents).reshape(-1, 1, 1) for name in ("scale", "shift")
         )
