@@ -90,10 +90,11 @@ def parse() -> argparse.Namespace:
     # Settings may stand between options.
     options, unknown = parser.parse_known_intermixed_args()
     if unknown:
-        from diffmoe.config import nearest_setting
+        from diffmoe.config import Config
+        from diffmoe.config.settings import nearest_setting
 
         flag = unknown[0].partition("=")[0]
-        near = nearest_setting(flag.lstrip("-"))
+        near = nearest_setting(flag.lstrip("-"), Config)
         parser.error(
             f"unknown option {flag}: settings are written section.key=value"
             + (f", here {near}=..." if near else "; --help-settings explains them")

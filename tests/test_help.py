@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe.config import setting_names
+from diffmoe.config import Config
+from diffmoe.config.settings import setting_names
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.tiny import refusal
 
@@ -90,7 +91,7 @@ def test_train_explains_every_setting_without_torch():
     lines = [line.split("# ") for line in done.stdout.splitlines() if ": " in line.split("#")[0]]
     assert all(len(parts) > 1 and len(parts[1]) > 3 for parts in lines)
     told = [parts[0].strip().partition(":")[0] for parts in lines]
-    names = setting_names()
+    names = setting_names(Config)
     assert len(names) > 80
     # The settings of model.text show in a text model alone, a permission never.
     names.remove("data.allow_commands")

@@ -68,7 +68,7 @@ def test_ranks_started_differently_end_before_any_work(tmp_path: Path):
         "  code of diffmoe/seeding.py: ",
     ):
         assert line in told, told
-    assert "code of diffmoe/config.py" not in told
+    assert "code of diffmoe/config/moe.py" not in told
     assert not Path(config.output).exists()
 
 
