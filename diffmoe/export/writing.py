@@ -244,11 +244,12 @@ def _probe_inputs(metadata: Metadata) -> tuple[Tensor, Tensor, Condition]:
 
 
 def _probe_text(text: TextConfig) -> Text:
-    """Two captions: of full length, and the null caption."""
+    """Two captions: one with padding behind it, and the null caption."""
     generator, positions = keyed_generator("conversion probe text"), (2, text.length)
     if text.encoder == BYTES:
         tokens = torch.randint(256, positions, generator=generator)
     else:
         tokens = torch.randn(*positions, text.width, generator=generator)
     pooled = torch.randn(2, text.pooled, generator=generator) if text.pooled else None
-    return Text(tokens, torch.tensor([[True], [False]]).expand(positions), pooled)
+    lengths_B1 = torch.tensor([[text.length - text.length // 3], [0]])
+    return Text(tokens, torch.arange(text.length) < lengths_B1, pooled)

@@ -193,6 +193,13 @@ def test_diffusers_draws_the_same_images_without_this_package(
     assert furthest(np.load(drawn / f"{name}.npy"), images) <= 1  # of 255; rounding
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.encoder])
+def test_the_network_in_the_folder_predicts_the_same_numbers(name: str, tmp_path: Path):
+    written = write_exported(source(name, tmp_path), tmp_path / "out", diffusers=True)
+    (note,) = [note for note in written.notes if "computes of the folder" in note]
+    assert float(note.rpartition(" ")[2]) < 1e-5  # rounding of predictions of about 1
+
+
 @pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(drawn: Path):
     together = np.load(drawn / "diffmoe.npy")
@@ -321,6 +328,18 @@ def test_shards_are_opened(tmp_path: Path):
     network = opened(tmp_path / "out").transformer
     name = "blocks.1.feed_forward.experts.w_in"
     assert torch.equal(network.state_dict()[name], made.read(name))
+
+
+def test_tensors_outside_of_the_folder_are_refused_and_no_code_in_it_is_run(tmp_path: Path):
+    folder = tmp_path / "out"
+    write_exported(source("diffmoe", tmp_path), folder, diffusers=True)
+    for code in ("pipeline.py", "transformer/diffmoe_transformer.py"):
+        (folder / code).write_text("raise SystemExit('run')")
+    assert len(diffmoe.Pipeline(folder, device="cpu", verify=False)("cat", steps=1)) == 1
+    (folder / "transformer").rename(tmp_path / "elsewhere")
+    (folder / "transformer").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="transformer leads out of its folder"):
+        diffmoe.load(folder, device="cpu", verify=False)
 
 
 def test_a_folder_that_diffusers_computes_otherwise_is_not_kept(
