@@ -97,6 +97,8 @@ def encode_images(
         shape, draws = autoencoder.describe(height, width)
     plain = PlainTars(Path(output.directory) / ".unpacked", output.ranks)
     items, class_names = _find(images, plain)
+    if not items:
+        raise UserError(f"--images {images.folder} holds no images")
     classes = _number_of_classes(images, class_names)
     for item in items:
         check_label(f"--images {images.folder}: {item.name}", item.label, classes)

@@ -115,3 +115,10 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match=r"out/\.unpacked cannot be written"):
         pack(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_tar_of_nothing_is_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.tgz").write_bytes(gzip.compress(plain(range(0))))
+    with pytest.raises(UserError, match="in holds no images"):
+        pack(tmp_path / "in", tmp_path / "out")
