@@ -63,9 +63,9 @@ def test_parameters_and_bytes_are_counted(lora_run: Config):
     lines = {line.split()[0]: line.split()[1:] for line in parameter_table(lora_run).splitlines()}
     rate = f"{lora_run.optimizer.learning_rate:g}"
     experts_w_in = "blocks.1.feed_forward.experts.w_in"
-    assert lines[experts_w_in] == ["4x16x64", "frozen", "0", "0"]
-    assert lines[f"{experts_w_in}_lora_a"] == ["4x16x2", "adamw", rate, "0"]
-    assert lines[f"{experts_w_in}_lora_b"] == ["4x2x64", "adamw", rate, "0"]
+    assert lines[experts_w_in] == ["4x16x64", "experts", "frozen", "0", "0"]
+    assert lines[f"{experts_w_in}_lora_a"] == ["4x16x2", "experts", "adamw", rate, "0"]
+    assert lines[f"{experts_w_in}_lora_b"] == ["4x2x64", "experts", "adamw", rate, "0"]
     # In fp32 nothing of the base but its weights is held.
     plain = Layout(lora_run.replace({"training.precision": "fp32"}), 1, 2)
     assert memory(plain).moments == memory(plain).masters * 2 < memory(plain).parameters
