@@ -160,6 +160,20 @@ def with_experts(source: Source, options: argparse.Namespace) -> Source:
     )
 
 
+def check_used(source: Source, options: argparse.Namespace, own_class: bool) -> None:
+    """Raise UserError for a flag that would be passed over."""
+    before = source.metadata.moe.capacity
+    if options.capacity not in (None, before) and options.to not in PROGRAMS:
+        raise UserError(
+            f"--capacity {options.capacity:g}: {source.where} was trained at {before:g}, which TO "
+            "keeps; choose C when sampling (tools/calibrate.py)"
+        )
+    if options.dtype != "float32" and options.to in FORMATS and own_class:
+        raise UserError(
+            f"--dtype {options.dtype}: the format {options.to} is written in float32; leave it out"
+        )
+
+
 def write_apart(options: argparse.Namespace) -> None:
     """The adapters of a LoRA run, without its base."""
     from diffmoe.export.adapter_writing import write_adapters
@@ -216,6 +230,8 @@ def main() -> None:
     )
     with open_source(options.source, options.weights, options.format, unknown) as source:
         source = with_experts(source, options)
+        own_class = options.to != "diffusers" or has_own_class(source.metadata)
+        check_used(source, options, own_class)
         print_notes(source.notes)
         if options.to in PROGRAMS:
             from diffmoe.export.program import write_program
@@ -224,13 +240,14 @@ def main() -> None:
             print_notes(write_program(source, options.target, form, dtype, capacity))
             print(printable(f"{options.target}: {source.where} as {options.to}"))
             return
-        custom = options.to == "diffusers" and not has_own_class(source.metadata)
-        if options.to != "diffmoe" and not custom:
+        if options.to in FORMATS and own_class:
             print_notes(write_foreign(source, options.target, options.to))
             print(printable(f"{options.target}: {source.where} in the format {options.to}"))
             return
         limit = int(options.max_shard_gb * 1e9)
-        written = write_exported(source, options.target, options.dtype, limit, diffusers=custom)
+        written = write_exported(
+            source, options.target, options.dtype, limit, diffusers=not own_class
+        )
     print_notes(written.notes)
     print(
         f"{printable(str(written.path))}: {written.bytes / 1e6:.2f} MB of {options.dtype}; "

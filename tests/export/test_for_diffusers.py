@@ -366,3 +366,19 @@ def test_the_command_writes_what_diffusers_has_or_else_our_code(tmp_path: Path):
     assert (tmp_path / "custom-out/pipeline.py").exists()
     assert "what diffusers computes of the folder differs by up to" in done.stderr
     assert "bit for bit" in done.stdout
+
+
+def test_flags_that_a_format_would_pass_over_are_refused(tmp_path: Path):
+    dense = {"moe__type": "dense", "model__in_channels": 4, **DDPM}
+    write_exported(source_of(tiny_config(**dense)), tmp_path / "dense")
+    for words, said in (
+        (
+            ("--to", "diffusers", "--dtype", "bfloat16"),
+            "the format diffusers is written in float32",
+        ),
+        (("--capacity", "2"), "was trained at 1, which TO keeps; choose C when sampling"),
+    ):
+        done = tool("convert_checkpoint", tmp_path / "dense", tmp_path / "out", *words)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert not (tmp_path / "out").exists()
