@@ -10,18 +10,20 @@ vae/               as in any exported folder
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from diffmoe.capacity.thresholds import Calibrated
 from diffmoe.conditions import Condition, Text
 from diffmoe.errors import UserError
 from diffmoe.export.autoencoder_folder import FOLDER, read_autoencoder_config
 from diffmoe.export.metadata import Metadata
 from diffmoe.export.tensors import write_file
 from diffmoe.files import contained
+
+if TYPE_CHECKING:
+    from diffmoe.capacity.thresholds import Calibrated
 
 INDEX = "model_index.json"
 TRANSFORMER = "transformer"
@@ -52,7 +54,7 @@ def check(metadata: Metadata, where: str) -> None:
 
 
 def write_parts(
-    folder: Path, metadata: Metadata, thresholds: dict[str, Calibrated]
+    folder: Path, metadata: Metadata, thresholds: "dict[str, Calibrated]"
 ) -> dict[str, dict[str, Any]]:
     """Write all but the tensors and the autoencoder. Returns {file: {"bytes": ..., "sha256": ...}}.
 

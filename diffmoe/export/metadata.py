@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffmoe.clock import Clock
 from diffmoe.config import Config, DiffusionConfig, ModelConfig, MoEConfig
-from diffmoe.diffusion.settings import GUIDANCE
 from diffmoe.errors import UserError, describe_problem
 from diffmoe.files import contained, read_json
 from diffmoe.latent_spec import LatentSpec
@@ -97,6 +96,8 @@ class Metadata(_Part):
     @property
     def guidance(self) -> float:
         """What samples take where nobody says another: 1 if the model cannot be guided."""
+        from diffmoe.diffusion.settings import GUIDANCE  # a network alone needs no sampler
+
         return 1.0 if self.label_dropout == 0 else GUIDANCE
 
     @property

@@ -7,7 +7,6 @@ import torch
 
 from diffmoe.clock import Clock
 from diffmoe.errors import UserError
-from diffmoe.export.adapters import Adapters, refuse_adapters, with_adapters
 from diffmoe.export.autoencoder_folder import with_own_autoencoder
 from diffmoe.export.exported_model import is_exported, load_exported
 from diffmoe.export.tensors import cast_parameters, parameter_dtype
@@ -24,11 +23,13 @@ def locate(path: str | Path) -> Path:
 
     Raises UserError if there is none, or adapters alone.
     """
+    from diffmoe.checkpoints.folder import find_complete
+    from diffmoe.export.adapters import refuse_adapters
+
     path = Path(path)
     refuse_adapters(path)
     if is_exported(path):
         return path
-    from diffmoe.checkpoints.folder import find_complete
 
     return find_complete(path)
 
@@ -36,6 +37,8 @@ def locate(path: str | Path) -> Path:
 def weights_of(path: Path, requested: str, adapters: Path | None = None) -> str:
     """Which weights `open_network` loads, ema or live: an exported folder has only one set."""
     if adapters is not None:
+        from diffmoe.export.adapters import Adapters
+
         return Adapters(adapters).metadata.model.calibrated_for
     if is_exported(path):
         from diffmoe.export.metadata import read_metadata
@@ -62,6 +65,8 @@ def open_network(
     unknown.
     """
     if adapters is not None:
+        from diffmoe.export.adapters import with_adapters
+
         path, base = locate(path), open_network(path, weights, topology, verify=verify)
         dtype = parameter_dtype(dtype)
         return with_adapters(base, Path(adapters), path, device, dtype, verify)

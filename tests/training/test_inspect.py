@@ -135,8 +135,8 @@ def test_a_checkpoint_of_a_larger_model_is_read_on_the_meta_device(two_ranks: Co
     made = []
     constructed = DiT.__init__
 
-    def noted(network, *arguments):
-        constructed(network, *arguments)
+    def noted(network, *arguments, **named):
+        constructed(network, *arguments, **named)
         made.append({parameter.device.type for parameter in network.parameters()})
 
     DiT.__init__ = noted

@@ -180,6 +180,9 @@ def test_a_server_that_does_not_answer_makes_the_start_an_offline_one(
     page.finish()
     assert len(quick) == 1
     assert "wandb is offline, its server did not answer" in quick[0]
+    import wandb
+
+    wandb.teardown()  # as at a process's end: what is written is flushed
     (lines,) = history(tmp_path / "run").values()
     assert [line["loss"] for line in lines] == [1.0]
 
