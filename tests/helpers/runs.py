@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffmoe.data.packing import ShardWriter
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny_config
 
+HALF = "step-00000003"  # where `half_of` leaves a run
 SAMPLES = [7, 5, 6, 8, 4, 6]  # 36 of uneven shards: with batches of 8 an epoch ends mid-step
 
 
@@ -141,6 +143,15 @@ class SignalDuringStep:
             return run(step, *arguments, **options)
 
         TrainingStep.run = interrupted
+
+
+def half_of(run: Config, folder: Path, **changes) -> Config:
+    """A run that has come as far as three steps of it."""
+    values = {key.replace("__", "."): value for key, value in changes.items()}
+    config = run.replace({"output": str(folder / "run"), **values})
+    shutil.copytree(Path(run.output) / HALF, Path(config.output) / HALF)
+    (Path(config.output) / "latest").write_text(HALF)
+    return config
 
 
 def newest(config: Config) -> Path:

@@ -1,6 +1,5 @@
 """Runs of which some parameters stay as they are: what they save, and what they go on with."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,9 @@ from diffmoe.training import preflight
 from diffmoe.training.resume import find_checkpoint
 from tests.helpers.devices import GPU
 from tests.helpers.runs import (
+    HALF,
     assert_identical,
+    half_of,
     newest,
     pack,
     run_config,
@@ -25,7 +26,6 @@ from tests.helpers.runs import (
 )
 from tests.helpers.tiny import refusal, tiny_config
 
-HALF = "step-00000003"
 PATTERNS = ("blocks.1.*", "*.experts.w_out", "patch_embed.*")
 
 
@@ -51,15 +51,6 @@ def run(tmp_path_factory) -> Config:
         parallel__expert_parallel=2,
     )
     assert train(config, world=2) == [True, True]
-    return config
-
-
-def half_of(run: Config, folder: Path, **changes) -> Config:
-    """A run that has come as far as three steps of it."""
-    values = {key.replace("__", "."): value for key, value in changes.items()}
-    config = run.replace({"output": str(folder / "run"), **values})
-    shutil.copytree(Path(run.output) / HALF, Path(config.output) / HALF)
-    (Path(config.output) / "latest").write_text(HALF)
     return config
 
 

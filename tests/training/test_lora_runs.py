@@ -16,18 +16,7 @@ from diffmoe.planning.parameters import parameter_table
 from diffmoe.planning.submission import checkpoint_bytes
 from diffmoe.training import preflight
 from diffmoe.training.resume import find_checkpoint
-from tests.helpers.runs import assert_identical, newest, pack, run_config, tensors, train
-
-HALF = "step-00000003"
-
-
-def half_of(run: Config, folder: Path, **changes) -> Config:
-    """A run that has come as far as three steps of it."""
-    values = {key.replace("__", "."): value for key, value in changes.items()}
-    config = run.replace({"output": str(folder / "run"), **values})
-    shutil.copytree(Path(run.output) / HALF, Path(config.output) / HALF)
-    (Path(config.output) / "latest").write_text(HALF)
-    return config
+from tests.helpers.runs import assert_identical, half_of, newest, pack, run_config, tensors, train
 
 
 def test_the_base_stays_bit_for_bit_and_the_factors_train(lora_run: Config):

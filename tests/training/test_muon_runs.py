@@ -1,7 +1,6 @@
 """Runs with Muon: what they save, and what they go on with."""
 
 import multiprocessing
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,10 @@ from diffmoe.planning.submission import checkpoint_bytes
 from diffmoe.training.resume import find_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import (
+    HALF,
     assert_identical,
     clock,
+    half_of,
     metrics,
     newest,
     pack,
@@ -22,8 +23,6 @@ from tests.helpers.runs import (
     tensors,
     train,
 )
-
-HALF = "step-00000003"
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +50,6 @@ def run(tmp_path_factory) -> Config:
         parallel__expert_parallel=2,
     )
     assert train(config, world=2) == [True, True]
-    return config
-
-
-def half_of(run: Config, folder: Path, **changes) -> Config:
-    """A run that has come as far as three steps of it."""
-    values = {key.replace("__", "."): value for key, value in changes.items()}
-    config = run.replace({"output": str(folder / "run"), **values})
-    shutil.copytree(Path(run.output) / HALF, Path(config.output) / HALF)
-    (Path(config.output) / "latest").write_text(HALF)
     return config
 
 

@@ -1,7 +1,6 @@
 """Runs with rates and weight decay by role: what they go on with, on which layout."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,18 @@ from diffmoe.config import Config
 from diffmoe.errors import UserError
 from diffmoe.training import preflight
 from diffmoe.training.resume import check_configuration, find_checkpoint
-from tests.helpers.runs import assert_identical, metrics, newest, pack, run_config, tensors, train
+from tests.helpers.runs import (
+    HALF,
+    assert_identical,
+    half_of,
+    metrics,
+    newest,
+    pack,
+    run_config,
+    tensors,
+    train,
+)
 from tests.helpers.tiny import refusal
-
-HALF = "step-00000003"
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +41,6 @@ def run(tmp_path_factory) -> Config:
         parallel__expert_parallel=2,
     )
     assert train(config, world=2) == [True, True]
-    return config
-
-
-def half_of(run: Config, folder: Path, **changes) -> Config:
-    """A run that has come as far as three steps of it."""
-    values = {key.replace("__", "."): value for key, value in changes.items()}
-    config = run.replace({"output": str(folder / "run"), **values})
-    shutil.copytree(Path(run.output) / HALF, Path(config.output) / HALF)
-    (Path(config.output) / "latest").write_text(HALF)
     return config
 
 
