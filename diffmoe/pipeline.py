@@ -150,8 +150,8 @@ class Pipeline:
         folder: must not exist. dtype: float32 or bfloat16, of the stored parameters. diffusers:
         with the code by which diffusers opens it, too. Its tensors are those of the files that
         were opened, not rounded to what the network computes in; a decoder that was named is no
-        part of it. Raises UserError where they are damaged, where the network was changed since,
-        and as `export.writing.write_exported`.
+        part of it. Raises UserError where they are damaged, where the network was changed since or
+        holds adapters, and as `export.writing.write_exported`.
 
         >>> import diffmoe
         >>> saved = diffmoe.Pipeline("exported/mnist").save_pretrained("exported/half", "bfloat16")
@@ -200,6 +200,12 @@ class Pipeline:
         """What was opened; reading a tensor that the network no longer has raises UserError."""
         from diffmoe.export.sources import checkpoint_source, exported_source
 
+        adapters = self.sampler.model.adapters
+        if adapters is not None:
+            raise UserError(
+                f"the adapters {adapters} are merged into {self.folder} here, and no file holds "
+                "that; export the run that trained them (tools/convert_checkpoint.py RUN OUT)"
+            )
         exported = is_exported(self.folder)
         held = self.network.state_dict()
         with (

@@ -115,6 +115,13 @@ def test_images_are_those_of_the_merged_model(base: Path, adapters: Path, merged
     assert not np.array_equal(np.asarray(plain[0]), np.asarray(images[0]))
 
 
+def test_a_pipeline_with_adapters_is_not_saved(base: Path, adapters: Path, tmp_path: Path):
+    pipeline = diffmoe.Pipeline(base, device="cpu", adapters=adapters)
+    with pytest.raises(UserError, match=r"adapters .* are merged into .* here, and no file holds"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_ranks_that_share_the_experts_take_their_own(base: Path, adapters: Path):
     whole = open_network(base, adapters=adapters).network
     parts = [
