@@ -43,7 +43,7 @@ def run_ranks(
     connect: join the ranks by gloo first; else they find a launcher's environment variables.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = {
+        environment = os.environ | {
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
@@ -85,6 +85,12 @@ def run_ranks(
     return [results[rank] for rank in range(world)]
 
 
+def take_environment(environment: dict[str, str]) -> None:
+    """In a forked process: the test's, instead of what the server had when it was started."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def _rank_main(
     rank: int,
     environment: dict[str, str],
@@ -98,7 +104,7 @@ def _rank_main(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    take_environment(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     try:
         if folder is not None:
             world = int(environment["WORLD_SIZE"])
@@ -127,7 +133,7 @@ class Ranks:
         arguments: tuple[str, ...] = (),
     ) -> None:
         """prepare: called on every rank before the command; can be sent to a process."""
-        joined = {
+        joined = os.environ | {
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
@@ -138,7 +144,7 @@ class Ranks:
             log.unlink(missing_ok=True)
         self.processes: list[BaseProcess] = []
         for rank in range(world):
-            own = {**joined, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = _context.Process(
                 target=_train_main, args=(argv, own, self.logs[rank], prepare)
             )
@@ -183,7 +189,7 @@ def _train_main(
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ |= environment
+    take_environment(environment)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)
     sys.argv = ["train.py", *argv]

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.helpers.ranks import _context
+from tests.helpers.ranks import _context, take_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +59,7 @@ def forked(
 def _tool_main(arguments: list[str], cwd: Path, environment: dict[str, str], folder: str) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
-    os.environ.clear()
-    os.environ.update(environment)
+    take_environment(environment)
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # as in a plain process
     sys.argv = arguments
