@@ -10,6 +10,7 @@ import yaml
 
 from tests.helpers.processes import TORCHRUN, TRAIN, command, deepspeed, write_config
 from tests.helpers.runs import SAMPLES, metrics, newest, pack, run_config
+from tests.helpers.tools import forked
 
 pytestmark = pytest.mark.slow
 
@@ -115,9 +116,7 @@ def test_a_crash_of_one_rank_is_told_with_its_traceback(tmp_path: Path):
 
 
 def test_print_config_shows_the_resolved_settings_and_stops(tmp_path: Path):
-    done = command(
-        sys.executable, TRAIN, "--config", "mnist", "--print-config", "model.depth=2", "seed=7"
-    )
+    done = forked("train.py", "--config", "mnist", "--print-config", "model.depth=2", "seed=7")
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)
     assert (shown["model"]["depth"], shown["seed"], shown["output"]) == (2, 7, "runs/mnist")
