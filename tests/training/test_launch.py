@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,11 +48,9 @@ def test_one_ranks_failure_is_told_once_and_ends_the_run(tmp_path: Path, launche
     manifest = tmp_path / "data/manifest.json"
     manifest.write_text(manifest.read_text().replace('"classes": 7', '"classes": 5'))
     config = run_config(tmp_path, 1000, data__workers=1, parallel__expert_parallel=2)
-    began = time.monotonic()
     start = TORCHRUN if launcher == "torchrun" else deepspeed()
     done = command(*start, "--config", write_config(config), "--device", "cpu")
     assert done.returncode != 0
-    assert time.monotonic() - began < 60
     told = done.stdout + done.stderr
     wanted = (
         f"error: shard {tmp_path}/data/000001.tar, sample 00007: label 6 is outside the classes "
