@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
         {},
         {"moe__activation": "swiglu", "moe__shared_expert_ratio": 2.0, "model__rope": True},
         {"model__text": FROZEN},
+        {"model__wide_head": {"width": 20, "heads": 2}},
     ],
 )
 def test_a_block_is_one_graph_in_training(changes: dict):
@@ -27,7 +28,7 @@ def test_a_block_is_one_graph_in_training(changes: dict):
     batch = random_batch(config, 0, range(config.data.lanes))
     inputs = batch.latents, torch.rand(len(batch.latents)), batch.text or batch.labels
     expected = network(*inputs).prediction
-    for block in network.blocks:
+    for block in network.all_blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(network(*inputs).prediction, expected, rtol=1e-5, atol=1e-5)
 
