@@ -48,9 +48,9 @@ class TextConfig(Section):
 
 
 class WideHeadConfig(Section):
-    """RAE's wide head (DiT^DH, arXiv 2510.11690): dense blocks behind the backbone's."""
+    """The wide head of RAE (DiT^DH, arXiv 2510.11690): dense blocks behind the backbone's."""
 
-    width: int = Field(2048, ge=2, description="channels of its tokens, as many as model.width")
+    width: int = Field(2048, ge=2, description="channels of its tokens, at least model.width")
     depth: int = Field(2, ge=1, description="blocks")
     heads: int = Field(16, ge=1, description="of attention, per block")
 
@@ -96,10 +96,10 @@ class ModelConfig(Section):
     learn_sigma: bool = Field(False, description="twice the output channels, as published DiTs")
     qk_norm: bool = Field(False, description="RMS norm of queries and keys in attention")
     rope: bool = Field(False, description="2-D rotary positions in attention")
+    text: TextConfig | None = Field(None, description="captions in the place of class labels")
     wide_head: WideHeadConfig | None = Field(
         None, description="a wider head for latents of many channels, docs/training.md; none: off"
     )
-    text: TextConfig | None = Field(None, description="captions in the place of class labels")
 
     @property
     def blocks(self) -> int:
