@@ -55,8 +55,8 @@ def kept_bytes(layout: Layout) -> int:
 def _wide_head(layout: Layout, head: WideHeadConfig) -> int:
     """What it saves with checkpointing, too; its modulations are of tokens, not of samples."""
     S, D, W, a = layout.tokens, layout.config.model.width, head.width, layout.element
-    # As in a block of the backbone.
-    block = (9 + 5) * S * W * a + 2 * S * F32
+    # As in a block of the backbone, but for the 1 + scale of attention, see `_checkpointed`.
+    block = (8 + 5) * S * W * a + 2 * S * F32
     # Timestep and token, before and after the activation; the condition, its activation and 1 +
     # scale of the last layer.
     return head.depth * block + 2 * S * D * a + 3 * S * W * a
@@ -91,6 +91,7 @@ def _checkpointed(layout: Layout) -> tuple[int, ...]:
     if head is None:
         return parts
     attention = _attention(layout, head.width, head.heads, head.width_of_head)
+    attention += S * head.width * a  # 1 + scale, which is of tokens here
     return (*parts, attention, _mlp(layout, head.width))
 
 

@@ -176,7 +176,7 @@ def test_off_a_network_is_that_of_before_and_on_its_backbone_is():
         assert torch.equal(ours.selected_ES, theirs.selected_ES)
     assert len(on.moe_layers) == len(off.moe_layers)
     assert len(on.feed_forwards) == len(off.feed_forwards) == 4
-    assert len(on.all_blocks) == 6
+    assert len(on.all_blocks) == config.model.blocks == 6
 
 
 def test_a_fresh_network_predicts_zero_and_its_head_starts_as_a_dit_does():

@@ -44,6 +44,8 @@ def test_on_any_ranks_over_a_resume_and_exported(tmp_path: Path):
     with checkpoint_source(newest(whole), "ema") as source:
         write_exported(source, tmp_path / "exported")
     assert ExportedModel(tmp_path / "exported").metadata.model.wide_head == whole.model.wide_head
+    card = (tmp_path / "exported/README.md").read_text()
+    assert "4 blocks of width 16 and a wide head of 2 of width 20, 2 heads, patch 2" in card
     drawn = [
         np.stack([np.asarray(image) for image in Pipeline(path, device="cpu")([1, 3], steps=2)])
         for path in (Path(whole.output), tmp_path / "exported")
