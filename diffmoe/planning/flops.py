@@ -46,16 +46,26 @@ def _recomputed(layout: Layout) -> int:
     attention = model.depth * (2 * S * D * 4 * inner + 4 * S * T * inner)
     if model.text is not None:
         attention += model.depth * captions.cross_attention_recomputed(layout)
+    mlps = _dense_layers(layout)
+    if model.wide_head is not None:
+        W, depth = model.wide_head.width, model.wide_head.depth
+        attention += depth * (2 * S * W * 4 * W + 4 * S * T * W)
+        mlps += depth * _mlp(layout, W)
     # torch stops once it has all saved tensors, so it skips the dense MLP's last product.
     matrices = _matrices(model.mlp_activation)
-    return attention + _dense_layers(layout) * (matrices - 1) // matrices + _mixtures(layout)
+    return attention + mlps * (matrices - 1) // matrices + _mixtures(layout)
 
 
 def _dense_layers(layout: Layout) -> int:
     model = layout.config.model
-    per_token = 2 * _matrices(model.mlp_activation) * model.width
-    hidden = int(model.width * model.mlp_ratio)
-    return (model.depth - layout.moe_layers) * layout.tokens * per_token * hidden
+    return (model.depth - layout.moe_layers) * _mlp(layout, model.width)
+
+
+def _mlp(layout: Layout, width: int) -> int:
+    """Of the forward of one dense MLP."""
+    model = layout.config.model
+    per_token = 2 * _matrices(model.mlp_activation) * width * int(width * model.mlp_ratio)
+    return layout.tokens * per_token
 
 
 def _matrices(activation: str) -> int:
@@ -120,12 +130,22 @@ def _forward(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
         (model.depth * 2 * S * D * 4 * inner, True),
         (model.depth * 2 * B * D * 6 * D, True),
         (_dense_layers(layout) + _mixtures(layout), True),
-        (2 * B * D * 2 * D, True),
-        (2 * S * D * out, True),
         *((layout.moe_layers * work, has_input) for work, has_input in router_products(layout)),
         *((work, True) for work in projector_products(layout)),
     ]
     attention = model.depth * 4 * S * T * inner
+    if model.wide_head is None:
+        products += [(2 * B * D * 2 * D, True), (2 * S * D * out, True)]
+    else:  # whose modulations are of tokens, not of samples
+        W, depth = model.wide_head.width, model.wide_head.depth
+        products += [
+            (2 * S * patch * W, False),
+            (2 * S * D * W, True),
+            (depth * (2 * S * W * (4 + 6) * W + _mlp(layout, W)), True),
+            (2 * S * W * 2 * W, True),
+            (2 * S * W * out, True),
+        ]
+        attention += depth * 4 * S * T * W
     if model.text is not None:
         cross, mixing = captions.cross_attention_flops(layout)
         embedding, own_mixing = captions.embedding_flops(layout)

@@ -89,6 +89,44 @@ def test_other_channels_renew_the_first_and_the_last_layer():
     untouched(source, state, "patch_embed", "final.")
 
 
+HEAD = {"width": 20, "depth": 1, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (None, HEAD, "none there, 1 of width 20, 2 heads here: it and the last layer start anew"),
+        (HEAD, None, "1 of width 20, 2 heads there, none here: the last layer starts anew"),
+        (HEAD, HEAD | {"heads": 4}, "2 heads there, 1 of width 20, 4 heads here: it and the last"),
+    ],
+)
+def test_another_wide_head_starts_anew_with_the_last_layer(old, new, told: str):
+    before = tiny_config(model__wide_head=old)
+    config = tiny_config(model__wide_head=new)
+    source, adapted, state = both(before, config)
+    assert len(adapted.notes) == 1
+    assert adapted.notes[0].startswith("wide head: ")
+    assert told in adapted.notes[0]
+    untouched(source, state, "wide_head.", "final")
+    start = DiT(config.model, config.moe).initialize(config.seed).state_dict()
+    renewed = {name for name in state if name.startswith(("wide_head.", "final"))}
+    assert adapted.fresh == renewed
+    assert {"final.weight", "final_adaln.bias"} <= renewed
+    for name in renewed:
+        assert torch.equal(state[name], start[name]), name
+
+
+def test_the_same_wide_head_is_taken_and_other_channels_renew_what_embeds_them():
+    old = tiny_config(model__wide_head=HEAD)
+    source, adapted, state = both(old, old)
+    assert adapted.notes == ()
+    untouched(source, state)
+    source, adapted, state = both(old, tiny_config(model__wide_head=HEAD, model__in_channels=3))
+    assert len(adapted.notes) == 1
+    assert {"wide_head.patch_embed.weight", "patch_embed.bias"} <= adapted.fresh
+    untouched(source, state, "patch_embed", "final.")
+
+
 @pytest.mark.parametrize("patch", [1, 2])
 def test_from_ddpm_to_flow_the_prediction_stays_and_the_variance_goes(patch: int):
     ddpm = {"diffusion__objective": "ddpm", "model__learn_sigma": True}

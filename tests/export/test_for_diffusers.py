@@ -89,6 +89,9 @@ CASES = {
     "dsmoe": Case(
         {"moe__type": "dsmoe", "moe__top_k": 2, "moe__router_input": "plain_with_time"}, LABELS
     ),
+    "wide_head": Case(
+        {"model__wide_head": {"width": 24, "depth": 2, "heads": 2}, "model__rope": True}, LABELS
+    ),
     "undropped": Case(
         DDPM,
         {"labels": [2, 3], "steps": 3},

@@ -56,6 +56,7 @@ LAYOUTS = [
     (2, 2, 1, "bf16", 1, BY_ROLE),
     (2, 1, 2, "fp32", 1, {**MUON, "moe__experts": 3, **BY_ROLE}),
     (2, 2, 1, "fp32", 1, {"moe__type": "race", "moe__token_pool": "global"}),
+    (2, 2, 1, "bf16", 2, {"model__wide_head": {"width": 20, "heads": 2}}),
     (2, 2, 1, "fp32", 1, {"align": {"block": 2, "width": 6, "hidden": 10}}),
     (2, 2, 2, "fp32", 2, {"moe__type": "race", "moe__capacity": 2.0, "moe__target_loss_weight": 1}),
     (2, 2, 1, "fp32", 1, {"moe__type": "promoe", "training__label_dropout": 0.0}),
@@ -247,6 +248,15 @@ FAMILIES = {
     "bytes": {"model__text": {"encoder": "bytes", "length": 96, "width": 128, "depth": 2}},
     "aligned": {"align": {"block": 2, "width": 96, "hidden": 512}},
     "aligned_conv": {"align": {"block": 2, "width": 96, "projector": "conv"}},
+    "wide_head": {"model__wide_head": {"width": 256, "depth": 2, "heads": 4}},
+    "rich_head": {
+        "moe__type": "dense",
+        "model__mlp_activation": "swiglu",
+        "model__rope": True,
+        "model__input_size": 16,
+        "model__patch_size": 1,
+        "model__wide_head": {"width": 192, "depth": 1, "heads": 4},
+    },
     "frozen": {"model__text": {"encoder": "t5", "length": 128, "width": 512, "pooled": 256}},
 }
 
@@ -265,6 +275,15 @@ def test_activations_are_within_15_percent(family: str, precision: str, checkpoi
     if precision == "bf16" and config.model.qk_norm and not checkpointing:
         saved -= kept_by_norms_on_a_cpu(config)
     assert kept_bytes(Layout(config, 1, 1)) == pytest.approx(saved, rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_wide_head_keeps_is_counted(checkpointing: bool):
+    """By itself, so that a large backbone hides nothing."""
+    plain = latents(training__activation_checkpointing=checkpointing)
+    config = plain.replace({"model.wide_head": {"width": 256, "depth": 2, "heads": 4}})
+    planned = kept_bytes(Layout(config, 1, 1)) - kept_bytes(Layout(plain, 1, 1))
+    assert planned == pytest.approx(saved_bytes(config) - saved_bytes(plain), rel=0.01)
 
 
 @pytest.mark.parametrize("family", ["diffmoe", "rich", "token_choice"])
