@@ -49,7 +49,7 @@ def empty_network(
     network.to_empty(device=device)
     network.positions.copy_(grid_positions(model.width, model.grid))
     if network.rotation is not None:
-        network.rotation.copy_(rotary_angles(model.grid, model.width_of_head))
+        network.rotation.copy_(rotary_angles(model.grid, model.width_of_head, model.rope_grid))
     return network.eval()
 
 

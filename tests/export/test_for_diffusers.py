@@ -56,6 +56,7 @@ CASES = {
             "moe__type": "dense",
             "model__in_channels": 4,
             "model__rope": True,
+            "model__rope_grid": [3, 2],
             "model__qk_norm": True,
             "diffusion__timestep_shift": 2.0,
         },
