@@ -1,7 +1,7 @@
 """What the network is made of, beside its experts."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -74,6 +74,8 @@ def show_size(size: Size) -> str:
     return str(size if isinstance(size, int) else list(size))
 
 
+_Positive = Annotated[int, Field(ge=1)]
+
 # Of one sample. What no attention reaches; a damaged file must not make us lay them out.
 _MOST_TOKENS = 1 << 18
 
@@ -96,6 +98,11 @@ class ModelConfig(Section):
     learn_sigma: bool = Field(False, description="twice the output channels, as published DiTs")
     qk_norm: bool = Field(False, description="RMS norm of queries and keys in attention")
     rope: bool = Field(False, description="2-D rotary positions in attention")
+    rope_grid: tuple[_Positive, _Positive] | None = Field(
+        None,
+        description="rows and columns of tokens that rotary angles are made for; another grid is "
+        "spread over these; none: those of training.init's model, else its own",
+    )
     text: TextConfig | None = Field(None, description="captions in the place of class labels")
     wide_head: WideHeadConfig | None = Field(
         None, description="a wider head for latents of many channels, docs/training.md; none: off"
@@ -117,6 +124,11 @@ class ModelConfig(Section):
         """Rows and columns of tokens."""
         _, height, width = self.latent_shape
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def rotary_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens that rotary angles are made for."""
+        return self.rope_grid or self.grid
 
     @field_validator("input_size", mode="before")
     @classmethod
@@ -153,6 +165,11 @@ class ModelConfig(Section):
                 head = f"model.width={self.width} / model.heads={self.heads}"
             raise ValueError(
                 f"model.rope needs a head width divisible by 4, and {head} is {self.width_of_head}"
+            )
+        if self.rope_grid is not None and not self.rope:
+            raise ValueError(
+                f"model.rope_grid={list(self.rope_grid)} belongs to model.rope=true, rotary "
+                "positions; set that, or leave model.rope_grid out"
             )
         if self.width % 4:
             raise ValueError(f"model.width={self.width} must be divisible by 4 (2-D positions)")

@@ -57,6 +57,16 @@ def adapt(source: Source, config: Config, class_names: Sequence[str] | None = No
 
     if there.input_size != now.input_size or there.patch_size != now.patch_size:
         notes.append(f"size: {_patches(there)} there, {_patches(now)} here: new positions")
+    if now.rope and there.rotary_grid != now.rotary_grid:
+        notes.append(
+            f"rotary angles: made for {_tokens(there.rotary_grid)} there, for "
+            f"{_tokens(now.rotary_grid)} here: attention changes"
+        )
+    elif now.rope and there.grid != now.grid:
+        notes.append(
+            f"rotary angles: made for {_tokens(now.rotary_grid)}, over which {_tokens(now.grid)} "
+            "are spread"
+        )
     if (there.in_channels, there.patch_size) != (now.in_channels, now.patch_size):
         fresh |= {name for name in wanted if "patch_embed." in name} | set(_FINAL)
         notes.append(
@@ -265,6 +275,10 @@ def _patches(model: Any) -> str:
 def _wide_head(model: ModelConfig) -> str:
     head = model.wide_head
     return "none" if head is None else f"{head.depth} of width {head.width}, {head.heads} heads"
+
+
+def _tokens(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]} tokens"
 
 
 def _condition(model: Any) -> str:

@@ -50,7 +50,9 @@ def empty_network(
     network.positions.copy_(grid_positions(model.width, model.grid))
     for part in (network, network.wide_head):
         if part is not None and part.rotation is not None:  # (2, T, h/2)
-            part.rotation.copy_(rotary_angles(model.grid, 2 * part.rotation.shape[-1]))
+            part.rotation.copy_(
+                rotary_angles(model.grid, 2 * part.rotation.shape[-1], model.rope_grid)
+            )
     return network.eval()
 
 

@@ -108,12 +108,17 @@ class CrossAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-def rotary_angles(grid: tuple[int, int], head_width: int) -> Tensor:
+def rotary_angles(
+    grid: tuple[int, int], head_width: int, made_for: tuple[int, int] | None = None
+) -> Tensor:
     """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y.
 
-    grid: rows and columns of tokens.
+    grid: rows and columns of tokens. made_for: of the grid whose extent they are spread over
+    (position interpolation, arXiv 2306.15595, on each axis); None: this one.
     """
-    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    made_for = made_for or grid
+    axes = (torch.arange(n) * extent / n for n, extent in zip(grid, made_for, strict=True))
+    y, x = torch.meshgrid(*axes, indexing="ij")
     # Once transformers has loaded a model, linspace ignores `with torch.device(...)`.
     frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4, device=y.device)
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)

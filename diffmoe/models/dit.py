@@ -124,7 +124,9 @@ class DiT(nn.Module):
         if lora is not None and lora.rank:
             add_factors(self, lora)
         self.register_buffer("positions", grid_positions(model.width, model.grid), persistent=False)
-        rotation = rotary_angles(model.grid, model.width_of_head) if model.rope else None
+        rotation = None
+        if model.rope:
+            rotation = rotary_angles(model.grid, model.width_of_head, model.rope_grid)
         self.register_buffer("rotation", rotation, persistent=False)
         self._routing = RoutingMode(moe.inference) if self.has_thresholds else None
         if seed is not None and not self.positions.is_meta:

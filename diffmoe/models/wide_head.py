@@ -35,7 +35,9 @@ class WideHead(nn.Module):
             )
             for _ in range(head.depth)
         )
-        rotation = rotary_angles(model.grid, head.width_of_head) if model.rope else None
+        rotation = None
+        if model.rope:
+            rotation = rotary_angles(model.grid, head.width_of_head, model.rope_grid)
         self.register_buffer("rotation", rotation, persistent=False)
 
     def forward(

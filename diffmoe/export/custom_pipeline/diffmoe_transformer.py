@@ -66,7 +66,8 @@ class DiffMoETransformer(ModelMixin, ConfigMixin):
         self.final = nn.Linear(last, patch**2 * self.out_channels)
         rotation = None
         if model["rope"]:
-            rotation = rotary_angles(self.grid, model["head_width"] or width // model["heads"])
+            head_width = model["head_width"] or width // model["heads"]
+            rotation = rotary_angles(self.grid, head_width, model["rope_grid"] or self.grid)
         self.register_buffer("positions", grid_positions(width, self.grid), persistent=False)
         self.register_buffer("rotation", rotation, persistent=False)
 
@@ -208,7 +209,10 @@ class WideHead(nn.Module):
         self.project = nn.Linear(model["width"], head["width"])
         inside = model | head | {"head_width": None, "text": None}
         self.blocks = nn.ModuleList(Block(inside, None) for _ in range(head["depth"]))
-        rotation = rotary_angles(grid, head["width"] // head["heads"]) if model["rope"] else None
+        rotation = None
+        if model["rope"]:
+            head_width = head["width"] // head["heads"]
+            rotation = rotary_angles(grid, head_width, model["rope_grid"] or grid)
         self.register_buffer("rotation", rotation, persistent=False)
 
     def forward(
@@ -581,9 +585,13 @@ def grid_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=1).float()
 
 
-def rotary_angles(grid: tuple[int, int], head_width: int) -> Tensor:
-    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y."""
-    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+def rotary_angles(grid: tuple[int, int], head_width: int, made_for: tuple[int, int]) -> Tensor:
+    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y.
+
+    made_for: rows and columns of the grid whose extent this one is spread over.
+    """
+    axes = (torch.arange(n) * extent / n for n, extent in zip(grid, made_for, strict=True))
+    y, x = torch.meshgrid(*axes, indexing="ij")
     frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4, device=y.device)
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)
     return torch.stack([angles.cos(), angles.sin()])
