@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel
 
 from diffmoe.capacity.meter import activated_parameters
-from diffmoe.config import Config, TextConfig
+from diffmoe.config import Config, TextConfig, WideHeadConfig
 from diffmoe.errors import UserError
 from diffmoe.models.dit import DiT
 from diffmoe.recipes import load_config, recipe_names
@@ -73,6 +73,7 @@ def test_a_recipe_is_what_its_name_says(name: str):
     if name == "diffmoe_xl_e16_rae":
         assert config.model.latent_shape == (768, 16, 16)
         assert config.model.width >= 768
+        assert config.model.wide_head == WideHeadConfig(width=2048, depth=2, heads=16)
         shift = math.sqrt(math.prod(config.model.latent_shape) / 4096)
         assert config.timestep_shift == pytest.approx(shift, abs=5e-4)
         assert config.training.total_samples / config.training.batch_size == 100_000
@@ -122,6 +123,17 @@ def test_parameter_counts_equal_the_release(arguments: tuple[str, ...]):
     # The release counts its fixed positions too; ours are a buffer.
     count = network.parameter_count() + network.positions.numel()
     assert count == PARAMETERS[arguments]
+
+
+@pytest.mark.parametrize(
+    ("changes", "millions"), [([], 837.97), (["model.wide_head=null"], 676.55)]
+)
+def test_sizes_of_rae_are_those_of_its_paper(changes: list[str], millions: float):
+    """Which has 839 and 676 million; its norms and gated MLPs are others."""
+    config = load_config("diffmoe_xl_e16_rae", ["moe.type=dense", *changes])
+    with torch.device("meta"):
+        network = DiT(config.model, config.moe)
+    assert network.parameter_count() / 1e6 == pytest.approx(millions, abs=5e-3)
 
 
 # In billions: all, and those at work on an average token. The paper: 4.6 and 1.2.

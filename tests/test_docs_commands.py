@@ -90,6 +90,7 @@ RUNS = [
     Run("python train.py .* optimizer.rate_multipliers=.*", TRAINING, "runs/gently/latest"),
     Run("python train.py --config mnist lora.rank=.*", TRAINING, "runs/lora/latest"),
     Run("python train.py .* align.block=2 .*", TRAINING, "runs/aligned/latest"),
+    Run("python train.py .* model.wide_head.width=.*", TRAINING, "runs/wide/latest"),
     Run("torchrun .* train.py --config diffmoe_s_.*", TWO_RANKS, "runs/diffmoe_s_e16_flow/latest"),
     Run("deepspeed train.py --config diffmoe_l_.*", TWO_RANKS, "runs/diffmoe_l_e16_flow/latest"),
     Run("torchrun .* train.py --config captioned_.*", TWO_RANKS, "runs/captioned_digits/latest"),
@@ -103,6 +104,7 @@ RUNS = [
     # Cluster.
     Run("python tools/submit.py xl .* --dry-run", SMALL, tells="#SBATCH --nodes=4"),
     Run("python tools/plan.py --recipe xl_e16 .*", tells="GB"),
+    Run("python tools/plan.py --recipe diffmoe_xl_e16_rae .*", tells="GB"),
     Run("python tools/plan.py --recipe mnist --parameters .*", tells="million by muon"),
     # Sampling.
     Run("python tools/sample.py runs/mnist .*", "--per-class 2 --steps 2", "grid.png"),

@@ -93,10 +93,12 @@ def test_train_explains_every_setting_without_torch():
     told = [parts[0].strip().partition(":")[0] for parts in lines]
     names = setting_names(Config)
     assert len(names) > 80
-    # The settings of model.text show in a text model alone, a permission never.
+    # The settings of model.text show in a text model alone, likewise of a wide head; a permission
+    # never.
     names.remove("data.allow_commands")
-    expected = [name.rpartition(".")[2] for name in names if not name.startswith("model.text.")]
-    assert sorted(told) == sorted([*expected, "text"])
+    apart = ("model.text.", "model.wide_head.")
+    expected = [name.rpartition(".")[2] for name in names if not name.startswith(apart)]
+    assert sorted(told) == sorted([*expected, "text", "wide_head"])
     optimizer = train_words("--help-settings", "optimizer").stdout
     assert optimizer.startswith("# The optimizer and its schedule")
     assert "learning_rate" in optimizer

@@ -12,7 +12,15 @@ import argparse
 import os
 import socket
 
-from diffmoe.cli import add_decoder, add_device, add_dtype, add_prompts, add_run, open_sampler
+from diffmoe.cli import (
+    add_adapters,
+    add_decoder,
+    add_device,
+    add_dtype,
+    add_prompts,
+    add_run,
+    open_sampler,
+)
 from diffmoe.errors import UserError, run_command
 
 
@@ -21,6 +29,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_run(parser)
+    add_adapters(parser)
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1, only this machine")
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
     add_device(parser)
@@ -57,7 +66,7 @@ def main() -> None:
             f"{sampler.model.path} is a {sampler.config.moe.type} model; only diffmoe has a "
             "compute dial"
         )
-    page = build_page(sampler, Dial.of(sampler, report=print), options.run)
+    page = build_page(sampler, Dial.of(sampler, report=print), sampler.model.title)
     try:
         page.launch(server_name=options.host, server_port=options.port, quiet=False)
     except OSError:

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe.cli import (
+    add_adapters,
     add_batch,
     add_capacity,
     add_data,
@@ -81,7 +82,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     model.set_defaults(command=evaluate_run)
     add_run(model)
     add_num_samples(model, "images to make", required=True)
-    model.add_argument("--every-snapshot", action="store_true", help="all averages of a run")
+    which = model.add_mutually_exclusive_group()  # adapters belong to one model
+    which.add_argument("--every-snapshot", action="store_true", help="all averages of a run")
+    add_adapters(which)
     model.add_argument("--out", metavar="DIR", help="default evaluation/ and the run's name")
     add_labels(model)
     how = add_sampling(model, STEPS, sweep=True)
@@ -96,11 +99,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     loss = commands.add_parser("loss", help="measure the held-out loss of a model")
     loss.set_defaults(command=evaluate_loss)
     add_run(loss)
-    loss.add_argument(
+    which = loss.add_mutually_exclusive_group()
+    which.add_argument(
         "--every-snapshot",
         action="store_true",
         help="all complete checkpoints and averages of a run; draws validation_loss.png, too",
     )
+    add_adapters(which)
     loss.add_argument("--out", metavar="DIR", help="default evaluation/ and the run's name")
     add_data(loss, "that were not trained on (validation.path)")
     loss.add_argument(
@@ -229,7 +234,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
             if made is not None:
                 images = open_images(made.folder).expect(options.num_samples)
                 scale = f", guidance {settings.guidance:g}" if len(sweep) > 1 else ""
-                print(f"{sampler.model.path}, {made.clock.samples} training samples{scale}")
+                print(f"{sampler.model.title}, {made.clock.samples} training samples{scale}")
                 metric = write_results(evaluator, images, out, made.about)
     if metric is not None and len(sweep) > 1:
         print(f"{plot([out], metric, 'guidance', out / 'guidance.png')}: {out / 'guidance.png'}")
@@ -247,7 +252,7 @@ def evaluate_loss(options: argparse.Namespace) -> None:
     out = Path(options.out or Path("evaluation") / run.resolve().name)
     ensure_writable(out)
     precision = options.precision
-    if precision is None and is_exported(run):  # which does not tell that of its training
+    if precision is None and (is_exported(run) or options.adapters):  # which do not tell theirs
         precision = default_dtype(device)
     asked = {
         "validation.path": options.data,

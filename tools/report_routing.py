@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffmoe.cli import (
+    add_adapters,
     add_batch,
     add_capacity,
     add_data,
@@ -38,7 +39,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_run(parser)
-    parser.add_argument("--out", metavar="FILE", help="the page; default RUN/routing.html")
+    add_adapters(parser)
+    parser.add_argument(
+        "--out", metavar="FILE", help="the page; default routing.html in RUN, or with the adapters"
+    )
     parser.add_argument(
         "--samples", type=positive, default=200, metavar="N", help="images to make; default 200"
     )
@@ -72,7 +76,7 @@ def main() -> None:
     from diffmoe.sampling.passes import noise_passes
     from diffmoe.work import ensure_writable
 
-    out = Path(options.out or Path(options.run) / "routing.html")
+    out = Path(options.out or Path(options.adapters or options.run) / "routing.html")
     sampler = open_sampler(options, setup_device(options.device)).with_capacity(options.capacity)
     ensure_writable(out.parent)
     settings = sampler.fitted(settings_of(options), say)
@@ -87,7 +91,7 @@ def main() -> None:
     has_data = options.data or (config.data.path and Path(config.data.path).is_dir())
     if sampler.network.has_predictors and has_data:
         passes = noise_passes(sampler.network, config, options.samples, options.batch, options.seed)
-    title = f"Experts of {options.run}"
+    title = f"Experts of {sampler.model.title}"
     found = write_report(sampler, out, title, request, settings, batch=options.batch, passes=passes)
     note = sampler.calibration_note(settings, found.capacity)
     if note:

@@ -23,8 +23,8 @@ from diffmoe.models.families.diffmoe import DiffMoE
 from diffmoe.models.precision import DTYPES
 from diffmoe.models.routing import expert_capacity
 from diffmoe.parallel.topology import Topology
-from diffmoe.planning.flops import mixture_flops, router_products
 from diffmoe.planning.layouts import Layout
+from diffmoe.planning.products import Products, mixture_products, routing_products
 
 
 class Candidate(NamedTuple):
@@ -35,9 +35,13 @@ class Candidate(NamedTuple):
 
 
 def layer_flops(layout: Layout) -> int:
-    """Of one MoE layer, forward and backward."""
-    products = [(mixture_flops(layout), True), *router_products(layout)]
-    return sum(flops * (2 + has_input) for flops, has_input in products)
+    """Of one MoE layer, forward and backward, with a gradient of its tokens."""
+    parameters = layout.sizes.parameters
+    found, router = Products(parameters), ".router"
+    name = next(one.removesuffix(router) for one in parameters if one.endswith(router))
+    routing_products(found, layout, name, tokens=True, plain=True, time=True)
+    mixture_products(found, layout, name, tokens=True)
+    return found.forward + found.backward
 
 
 def mixture_of(

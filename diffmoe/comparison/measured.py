@@ -10,7 +10,7 @@ from diffmoe.capacity.meter import activated_parameters
 from diffmoe.comparison.study import Study, StudyRun
 from diffmoe.export.tensors import empty_network
 from diffmoe.files import read_lines
-from diffmoe.planning.flops import forward_flops
+from diffmoe.planning.flops import forward_flops, newton_schulz_flops, step_flops
 from diffmoe.planning.layouts import Layout
 from diffmoe.training.history import entries
 
@@ -49,11 +49,15 @@ class Measured(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What a variant costs: computed, not assumed."""
+    """What a variant costs: computed, not assumed.
+
+    forward_flops, training_flops: of one sample; of a step's work its share.
+    """
 
     parameters: int
     activated: float
-    forward_flops: float  # of one sample
+    forward_flops: float
+    training_flops: float
 
 
 class Difference(NamedTuple):
@@ -100,6 +104,7 @@ def size(run: StudyRun, capacity: float) -> Size:
         network.parameter_count(),
         activated_parameters(network, capacity),
         forward_flops(layout) / layout.micro_batch,
+        (step_flops(layout) + newton_schulz_flops(layout)) / run.config.training.batch_size,
     )
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffmoe.comparison.measured import Measured, measured, size, table
+from diffmoe.comparison.measured import Measured, Size, measured, size, table
 from diffmoe.comparison.study import Study, StudyRun
 from diffmoe.errors import UserError
 from diffmoe.files import write_json
@@ -32,21 +32,17 @@ def write_report(study: Study, runs: list[StudyRun]) -> str:
             ],
         },
     )
-    flops = {name: one.forward_flops * 3 for name, one in sizes.items()}
-    _draw(study, found, flops, out / "curves.png")
+    _draw(study, found, sizes, out / "curves.png")
     return told
 
 
 def _draw(
     study: Study,
     found: dict[tuple[str, int], Measured],
-    flops: dict[str, float],
+    sizes: dict[str, Size],
     file: Path,
 ) -> None:
-    """Held-out loss against samples, FLOPs and seconds: a line a seed, a color a variant.
-
-    flops: of forward and backward of one sample.
-    """
+    """Held-out loss against samples, FLOPs and seconds: a line a seed, a color a variant."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -64,7 +60,7 @@ def _draw(
             curve = found[variant, seed].curve
             columns = (
                 [point.samples for point in curve],
-                [point.samples * flops[variant] for point in curve],
+                [point.samples * sizes[variant].training_flops for point in curve],
                 [point.seconds for point in curve],
             )
             for axes, x in zip(panels, columns, strict=True):

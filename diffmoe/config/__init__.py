@@ -13,6 +13,7 @@ from diffmoe.config.model import (
     ModelConfig,
     Size,
     TextConfig,
+    WideHeadConfig,
     show_size,
     sides,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "TextConfig",
     "TrainingConfig",
     "ValidationConfig",
+    "WideHeadConfig",
     "set_value",
     "show_size",
     "sides",

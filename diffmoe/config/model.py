@@ -1,7 +1,7 @@
 """What the network is made of, beside its experts."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -47,6 +47,19 @@ class TextConfig(Section):
         return self
 
 
+class WideHeadConfig(Section):
+    """The wide head of RAE (DiT^DH, arXiv 2510.11690): dense blocks behind the backbone's."""
+
+    width: int = Field(2048, ge=2, description="channels of its tokens, at least model.width")
+    depth: int = Field(2, ge=1, description="blocks")
+    heads: int = Field(16, ge=1, description="of attention, per block")
+
+    @property
+    def width_of_head(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+
 # Of a square, or (height, width).
 Size = int | tuple[int, int]
 
@@ -60,6 +73,8 @@ def show_size(size: Size) -> str:
     """As it is written in a setting: 32, or [32, 48]."""
     return str(size if isinstance(size, int) else list(size))
 
+
+_Positive = Annotated[int, Field(ge=1)]
 
 # Of one sample. What no attention reaches; a damaged file must not make us lay them out.
 _MOST_TOKENS = 1 << 18
@@ -83,12 +98,21 @@ class ModelConfig(Section):
     learn_sigma: bool = Field(False, description="twice the output channels, as published DiTs")
     qk_norm: bool = Field(False, description="RMS norm of queries and keys in attention")
     rope: bool = Field(False, description="2-D rotary positions in attention")
+    rope_grid: tuple[_Positive, _Positive] | None = Field(
+        None,
+        description="rows and columns of tokens that rotary angles are made for; another grid is "
+        "spread over these; none: those of training.init's model, else its own",
+    )
     text: TextConfig | None = Field(None, description="captions in the place of class labels")
+    wide_head: WideHeadConfig | None = Field(
+        None, description="a wider head for latents of many channels, docs/training.md; none: off"
+    )
 
     @property
     def blocks(self) -> int:
-        """Of the network, and of the encoder of bytes."""
-        return self.depth + (self.text.depth if self.text is not None else 0)
+        """Of the network with its wide head, and of the encoder of bytes."""
+        more = (self.wide_head, self.text)
+        return self.depth + sum(part.depth for part in more if part is not None)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -100,6 +124,11 @@ class ModelConfig(Section):
         """Rows and columns of tokens."""
         _, height, width = self.latent_shape
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def rotary_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens that rotary angles are made for."""
+        return self.rope_grid or self.grid
 
     @field_validator("input_size", mode="before")
     @classmethod
@@ -137,9 +166,33 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.rope needs a head width divisible by 4, and {head} is {self.width_of_head}"
             )
+        if self.rope_grid is not None and not self.rope:
+            raise ValueError(
+                f"model.rope_grid={list(self.rope_grid)} belongs to model.rope=true, rotary "
+                "positions; set that, or leave model.rope_grid out"
+            )
         if self.width % 4:
             raise ValueError(f"model.width={self.width} must be divisible by 4 (2-D positions)")
+        if self.wide_head is not None:
+            self._check_wide_head(self.wide_head)
         return self
+
+    def _check_wide_head(self, head: WideHeadConfig) -> None:
+        if head.width < self.width:
+            raise ValueError(
+                f"model.wide_head.width={head.width} is less than model.width={self.width}; choose "
+                "a wider one, or no model.wide_head"
+            )
+        if head.width % head.heads:
+            raise ValueError(
+                f"model.wide_head.width={head.width} is not divisible by model.wide_head.heads="
+                f"{head.heads}; choose {divisors(head.width)}"
+            )
+        if self.rope and head.width_of_head % 4:
+            raise ValueError(
+                "model.rope needs a head width divisible by 4, and model.wide_head.width="
+                f"{head.width} / model.wide_head.heads={head.heads} is {head.width_of_head}"
+            )
 
     @property
     def width_of_head(self) -> int:

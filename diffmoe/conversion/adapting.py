@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe.config import Config
+from diffmoe.config import Config, ModelConfig
 from diffmoe.conversion.upcycling import How, grow, upcycle
 from diffmoe.errors import UserError
 from diffmoe.export.sources import Source
@@ -57,8 +57,18 @@ def adapt(source: Source, config: Config, class_names: Sequence[str] | None = No
 
     if there.input_size != now.input_size or there.patch_size != now.patch_size:
         notes.append(f"size: {_patches(there)} there, {_patches(now)} here: new positions")
+    if now.rope and there.rotary_grid != now.rotary_grid:
+        notes.append(
+            f"rotary angles: made for {_tokens(there.rotary_grid)} there, for "
+            f"{_tokens(now.rotary_grid)} here: attention changes"
+        )
+    elif now.rope and there.grid != now.grid:
+        notes.append(
+            f"rotary angles: made for {_tokens(now.rotary_grid)}, over which {_tokens(now.grid)} "
+            "are spread"
+        )
     if (there.in_channels, there.patch_size) != (now.in_channels, now.patch_size):
-        fresh |= {"patch_embed.weight", "patch_embed.bias", *_FINAL}
+        fresh |= {name for name in wanted if "patch_embed." in name} | set(_FINAL)
         notes.append(
             f"patches: {there.in_channels} channels there, {now.in_channels} here: the first and "
             "the last layer start anew"
@@ -72,6 +82,13 @@ def adapt(source: Source, config: Config, class_names: Sequence[str] | None = No
             "the predicted variance is left out"
             if there.learn_sigma
             else "the predicted variance starts at zero"
+        )
+    if there.wide_head != now.wide_head:
+        fresh |= {name for name in wanted if name.startswith(("wide_head.", "final"))}
+        notes.append(
+            f"wide head: {_wide_head(there)} there, {_wide_head(now)} here: "
+            f"{'the last layer starts' if now.wide_head is None else 'it and the last layer start'}"
+            " anew"
         )
     objectives = source.metadata.diffusion.objective, config.diffusion.objective
     if objectives[0] != objectives[1]:
@@ -253,6 +270,15 @@ def _other_outputs(source: Source, config: Config, wanted: Shapes) -> Callable[[
 def _patches(model: Any) -> str:
     _, height, width = model.latent_shape
     return f"{height}x{width} in patches of {model.patch_size}"
+
+
+def _wide_head(model: ModelConfig) -> str:
+    head = model.wide_head
+    return "none" if head is None else f"{head.depth} of width {head.width}, {head.heads} heads"
+
+
+def _tokens(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]} tokens"
 
 
 def _condition(model: Any) -> str:

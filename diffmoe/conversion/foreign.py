@@ -266,6 +266,10 @@ def write_foreign(source: Source, target: Path, form: Format) -> tuple[str, ...]
         raise UserError(
             f"{source.where} is text-conditioned, {form} supports only classes; choose --to diffmoe"
         )
+    if model.wide_head is not None:
+        raise UserError(
+            f"{source.where} has a wide head, {form} supports none; choose --to diffmoe"
+        )
     if form in ("dit", "sit") and moe.type != "dense":
         raise UserError(f"moe.type={moe.type}: {form} is dense; choose --to release")
     if not isinstance(model.input_size, int):

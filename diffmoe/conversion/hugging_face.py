@@ -112,7 +112,7 @@ def diffusers_layout(model: ModelConfig, moe: MoEConfig, rows: int) -> Layout:
     if moe.type != "dense":
         raise UserError(f"moe.type={moe.type}: diffusers' {CLASS} is dense and has no experts")
     supported = {"qk_norm": False, "rope": False, "mlp_ratio": 4.0, "mlp_activation": "gelu"}
-    supported["width_of_head"] = model.width // model.heads
+    supported |= {"width_of_head": model.width // model.heads, "wide_head": None}
     for key, wanted in supported.items():
         if getattr(model, key) != wanted:
             raise UserError(f"model.{key}={getattr(model, key)}: {CLASS} supports only {wanted}")

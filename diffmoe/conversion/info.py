@@ -16,7 +16,7 @@ from diffmoe.conversion.release import label_rows
 from diffmoe.conversion.state_dicts import StateDict, load_state
 from diffmoe.errors import UserError
 from diffmoe.export.exported_model import ExportedModel, is_exported
-from diffmoe.export.model_card import conditioning, family, parameter_counts
+from diffmoe.export.model_card import blocks, conditioning, family, parameter_counts
 from diffmoe.export.tensors import Shapes
 from diffmoe.files import does_not_exist
 
@@ -142,8 +142,8 @@ def _network(
 ) -> Lines:
     total, active = parameter_counts(shapes, moe)
     lines = {
-        "network": f"{family(moe)}; {model.depth} blocks of width {model.width}, patch "
-        f"{model.patch_size}, {conditioning(model)}",
+        "network": f"{family(moe)}; {blocks(model)}, patch {model.patch_size}, "
+        f"{conditioning(model)}",
         "parameters": f"{total:,}, of which {active:,.0f} are active for an average token"
         + (f" at capacity {moe.capacity:g}" if moe.type != "dense" else ""),
     }

@@ -62,7 +62,7 @@ def measure_once(
     }
     for result in results.read(file) if file.exists() else []:
         if result.get("held_out") == settings:
-            say(f"{model.path} was measured before, see {file}")
+            say(f"{model.title} was measured before, see {file}")
             return result
     began = time.monotonic()
     found = _measured(sampler, config, path)
@@ -71,7 +71,7 @@ def measure_once(
         "warnings": warned,
         "by_time": [_finite(loss) for loss in found.by_time],
         "capacity_measured": None if config.moe.type == "dense" else found.capacity,
-        "model": str(model.path),
+        "model": model.title,
         "clock": model.clock.model_dump(),
         "held_out": settings,
         "data": path,

@@ -59,7 +59,7 @@ def sample_model(
     if made is None or not made.closes:
         return None
     about = {
-        "model": str(model.path),
+        "model": model.title,
         "clock": model.clock.model_dump(),
         "sampler": settings.chosen_sampler(sampler.config),
         "capacity_measured": made.capacity and made.capacity.average,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffmoe.errors import UserError
+from diffmoe.export.adapters import is_adapters
 from diffmoe.export.exported_model import CARD, CHECKSUMS, ExportedModel, is_exported
 from diffmoe.export.for_diffusers import CODE
 from diffmoe.export.model_card import with_license
@@ -39,6 +40,11 @@ def prepare(folder: Path, name: str, license: str | None = None) -> Publication:
     """Look at what `publish` would upload. Raises UserError where the model is incomplete or
     damaged, or has no license.
     """
+    if is_adapters(folder):
+        raise UserError(
+            f"{folder} holds adapters, and the hub gets whole models: merge them, python "
+            "tools/convert_checkpoint.py RUN TO, where RUN is the run that trained them"
+        )
     if not is_exported(folder):
         raise UserError(
             f"{folder} is not an exported model; make one: python tools/convert_checkpoint.py "

@@ -57,6 +57,14 @@ def family(moe: MoEConfig) -> str:
 NAMES_SHOWN = 10  # of the classes
 
 
+def blocks(model: ModelConfig) -> str:
+    """How many of which width, such as 28 blocks of width 1152."""
+    told, head = f"{model.depth} blocks of width {model.width}", model.wide_head
+    if head is not None:
+        told += f" and a wide head of {head.depth} of width {head.width}"
+    return told
+
+
 def conditioning(model: ModelConfig, class_names: Sequence[str] | None = None) -> str:
     """What a model is conditioned on, in words."""
     if model.text is None:
@@ -83,7 +91,7 @@ def model_card(
     objective = {"flow": "flow matching", "ddpm": "DDPM, 1,000 steps"}[metadata.diffusion.objective]
     shape = "x".join(map(str, latents.shape))
     rows = [
-        ("model", f"{family(metadata.moe)}; {model.depth} blocks of width {model.width}, "
+        ("model", f"{family(metadata.moe)}; {blocks(model)}, "
                   f"{model.heads} heads, patch {model.patch_size}"),
         ("parameters", f"{total:,}, of which {active:,.0f} are active for an average token"),
         ("trained with", objective),

@@ -48,8 +48,11 @@ def empty_network(
     cast_parameters(network, dtype)
     network.to_empty(device=device)
     network.positions.copy_(grid_positions(model.width, model.grid))
-    if network.rotation is not None:
-        network.rotation.copy_(rotary_angles(model.grid, model.width_of_head))
+    for part in (network, network.wide_head):
+        if part is not None and part.rotation is not None:  # (2, T, h/2)
+            part.rotation.copy_(
+                rotary_angles(model.grid, 2 * part.rotation.shape[-1], model.rope_grid)
+            )
     return network.eval()
 
 

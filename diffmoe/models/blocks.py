@@ -108,12 +108,17 @@ class CrossAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-def rotary_angles(grid: tuple[int, int], head_width: int) -> Tensor:
+def rotary_angles(
+    grid: tuple[int, int], head_width: int, made_for: tuple[int, int] | None = None
+) -> Tensor:
     """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y.
 
-    grid: rows and columns of tokens.
+    grid: rows and columns of tokens. made_for: of the grid whose extent they are spread over
+    (position interpolation, arXiv 2306.15595, on each axis); None: this one.
     """
-    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    made_for = made_for or grid
+    axes = (torch.arange(n) * extent / n for n, extent in zip(grid, made_for, strict=True))
+    y, x = torch.meshgrid(*axes, indexing="ij")
     # Once transformers has loaded a model, linspace ignores `with torch.device(...)`.
     frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4, device=y.device)
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)
@@ -161,8 +166,21 @@ def grid_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=1).float()
 
 
-def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+def patch_tokens(embed: nn.Conv2d, x: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as tokens (B, T, D)."""
+    x_BDT = embed(x.to(embed.weight.dtype)).flatten(2)
+    # A sum has its first term's memory layout: without a copy, that of the patches in all blocks.
+    return x_BDT.transpose(1, 2).contiguous()
+
+
+def of_tokens(vectors: Tensor) -> Tensor:
+    """Vectors of samples (B, D) for all of their tokens, (B, 1, D); those of tokens as they are."""
+    return vectors if vectors.dim() == 3 else vectors[:, None]
+
+
+def modulate(x_BTD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """shift, scale: of samples (B, D) or of tokens (B, T, D)."""
+    return x_BTD * (1 + of_tokens(scale)) + of_tokens(shift)
 
 
 class Block(nn.Module):
@@ -197,7 +215,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        condition_BD: Tensor,
+        condition: Tensor,
         time_BD: Tensor,
         null_B: Tensor,
         rotation: Tensor | None,
@@ -205,10 +223,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Any]:
         """The new tokens, and the LayerRouting of an MoE feed-forward (None of a dense one).
 
-        time_BD: embedding of the timestep alone, which condition_BD contains, too. null_B: which
-        samples have no condition.
+        condition: of samples (B, D) or of tokens (B, T, D). time_BD: embedding of the timestep
+        alone, which the condition contains, too. null_B: which samples have no condition.
         """
-        modulation = self.adaln(F.silu(condition_BD)).chunk(6, dim=-1)
+        modulation = self.adaln(F.silu(condition)).chunk(6, dim=-1)
         x_BTD = maybe_checkpoint(self.checkpointing, self._attend, x_BTD, *modulation[:3], rotation)
         if context is not None:
             x_BTD = maybe_checkpoint(self.checkpointing, self._attend_to_context, x_BTD, *context)
@@ -219,13 +237,13 @@ class Block(nn.Module):
             h_BTD, routing = maybe_checkpoint(self.checkpointing, self.feed_forward, h_BTD), None
         else:
             h_BTD, routing = self.feed_forward(h_BTD, plain_BTD, time_BD, null_B)
-        return x_BTD + gate[:, None] * h_BTD, routing
+        return x_BTD + of_tokens(gate) * h_BTD, routing
 
     def _attend(
         self, x_BTD: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rotation: Tensor | None
     ) -> Tensor:
         h_BTD = modulate(self.norm1(x_BTD), shift, scale)
-        return x_BTD + gate[:, None] * self.attention(h_BTD, rotation)
+        return x_BTD + of_tokens(gate) * self.attention(h_BTD, rotation)
 
     def _attend_to_context(self, x_BTD: Tensor, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         assert self.cross_attention is not None

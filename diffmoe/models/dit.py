@@ -1,4 +1,4 @@
-"""The backbone: patchify, embed, blocks, unpatchify."""
+"""The network: patchify, embed, blocks, a wide head or none, unpatchify."""
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from diffmoe.models.blocks import (
     dense_mlp,
     grid_positions,
     modulate,
+    patch_tokens,
     rotary_angles,
 )
 from diffmoe.models.experts import Experts
@@ -31,6 +32,7 @@ from diffmoe.models.precision import autocast_to
 from diffmoe.models.routing_mode import Kind, RoutingMode, check_capacity
 from diffmoe.models.text_embedding import TextEmbedder
 from diffmoe.models.thresholded import ThresholdedMoE
+from diffmoe.models.wide_head import WideHead
 from diffmoe.parallel.topology import Topology
 from diffmoe.seeding import keyed_generator
 
@@ -53,6 +55,8 @@ for _kind in (Text, DiTOutput, LayerRouting):
 
 class DiT(nn.Module):
     """A diffusion transformer; every second (or every) feed-forward is a mixture of experts.
+
+    Those of a wide head (WideHead) are dense.
 
     topology: of the ranks that share the experts; None: this process has all of them.
     autocast: the type that a forward's products are computed in, by torch.autocast; routing and
@@ -110,13 +114,19 @@ class DiT(nn.Module):
         self.aligned_block = None if align is None else align.block
         if align is not None and align.block is not None:
             self.projector = Projector(align, model.width, model.grid)
-        self.final_norm = nn.LayerNorm(model.width, elementwise_affine=False, eps=1e-6)
-        self.final_adaln = zero_linear(model.width, 2 * model.width)
-        self.final = zero_linear(model.width, model.patch_size**2 * self.out_channels)
+        self.wide_head: WideHead | None = None
+        last = model.width
+        if model.wide_head is not None:
+            self.wide_head, last = WideHead(model, model.wide_head), model.wide_head.width
+        self.final_norm = nn.LayerNorm(last, elementwise_affine=False, eps=1e-6)
+        self.final_adaln = zero_linear(last, 2 * last)
+        self.final = zero_linear(last, model.patch_size**2 * self.out_channels)
         if lora is not None and lora.rank:
             add_factors(self, lora)
         self.register_buffer("positions", grid_positions(model.width, model.grid), persistent=False)
-        rotation = rotary_angles(model.grid, model.width_of_head) if model.rope else None
+        rotation = None
+        if model.rope:
+            rotation = rotary_angles(model.grid, model.width_of_head, model.rope_grid)
         self.register_buffer("rotation", rotation, persistent=False)
         self._routing = RoutingMode(moe.inference) if self.has_thresholds else None
         if seed is not None and not self.positions.is_meta:
@@ -143,10 +153,8 @@ class DiT(nn.Module):
             return self._forward(x, t, condition, project)
 
     def _forward(self, x: Tensor, t: Tensor, condition: Condition, project: bool) -> DiTOutput:
-        x_BDT = self.patch_embed(x.to(self.patch_embed.weight.dtype)).flatten(2)
-        # A sum has its first term's memory layout: without a copy, that of the patches in all
-        # blocks.
-        x_BTD = x_BDT.transpose(1, 2).contiguous() + self.positions.to(x_BDT.dtype)
+        x_BTD = patch_tokens(self.patch_embed, x)
+        x_BTD = x_BTD + self.positions.to(x_BTD.dtype)
         context = None
         if self.text_embed is not None:
             context, vector = self.text_embed(condition)
@@ -170,7 +178,10 @@ class DiT(nn.Module):
                 target = self._unpatchify(layer_routing.target_prediction)
                 layer_routing = layer_routing._replace(target_prediction=target)
             routing.append(layer_routing)
-        shift, scale = self.final_adaln(F.silu(condition_BD)).chunk(2, dim=-1)
+        last_condition = condition_BD
+        if self.wide_head is not None:
+            x_BTD, last_condition = self.wide_head(x, x_BTD, time_BD, null_B)
+        shift, scale = self.final_adaln(F.silu(last_condition)).chunk(2, dim=-1)
         patches = self.final(modulate(self.final_norm(x_BTD), shift, scale))
         return DiTOutput(self._unpatchify(patches), routing, projected)
 
@@ -183,8 +194,13 @@ class DiT(nn.Module):
         return image.reshape(B, channels, rows * p, columns * p).to(dtype)
 
     @property
+    def all_blocks(self) -> list[nn.Module]:
+        """Of the backbone, then of the wide head."""
+        return [*self.blocks, *(self.wide_head.blocks if self.wide_head is not None else ())]
+
+    @property
     def feed_forwards(self) -> list[nn.Module]:
-        """Of all blocks, dense and MoE."""
+        """Of the backbone's blocks, dense and MoE."""
         return [block.get_submodule("feed_forward") for block in self.blocks]
 
     @property
@@ -301,7 +317,8 @@ class DiT(nn.Module):
         evaluation: a trained network is left with rounded weights.
         """
         self.autocast = dtype
-        products = [m for m in self.blocks.modules() if isinstance(m, nn.Linear | Experts)]
+        parts = (part for block in self.all_blocks for part in block.modules())
+        products = [part for part in parts if isinstance(part, nn.Linear | Experts)]
         self._cast((parameter for m in products for parameter in m.parameters()), dtype)
 
     def _cast(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:

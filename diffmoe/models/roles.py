@@ -13,6 +13,7 @@ from diffmoe.models.families.race import ExpertRace
 from diffmoe.models.lora import weight_of
 from diffmoe.models.moe import MoEFeedForward
 from diffmoe.models.text_embedding import TextEmbedder
+from diffmoe.models.wide_head import WideHead
 
 
 class Role(NamedTuple):
@@ -39,6 +40,7 @@ _BY_TYPE: dict[type[nn.Module], str] = {
 _BY_PLACE: dict[type[nn.Module], dict[str, str]] = {
     DiT: {"patch_embed": "embedding", "final": "final", "final_adaln": "modulation"},
     Block: {"adaln": "modulation"},
+    WideHead: {"patch_embed": "embedding", "project": "modulation"},
     ExpertRace: {"target_head": "final"},
 }
 # Not biases, gains of norms, rows of tables and learned vectors, whatever their shape.

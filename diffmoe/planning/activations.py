@@ -5,6 +5,7 @@ S tokens, D width, N token-expert pairs, H hidden width, E experts, B samples; a
 bytes.
 """
 
+from diffmoe.config import WideHeadConfig
 from diffmoe.planning import captions
 from diffmoe.planning.layouts import Layout
 
@@ -30,8 +31,11 @@ def kept_bytes(layout: Layout) -> int:
     block += 5 * S * D * a + 2 * S * F32
     # Final norm (input, output, modulated) and the prediction against its target, in fp32.
     patch = model.patch_size**2 * model.in_channels * (2 if model.learn_sigma else 1)
-    ends = 3 * S * D * a + 6 * B * D * a + 2 * S * patch * F32
+    last = D if model.wide_head is None else model.wide_head.width
+    ends = 3 * S * last * a + 6 * B * D * a + 2 * S * patch * F32
     kept = model.depth * block + ends
+    if model.wide_head is not None:
+        kept += _wide_head(layout, model.wide_head)
     if moe_layers:
         kept += moe_layers * _routing(layout)
     if model.text is not None:  # tokens before and after cross-attention
@@ -43,8 +47,19 @@ def kept_bytes(layout: Layout) -> int:
     # Of LoRA what lies between its factors, once for each token or row of its weight.
     sizes, rank = layout.sizes, config.lora.rank
     kept += rank * (sizes.lora_dense * S + sizes.lora_experts * layout.rows) * a
-    attention, cross, dense, mixture = _checkpointed(layout)
-    return kept + model.depth * (attention + cross) + dense_layers * dense + moe_layers * mixture
+    attention, cross, dense, mixture, *of_head = _checkpointed(layout)
+    kept += model.depth * (attention + cross) + dense_layers * dense + moe_layers * mixture
+    return kept + (0 if model.wide_head is None else model.wide_head.depth * sum(of_head))
+
+
+def _wide_head(layout: Layout, head: WideHeadConfig) -> int:
+    """What it saves with checkpointing, too; its modulations are of tokens, not of samples."""
+    S, D, W, a = layout.tokens, layout.config.model.width, head.width, layout.element
+    # As in a block of the backbone, but for the 1 + scale of attention, see `_checkpointed`.
+    block = (8 + 5) * S * W * a + 2 * S * F32
+    # Timestep and token, before and after the activation; the condition, its activation and 1 +
+    # scale of the last layer.
+    return head.depth * block + 2 * S * D * a + 3 * S * W * a
 
 
 def _alignment(layout: Layout) -> int:
@@ -57,31 +72,45 @@ def _alignment(layout: Layout) -> int:
     return kept + 4 * S * align.width * F32
 
 
-def _checkpointed(layout: Layout) -> tuple[int, int, int, int]:
-    """Bytes saved (or recomputed) by self-attention, cross-attention, a dense MLP, an MoE layer."""
+def _checkpointed(layout: Layout) -> tuple[int, ...]:
+    """Bytes saved (or recomputed) by self-attention, cross-attention, a dense MLP, an MoE layer;
+    by self-attention and MLP of the wide head, if there is one.
+    """
     model, moe = layout.config.model, layout.config.moe
     S, D, a = layout.tokens, model.width, layout.element
     dense = 0
     if layout.moe_layers < model.depth:
-        dense = _hidden(model.mlp_activation) * S * int(D * model.mlp_ratio) * a
+        dense = _mlp(layout, D)
     mixture = 0
     if layout.moe_layers:
         shared = _hidden(moe.shared_expert_activation) * S * int(D * moe.shared_expert_ratio) * a
         mixture = _mixture(layout) + shared
     cross = 0 if model.text is None else captions.cross_attention_bytes(layout)
-    return _attention(layout), cross, dense, mixture
+    parts = (_attention(layout, D, model.heads, model.width_of_head), cross, dense, mixture)
+    head = model.wide_head
+    if head is None:
+        return parts
+    attention = _attention(layout, head.width, head.heads, head.width_of_head)
+    attention += S * head.width * a  # 1 + scale, which is of tokens here
+    return (*parts, attention, _mlp(layout, head.width))
 
 
-def _attention(layout: Layout) -> int:
+def _mlp(layout: Layout, width: int) -> int:
+    """What a dense MLP saves (or recomputes)."""
+    model, S = layout.config.model, layout.tokens
+    return _hidden(model.mlp_activation) * S * int(width * model.mlp_ratio) * layout.element
+
+
+def _attention(layout: Layout, D: int, heads: int, head_width: int) -> int:
     model = layout.config.model
-    S, D, a = layout.tokens, model.width, layout.element
-    inner = model.heads * model.width_of_head
+    S, a = layout.tokens, layout.element
+    inner = heads * head_width
     # Norm 1's output and statistics, modulated tokens; query, key, value; their mix, projected.
     elements = 3 * S * D + 4 * S * inner
-    statistics = 2 * S * F32 + S * model.heads * F32  # and one per row of the softmax
+    statistics = 2 * S * F32 + S * heads * F32  # and one per row of the softmax
     if model.qk_norm:  # normalized query and key
         elements += 2 * S * inner
-        statistics += 2 * S * model.heads * F32
+        statistics += 2 * S * heads * F32
     if model.rope:  # rotated query and key
         elements += 2 * S * inner
     return elements * a + statistics

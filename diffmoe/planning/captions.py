@@ -1,7 +1,6 @@
-"""What captions add to a step: FLOPs as in flops.py, bytes as in activations.py.
+"""Bytes of activations that captions add, as in activations.py.
 
-B samples, L tokens per caption, D width of the network, W width of the text features, S image
-tokens; `a` bytes per element.
+D width of the network, W width of the text features, S image tokens; `a` bytes per element.
 """
 
 from diffmoe.config import BYTES, TextConfig
@@ -14,35 +13,6 @@ def _text(layout: Layout) -> TextConfig:
     """Every function here is for text models alone."""
     assert layout.config.model.text is not None
     return layout.config.model.text
-
-
-def cross_attention_flops(layout: Layout) -> tuple[int, int]:
-    """FLOPs of one block's forward: (projections, attention's two products)."""
-    model, S = layout.config.model, layout.tokens
-    inner, length = model.heads * model.width_of_head, _text(layout).length
-    products = 4 * (S + layout.micro_batch * length) * model.width * inner
-    return products, 4 * S * length * inner
-
-
-def cross_attention_recomputed(layout: Layout) -> int:
-    """FLOPs that checkpointing recomputes per block: all but the output projection."""
-    products, attention = cross_attention_flops(layout)
-    model = layout.config.model
-    last = 2 * layout.tokens * model.width * model.heads * model.width_of_head
-    return products - last + attention
-
-
-def embedding_flops(layout: Layout) -> tuple[list[tuple[int, bool]], int]:
-    """FLOPs of embedding the captions, in the form of flops._forward."""
-    text, D = _text(layout), layout.config.model.width
-    B, L, W = layout.micro_batch, text.length, text.width
-    own = text.encoder == BYTES
-    products = [
-        (2 * B * L * W * D, own),
-        (2 * B * (W if own else text.pooled) * D, own),
-        (text.depth * 2 * B * L * W * 12 * W, True),
-    ]
-    return products, text.depth * 4 * B * L * L * W
 
 
 def cross_attention_bytes(layout: Layout) -> int:

@@ -78,15 +78,24 @@ class Flat(NamedTuple):
     matrices: tuple[Matrices, ...]
 
 
+class Weight(NamedTuple):
+    """A parameter. row: elements that a row of its input meets; of stacked experts, one's."""
+
+    row: int
+    trains: bool
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Elements of one rank. The projector of an aligned run is dense.
 
+    parameters: all of them, by name.
     frozen_dense, frozen_routing, frozen_experts: of those that do not train.
     lora_dense, lora_experts: how many weights have LoRA's factors, a stack of experts' is one.
     largest: of the largest parameter that does.
     """
 
+    parameters: Mapping[str, Weight]
     groups: tuple[Flat, ...]
     largest: int
     frozen_dense: int
@@ -150,6 +159,10 @@ def sizes_of(
         largest = max(largest, elements)
     factors = [name for name, _ in network.named_parameters() if is_factor(name)]
     return Sizes(
+        parameters={
+            name: Weight(one.numel() // (len(one) if name in of_experts else 1), one.requires_grad)
+            for name, one in network.named_parameters()
+        },
         groups=tuple(groups.values()),
         largest=largest,
         frozen_dense=frozen["dense"],

@@ -41,7 +41,7 @@ class Dial:
         """
         found = {
             entry.capacity: torch.tensor(entry.log_odds)
-            for entry in stored(sampler.model.path).values()
+            for entry in stored(sampler.model.calibrated_in).values()
             if entry.weights == sampler.model.weights
         }
         # Where experts take every token there is nothing to interpolate.
@@ -69,7 +69,7 @@ class Dial:
                         log_odds=found[capacity].tolist(),
                     )
                     with suppress(OSError):  # as in a folder of somebody else's
-                        store(sampler.model.path, f"dial {name_of(capacity)}", entry)
+                        store(sampler.model.calibrated_in, f"dial {name_of(capacity)}", entry)
         return cls(found)
 
     def at(self, capacity: float) -> RoutingMode:

@@ -64,6 +64,11 @@ class Origin(NamedTuple):
         """The folder of calibrated thresholds."""
         return self.adapters or self.path
 
+    @property
+    def title(self) -> str:
+        """What results and pages call it."""
+        return str(self.path) + (f" with {self.adapters}" if self.adapters else "")
+
 
 @dataclass(frozen=True, eq=False)
 class Sampler:

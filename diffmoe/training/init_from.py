@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from diffmoe.checkpoints.folder import names
+from diffmoe.checkpoints.run_file import read_run_file
 from diffmoe.config import Config
 from diffmoe.conversion.adapting import Adapted, adapt
 from diffmoe.conversion.detect_format import open_source
@@ -22,6 +23,26 @@ from diffmoe.models.lora import is_factor
 from diffmoe.models.moe import ROUTING_STATE
 from diffmoe.parallel.engine import Engine
 from diffmoe.parallel.zero import owned_ranges
+
+
+def with_rope_grid(config: Config, checkpoint: Path | None) -> Config:
+    """With the grid that rotary angles are made for, where model.rope_grid leaves it open.
+
+    That of the checkpoint that the run goes on from; of a fresh one, that of training.init's model.
+    None stands where it is the network's own.
+    """
+    if not config.model.rope or config.model.rope_grid is not None:
+        return config
+    if checkpoint is not None:
+        grid = read_run_file(checkpoint).config["model"].get("rope_grid")
+    elif config.training.init is not None:
+        with _source(Path(config.training.init), verify=False) as source:
+            grid = source.metadata.model.rotary_grid
+    else:
+        return config
+    if grid is None or tuple(grid) == config.model.grid:
+        return config
+    return config.replace({"model.rope_grid": grid})
 
 
 def check(config: Config, manifest: Manifest) -> None:

@@ -12,7 +12,7 @@ from diffmoe.config import Config
 from diffmoe.parallel.device import setup_device, use_deterministic_algorithms
 from diffmoe.parallel.topology import create_topology, destroy_topology
 from diffmoe.parallel.zero import read_ds_config, reconcile
-from diffmoe.training import agreement, preflight, watchdog
+from diffmoe.training import agreement, init_from, preflight, watchdog
 from diffmoe.training.lease import hold
 from diffmoe.training.loop import train
 from diffmoe.training.resume import find_checkpoint, make_way
@@ -82,6 +82,7 @@ def _run(
     preflight.check(config, settings, dist.get_world_size())
     with hold(Path(config.output)) as lease, closing(StopRequest()) as stop:
         going_on = find_checkpoint(config, resume, allow_changed)
+        config = init_from.with_rope_grid(config, going_on.checkpoint)
         topology = create_topology(config.parallel.expert_parallel)
         dist.barrier()  # every rank has looked at the output before the first one writes there
         if topology.rank == 0:

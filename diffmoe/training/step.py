@@ -48,7 +48,7 @@ def build(
             # The compiler of torch 2.11 fails there on a running count over a whole pool.
             routed = torch.compiler.disable(layer._route)
             layer._route = routed  # type: ignore[method-assign]  # of this object alone
-        for block in network.blocks:
+        for block in network.all_blocks:
             block.compile()
     optimizer = config.optimizer
     options: dict[str, Any] = {

@@ -14,7 +14,6 @@ from diffmoe.benchmarks.routing_parts import parts_of, take
 from diffmoe.config import Config
 from diffmoe.models import routing
 from diffmoe.models.families.diffmoe import DiffMoE
-from diffmoe.planning.flops import mixture_flops, router_products
 from diffmoe.planning.layouts import Layout
 from tests.helpers.tiny import tiny_config
 
@@ -81,11 +80,13 @@ def test_flops_of_the_parts_are_the_planners(activation: str):
     layer = mixture_of(config, DiffMoE, CPU).module
     parts = parts_of(layer, random_tokens(config, CPU).detach()[0].requires_grad_())
     found = {name: counted(work) for name, work in parts.items()}
-    router, *predictor = [flops * (2 + has_input) for flops, has_input in router_products(layout)]
+    (S, D), E, H = (layout.tokens, config.model.width), config.moe.experts, 64
+    # Each in the forward, and again for its weight's and its input's gradient; none of the tokens
+    # that the predictor sees.
     expected = {
-        "router": router,
-        "experts": 3 * mixture_flops(layout),
-        "predictor": sum(predictor),
+        "router": 3 * 2 * S * D * E,
+        "experts": 3 * 2 * layout.rows * D * H * (3 if activation == "swiglu" else 2),
+        "predictor": 2 * 2 * S * D * D + 3 * 2 * S * D * E,
     }
     assert {name: flops for name, flops in found.items() if flops} == expected
     assert layer_flops(layout) == sum(expected.values())

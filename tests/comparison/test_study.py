@@ -17,8 +17,12 @@ import yaml
 
 from diffmoe.comparison.measured import Measured, Point, Size, difference, measured, size, table
 from diffmoe.comparison.running import check_runs
-from diffmoe.comparison.study import Study, read_study, runs_of
+from diffmoe.comparison.study import Study, StudyRun, read_study, runs_of
 from diffmoe.errors import UserError
+from diffmoe.planning.estimate import plan
+from diffmoe.planning.layouts import Layout
+from diffmoe.planning.machine import Machine
+from diffmoe.recipes import load_config
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.runs import metrics, newest, pack, run_config
 from tests.helpers.tools import forked
@@ -45,7 +49,7 @@ def test_the_table_compares_seeds_that_both_have():
         ("dense", 1): Measured([Point(8, 1.0, 0.7)], 0.0, None, 0.1, {"FD": 3.0}),
         ("identity", 0): Measured([Point(8, 1.0, 0.4)], 1.5, 0.41, 0.2, {}),
     }
-    sizes = {name: Size(2_000_000, 1_000_000, 3e9) for name in VARIANTS}
+    sizes = {name: Size(2_000_000, 1_000_000, 3e9, 9e9) for name in VARIANTS}
     _, _, dense, identity = table(study, found, sizes).splitlines()
     assert dense.split(" | ")[1:4] == ["2", "0.60000", "-"]
     assert identity.split(" | ")[1:5] == ["1", "0.40000", "-0.10000 (-20.0%, one seed)", "1.500"]
@@ -77,6 +81,29 @@ def test_the_study_of_alignment_changes_nothing_else():
         assert 1 < of.forward_flops / of_plain.forward_flops < 1.2
         assert of.parameters == of_plain.parameters
     assert {config.align.end for config, _ in found.values()} == {math.inf, 25600}
+
+
+def test_the_cost_of_training_is_the_planners_and_less_where_parts_are_frozen():
+    shape = ["model.depth=4", "training.activation_checkpointing=true"]
+    variants = {
+        "all": [],
+        "head": ["training.train_only=[blocks.3.*, final.*]"],
+        "lora": ["lora.rank=2", "training.init=x"],
+        "muon": ["optimizer.type=muon"],
+    }
+    runs = {
+        name: StudyRun(name, 0, load_config("mnist", [*shape, *more]))
+        for name, more in variants.items()
+    }
+    sizes = {name: size(run, 1.0) for name, run in runs.items()}
+    for name, run in runs.items():
+        planned = plan(Layout(run.config, 1, 1), Machine()).flops
+        assert sizes[name].training_flops * run.config.training.batch_size == planned, name
+    cost = {name: of.training_flops / of.forward_flops for name, of in sizes.items()}
+    # Forward, two for the backward and most of a forward again; of a head, its block's alone.
+    assert 3.7 < cost["all"] < 4.05 < cost["muon"]
+    assert 1.5 < cost["head"] < 2
+    assert 2.7 < cost["lora"] < 3.2
 
 
 def test_a_study_that_is_not_there_is_named_with_those_that_are():

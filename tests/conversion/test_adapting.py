@@ -8,12 +8,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import diffmoe
 from diffmoe.config import Config
 from diffmoe.conversion.adapting import Adapted, adapt
+from diffmoe.conversion.detect_format import open_source
 from diffmoe.errors import UserError
 from diffmoe.export.sources import Source
+from diffmoe.export.writing import write_exported
+from diffmoe.models.blocks import rotary_angles
 from diffmoe.models.dit import DiT
 from diffmoe.parallel.topology import Topology
+from diffmoe.recipes import read_yaml
+from diffmoe.training import init_from
 from tests.helpers.models import exported, source_of
 from tests.helpers.ranks import ranks_of
 from tests.helpers.runs import newest, pack, run_config, tensors, train
@@ -82,10 +88,59 @@ def test_another_size_changes_positions_alone():
     untouched(source, state)
 
 
+def test_what_becomes_of_rotary_angles_is_told():
+    old = tiny_config(model__rope=True)
+    larger = old.replace({"model.input_size": [8, 16]})
+    kept = adapt(source_of(old), larger.replace({"model.rope_grid": [4, 4]}))
+    told = "rotary angles: made for 4x4 tokens, over which 4x8 tokens are spread"
+    assert kept.notes[1:] == (told,)
+    own = adapt(source_of(old), larger)
+    told = "rotary angles: made for 4x4 tokens there, for 4x8 tokens here: attention changes"
+    assert own.notes[1:] == (told,)
+
+
 def test_other_channels_renew_the_first_and_the_last_layer():
     source, adapted, state = both(tiny_config(), tiny_config(model__in_channels=3))
     assert "2 channels there, 3 here" in adapted.notes[0]
     assert adapted.fresh == {"patch_embed.weight", "patch_embed.bias", "final.weight", "final.bias"}
+    untouched(source, state, "patch_embed", "final.")
+
+
+HEAD = {"width": 20, "depth": 1, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (None, HEAD, "none there, 1 of width 20, 2 heads here: it and the last layer start anew"),
+        (HEAD, None, "1 of width 20, 2 heads there, none here: the last layer starts anew"),
+        (HEAD, HEAD | {"heads": 4}, "2 heads there, 1 of width 20, 4 heads here: it and the last"),
+    ],
+)
+def test_another_wide_head_starts_anew_with_the_last_layer(old, new, told: str):
+    before = tiny_config(model__wide_head=old)
+    config = tiny_config(model__wide_head=new)
+    source, adapted, state = both(before, config)
+    assert len(adapted.notes) == 1
+    assert adapted.notes[0].startswith("wide head: ")
+    assert told in adapted.notes[0]
+    untouched(source, state, "wide_head.", "final")
+    start = DiT(config.model, config.moe).initialize(config.seed).state_dict()
+    renewed = {name for name in state if name.startswith(("wide_head.", "final"))}
+    assert adapted.fresh == renewed
+    assert {"final.weight", "final_adaln.bias"} <= renewed
+    for name in renewed:
+        assert torch.equal(state[name], start[name]), name
+
+
+def test_the_same_wide_head_is_taken_and_other_channels_renew_what_embeds_them():
+    old = tiny_config(model__wide_head=HEAD)
+    source, adapted, state = both(old, old)
+    assert adapted.notes == ()
+    untouched(source, state)
+    source, adapted, state = both(old, tiny_config(model__wide_head=HEAD, model__in_channels=3))
+    assert len(adapted.notes) == 1
+    assert {"wide_head.patch_embed.weight", "patch_embed.bias"} <= adapted.fresh
     untouched(source, state, "patch_embed", "final.")
 
 
@@ -216,6 +271,34 @@ def test_a_run_becomes_a_mixture_on_two_ranks(home: Path):
     width = run.model.width
     one = dense.view(-1, width).t().reshape(-1)
     assert all(torch.equal(expert, one) for expert in experts.view(4, -1))
+
+
+def test_rotary_angles_stay_those_of_the_grid_that_they_were_made_for(home: Path):
+    """In the run, when it goes on, in its export, and in a run that starts from that."""
+    pack(home / "wide", shape=(2, 8, 16))
+    model = exported(home / "rotary", run_config(home, 1, model__rope=True))
+    wide = {"model__rope": True, "model__input_size": [8, 16], "data__path": str(home / "wide")}
+    run, told = start_from(home, model, **wide)
+    assert "\n  rotary angles: made for 4x4 tokens, over which 4x8 tokens are spread" in told
+    rmtree(model)  # the run has a checkpoint of its own now
+    with ranks_of(run.replace({"training.total_samples": 16, "training.init": None}), 1) as ranks:
+        assert ranks.wait() == [0], ranks.told()
+        assert "resumed" in ranks.told()
+    assert read_yaml(Path(run.output) / "config.yaml")["model"]["rope_grid"] == [4, 4]
+    head = run.model.width_of_head
+    expected = rotary_angles((4, 8), head, (4, 4))
+    assert not torch.equal(expected, rotary_angles((4, 8), head))
+    with open_source(Path(run.output)) as source:
+        write_exported(source, home / "exported")
+    for path in (run.output, home / "exported"):
+        assert torch.equal(diffmoe.load(path, device="cpu").rotation, expected)
+
+    changes = {"model.input_size": 16, "training.init": str(home / "exported")}
+    chained = run.replace({**changes, "output": str(home / "chained")})
+    assert init_from.with_rope_grid(chained, None).model.rope_grid == (4, 4)
+    for settled in ({"model.input_size": 8}, {"model.rope_grid": [8, 8]}, {"model.rope": False}):
+        config = chained.replace(settled)  # the grid of before; given; without rotary angles
+        assert init_from.with_rope_grid(config, None) == config
 
 
 def test_other_classes_start_anew_on_a_run(home: Path):

@@ -306,6 +306,9 @@ def test_a_diffusers_model_whose_blocks_embed_otherwise_is_refused(
         converted(diffusers_folder, tmp_path / "out", Options())
 
 
+HEAD = {"width": 20, "heads": 2}
+
+
 @pytest.mark.parametrize(
     ("form", "changes", "told"),
     [
@@ -320,6 +323,8 @@ def test_a_diffusers_model_whose_blocks_embed_otherwise_is_refused(
         ("release", {"moe__gate_scale": "experts"}, "gate_factor=4.0: the release's networks sup"),
         ("release", {"moe__router_input": "plain"}, "router_input=plain: the release's networks"),
         ("diffusers", {"moe__type": "dense"}, "was trained with flow, but diffusers needs ddpm"),
+        ("release", {"model__wide_head": HEAD}, "has a wide head, release supports none"),
+        ("diffusers", {"model__wide_head": HEAD, "moe__type": "dense"}, "diffusers supports none"),
         ("release", {"model__text": BYTES}, "is text-conditioned, release supports only classes"),
     ],
 )

@@ -63,6 +63,17 @@ def test_with_a_shared_expert_the_output_is_the_dense_model_s_bit_for_bit(
     assert w_in.abs().min() == 0 or w_in.std() > 0.1  # experts begin with the dense first layer
 
 
+def test_a_wide_head_stays_as_it_is():
+    head = {"width": 20, "depth": 2, "heads": 1}
+    dense = source_of(tiny_config(moe__type="dense", model__wide_head=head, model__rope=True))
+    model = network(upcycle(dense, 4, every_block=True))
+    assert len(model.moe_layers) == 4
+    assert torch.equal(output(model), output(network(dense)))
+    for name in dense.shapes:
+        if name.startswith("wide_head."):
+            assert torch.equal(model.get_parameter(name), dense.read(name)), name
+
+
 def test_copies_equal_the_dense_model_at_full_capacity(dense: Source):
     model, expected = network(upcycle(dense, 8, how="copies")), output(network(dense))
     assert model.moe_config.capacity == 8

@@ -13,6 +13,7 @@ from diffmoe.capacity.thresholds import Calibrated, store
 from diffmoe.checkpoints.network import load_network
 from diffmoe.config import Config
 from diffmoe.errors import UserError
+from diffmoe.evaluation.results import read
 from diffmoe.export.adapter_writing import write_adapters
 from diffmoe.export.adapters import Adapters, with_adapters
 from diffmoe.export.exported_model import ExportedModel
@@ -22,8 +23,8 @@ from diffmoe.export.writing import probe, write_exported
 from diffmoe.models.lora import factor_names, is_factor
 from diffmoe.parallel.topology import Topology
 from diffmoe.sampling.sampler import Sampler
-from tests.helpers.models import flip_bytes
-from tests.helpers.runs import newest, tensors
+from tests.helpers.models import NAMES, flip_bytes
+from tests.helpers.runs import newest, pack, tensors
 from tests.helpers.tools import command, told
 
 
@@ -195,6 +196,40 @@ def test_calibrated_capacities_go_along(lora_run: Config, base: Path, tmp_path: 
     assert sampler.identity()["adapters"] == "own"
     with pytest.raises(UserError, match=r"has no thresholds for capacity 0\.5"):
         Sampler.open(base).with_capacity(0.5)
+
+
+@pytest.mark.slow
+def test_evaluation_and_the_report_are_those_of_the_merged_model(
+    base: Path, adapters: Path, merged: Path, tmp_path: Path
+):
+    held_out = pack(tmp_path / "held-out", [9], first=100, shape=(3, 8, 8), class_names=NAMES)
+    found: dict[str, list] = {}
+    for name, words in {
+        "apart": (base, "--adapters", adapters), "merged": (merged,), "base": (base,),
+    }.items():  # fmt: skip
+        out = tmp_path / name
+        how = ("--steps", "2", "--guidance", "2", "--device", "cpu")
+        told(
+            "tools/evaluate.py", "loss", *words, "--data", held_out, "--samples", "8", "--out", out
+        )
+        judge = ("--classifier", "tests.helpers.pictures:brightest_channel")
+        told("tools/evaluate.py", *words, "--num", "4", *how, *judge, "--out", out)
+        report = ("--samples", "4", *how, "--out", out / "routing.html")
+        said = told("tools/report_routing.py", *words, *report)
+        loss, images = read(out / "results.jsonl")
+        (samples,) = out.glob("*/samples-*.npz")
+        arrays = np.load(samples)
+        found[name] = [loss["by_time"], arrays["images"].tolist(), said.partition(":")[0]]
+        assert (str(adapters) in loss["model"]) == (name == "apart")
+        assert (str(adapters) in images["model"]) == (name == "apart")
+        assert (f"with {adapters}" in (out / "routing.html").read_text()) == (name == "apart")
+    assert found["apart"] == found["merged"]
+    assert found["base"][0] != found["merged"][0]
+    assert found["base"][1] != found["merged"][1]
+    for words in (("loss", base), (base, "--num", "4")):
+        refused = command("tools/evaluate.py", *words, "--adapters", adapters, "--every-snapshot")
+        assert refused.returncode == 2
+        assert "--every-snapshot: not allowed with argument --adapters" in refused.stderr
 
 
 @pytest.mark.slow

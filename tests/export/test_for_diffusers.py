@@ -56,6 +56,7 @@ CASES = {
             "moe__type": "dense",
             "model__in_channels": 4,
             "model__rope": True,
+            "model__rope_grid": [3, 2],
             "model__qk_norm": True,
             "diffusion__timestep_shift": 2.0,
         },
@@ -88,6 +89,14 @@ CASES = {
     ),
     "dsmoe": Case(
         {"moe__type": "dsmoe", "moe__top_k": 2, "moe__router_input": "plain_with_time"}, LABELS
+    ),
+    "wide_head": Case(
+        {
+            "model__wide_head": {"width": 24, "depth": 2, "heads": 2},
+            "model__rope": True,
+            "model__rope_grid": [3, 2],
+        },
+        LABELS,
     ),
     "undropped": Case(
         DDPM,

@@ -1,5 +1,6 @@
 """Publishing and fetching with the hub's own client, against a hub of this machine."""
 
+import json
 import os
 import subprocess
 import sys
@@ -90,6 +91,12 @@ def test_what_cannot_be_published_is_told_before_anything_is_sent(
     assert "README.md names no license; give one (--license apache-2.0)" in done.stderr
     done = publish(server, tmp_path, "somebody/new", "--license", "mit")
     assert "is not an exported model; make one: python tools/convert_checkpoint.py" in done.stderr
+    (apart := tmp_path / "adapters").mkdir()
+    (apart / "config.json").write_text(json.dumps({"format": "diffmoe adapters"}))
+    done = publish(server, apart, "somebody/new", "--license", "mit")
+    assert done.returncode == 2
+    told = "holds adapters, and the hub gets whole models: merge them, python tools/convert_check"
+    assert told in done.stderr
     broken = exported(tmp_path / "broken")
     flip_bytes(broken / "model.safetensors")
     done = publish(server, broken, "somebody/new", "--license", "mit")

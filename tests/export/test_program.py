@@ -249,7 +249,16 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     ("changes", "dtype", "capacity"),
     [
         ({"moe__capacity_rounding": "release"}, "bfloat16", 2.0),
-        ({"moe__type": "race", "model__rope": True}, "float32", 0.5),
+        (
+            {"model__wide_head": {"width": 20, "depth": 1, "heads": 1}, "model__rope": True},
+            "float32",
+            1.0,
+        ),
+        (
+            {"moe__type": "race", "model__rope": True, "model__rope_grid": [3, 2]},
+            "float32",
+            0.5,
+        ),
         ({"moe__type": "expert_choice", "moe__activation": "swiglu"}, "float32", None),
     ],
 )

@@ -52,6 +52,7 @@ def test_a_network_evaluates_no_samples(inference: str):
         {"moe__type": "expert_choice"},
         {"moe__type": "token_choice", "moe__top_k": 2},
         {"moe__type": "dense"},
+        {"model__wide_head": {"width": 20, "heads": 2}},
     ],
     ids=str,
 )
@@ -193,6 +194,7 @@ VARIANTS = {
     "expert choice": {"moe__type": "expert_choice"},
     "token choice": {"moe__type": "token_choice", "moe__top_k": 2},
     "dense": {"moe__type": "dense"},
+    "wide head": {"model__wide_head": {"width": 20, "heads": 2}},
 }
 
 

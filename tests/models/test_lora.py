@@ -22,6 +22,7 @@ KINDS = {
     "swiglu and shared expert": SWIGLU,
     "unequal rows": {"moe__type": "token_choice", "moe__top_k": 2},
     "captions": {"model__text": BYTES},
+    "wide head": {"model__wide_head": {"width": 20, "depth": 1, "heads": 2}},
 }
 
 

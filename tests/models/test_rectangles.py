@@ -23,6 +23,24 @@ def test_a_token_has_the_position_of_the_same_place_in_a_square():
     assert torch.equal(rotary_angles((6, 2), 8).view(2, 6, 2, 4), angles[:, :, :2])
 
 
+def test_angles_made_for_a_smaller_grid_are_spread_over_its_extent():
+    made = rotary_angles((6, 4), 8)
+    assert torch.equal(rotary_angles((6, 4), 8, (6, 4)), made)
+    found = rotary_angles((12, 12), 8, made_for=(6, 4)).view(2, 12, 12, 4)
+    # Each second row and each third column lie where a token of the smaller grid does.
+    torch.testing.assert_close(found[:, ::2, ::3], made.view(2, 6, 4, 4))
+    # The corner: 11/12 of the way over 6 and over 4 tokens.
+    y, x, slow = 5.5, 11 / 3, 100.0**-1
+    angles = torch.tensor([y, y * slow, x, x * slow])
+    torch.testing.assert_close(found[:, -1, -1], torch.stack([angles.cos(), angles.sin()]))
+
+
+def test_a_grid_for_rotary_angles_needs_these():
+    told = refusal("model.rope_grid=[4, 4]")
+    assert "model.rope_grid=[4, 4] belongs to model.rope=true" in told
+    assert "model.rope_grid" in refusal("model.rope=true", "model.rope_grid=[0, 4]")
+
+
 @torch.no_grad()
 def test_each_patch_is_read_and_written_at_its_place():
     """With blocks that add nothing, each patch of the prediction is a function of its own patch."""

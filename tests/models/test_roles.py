@@ -21,6 +21,7 @@ CASES = {
     **{family: {"moe__type": family} for family in (*FAMILIES, "dense")},
     "swiglu": {"moe__activation": "swiglu", "model__mlp_activation": "swiglu"},
     "shared": {**TIMED, "moe__shared_expert_activation": "swiglu"},
+    "wide head": {"model__wide_head": {"width": 20, "heads": 2}},
     "norms": {"model__qk_norm": True, "model__text": {**FROZEN}},
     "bytes": {"model__text": BYTES, "model__qk_norm": True},
     "target": {"moe__type": "race", "moe__target_loss_weight": 0.1},
@@ -30,10 +31,17 @@ CASES = {
 }
 # By patterns of names: all there are, and of these what decays.
 ROLES = {
-    "embedding": ["patch_embed.*", "timestep_embed.*", "label_embed.*"],
+    "embedding": [
+        *("patch_embed.*", "timestep_embed.*", "label_embed.*"),
+        "wide_head.patch_embed.*",
+    ],
     "text": ["text_embed.*"],
-    "attention": ["blocks.?.attention.*", "blocks.?.cross_attention.*"],
+    "attention": [
+        *("blocks.?.attention.*", "blocks.?.cross_attention.*"),
+        "wide_head.blocks.?.attention.*",
+    ],
     "mlp": [
+        "wide_head.blocks.?.feed_forward.*",
         "blocks.?.feed_forward.fc[12].*",
         "blocks.?.feed_forward.gate.*",
         "blocks.?.feed_forward.up.*",
@@ -48,7 +56,10 @@ ROLES = {
         "blocks.?.feed_forward.router_hidden.*",
     ],
     "predictor": ["blocks.?.feed_forward.capacity_predictor.*"],
-    "modulation": ["blocks.?.adaln.*", "final_adaln.*"],
+    "modulation": [
+        *("blocks.?.adaln.*", "final_adaln.*"),
+        *("wide_head.blocks.?.adaln.*", "wide_head.project.*"),
+    ],
     "final": ["final.*", "blocks.?.feed_forward.target_head.*"],
     "projector": ["projector.*"],
 }

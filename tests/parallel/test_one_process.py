@@ -279,3 +279,21 @@ def test_an_aligned_model_equals_one_process(world: int, ranks: int, stage: int)
     assert sum(name.startswith("projector.") for name in expected["weights"]) == 6
     assert min(expected["norms"]) > CLIP
     compare(run_ranks(world, on_rank, config), expected)
+
+
+@pytest.mark.parametrize(
+    ("world", "ranks", "stage"), [pytest.param(2, 1, 2, marks=SLOW), (2, 2, 1)]
+)
+def test_a_model_with_a_wide_head_equals_one_process(world: int, ranks: int, stage: int):
+    config = tiny_config(
+        model__wide_head={"width": 20, "depth": 2, "heads": 2},
+        moe__token_pool="global",
+        optimizer__gradient_clipping=CLIP,
+        parallel__expert_parallel=ranks,
+        parallel__zero_stage=stage,
+    )
+    expected = one_process(config)
+    head = [name for name in expected["weights"] if name.startswith("wide_head.")]
+    assert len(head) == 2 + 2 + 2 * 10
+    assert min(expected["norms"]) > CLIP
+    compare(run_ranks(world, on_rank, config), expected)

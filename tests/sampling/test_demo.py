@@ -94,6 +94,18 @@ def test_stored_capacities_stay_when_others_are_calibrated(tmp_path):
     assert dial.at(0.5).calibrated_LE.unique().tolist() == [3.25]
 
 
+def test_capacities_of_adapters_lie_with_these(tmp_path):
+    (base := tmp_path / "base").mkdir()
+    (adapters := tmp_path / "adapters").mkdir()
+    for folder, log_odds in ((base, 1.0), (adapters, 3.25)):
+        store(folder, "0.5", entry(0.5, log_odds))
+    sampler = opened(base)
+    dial = Dial.of(replace(sampler, origin=sampler.model._replace(adapters=adapters)))
+    assert dial.at(0.5).calibrated_LE.unique().tolist() == [3.25]
+    assert list(stored(base)) == ["0.5"]
+    assert {"0.5", "dial 1", "dial 2"} < stored(adapters).keys()
+
+
 def test_a_model_without_label_dropout_is_calibrated_without_guidance(tmp_path):
     config, said = tiny_config(training__label_dropout=0), []
     dial = Dial.of(opened(tmp_path, config), report=said.append)

@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmoe.config import Config
 from diffmoe.models.dit import DiT
 from diffmoe.models.moe import routing_loss
+from diffmoe.parallel.topology import create_topology
+from diffmoe.training.step import build
+from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics, newest, pack, run_config, tensors, train
 from tests.helpers.tiny import FROZEN, random_batch, randomize, tiny_config
 
@@ -19,6 +23,7 @@ pytestmark = pytest.mark.slow
         {},
         {"moe__activation": "swiglu", "moe__shared_expert_ratio": 2.0, "model__rope": True},
         {"model__text": FROZEN},
+        {"model__wide_head": {"width": 20, "heads": 2}},
     ],
 )
 def test_a_block_is_one_graph_in_training(changes: dict):
@@ -27,9 +32,21 @@ def test_a_block_is_one_graph_in_training(changes: dict):
     batch = random_batch(config, 0, range(config.data.lanes))
     inputs = batch.latents, torch.rand(len(batch.latents)), batch.text or batch.labels
     expected = network(*inputs).prediction
-    for block in network.blocks:
+    for block in network.all_blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(network(*inputs).prediction, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_blocks_of_a_wide_head_are_compiled_too():
+    config = tiny_config(
+        model__wide_head={"width": 20, "heads": 2}, model__depth=2, training__compile=True
+    )
+    assert run_ranks(1, compiled_blocks, config) == [[True] * 4]
+
+
+def compiled_blocks(config: Config) -> list[bool]:
+    network, _ = build(config, {}, create_topology(1), torch.device("cpu"))
+    return [block._compiled_call_impl is not None for block in network.all_blocks]
 
 
 def test_compiled_bf16_gradients_are_those_of_bf16():

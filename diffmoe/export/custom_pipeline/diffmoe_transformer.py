@@ -58,12 +58,16 @@ class DiffMoETransformer(ModelMixin, ConfigMixin):
             Block(model, moe if number in self.moe_blocks else None)
             for number in range(model["depth"])
         )
-        self.final_norm = plain_norm(width)
-        self.final_adaln = nn.Linear(width, 2 * width)
-        self.final = nn.Linear(width, patch**2 * self.out_channels)
+        self.wide_head, last = None, width
+        if model["wide_head"] is not None:
+            self.wide_head, last = WideHead(model, self.grid), model["wide_head"]["width"]
+        self.final_norm = plain_norm(last)
+        self.final_adaln = nn.Linear(last, 2 * last)
+        self.final = nn.Linear(last, patch**2 * self.out_channels)
         rotation = None
         if model["rope"]:
-            rotation = rotary_angles(self.grid, model["head_width"] or width // model["heads"])
+            head_width = model["head_width"] or width // model["heads"]
+            rotation = rotary_angles(self.grid, head_width, model["rope_grid"] or self.grid)
         self.register_buffer("positions", grid_positions(width, self.grid), persistent=False)
         self.register_buffer("rotation", rotation, persistent=False)
 
@@ -81,8 +85,8 @@ class DiffMoETransformer(ModelMixin, ConfigMixin):
         num_classes is the null label; or text. capacity: a calibrated one; None: that of training.
         Raises ValueError for a capacity that is not calibrated.
         """
-        x_BDT = self.patch_embed(sample.to(self.patch_embed.weight.dtype)).flatten(2)
-        x_BTD = x_BDT.transpose(1, 2).contiguous() + self.positions.to(x_BDT.dtype)
+        x_BTD = patch_tokens(self.patch_embed, sample)
+        x_BTD = x_BTD + self.positions.to(x_BTD.dtype)
         context = None
         if text is None:
             vector, null_B = self.label_embed(class_labels), class_labels == self.null_label
@@ -101,7 +105,10 @@ class DiffMoETransformer(ModelMixin, ConfigMixin):
                 context,
                 thresholds.get(number),
             )
-        shift, scale = self.final_adaln(F.silu(condition_BD)).chunk(2, dim=-1)
+        last_condition = condition_BD
+        if self.wide_head is not None:
+            x_BTD, last_condition = self.wide_head(sample, x_BTD, time_BD, null_B)
+        shift, scale = self.final_adaln(F.silu(last_condition)).chunk(2, dim=-1)
         return self._unpatchify(self.final(modulate(self.final_norm(x_BTD), shift, scale)))
 
     @property
@@ -160,20 +167,21 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        condition_BD: Tensor,
+        condition: Tensor,
         time_BD: Tensor,
         null_B: Tensor,
         rotation: Tensor | None,
         context: tuple[Tensor, Tensor] | None,
         threshold_E: Tensor | None,
     ) -> Tensor:
-        """time_BD: of the timestep alone. null_B: samples without a condition. context: a caption's
-        tokens (B, L, D) and mask_BL. threshold_E: calibrated, in the place of training's.
+        """condition: of samples (B, D) or of tokens (B, T, D). time_BD: of the timestep alone.
+        null_B: samples without a condition. context: a caption's tokens (B, L, D) and mask_BL.
+        threshold_E: calibrated, in the place of training's.
         """
-        modulation = self.adaln(F.silu(condition_BD)).chunk(6, dim=-1)
+        modulation = self.adaln(F.silu(condition)).chunk(6, dim=-1)
         shift, scale, gate = modulation[:3]
         h_BTD = self.attention(modulate(self.norm1(x_BTD), shift, scale), rotation)
-        x_BTD = x_BTD + gate[:, None] * h_BTD
+        x_BTD = x_BTD + of_tokens(gate) * h_BTD
         if self.cross_attention is not None and context is not None:
             x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *context)
         shift, scale, gate = modulation[3:]
@@ -183,7 +191,39 @@ class Block(nn.Module):
             h_BTD = self.feed_forward(h_BTD, plain_BTD, time_BD, null_B, threshold_E)
         else:
             h_BTD = self.feed_forward(h_BTD)
-        return x_BTD + gate[:, None] * h_BTD
+        return x_BTD + of_tokens(gate) * h_BTD
+
+
+class WideHead(nn.Module):
+    """Dense blocks over the noisy latents, embedded anew, modulated by each token of the others.
+
+    RAE's DiT^DH (arXiv 2510.11690).
+    """
+
+    rotation: Tensor | None
+
+    def __init__(self, model: dict[str, Any], grid: tuple[int, int]) -> None:
+        super().__init__()
+        head, patch = model["wide_head"], model["patch_size"]
+        self.patch_embed = nn.Conv2d(model["in_channels"], head["width"], patch, stride=patch)
+        self.project = nn.Linear(model["width"], head["width"])
+        inside = model | head | {"head_width": None, "text": None}
+        self.blocks = nn.ModuleList(Block(inside, None) for _ in range(head["depth"]))
+        rotation = None
+        if model["rope"]:
+            head_width = head["width"] // head["heads"]
+            rotation = rotary_angles(grid, head_width, model["rope_grid"] or grid)
+        self.register_buffer("rotation", rotation, persistent=False)
+
+    def forward(
+        self, sample: Tensor, backbone_BTD: Tensor, time_BD: Tensor, null_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-> tokens and the condition of each, for the last layer."""
+        condition_BTD = self.project(F.silu(time_BD[:, None] + backbone_BTD))
+        x_BTD = patch_tokens(self.patch_embed, sample)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, condition_BTD, time_BD, null_B, self.rotation, None, None)
+        return x_BTD, condition_BTD
 
 
 class MoE(nn.Module):
@@ -508,8 +548,18 @@ def plain_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
-def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+def patch_tokens(embed: nn.Conv2d, x: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as tokens (B, T, D)."""
+    return embed(x.to(embed.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
+
+
+def of_tokens(vectors: Tensor) -> Tensor:
+    """Vectors of samples (B, D) for all of their tokens, (B, 1, D); those of tokens as they are."""
+    return vectors if vectors.dim() == 3 else vectors[:, None]
+
+
+def modulate(x_BTD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x_BTD * (1 + of_tokens(scale)) + of_tokens(shift)
 
 
 def in_fp32(tensor: Tensor) -> Tensor:
@@ -535,9 +585,13 @@ def grid_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=1).float()
 
 
-def rotary_angles(grid: tuple[int, int], head_width: int) -> Tensor:
-    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y."""
-    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+def rotary_angles(grid: tuple[int, int], head_width: int, made_for: tuple[int, int]) -> Tensor:
+    """cos and sin of 2-D rotary positions, (2, T, h/2): half of the pairs rotate with y.
+
+    made_for: rows and columns of the grid whose extent this one is spread over.
+    """
+    axes = (torch.arange(n) * extent / n for n, extent in zip(grid, made_for, strict=True))
+    y, x = torch.meshgrid(*axes, indexing="ij")
     frequencies = 100.0 ** -torch.linspace(0, 1, head_width // 4, device=y.device)
     angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)
     return torch.stack([angles.cos(), angles.sin()])
