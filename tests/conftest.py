@@ -19,15 +19,41 @@ from tests.helpers.tools import tool
 # Else the question whether there is a GPU takes one, which ranks that are forked later cannot.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+# In the order of the time they take; the others take a minute at most.
+LONGEST = [
+    "slurm",
+    "tests/test_docs_commands.py",
+    "tests/benchmarks/test_command.py",
+    "tests/training/test_elastic.py",
+    "tests/training/test_launch.py",
+    "tests/training/test_orphans.py",
+    "tests/comparison/test_study.py",
+    "tests/planning/test_against_reality.py",
+    "tests/export/test_program.py",
+    "tests/training/test_resume.py",
+    "tests/training/test_compile.py",
+    "tests/training/test_wandb.py",
+    "tests/training/test_watchdog.py",
+]
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With -n: a file's tests stay together, as they share fixtures, and so do those of Slurm."""
+    """With -n: a file's tests stay together, as they share fixtures, and so do those of Slurm.
+
+    The longest begin first, so that none is left alone at the end; then those of many tests.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            first = next((name for name in LONGEST if name in self.workqueue), None)
+            if first is not None:
+                self.workqueue.move_to_end(first, last=False)
+            super()._assign_work_unit(node)
 
     return Files(config, log)
 

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import yaml
+from deepspeed.launcher import runner as deepspeed_runner
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from diffmoe.comparison.study import SHIPPED
 from tests.helpers import runs
 from tests.helpers.models import exported
-from tests.helpers.pages import PAGES, ROOT, commands
+from tests.helpers.pages import PAGES, ROOT, commands, quick_digits
 from tests.helpers.pictures import NAME, pictures, write_samples
-from tests.helpers.processes import BIN, environment, free_port
 from tests.helpers.shards import build_vae, photograph
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tools import forked
@@ -185,22 +186,20 @@ def test_no_entry_is_left_over():
 
 
 def start(words: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Forked; of a launcher two ranks, and tests/training/test_launch.py starts the real ones."""
     launcher, *rest = words
     if launcher == "python":
-        return forked(*rest, cwd=folder, timeout=500)
-    script = next(place for place, word in enumerate(words) if word.endswith(".py"))
-    ranks = {
-        "torchrun": ["--standalone", "--nproc_per_node", "2"],
-        "deepspeed": ["--num_accelerators", "2", "--master_port", str(free_port())],
-    }[launcher]
-    return subprocess.run(
-        [str(BIN / launcher), *words[1:script], *ranks, *words[script:]],
-        env=environment(),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+        return forked(*rest, cwd=folder, timeout=500, prepare=quick_digits)
+    return forked(*started_by(launcher, rest), cwd=folder, timeout=500, ranks=2)
+
+
+def started_by(launcher: str, words: list[str]) -> list[str]:
+    """A script and its arguments, as the launcher itself reads them."""
+    if launcher == "torchrun":
+        read = torchrun_parser().parse_args(words)
+        return [read.training_script, *read.training_script_args]
+    read = deepspeed_runner.parse_args(words)
+    return [read.user_script, *read.user_args]
 
 
 def check(words: list[str], folder: Path, told: str = "") -> str:

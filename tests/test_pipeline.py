@@ -19,9 +19,10 @@ from diffmoe.diffusion.settings import SamplingSettings
 from diffmoe.errors import UserError
 from diffmoe.export.open import open_network
 from tests.helpers.models import NAMES, exported
-from tests.helpers.processes import command, environment
+from tests.helpers.processes import environment
 from tests.helpers.runs import newest
 from tests.helpers.sampling import latents_of
+from tests.helpers.tools import forked
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +287,10 @@ def test_inference_needs_nothing_of_training(folder: Path, single_run: Config):
 @pytest.mark.slow
 def test_the_command_converts_and_the_result_makes_images(single_run: Config, tmp_path: Path):
     tool = "tools/convert_checkpoint.py"
-    done = command(sys.executable, tool, single_run.output, str(tmp_path / "out"))
+    done = forked(tool, single_run.output, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "equal the source's bit for bit" in done.stdout
     assert len(diffmoe.Pipeline(tmp_path / "out", device="cpu")(labels=[1], steps=2)) == 1
-    again = command(sys.executable, tool, single_run.output, str(tmp_path / "out"))
+    again = forked(tool, single_run.output, tmp_path / "out")
     assert again.returncode == 2
     assert again.stderr.strip().endswith("exists; choose another name, or remove it first")

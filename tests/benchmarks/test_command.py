@@ -1,7 +1,6 @@
 """tools/benchmark.py on a network of toy size: what it writes, never how fast."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -64,9 +63,7 @@ def run(part: str, folder: Path, *options: str) -> dict:
     recipe.write_text(tiny_config().to_yaml())
     if part != "data":
         options = ("--recipe", str(recipe), "--threads", "1", *options)
-    told = command(
-        sys.executable, "tools/benchmark.py", part, "--json", str(out), *options, timeout=300
-    )
+    told = forked("tools/benchmark.py", part, "--json", out, *options)
     assert told.returncode == 0, told.stderr
     written = json.loads(out.read_text())
     for figure in written["figures"]:

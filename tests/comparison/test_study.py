@@ -23,8 +23,9 @@ from diffmoe.planning.estimate import plan
 from diffmoe.planning.layouts import Layout
 from diffmoe.planning.machine import Machine
 from diffmoe.recipes import load_config
-from tests.helpers.processes import ROOT, command, environment
+from tests.helpers.processes import ROOT, environment
 from tests.helpers.runs import metrics, newest, pack, run_config
+from tests.helpers.tools import forked
 
 VARIANTS = {"dense": ["moe.type=dense"], "identity": ["moe.gate=identity"]}
 
@@ -180,7 +181,7 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
     assert not _processes_of(study)
     assert measured(runs[-1]) is None
 
-    done = command(*tool, timeout=300)
+    done = forked(*tool[1:])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("dense, seed 0") == 0  # it was done
     stored = json.loads((study_file.parent / "study/table.json").read_text())["runs"]
@@ -198,12 +199,12 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
     assert (study_file.parent / "study/curves.png").stat().st_size > 10_000
     assert len(set(losses.values())) == 4
 
-    again = command(*tool, "--report")
+    again = forked(*tool[1:], "--report")
     assert again.stdout == (study_file.parent / "study/table.md").read_text()
 
     # Killed after its last loss, before its last save: that run is trained again.
     shutil.rmtree(newest(runs[1].config))
-    again = command(*tool, timeout=300)
+    again = forked(*tool[1:])
     assert again.stdout.startswith("2 of 4: identity, seed 0\n")
     assert newest(runs[1].config).exists()
     assert again.stdout.endswith((study_file.parent / "study/table.md").read_text())

@@ -1,7 +1,6 @@
 """What any path holds, told in a few lines; and the command's way to more experts."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from diffmoe.config import Config
 from diffmoe.conversion.info import info
 from diffmoe.errors import UserError
 from tests.helpers.models import exported, release_file, release_state
-from tests.helpers.processes import command
 from tests.helpers.tiny import tiny_config
+from tests.helpers.tools import forked
 
 
 def test_a_training_checkpoint_is_told(spread_run: Config):
@@ -70,10 +69,10 @@ def test_the_command_upcycles_and_tells(tmp_path: Path):
     tool = "tools/convert_checkpoint.py"
     dense = exported(tmp_path / "dense", tiny_config(moe__type="dense"))
     target = str(tmp_path / "moe")
-    done = command(sys.executable, tool, str(dense), target, "--upcycle", "--experts", "4")
+    done = forked(tool, dense, target, "--upcycle", "--experts", "4")
     assert done.returncode == 0, done.stderr
     wanted = "train with training.init=TO moe.experts=4 moe.capacity=1 moe.shared_expert_ratio=4\n"
     assert wanted in done.stderr
-    told = command(sys.executable, tool, "info", target)
+    told = forked(tool, "info", target)
     assert told.returncode == 0, told.stderr
     assert "upcycled to 4 experts (shared, capacity 1, noise 0)" in told.stdout

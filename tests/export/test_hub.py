@@ -12,7 +12,8 @@ import pytest
 import diffmoe
 from tests.helpers.hub import Hub, hub
 from tests.helpers.models import exported, flip_bytes
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import environment
+from tests.helpers.tools import forked
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def publish(server: Hub, *arguments: object, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "tools/publish.py", *map(str, arguments)],
-        env=environment(**{"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_test", **more}),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    where = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_test", **more}
+    return forked("tools/publish.py", *arguments, **where)
 
 
 FETCH = """

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,9 @@ from diffmoe.export.open import open_network
 from diffmoe.export.writing import write_exported
 from diffmoe.training import init_from
 from tests.helpers.models import exported, flip_bytes, source_of
-from tests.helpers.processes import command
 from tests.helpers.runs import newest, pack
 from tests.helpers.tiny import tiny_config
-from tests.helpers.tools import tool
+from tests.helpers.tools import forked, tool
 
 OPENERS = [
     pytest.param(lambda path, **how: diffmoe.load(path, device="cpu", **how), id="load"),
@@ -83,11 +81,11 @@ def test_a_run_does_not_start_from_damaged_weights(tmp_path: Path):
 def test_the_tool_refuses_a_damaged_model(tmp_path: Path):
     folder = exported(tmp_path / "out")
     flip_bytes(folder / "model.safetensors")
-    out = str(tmp_path / "grid.png")
-    done = command(sys.executable, "tools/sample.py", str(folder), "--steps", "1", "--out", out)
+    out = tmp_path / "grid.png"
+    done = forked("tools/sample.py", folder, "--steps", "1", "--out", out)
     assert done.returncode == 2
     assert "model.safetensors" in done.stderr
-    assert not Path(out).exists()
+    assert not out.exists()
 
 
 @pytest.fixture

@@ -12,14 +12,15 @@ from tests.helpers.processes import ROOT, environment
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 
-# train.py, slowed down and broken as the environment says.
+# train.py, slowed down (until it is requeued) and broken as the environment says.
 TRAIN = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from diffmoe.training.step import TrainingStep
 run = TrainingStep.run
 def slow(step, *arguments, **options):
-    time.sleep(float(os.environ.get("TEST_SECONDS_A_STEP", 0)))
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        time.sleep(float(os.environ.get("TEST_SECONDS_A_STEP", 0)))
     if os.environ.get("TEST_CRASH") == f"{{os.environ['RANK']}} at {{step.samples}}":
         raise ZeroDivisionError("a bug")
     if os.environ.get("TEST_PROBE"):

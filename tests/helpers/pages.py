@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -13,3 +14,12 @@ def commands(page: Path) -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def quick_digits() -> None:
+    """In a command's process: fewer canvases of digits, and a reader of them that learns less."""
+    from diffmoe.digits import captioned_digits, digit_network
+
+    pack = captioned_digits.pack_captioned_digits
+    captioned_digits.pack_captioned_digits = partial(pack, images=800)
+    digit_network.EPOCHS = 1

@@ -23,9 +23,16 @@ from diffmoe.config import Config
 from tests.helpers.processes import free_port, write_config
 
 _context = multiprocessing.get_context("forkserver")
-# Imported once, in the server from which every rank is forked.
+# Imported once, in the server from which every rank is forked. Not the watchdog: until train.py has
+# imported it, an error is told in another way.
 _context.set_forkserver_preload(
-    ["megatron.core.parallel_state", "diffmoe.parallel.zero", "diffmoe.training.checkpoint"]
+    [
+        "megatron.core.parallel_state",
+        "diffmoe.parallel.zero",
+        "diffmoe.training.checkpoint",
+        "diffmoe.training.preflight",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it
+    ]
 )
 
 
@@ -43,11 +50,7 @@ def run_ranks(
     connect: join the ranks by gloo first; else they find a launcher's environment variables.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
+        environment = joined(world)
         receivers, processes = [], []
         for rank in range(world):
             receiver, sender = _context.Pipe(duplex=False)
@@ -85,6 +88,19 @@ def run_ranks(
     return [results[rank] for rank in range(world)]
 
 
+def joined(world: int) -> dict[str, str]:
+    """This process's environment, with what a launcher adds for all ranks."""
+    return os.environ | {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+
+
+def of_rank(environment: dict[str, str], rank: int) -> dict[str, str]:
+    return environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
 def take_environment(environment: dict[str, str]) -> None:
     """In a forked process: the test's, instead of what the server had when it was started."""
     os.environ.clear()
@@ -104,7 +120,7 @@ def _rank_main(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    take_environment(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    take_environment(of_rank(environment, rank))
     try:
         if folder is not None:
             world = int(environment["WORLD_SIZE"])
@@ -133,20 +149,16 @@ class Ranks:
         arguments: tuple[str, ...] = (),
     ) -> None:
         """prepare: called on every rank before the command; can be sent to a process."""
-        joined = os.environ | {
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
+        environment = joined(world)
         argv = ["--config", write_config(config), "--device", "cpu", *arguments]
         self.logs = [Path(f"{config.output}.rank{rank}.log") for rank in range(world)]
         for log in self.logs:  # of an earlier start
             log.unlink(missing_ok=True)
         self.processes: list[BaseProcess] = []
         for rank in range(world):
-            own = joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = _context.Process(
-                target=_train_main, args=(argv, own, self.logs[rank], prepare)
+                target=_train_main,
+                args=(argv, of_rank(environment, rank), self.logs[rank], prepare),
             )
             process.start()
             self.processes.append(process)

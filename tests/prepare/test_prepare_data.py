@@ -1,7 +1,4 @@
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +10,11 @@ from diffmoe.data.autoencoders import load_autoencoder
 from diffmoe.data.latents import model_latents
 from diffmoe.data.manifest import Manifest
 from diffmoe.data.reading import read_shard
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.tools import forked
 
 
 def prepare(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/prepare_data.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return forked("tools/prepare_data.py", *arguments)
 
 
 @pytest.fixture(scope="module")

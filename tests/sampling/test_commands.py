@@ -99,9 +99,8 @@ def test_latents_for_a_decoder_elsewhere_are_those_of_the_images(tmp_path):
 
 
 def test_ranks_that_share_experts_fill_a_folder(run, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     words = ["tools/sample.py", run, "--num-samples", "10", "--shard-size", "4", "--steps", "3"]
-    output = told(*words, "--out", tmp_path / "two", "--expert-parallel", "2", launcher=launcher)
+    output = told(*words, "--out", tmp_path / "two", "--expert-parallel", "2", ranks=2)
     assert output.count("10 samples at 32 training samples, ema weights: ") == 1
     told(*words, "--out", tmp_path / "one", "--format", "adm")
     adm = np.load(tmp_path / "one" / "samples_10x8x8x3.npz")["arr_0"]
@@ -142,9 +141,8 @@ def test_all_that_samples_takes_bf16_and_says_so(run, tmp_path):
     told("tools/report_routing.py", model, *bf16, *quick, "--out", page)
     assert "in bf16<" in page.read_text()
 
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     words = ["tools/sample.py", model, "--num-samples", "6", "--shard-size", "3", "--steps", "3"]
-    told(*words, *bf16, "--out", tmp_path / "two", "--expert-parallel", "2", launcher=launcher)
+    told(*words, *bf16, "--out", tmp_path / "two", "--expert-parallel", "2", ranks=2)
     told(*words, *bf16, "--out", tmp_path / "one")
     told(*words, "--out", tmp_path / "fp32")
     images = {

@@ -16,6 +16,7 @@ from diffmoe.errors import UserError
 from diffmoe.training.preflight import check_data
 from tests.helpers.processes import TRAIN, command, write_config
 from tests.helpers.runs import pack, run_config, train
+from tests.helpers.tools import forked
 
 
 def refusal(function: Callable[..., Any], *arguments: Any) -> str:
@@ -156,7 +157,7 @@ def test_damaged_tensors(run: Config, damage: str):
 def test_the_command_refuses_cuda_without_a_gpu(tmp_path: Path):
     pack(tmp_path / "data")
     config = run_config(tmp_path, 1)
-    done = command(sys.executable, TRAIN, "--config", write_config(config), "--device", "cuda")
+    done = forked("train.py", "--config", write_config(config), "--device", "cuda")
     assert done.returncode == 2
     assert done.stderr.strip().split("\n")[-1] == (
         "error: --device cuda, but torch sees no GPU; use --device cpu"

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import yaml
 
 from tests.helpers.processes import TORCHRUN, TRAIN, command, deepspeed, write_config
 from tests.helpers.runs import SAMPLES, metrics, newest, pack, run_config
+from tests.helpers.tools import forked
 
 pytestmark = pytest.mark.slow
 
@@ -48,11 +48,9 @@ def test_one_ranks_failure_is_told_once_and_ends_the_run(tmp_path: Path, launche
     manifest = tmp_path / "data/manifest.json"
     manifest.write_text(manifest.read_text().replace('"classes": 7', '"classes": 5'))
     config = run_config(tmp_path, 1000, data__workers=1, parallel__expert_parallel=2)
-    began = time.monotonic()
     start = TORCHRUN if launcher == "torchrun" else deepspeed()
     done = command(*start, "--config", write_config(config), "--device", "cpu")
     assert done.returncode != 0
-    assert time.monotonic() - began < 60
     told = done.stdout + done.stderr
     wanted = (
         f"error: shard {tmp_path}/data/000001.tar, sample 00007: label 6 is outside the classes "
@@ -115,9 +113,7 @@ def test_a_crash_of_one_rank_is_told_with_its_traceback(tmp_path: Path):
 
 
 def test_print_config_shows_the_resolved_settings_and_stops(tmp_path: Path):
-    done = command(
-        sys.executable, TRAIN, "--config", "mnist", "--print-config", "model.depth=2", "seed=7"
-    )
+    done = forked("train.py", "--config", "mnist", "--print-config", "model.depth=2", "seed=7")
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)
     assert (shown["model"]["depth"], shown["seed"], shown["output"]) == (2, 7, "runs/mnist")
