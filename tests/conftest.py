@@ -65,6 +65,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(request.param)
 
 
+@pytest.fixture
+def compiler() -> None:
+    """torch.compile as in a new process: what other tests compiled counts to its limits."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch):
     """No waiting between attempts."""

@@ -16,8 +16,7 @@ BACKEND = "aot_eager"
 
 
 @pytest.fixture
-def network(tmp_path: Path) -> DiT:
-    torch._dynamo.reset()
+def network(tmp_path: Path, compiler: None) -> DiT:
     config = tiny_config(model__in_channels=3, model__depth=2)
     return diffmoe.load(exported(tmp_path / "model", config), device="cpu")
 

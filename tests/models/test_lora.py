@@ -121,6 +121,7 @@ def test_merging_equals_applying(kind: str):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_block_has_its_factors():
     """On a graph without breaks, which one of the compiler's own could fall out of."""
     config = lora_config(("attention", "mlp"), moe__type="dense")

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
         {"model__wide_head": {"width": 20, "heads": 2}},
     ],
 )
+@pytest.mark.usefixtures("compiler")
 def test_a_block_is_one_graph_in_training(changes: dict):
     config = tiny_config(**changes)
     network = randomize(DiT(config.model, config.moe)).train()

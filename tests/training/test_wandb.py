@@ -36,8 +36,10 @@ class Keyless:
 
 def records(folder: Path) -> Iterator[tuple[str, Any]]:
     """What wandb keeps of every start under `folder`, oldest first: the page's id, a record."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # as at a process's end: what this one logged is flushed
     for file in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
         for data in _chunks(file.read_bytes()):
             yield file.stem.removeprefix("run-"), Record.FromString(data)
@@ -180,9 +182,6 @@ def test_a_server_that_does_not_answer_makes_the_start_an_offline_one(
     page.finish()
     assert len(quick) == 1
     assert "wandb is offline, its server did not answer" in quick[0]
-    import wandb
-
-    wandb.teardown()  # as at a process's end: what is written is flushed
     (lines,) = history(tmp_path / "run").values()
     assert [line["loss"] for line in lines] == [1.0]
 
@@ -203,9 +202,6 @@ def test_a_server_that_vanishes_holds_up_the_end_for_a_bounded_time(
         page.finish()
     assert "wandb did not finish" in quick[0]
     assert "wandb sync" in quick[0]
-    import wandb
-
-    wandb.teardown()  # as at a process's end
     (lines,) = history(tmp_path / "run").values()
     assert [line["loss"] for line in lines] == [1.0, 0.5]
 
