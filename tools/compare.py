@@ -6,7 +6,8 @@
 
 All variants of a seed see the same samples, noise and times, so their differences are paired: the
 table gives the mean of variant minus reference over seeds with its 95 % interval (Student's t);
-a star marks those that exclude zero. Parameters and FLOPs are computed for each variant.
+a star marks those that exclude zero. "its end at" tells after which share of the reference's
+samples and seconds a variant is where the reference ends. Parameters and FLOPs are computed.
 Interrupted at any time, the same command continues. The output gets table.md, table.json and
 curves.png.
 

@@ -117,14 +117,29 @@ def difference(ours: list[float], theirs: list[float]) -> Difference:
     return Difference(fmean(pairs), t * stdev(pairs) / math.sqrt(len(pairs)))
 
 
+def reached(curve: list[Point], loss: float) -> Point | None:
+    """Where a curve first comes down to a loss, linear between its points, if it does."""
+    for before, after in zip([curve[0], *curve], curve, strict=False):
+        if after.loss <= loss:
+            drop = before.loss - after.loss
+            share = (before.loss - loss) / drop if drop > 0 else 1.0
+            samples = before.samples + share * (after.samples - before.samples)
+            seconds = before.seconds + share * (after.seconds - before.seconds)
+            return Point(round(samples), seconds, loss)
+    return None
+
+
 def table(study: Study, found: dict[tuple[str, int], Measured], sizes: dict[str, Size]) -> str:
     """Markdown: a row for each variant, over the seeds that both it and the reference have.
 
-    "as trained": the held-out loss with training's own routing, at exactly its C.
+    "as trained": the held-out loss with training's own routing, at exactly its C. "its end at": the
+    shares of the reference's samples and seconds that a variant takes to the loss at which the
+    reference ends, "-" unless it comes there in every seed.
     """
     figures = sorted({name for one in found.values() for name in one.figures})
     head = ["variant", "seeds", "held-out loss", f"minus {study.reference}, 95 %"]
     head += [
+        "its end at",
         "C met",
         "as trained",
         "parameters",
@@ -140,12 +155,17 @@ def table(study: Study, found: dict[tuple[str, int], Measured], sizes: dict[str,
             rows.append([variant, "0", *["-"] * (len(head) - 2)])
             continue
         mine = [found[variant, seed] for seed in seeds]
+        pairs = [
+            (found[variant, seed], found[study.reference, seed])
+            for seed in seeds
+            if variant != study.reference and (study.reference, seed) in found
+        ]
         rows.append(
             [
                 variant,
                 str(len(seeds)),
                 f"{fmean(one.loss for one in mine):.5f}",
-                _told(study, found, variant),
+                *_told(pairs),
                 f"{fmean(one.capacity for one in mine):.3f}" if mine[0].capacity else "-",
                 _mean([one.as_trained for one in mine]),
                 f"{sizes[variant].parameters / 1e6:.2f} M",
@@ -158,22 +178,24 @@ def table(study: Study, found: dict[tuple[str, int], Measured], sizes: dict[str,
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _told(study: Study, found: dict[tuple[str, int], Measured], variant: str) -> str:
-    if variant == study.reference:
-        return "-"
-    pairs = [
-        (found[variant, seed].loss, found[study.reference, seed].loss)
-        for seed in study.seeds
-        if (variant, seed) in found and (study.reference, seed) in found
-    ]
+def _told(pairs: list[tuple[Measured, Measured]]) -> tuple[str, str]:
+    """The difference of runs and their references, and what it takes to the references' ends."""
     if not pairs:
-        return "-"
-    differs = difference(*map(list, zip(*pairs, strict=True)))
-    share = differs.mean / fmean(theirs for _, theirs in pairs)
+        return "-", "-"
+    ours, theirs = zip(*pairs, strict=True)
+    differs = difference([one.loss for one in ours], [one.loss for one in theirs])
+    share = differs.mean / fmean(one.loss for one in theirs)
     if math.isinf(differs.half_width):
-        return f"{differs.mean:+.5f} ({share:+.1%}, one seed)"
-    star = " *" if differs.excludes_zero else ""
-    return f"{differs.mean:+.5f} ± {differs.half_width:.5f} ({share:+.1%}){star}"
+        told = f"{differs.mean:+.5f} ({share:+.1%}, one seed)"
+    else:
+        star = " *" if differs.excludes_zero else ""
+        told = f"{differs.mean:+.5f} ± {differs.half_width:.5f} ({share:+.1%}){star}"
+    there = [(reached(mine.curve, other.loss), other.curve[-1]) for mine, other in pairs]
+    shares = [(at.samples / end.samples, at.seconds / end.seconds) for at, end in there if at]
+    if len(shares) < len(pairs):
+        return told, "-"
+    samples, seconds = (fmean(column) for column in zip(*shares, strict=True))
+    return told, f"{samples:.0%} of samples, {seconds:.0%} of seconds"
 
 
 def _mean(values: list[float | None]) -> str:

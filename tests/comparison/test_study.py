@@ -15,7 +15,16 @@ from statistics import fmean
 import pytest
 import yaml
 
-from diffmoe.comparison.measured import Measured, Point, Size, difference, measured, size, table
+from diffmoe.comparison.measured import (
+    Measured,
+    Point,
+    Size,
+    difference,
+    measured,
+    reached,
+    size,
+    table,
+)
 from diffmoe.comparison.running import check_runs
 from diffmoe.comparison.study import Study, StudyRun, read_study, runs_of
 from diffmoe.errors import UserError
@@ -47,14 +56,36 @@ def test_the_table_compares_seeds_that_both_have():
     found = {
         ("dense", 0): Measured([Point(8, 1.0, 0.5)], 0.0, None, 0.1, {}),
         ("dense", 1): Measured([Point(8, 1.0, 0.7)], 0.0, None, 0.1, {"FD": 3.0}),
-        ("identity", 0): Measured([Point(8, 1.0, 0.4)], 1.5, 0.41, 0.2, {}),
+        ("identity", 0): Measured([Point(8, 2.0, 0.4)], 1.5, 0.41, 0.2, {}),
     }
     sizes = {name: Size(2_000_000, 1_000_000, 3e9, 9e9) for name in VARIANTS}
     _, _, dense, identity = table(study, found, sizes).splitlines()
     assert dense.split(" | ")[1:4] == ["2", "0.60000", "-"]
-    assert identity.split(" | ")[1:5] == ["1", "0.40000", "-0.10000 (-20.0%, one seed)", "1.500"]
-    assert identity.split(" | ")[5] == "0.41"
+    assert identity.split(" | ")[1:4] == ["1", "0.40000", "-0.10000 (-20.0%, one seed)"]
+    assert identity.split(" | ")[4:7] == ["100% of samples, 200% of seconds", "1.500", "0.41"]
     assert dense.rstrip(" |").endswith("| 3.000 | 0.100 | 3")
+
+
+def test_samples_to_the_end_of_the_reference_are_between_the_points_of_a_curve():
+    curve = [Point(10, 1.0, 0.9), Point(20, 3.0, 0.7), Point(30, 4.0, 0.3)]
+    assert reached(curve, 0.5) == Point(25, 3.5, 0.5)
+    assert reached(curve, 0.3) == Point(30, 4.0, 0.3)
+    assert reached(curve, 0.95) == Point(10, 1.0, 0.95)  # the first that was measured
+    assert reached(curve, 0.2) is None
+    assert reached([Point(10, 1.0, math.nan), *curve[1:]], 0.8) == Point(20, 3.0, 0.8)
+
+    study = Study(config="mnist", variants=VARIANTS, reference="dense", seeds=[0, 1], output="x")
+    sizes = {name: Size(2_000_000, 1_000_000, 3e9, 9e9) for name in VARIANTS}
+    ends = [Point(10, 1.0, 0.9), Point(30, 2.0, 0.5)]
+    other = [Point(10, 1.0, 0.9), Point(30, 2.0, 0.3)]
+    for second, told in ((other, "92% of samples, 188% of seconds"), (ends[:1], "-")):
+        found = {
+            ("dense", 0): Measured(ends, 0.0, None, 0.1, {}),
+            ("dense", 1): Measured(other, 0.0, None, 0.1, {}),
+            ("identity", 0): Measured(curve, 1.0, 0.4, 0.1, {}),
+            ("identity", 1): Measured(curve if second is other else second, 1.0, 0.4, 0.1, {}),
+        }
+        assert table(study, found, sizes).splitlines()[3].split(" | ")[4] == told
 
 
 @pytest.mark.parametrize("name", ["mnist", "captioned_digits", "photographs"])
