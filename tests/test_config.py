@@ -396,7 +396,7 @@ def test_replace_changes_validates_and_keeps_the_rest():
         ),
         (["optimizer.betas=[0.9,1.5]"], "optimizer.betas.1=1.5: Input should be less than 1"),
         (
-            ["optimizer.muon.steps=3"],
+            ["optimizer.type=adamw", "optimizer.muon.steps=3"],
             "optimizer.muon.steps=3 belongs to optimizer.type=muon; optimizer.type=adamw has no",
         ),
         (

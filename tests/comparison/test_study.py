@@ -115,7 +115,7 @@ def test_the_study_of_alignment_changes_nothing_else():
 
 
 def test_the_cost_of_training_is_the_planners_and_less_where_parts_are_frozen():
-    shape = ["model.depth=4", "training.activation_checkpointing=true"]
+    shape = ["model.depth=4", "training.activation_checkpointing=true", "optimizer.type=adamw"]
     variants = {
         "all": [],
         "head": ["training.train_only=[blocks.3.*, final.*]"],
