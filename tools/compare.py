@@ -11,8 +11,8 @@ samples and seconds a variant is where the reference ends. Parameters and FLOPs 
 Interrupted at any time, the same command continues. The output gets table.md, table.json and
 curves.png.
 
-STUDY is mnist, captioned_digits, photographs or alignment, of which diffmoe/comparison/studies/
-says what data they need; or a YAML file such as
+STUDY is mnist, captioned_digits, photographs, optimizers or alignment, of which
+diffmoe/comparison/studies/ says what data they need; or a YAML file such as
 
   config: mnist                       # recipe or file that all variants share
   overrides: [data.path=data/digits-train, validation.path=data/digits-held-out,

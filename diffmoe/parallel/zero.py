@@ -27,6 +27,8 @@ from diffmoe.parallel.update import Update
 # Only DeepSpeed's inference uses this extension; building it needs a compiler and over a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logger.setLevel(logging.WARNING)
+# DeepSpeed warns of any optimizer but its own and torch's; the tests hold Muon's numbers.
+logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 # DeepSpeed calls a collective by its old name at every step.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
