@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -99,6 +100,26 @@ def test_shipped_studies_compare_equal_work(name: str):
         assert of.forward_flops == pytest.approx(first["dense"].forward_flops, rel=0.12), variant
         if variant != "dense":
             assert of.parameters == pytest.approx(first["softmax"].parameters, rel=0.03), variant
+
+
+def test_the_study_of_optimizers_changes_nothing_else():
+    """Each of two optimizers at each of three rates, of a dense network and of its mixture."""
+    found = set()
+    runs = runs_of(read_study("optimizers"))
+    alike = {"moe.type": "diffmoe", "seed": 0, "output": "x"}
+    alike |= {"optimizer.type": "adamw", "optimizer.learning_rate": 1e-3}
+    first = runs[0].config.replace(alike)
+    for run in runs:
+        optimizer = run.config.optimizer
+        found.add((run.config.moe.type, optimizer.type, optimizer.learning_rate, run.seed))
+        assert run.config.replace(alike) == first, run.variant
+    rates = (2e-3, 4e-3, 8e-3)
+    assert found == set(product(("dense", "diffmoe"), ("adamw", "muon"), rates, (0, 1, 2)))
+
+
+@pytest.mark.parametrize("name", ["mnist", "photographs", "alignment"])
+def test_studies_keep_the_optimizer_that_their_figures_are_of(name: str):
+    assert {run.config.optimizer.type for run in runs_of(read_study(name))} == {"adamw"}
 
 
 def test_the_study_of_alignment_changes_nothing_else():
