@@ -29,7 +29,7 @@ def one_for_one(layer: Any, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     taken_SE = torch.zeros(len(flat), EXPERTS, dtype=torch.bool)
     if moe.type == "race":
         gates_SE = hidden(layer, flat) @ layer.router.t()
-        pairs = [(-float(gates_SE[s, e]), s, e) for s in range(len(flat)) for e in range(EXPERTS)]
+        pairs = [(-gates_SE[s, e].item(), s, e) for s in range(len(flat)) for e in range(EXPERTS)]
         if layer.training:
             winners = sorted(pairs)[: math.floor(len(flat) * moe.capacity)]
         else:
