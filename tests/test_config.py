@@ -52,10 +52,12 @@ def test_a_recipe_is_what_its_name_says(name: str):
     assert config.output == f"runs/{name}"
     if name == "mnist":
         assert (config.moe.type, config.moe.experts, config.model.in_channels) == ("diffmoe", 4, 1)
+        assert (config.optimizer.type, config.moe.gate) == ("muon", "identity")
         return
     if name == "captioned_digits":
         assert (config.moe.type, config.moe.experts, config.model.in_channels) == ("diffmoe", 8, 3)
         assert (config.model.text.encoder, config.model.input_size) == ("bytes", 32)
+        assert (config.optimizer.type, config.moe.gate) == ("muon", "identity")
         return
     if name.startswith("t2i"):
         assert (config.moe.type, f"e{config.moe.experts}") == ("diffmoe", name.split("_")[2])

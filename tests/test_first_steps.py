@@ -57,9 +57,8 @@ def test_from_a_folder_of_photographs_to_a_class_by_its_name(tmp_path: Path):
     words = [*following[2:-1], f"output={run}", *TINY, "--device", "cpu"]
     trained = forked(*words)
     assert trained.returncode == 0, trained.stderr
-    assert (
-        "WARNING" not in trained.stdout + trained.stderr
-    )  # DeepSpeed's, of optimizers that it does not know
+    # DeepSpeed's, of optimizers that it does not know.
+    assert "WARNING" not in trained.stdout + trained.stderr
     following = shlex.split(re.findall("next: python (.*)", trained.stderr)[-1])
     assert following[:4] == ["tools/sample.py", str(run), "--classes", "ship,tabby cat"]
     picture = tmp_path / "shell.png"
