@@ -36,10 +36,16 @@ def time_share(selected_ES: Tensor, t_B: Tensor) -> Tensor:
 
 
 def load_entropy(load_LE: Tensor) -> Tensor:
-    """Entropy of each layer's load over that of an even one, (L,): 1 is balanced, 0 one expert."""
+    """Entropy of each layer's load over that of an even one, (L,): 1 is balanced, 0 all on one.
+
+    A single expert is balanced.
+    """
+    experts = load_LE.shape[1]
+    if experts == 1:
+        return torch.ones_like(load_LE[:, 0])
     share_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp(min=1e-12)
     entropy_L = -torch.special.xlogy(share_LE, share_LE).sum(dim=1)
-    return entropy_L / max(math.log(load_LE.shape[1]), 1e-12)
+    return entropy_L / math.log(experts)
 
 
 def dead_experts(load_LE: Tensor) -> Tensor:

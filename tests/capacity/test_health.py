@@ -38,6 +38,7 @@ def test_entropy_and_dead_experts_of_loads():
     expected = [1, 0, 0.5]
     assert health.load_entropy(load_LE)[:3].tolist() == pytest.approx(expected, abs=1e-6)
     assert health.dead_experts(load_LE).tolist() == [0, 3, 2, 1]
+    assert health.load_entropy(torch.tensor([[7.0]])).tolist() == [1]  # no one to share it with
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
