@@ -134,7 +134,8 @@ def table(study: Study, found: dict[tuple[str, int], Measured], sizes: dict[str,
 
     "as trained": the held-out loss with training's own routing, at exactly its C. "its end at": the
     shares of the reference's samples and seconds that a variant takes to the loss at which the
-    reference ends, "-" unless it comes there in every seed.
+    reference ends, "-" unless it comes there in every seed. Figures of tools/evaluate.py (FD) are
+    followed by their own differences.
     """
     figures = sorted({name for one in found.values() for name in one.figures})
     head = ["variant", "seeds", "held-out loss", f"minus {study.reference}, 95 %"]
@@ -172,7 +173,7 @@ def table(study: Study, found: dict[tuple[str, int], Measured], sizes: dict[str,
                 f"{sizes[variant].activated / 1e6:.2f} M",
                 f"{sizes[variant].forward_flops / 1e9:.3f}",
                 f"{fmean(one.step_seconds for one in mine):.3f}",
-                *(_mean([one.figures.get(name) for one in mine]) for name in figures),
+                *(_figure(name, mine, pairs) for name in figures),
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -182,20 +183,35 @@ def _told(pairs: list[tuple[Measured, Measured]]) -> tuple[str, str]:
     """The difference of runs and their references, and what it takes to the references' ends."""
     if not pairs:
         return "-", "-"
-    ours, theirs = zip(*pairs, strict=True)
-    differs = difference([one.loss for one in ours], [one.loss for one in theirs])
-    share = differs.mean / fmean(one.loss for one in theirs)
-    if math.isinf(differs.half_width):
-        told = f"{differs.mean:+.5f} ({share:+.1%}, one seed)"
-    else:
-        star = " *" if differs.excludes_zero else ""
-        told = f"{differs.mean:+.5f} ± {differs.half_width:.5f} ({share:+.1%}){star}"
+    told = _difference([(mine.loss, other.loss) for mine, other in pairs], "+.5f", ".5f")
     there = [(reached(mine.curve, other.loss), other.curve[-1]) for mine, other in pairs]
     shares = [(at.samples / end.samples, at.seconds / end.seconds) for at, end in there if at]
     if len(shares) < len(pairs):
         return told, "-"
     samples, seconds = (fmean(column) for column in zip(*shares, strict=True))
     return told, f"{samples:.0%} of samples, {seconds:.0%} of seconds"
+
+
+def _difference(pairs: list[tuple[float, float]], signed: str, width: str) -> str:
+    """Of ours and the reference's by seed, in these formats; a star where it excludes zero."""
+    ours, theirs = ([pair[which] for pair in pairs] for which in (0, 1))
+    differs, reference = difference(ours, theirs), fmean(theirs)
+    share = f"{differs.mean / reference:+.1%}" if reference else "from 0"
+    if math.isinf(differs.half_width):
+        return f"{differs.mean:{signed}} ({share}, one seed)"
+    star = " *" if differs.excludes_zero else ""
+    return f"{differs.mean:{signed}} ± {differs.half_width:{width}} ({share}){star}"
+
+
+def _figure(name: str, mine: list[Measured], pairs: list[tuple[Measured, Measured]]) -> str:
+    """Its mean, and what it differs by where both have it."""
+    told = _mean([one.figures.get(name) for one in mine])
+    both = [
+        (ours.figures[name], theirs.figures[name])
+        for ours, theirs in pairs
+        if name in ours.figures and name in theirs.figures
+    ]
+    return f"{told}, {_difference(both, '+.3g', '.3g')}" if both else told
 
 
 def _mean(values: list[float | None]) -> str:

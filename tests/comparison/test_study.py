@@ -67,6 +67,25 @@ def test_the_table_compares_seeds_that_both_have():
     assert dense.rstrip(" |").endswith("| 3.000 | 0.100 | 3")
 
 
+def test_figures_of_images_are_compared_seed_by_seed_as_losses_are():
+    study = Study(config="mnist", variants=VARIANTS, reference="dense", seeds=[0, 1, 2], output="x")
+    dense = [{"FD": 200.0, "recall": 0.0}, {"FD": 220.0, "recall": 0.0}, {"FD": 210.0}]
+    identity = [{"FD": 190.0, "recall": 0.5}, {"FD": 208.0}, {"FD": 199.0}]  # 10, 12, 11 lower
+    found = {
+        (name, seed): Measured([Point(8, 1.0, 0.5)], 0.0, None, 0.1, figures)
+        for name, all_seeds in (("dense", dense), ("identity", identity))
+        for seed, figures in enumerate(all_seeds)
+    }
+    sizes = {name: Size(2_000_000, 1_000_000, 3e9, 9e9) for name in VARIANTS}
+    head, _, ours, theirs = (
+        row[2:-2].split(" | ") for row in table(study, found, sizes).split("\n")
+    )
+    assert head[-2:] == ["FD", "recall"]
+    assert ours[-2:] == ["210", "0"]
+    # deviation 1, of three: 4.303 / sqrt(3)
+    assert theirs[-2:] == ["199, -11 ± 2.48 (-5.2%) *", "0.5, +0.5 (from 0, one seed)"]
+
+
 def test_samples_to_the_end_of_the_reference_are_between_the_points_of_a_curve():
     curve = [Point(10, 1.0, 0.9), Point(20, 3.0, 0.7), Point(30, 4.0, 0.3)]
     assert reached(curve, 0.5) == Point(25, 3.5, 0.5)
