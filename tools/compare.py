@@ -44,6 +44,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    from diffmoe.comparison.measured import measured
     from diffmoe.comparison.report import write_report
     from diffmoe.comparison.running import check_runs, complete
     from diffmoe.comparison.study import read_study, runs_of
@@ -52,7 +53,8 @@ def main() -> None:
     runs = runs_of(study)
     check_runs(study, runs)
     done = options.report or complete(study, runs)
-    print(write_report(study, runs))
+    if done or any(measured(run) for run in runs):
+        print(write_report(study, runs))
     if not done:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

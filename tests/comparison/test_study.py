@@ -229,6 +229,18 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
     assert [(run.variant, run.seed) for run in runs] == [
         ("dense", 0), ("identity", 0), ("dense", 1), ("identity", 1),
     ]  # fmt: skip
+    started = subprocess.Popen(tool, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not _processes_of(study):
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.2)
+    started.terminate()  # as `kill` does, or a scheduler: only the tool hears it
+    said = started.communicate(timeout=90)[1]
+    assert started.returncode == 85, said
+    assert said.endswith("stopped; the same command continues\n")  # no table yet, which is no error
+    assert "error" not in said
+    assert not _processes_of(study)
+    assert measured(runs[0]) is None
+
     started = subprocess.Popen(
         tool,
         cwd=ROOT,
@@ -246,15 +258,6 @@ def test_a_study_trains_continues_and_reports(study_file: Path):
     assert started.wait(90) == 85, started.stderr.read()
     assert measured(runs[-1]) is None
     assert not _processes_of(study)
-
-    started = subprocess.Popen(tool, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    while not _processes_of(study):
-        assert started.poll() is None, started.stderr.read()
-        time.sleep(0.2)
-    started.terminate()  # as `kill` does, or a scheduler: only the tool hears it
-    assert started.wait(90) == 85, started.stderr.read()
-    assert not _processes_of(study)
-    assert measured(runs[-1]) is None
 
     done = forked(*tool[1:])
     assert done.returncode == 0, done.stderr
