@@ -140,9 +140,15 @@ def test_the_study_of_optimizers_changes_nothing_else():
     assert found == set(product(("dense", "diffmoe"), ("adamw", "muon"), rates, (0, 1, 2)))
 
 
-@pytest.mark.parametrize("name", ["mnist", "alignment"])
-def test_studies_keep_the_optimizer_that_their_figures_are_of(name: str):
-    assert {run.config.optimizer.type for run in runs_of(read_study(name))} == {"adamw"}
+@pytest.mark.parametrize(
+    ("name", "optimizer", "rate"),
+    [("mnist", "adamw", 3e-3), ("alignment", "adamw", 2e-3), ("photographs", "muon", 8e-3)],
+)
+def test_studies_keep_the_optimizer_that_their_figures_are_of(
+    name: str, optimizer: str, rate: float
+):
+    taken = [run.config.optimizer for run in runs_of(read_study(name))]
+    assert {(one.type, one.learning_rate) for one in taken} == {(optimizer, rate)}
 
 
 def test_the_study_of_alignment_changes_nothing_else():
